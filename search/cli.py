@@ -1,0 +1,394 @@
+"""The ``trialyard`` command: parses, calls one function, prints.
+
+Progress and logs go to standard error, results to standard output. Exit codes: 0 done, 1 a user's mistake or a failed
+check, 2 wrong usage, 130 interrupted. No command imports Keras.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from datetime import datetime
+from typing import Annotated, Any, NoReturn
+
+import optuna
+import typer
+from optuna.exceptions import OptunaError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from sqlalchemy.exc import SQLAlchemyError
+
+from search import checks, display, worker
+from search.devices import best as best_device
+from search.devices import precision_for
+from search.display import Lines, LiveTable, Watcher
+from storage import claims, database
+from storage import settings as environment
+from storage.errors import StorageError, TrialyardError
+from storage.settings import Settings
+from studies import definition as definitions
+from studies import queries, registry
+from studies.definition import Definition
+from studies.queries import Row, Status
+
+log = logging.getLogger(__name__)
+
+app = typer.Typer(
+    name="trialyard",
+    help="Hyperparameter search for Keras image classifiers, on Optuna.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+storage_app = typer.Typer(help="The database itself.", no_args_is_help=True)
+app.add_typer(storage_app, name="storage")
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True)
+
+StorageOption = Annotated[
+    str | None,
+    typer.Option("--storage", metavar="URL", help="Database. Default: TRIALYARD_STORAGE, else ./yard/studies.db"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON value on standard output, nothing else there.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="Another name for the study.")]
+TrialsOption = Annotated[
+    int | None, typer.Option("--trials", min=1, envvar="TRIALYARD_TRIALS", help="Budget in trials.")
+]
+EpochsOption = Annotated[
+    int | None, typer.Option("--epochs", min=1, envvar="TRIALYARD_EPOCHS", help="Epochs of a trial.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, envvar="TRIALYARD_LIMIT", help="Use only so many training images.")
+]
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study in the database.")]
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="NAME|FILE", help="A ready definition (see `trialyard catalog`), or a TOML file.")
+]
+
+
+@app.callback()
+def options(
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more on standard error.")] = False,
+) -> None:
+    """Hyperparameter search for Keras image classifiers, on Optuna."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler], format="%(message)s"
+    )
+    for noisy in ("filelock", "alembic", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@app.command()
+def catalog(as_json: JsonOption = False) -> None:
+    """The ready definitions, one line each."""
+    ready = definitions.catalog()
+    if as_json:
+        _print_json([{"name": name, "description": ready[name].description} for name in ready])
+        return
+    width = max(map(len, ready))
+    for name, definition in ready.items():
+        out.print(f"{name:<{width}}  {definition.description}", markup=False)
+
+
+@app.command()
+def check(
+    file: SourceArgument, trials: TrialsOption = None, epochs: EpochsOption = None, limit: LimitOption = None
+) -> None:
+    """Is this definition right, and do its data and model fit?"""
+    definition = definitions.load(file, trials=trials, epochs=epochs, limit=limit)
+    data = checks.check(definition, environment.load())
+    judged = "test" if definition.data.validation == "test" else "validation"
+    out.print(
+        f"{definition.name} is right: {definition.trials} trials of {definition.budget.epochs} epochs over "
+        f"{', '.join(definition.space)}; {data['train']} training and {data[judged]} {judged} images",
+        markup=False,
+    )
+
+
+@app.command()
+def create(
+    source: SourceArgument,
+    storage: StorageOption = None,
+    name: NameOption = None,
+    trials: TrialsOption = None,
+    epochs: EpochsOption = None,
+    limit: LimitOption = None,
+) -> None:
+    """Put a study into the database, for workers to come."""
+    settings = environment.load(storage=storage)
+    definition = definitions.load(source, name=name, trials=trials, epochs=epochs, limit=limit)
+    _, new = _create(definition, settings)
+    out.print(
+        f"study {definition.name}: {definition.trials} trials; `trialyard work {definition.name}` runs them"
+        if new
+        else f"study {definition.name} stands already, and nothing was changed",
+        markup=False,
+    )
+
+
+@app.command()
+def run(
+    source: SourceArgument,
+    storage: StorageOption = None,
+    name: NameOption = None,
+    trials: TrialsOption = None,
+    epochs: EpochsOption = None,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Create a study unless it stands, work on it here, and print the result."""
+    settings = environment.load(storage=storage)
+    definition = definitions.load(source, name=name, trials=trials, epochs=epochs, limit=limit)
+    place, _ = _create(definition, settings)
+    _work([definition.name], place, settings)
+    _print_result(definition.name, place, settings, as_json)
+
+
+@app.command()
+def work(
+    studies: Annotated[
+        list[str] | None, typer.Argument(metavar="[STUDY ...]", help="Default: all of them.")
+    ] = None,
+    storage: StorageOption = None,
+) -> None:
+    """Be a worker: run the trials of studies that stand, the oldest study first, until nothing is left."""
+    settings = environment.load(storage=storage)
+    place = database.connect(settings.url)
+    names = list(dict.fromkeys(studies or registry.names(place)))
+    unended = [name for name in names if not queries.status(name, place).ended]
+    for name in unended:
+        registry.check_data(name, place, checks.check(registry.definition_of(name, place), settings))
+    if unended:
+        _work(unended, place, settings)
+    for name in names:
+        out.print(display.progress(queries.status(name, place)), markup=False)
+
+
+@app.command()
+def status(
+    study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="Default: all of them.")] = None,
+    storage: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Counts, best so far, who is running what, time left."""
+    place = database.connect(environment.load(storage=storage).url)
+    found = [queries.status(name, place) for name in ([study] if study else registry.names(place))]
+    if as_json:
+        records = [dataclasses.asdict(one) for one in found]
+        _print_json(records[0] if study else records)
+        return
+    for one in found:
+        _print_status(one)
+
+
+@app.command()
+def best(study: StudyArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
+    """The best trial: value, hyperparameters, where its model lies."""
+    settings = environment.load(storage=storage)
+    trial = queries.best_trial(study, database.connect(settings.url))
+    if as_json:
+        _print_json(_record(study, trial, settings))
+    else:
+        _print_best(study, trial, settings)
+
+
+@app.command()
+def leaderboard(
+    study: StudyArgument,
+    storage: StorageOption = None,
+    top: Annotated[int | None, typer.Option("--top", min=1, help="Only so many.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Trials as a table, best first."""
+    rows = queries.leaderboard(study, database.connect(environment.load(storage=storage).url))[:top]
+    if as_json:
+        _print_json([dataclasses.asdict(row) for row in rows])
+    else:
+        _print_rows(rows)
+
+
+@storage_app.command("create")
+def storage_create(storage: StorageOption = None) -> None:
+    """Make the database unless it stands."""
+    url = environment.load(storage=storage).url
+    database.create(url)
+    out.print(f"the database {database.redact(url)} stands", markup=False)
+
+
+@storage_app.command("check")
+def storage_check(storage: StorageOption = None) -> None:
+    """Is the database whole, and does each study keep its promises?"""
+    url = environment.load(storage=storage).url
+    place = database.connect(url)
+    problems = database.check(place) + claims.check(place)
+    if problems:
+        raise StorageError(f"{len(problems)} problems in {database.redact(url)}: {'; '.join(problems)}")
+    out.print(
+        f"the database {database.redact(url)} is whole, with {len(registry.names(place))} studies", markup=False
+    )
+
+
+# --- what several commands do -----------------------------------------------------------------------------
+
+
+def _create(definition: Definition, settings: Settings) -> tuple[RDBStorage, bool]:
+    # Everything is checked before the database is touched, the data and a user's own model included.
+    data = checks.check(definition, settings)
+    place = database.create(settings.url)
+    return place, registry.create(definition, place, data)
+
+
+def _work(names: list[str], place: RDBStorage, settings: Settings) -> None:
+    """Works on the studies here, showing progress. Exits with 130 when a signal ended it."""
+    if all(queries.status(name, place).ended for name in names):
+        return
+    device = best_device()
+    for name in names:
+        precision, reason = precision_for(device, registry.definition_of(name, place).precision)
+        err.print(
+            f"{name}: on {device.slot} in {precision}: {reason}", markup=False, highlight=False, soft_wrap=True
+        )
+    if not worker.work(names, place, settings, [device], _watcher(names, [device.slot], place)):
+        again = "the same command goes on where it stopped"
+        err.print(f"interrupted: the running trial is back in the queue; {again}", markup=False)
+        raise typer.Exit(130)
+
+
+def _watcher(names: list[str], slots: list[str], place: RDBStorage) -> Watcher:
+    def ask(name: str) -> Status:
+        return queries.status(name, place)
+
+    return LiveTable(err, names, slots, ask) if err.is_terminal else Lines(err, ask)
+
+
+def _print_result(study: str, place: RDBStorage, settings: Settings, as_json: bool) -> None:
+    found = queries.status(study, place)
+    if found.failed:
+        err.print(f"{found.failed} trials failed: {_reasons(study, place)}", markup=False, soft_wrap=True)
+    trial = queries.best_trial(study, place)
+    if as_json:
+        _print_json(_record(study, trial, settings))
+        return
+    _print_rows(queries.leaderboard(study, place))
+    out.print()
+    _print_best(study, trial, settings)
+
+
+def _reasons(study: str, place: RDBStorage) -> str:
+    failed = place.get_all_trials(registry.study_id(study, place), states=(TrialState.FAIL,))
+    failures = [trial.user_attrs.get("failure", {}) for trial in failed]
+    reasons = dict.fromkeys(f"{failure.get('kind')}: {failure.get('message')}" for failure in failures)
+    return "; ".join(reasons)
+
+
+def _record(study: str, trial: FrozenTrial, settings: Settings) -> dict[str, Any]:
+    return {
+        "study": study,
+        "number": trial.number,
+        "value": trial.values[0],
+        "params": trial.params,
+        "user_attrs": trial.user_attrs,
+        "model": _path(trial, "model", settings),
+        "history": _path(trial, "history", settings),
+        "began": _time(trial.datetime_start),
+        "ended": _time(trial.datetime_complete),
+    }
+
+
+def _path(trial: FrozenTrial, artifact: str, settings: Settings) -> str | None:
+    below = trial.user_attrs.get(artifact)
+    return None if below is None else str(settings.artifact_folder / below)
+
+
+def _time(moment: datetime | None) -> str | None:
+    # Optuna gives naive local time; a reader elsewhere needs the offset.
+    return None if moment is None else moment.astimezone().isoformat(timespec="seconds")
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _print_best(study: str, trial: FrozenTrial, settings: Settings) -> None:
+    told = trial.user_attrs
+    judged = "test (the notebook's protocol)" if told.get("protocol") == "test" else "validation"
+    out.print(f"best of {study}: trial {trial.number}, {judged} accuracy {trial.values[0]:.4f}", markup=False)
+    out.print(f"  hyperparameters  {display.shown(trial.params)}", markup=False)
+    if "epochs" in told:
+        out.print(
+            f"  training         best epoch {told['best_epoch']} of {told['epochs']}, {told['parameters']:,} weights, "
+            f"{told['seconds']:.1f} s, {told['images_per_second']:,.0f} images/s in {told['precision']}",
+            markup=False,
+        )
+    model = _path(trial, "model", settings)
+    if model is not None:
+        out.print(f"  model            {model}", markup=False)
+
+
+def _print_rows(rows: list[Row]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row.params))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("rank", "trial", "accuracy", *names, "epochs", "weights", "seconds"):
+        table.add_column(title, justify="right", header_style="bold")
+    for row in rows:
+        told = [
+            display.shown({name: row.params[name]}).partition(" ")[2] if name in row.params else ""
+            for name in names
+        ]
+        table.add_row(
+            str(row.rank),
+            str(row.number),
+            f"{row.value:.4f}",
+            *told,
+            "" if row.epochs is None else str(row.epochs),
+            "" if row.parameters is None else f"{row.parameters:,}",
+            "" if row.seconds is None else f"{row.seconds:.1f}",
+        )
+    # Where there is no terminal the table keeps its own width: a pipe must not cut columns.
+    Console(highlight=False, width=None if out.is_terminal else 200).print(table)
+
+
+def _print_status(found: Status) -> None:
+    out.print(display.progress(found) if not found.ended else f"{found.study}: ended", style="bold", markup=False)
+    if found.protocol == "test":
+        out.print("  judged on the test set: the notebook's protocol, for comparison only", markup=False)
+    out.print(
+        f"  {found.complete} complete, {found.pruned} pruned, {found.failed} failed, {found.running} running, "
+        f"{found.waiting} waiting, budget {found.budget}",
+        markup=False,
+    )
+    if found.ended and found.best is not None:
+        out.print(f"  best {found.best:.4f} (trial {found.best_number})", markup=False)
+    for one in found.workers:
+        out.print(
+            f"  trial {one.number} on {one.slot} of {one.host} (process {one.pid}), attempt {one.attempt}, last sign "
+            f"{one.silent_seconds:.0f} s ago",
+            markup=False,
+        )
+
+
+def main() -> None:
+    """The program's entry: a user's mistake is one line, and never a traceback."""
+    try:
+        app(prog_name="trialyard")
+    except TrialyardError as error:
+        _end(str(error))
+    except (OptunaError, SQLAlchemyError) as error:
+        log.debug("the whole error", exc_info=error)
+        _end(f"the database did not answer ({error.__cause__ or error}): is it there, whole, and writable?")
+
+
+def _end(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

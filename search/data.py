@@ -1,0 +1,312 @@
+"""Datasets: loaded, checked, limited and split. Imports no Keras, so that a command can check data at once.
+
+Images stay as they are stored (uint8); the model's own first layer divides them by 255. The test arrays are not
+even read unless the definition replays the notebook's protocol.
+"""
+
+import hashlib
+import importlib
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from search.errors import DataError
+from studies.definition import Data
+
+Array = NDArray[Any]
+DOWNLOAD_SECONDS = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Images to train on and to judge by.
+
+    x_*: (n, height, width, channels), uint8 of 0 to 255, or float32 on the same scale where the source had floats.
+    y_*: (n,), int64, classes numbered from 0.
+    """
+
+    x_train: Array
+    y_train: Array
+    x_validation: Array
+    y_validation: Array
+    classes: int
+    fingerprint: str  # of the source's training arrays, before limit and split
+    validated_on: Literal["validation", "test"]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        height, width, channels = self.x_train.shape[1:]
+        return height, width, channels
+
+    def summary(self) -> dict[str, Any]:
+        """What is told of the data with a study: numbers and the fingerprint."""
+        return {
+            "fingerprint": self.fingerprint,
+            "train": len(self.y_train),
+            self.validated_on: len(self.y_validation),
+            "image_shape": list(self.image_shape),
+            "classes": self.classes,
+        }
+
+
+def load(name: str, data: Data, folders: Sequence[Path]) -> Dataset:
+    """The dataset `name` (see `studies.definition`), as `data` wants it.
+
+    Files are looked for in `folders`; mnist and fashion_mnist are downloaded to the last of them where they are in
+    none. Raises DataError, with the way out in its one sentence.
+    """
+    arrays = _source(name, folders)
+    keys = ("x_train", "y_train") + (("x_test", "y_test") if data.validation == "test" else ())
+    raw = {key: _array(arrays, key, name) for key in keys}
+    x, y = _pair(raw["x_train"], raw["y_train"], name, "x_train", "y_train")
+    fingerprint = _fingerprint(x, y)
+    classes = int(y.max()) + 1
+    if data.limit is not None and data.limit < len(y):
+        x, _, y, _ = _split(x, y, len(y) - data.limit, data.seed, f"data.limit = {data.limit}", name)
+    if data.validation == "test":
+        x_validation, y_validation = _pair(raw["x_test"], raw["y_test"], name, "x_test", "y_test")
+        if x_validation.shape[1:] != x.shape[1:] or y_validation.max() >= classes:
+            raise DataError(
+                f"{name}: x_test has images of {x_validation.shape[1:]} in {int(y_validation.max()) + 1} classes, and "
+                f"x_train of {x.shape[1:]} in {classes}: both must be of one kind"
+            )
+    else:
+        share = f"data.validation = {data.validation:g}"
+        held_out = round(len(y) * data.validation)
+        x, x_validation, y, y_validation = _split(x, y, held_out, data.seed, share, name)
+    return Dataset(
+        x_train=x,
+        y_train=y,
+        x_validation=x_validation,
+        y_validation=y_validation,
+        classes=classes,
+        fingerprint=fingerprint,
+        validated_on="test" if data.validation == "test" else "validation",
+    )
+
+
+# --- where the arrays come from ---------------------------------------------------------------------------
+
+_Arrays = Mapping[str, Callable[[], Array]]  # read on demand: reading a test array is a decision
+
+
+def _source(name: str, folders: Sequence[Path]) -> _Arrays:
+    if name == "digits":
+        return _digits()
+    if ":" in name:
+        return _from_function(name)
+    if name.endswith(".npz"):
+        here = Path(name)
+        found = here if here.is_file() else _find(here.name, folders)
+        if found is None:
+            looked = ", ".join(map(str, folders))
+            raise DataError(
+                f"the data file {name} does not exist, nor is there one of its name in {looked}: "
+                "correct dataset, or put its folder into TRIALYARD_DATA"
+            )
+        return _from_file(found)
+    return _from_file(_find(f"{name}.npz", folders) or _download(name, folders[-1]))
+
+
+def _find(file: str, folders: Sequence[Path]) -> Path | None:
+    return next((folder / file for folder in folders if (folder / file).is_file()), None)
+
+
+def _digits() -> _Arrays:
+    """Scikit-learn's 1,797 handwritten digits, 8x8 with values of 0 to 16, brought to 28x28 and 0 to 255.
+
+    The source has no test set: every fifth image (359) is set apart as one.
+    """
+    source = load_digits()
+    images = _enlarged(source.images.astype(np.float64) * (255.0 / 16.0), 28)
+    x, y = np.rint(images).astype(np.uint8)[..., np.newaxis], source.target
+    test = np.arange(len(y)) % 5 == 4
+    return {
+        "x_train": lambda: x[~test],
+        "y_train": lambda: y[~test],
+        "x_test": lambda: x[test],
+        "y_test": lambda: y[test],
+    }
+
+
+def _enlarged(images: Array, size: int) -> Array:
+    """(n, s, s) -> (n, size, size), bilinear, pixel centres aligned as in PIL and OpenCV."""
+    side = images.shape[1]
+    at = np.clip((np.arange(size) + 0.5) * side / size - 0.5, 0, side - 1)
+    low = np.minimum(at.astype(int), side - 2)
+    share = at - low
+    rows = images[:, low, :] * (1 - share)[:, None] + images[:, low + 1, :] * share[:, None]
+    result: Array = rows[:, :, low] * (1 - share) + rows[:, :, low + 1] * share
+    return result
+
+
+def _from_file(path: Path) -> _Arrays:
+    try:
+        archive = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise DataError(f"the data file {path} cannot be read ({error.strerror or error}): check it") from None
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        archive = None
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise DataError(f"the data file {path} is no .npz: write it with numpy.savez(x_train=..., y_train=...)")
+
+    def reader(key: str) -> Callable[[], Array]:
+        def read() -> Array:
+            try:
+                return np.asarray(archive[key])
+            except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+                raise DataError(
+                    f"the array {key} in {path} cannot be read ({error}): write plain numbers, without pickling"
+                ) from None
+
+        return read
+
+    return {key: reader(key) for key in archive.files}
+
+
+def _from_function(name: str) -> _Arrays:
+    """What ``package.module:function`` gives, called without arguments, as `keras.datasets.*.load_data` does."""
+    function = import_function(name, DataError)
+    try:
+        (x_train, y_train), (x_test, y_test) = function()
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a user's own code may raise anything
+        raise DataError(
+            f"{name} must give ((x_train, y_train), (x_test, y_test)), and ended in "
+            f"{type(error).__name__}: {' '.join(str(error).split())}; correct it there"
+        ) from error
+    return {
+        "x_train": lambda: np.asarray(x_train),
+        "y_train": lambda: np.asarray(y_train),
+        "x_test": lambda: np.asarray(x_test),
+        "y_test": lambda: np.asarray(y_test),
+    }
+
+
+def import_function(name: str, kind: type[Exception]) -> Callable[..., Any]:
+    """The function that ``package.module:function`` names; `kind` is raised where it cannot be imported."""
+    module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # people's own modules lie where they work
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # noqa: BLE001 - importing runs a user's code
+        raise kind(
+            f"{name} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}): is the module in "
+            "this folder, on PYTHONPATH or installed, and the function in it?"
+        ) from error
+    if not callable(function):
+        raise kind(f"{name} is a {type(function).__name__}, not a function: name one")
+    return function  # type: ignore[no-any-return]
+
+
+def _download(name: str, folder: Path) -> Path:
+    """Has Keras download `name`, in a process of its own, and keeps it as ``<folder>/<name>.npz``."""
+    result = subprocess.run(
+        [sys.executable, "-m", "search.download", name, str(folder / f"{name}.npz")],
+        capture_output=True,
+        text=True,
+        timeout=DOWNLOAD_SECONDS,
+        check=False,
+    )
+    if result.returncode != 0:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise DataError(
+            f"{name}.npz is in no folder of TRIALYARD_DATA and cannot be downloaded ({reason[:200]}): put the file into "
+            "a folder and set TRIALYARD_DATA to it, or try the study `digits`, which needs no network"
+        )
+    return folder / f"{name}.npz"
+
+
+# --- the checks -------------------------------------------------------------------------------------------
+
+
+def _array(arrays: _Arrays, key: str, name: str) -> Array:
+    if key not in arrays:
+        raise DataError(
+            f"{name} has no array {key!r}, only {', '.join(arrays) or 'none at all'}: "
+            "it needs x_train and y_train, and x_test and y_test to be confirmed on"
+        )
+    return arrays[key]()
+
+
+def _pair(x: Array, y: Array, name: str, x_name: str, y_name: str) -> tuple[Array, Array]:
+    """Images as (n, h, w, c) on the scale 0 to 255, labels as (n,) int64."""
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]  # as keras.datasets.cifar10 gives them
+    if x.ndim == 3:
+        x = x[..., np.newaxis]
+    if x.ndim != 4 or min(x.shape) == 0:
+        raise DataError(
+            f"{name}: {x_name} has the shape {x.shape}, and images must be (n, height, width) or "
+            "(n, height, width, channels): reshape it"
+        )
+    if y.ndim != 1:
+        raise DataError(f"{name}: {y_name} has the shape {y.shape}, and labels must be (n,): give class numbers")
+    if len(x) != len(y):
+        raise DataError(
+            f"{name}: {x_name} has {len(x)} images and {y_name} {len(y)} labels: there must be one label an image"
+        )
+    return _scaled(x, f"{name}: {x_name}"), _labels(y, f"{name}: {y_name}")
+
+
+def _scaled(x: Array, what: str) -> Array:
+    if x.dtype == np.uint8:
+        return x
+    if not (np.issubdtype(x.dtype, np.floating) or np.issubdtype(x.dtype, np.integer)):
+        raise DataError(f"{what} is of type {x.dtype}, and images must be numbers: convert it to uint8")
+    if not np.isfinite(x).all():
+        raise DataError(f"{what} has NaN or infinite values: replace them")
+    low, high = x.min(), x.max()
+    if np.issubdtype(x.dtype, np.integer):
+        if low < 0 or high > 255:
+            raise DataError(
+                f"{what} has values from {low} to {high}, and images must be from 0 to 255: rescale it"
+            )
+        return x.astype(np.uint8)
+    if low < 0.0 or high > 1.0:
+        raise DataError(
+            f"{what} has real values from {low:g} to {high:g}, and they must be from 0 to 1: divide them, or give uint8"
+        )
+    return x.astype(np.float32) * np.float32(255.0)
+
+
+def _labels(y: Array, what: str) -> Array:
+    if not np.issubdtype(y.dtype, np.number) or not np.isfinite(y).all() or (y != np.floor(y)).any():
+        raise DataError(f"{what} has labels that are no whole numbers: give class numbers from 0")
+    if y.min() < 0:
+        raise DataError(f"{what} has the label {y.min()}, and classes are numbered from 0: shift them")
+    return y.astype(np.int64)
+
+
+def _split(x: Array, y: Array, apart: int, seed: int, what: str, name: str) -> tuple[Array, Array, Array, Array]:
+    """Sets `apart` images apart, each class with its share."""
+    try:
+        indices = train_test_split(np.arange(len(y)), test_size=apart, stratify=y, random_state=seed)
+    except ValueError as error:
+        raise DataError(
+            f"{name}: {what} cannot split {len(y)} images of {len(np.unique(y))} classes so that each class is in "
+            f"both parts ({error}): use more images, or another share"
+        ) from None
+    kept, held_out = (np.sort(part) for part in indices)
+    return x[kept], x[held_out], y[kept], y[held_out]
+
+
+def _fingerprint(x: Array, y: Array) -> str:
+    digest = hashlib.sha256()
+    for array in (x, y):
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,192 @@
+"""What people see while a worker works: a live table in a terminal, plain lines elsewhere, or nothing."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from search.records import Epoch
+from storage.claims import Claim
+from studies.queries import Status
+
+STATUS_SECONDS = 2.0  # how often the live table asks the database
+
+
+class Watcher:
+    """Told of everything by the slots' threads; this one keeps quiet."""
+
+    def __enter__(self) -> "Watcher":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
+        """A trial begins, or begins again."""
+
+    def epoch(self, claim: Claim, record: Epoch) -> None:
+        """An epoch of it has ended."""
+
+    def ended(self, claim: Claim, trial: FrozenTrial) -> None:
+        """It is over, or back in the queue."""
+
+    def tick(self) -> None:
+        """Called by the worker's main thread now and then."""
+
+
+class Lines(Watcher):
+    """A plain line an event, for logs and pipes."""
+
+    def __init__(self, console: Console, status: Callable[[str], Status]) -> None:
+        self._console, self._status = console, status
+        self._epochs: dict[tuple[str, int], int] = {}
+
+    def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
+        """Prints the trial's hyperparameters."""
+        self._epochs[claim.study, claim.number] = epochs
+        again = f" (attempt {claim.attempt})" if claim.attempt > 1 else ""
+        self._print(f"{claim.study} trial {claim.number} begins{again}: {shown(point)}")
+
+    def epoch(self, claim: Claim, record: Epoch) -> None:
+        """Prints the epoch's accuracies and speed."""
+        self._print(
+            f"{claim.study} trial {claim.number} epoch {record.epoch}/{self._epochs[claim.study, claim.number]}: "
+            f"accuracy {record.accuracy:.4f}, validation {record.val_accuracy:.4f}, "
+            f"{record.images_per_second:,.0f} images/s"
+        )
+
+    def ended(self, claim: Claim, trial: FrozenTrial) -> None:
+        """Prints how it ended, and where the study stands."""
+        status = self._status(claim.study)
+        best = "none yet" if status.best is None else f"{status.best:.4f} (trial {status.best_number})"
+        done = status.complete + status.pruned + status.failed
+        self._print(
+            f"{claim.study} trial {claim.number} {ending(trial)}; {done} of {status.budget} done, best {best}"
+        )
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass
+class _Slot:
+    claim: Claim
+    point: dict[str, Any]
+    epochs: int
+    record: Epoch | None = None
+
+
+class LiveTable(Watcher):
+    """A table that is drawn over itself: the studies' progress, and what each slot is at."""
+
+    def __init__(
+        self, console: Console, studies: list[str], slots: list[str], status: Callable[[str], Status]
+    ) -> None:
+        self._console, self._studies, self._status = console, studies, status
+        self._slots: dict[str, _Slot | None] = dict.fromkeys(slots)
+        self._statuses: dict[str, Status] = {}
+        self._asked = 0.0
+        self._lock = threading.Lock()  # the slots' threads write, the drawing thread reads
+        self._live = Live(get_renderable=self._drawn, console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> "LiveTable":
+        self.tick()
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
+        """Shows the trial in its slot's row."""
+        with self._lock:
+            self._slots[claim.worker.slot] = _Slot(claim, point, epochs)
+
+    def epoch(self, claim: Claim, record: Epoch) -> None:
+        """Shows the epoch in its slot's row."""
+        with self._lock:
+            slot = self._slots[claim.worker.slot]
+            if slot is not None:
+                slot.record = record
+
+    def ended(self, claim: Claim, trial: FrozenTrial) -> None:
+        """Leaves a line above the table, and empties the slot's row."""
+        with self._lock:
+            self._slots[claim.worker.slot] = None
+            self._asked = 0.0
+        line = f"{claim.study} trial {claim.number} {ending(trial)}  {shown(trial.params)}"
+        self._console.print(line, markup=False, highlight=False)
+
+    def tick(self) -> None:
+        """Asks the database where the studies stand, now and then."""
+        if time.monotonic() - self._asked < STATUS_SECONDS:
+            return
+        statuses = {study: self._status(study) for study in self._studies}
+        with self._lock:
+            self._statuses, self._asked = statuses, time.monotonic()
+
+    def _drawn(self) -> Group:
+        with self._lock:
+            lines = [Text(progress(status), style="bold") for status in self._statuses.values()]
+            table = Table(box=None, padding=(0, 2, 0, 0))
+            for title in ("slot", "trial", "epoch", "validation", "images/s", "hyperparameters"):
+                table.add_column(title, header_style="dim", no_wrap=title != "hyperparameters")
+            for name, slot in self._slots.items():
+                if slot is None:
+                    table.add_row(name, "-", "", "", "", "")
+                    continue
+                record = slot.record
+                table.add_row(
+                    name,
+                    str(slot.claim.number),
+                    f"{record.epoch if record else 0}/{slot.epochs}",
+                    f"{record.val_accuracy:.4f}" if record else "starting",
+                    f"{record.images_per_second:,.0f}" if record else "",
+                    shown(slot.point),
+                )
+        return Group(*lines, table)
+
+
+def progress(status: Status) -> str:
+    """One line: trials done of the budget, the best so far, the time left."""
+    done = status.complete + status.pruned + status.failed
+    best = "none yet" if status.best is None else f"{status.best:.4f} (trial {status.best_number})"
+    return f"{status.study}: {done} of {status.budget} trials, best {best}, {_left(status.seconds_left)}"
+
+
+def _left(seconds: float | None) -> str:
+    if seconds is None:
+        return "time left unknown"
+    if seconds < 90:
+        return f"about {seconds:.0f} s left"
+    if seconds < 5400:
+        return f"about {seconds / 60:.0f} min left"
+    return f"about {seconds / 3600:.1f} h left"
+
+
+def ending(trial: FrozenTrial) -> str:
+    """How a trial ended, in a few words."""
+    if trial.state == TrialState.COMPLETE:
+        return f"complete: {trial.values[0]:.4f}"
+    if trial.state == TrialState.PRUNED:
+        return f"pruned after epoch {trial.last_step}"
+    if trial.state == TrialState.FAIL:
+        failure = trial.user_attrs.get("failure", {})
+        return f"failed ({failure.get('kind', 'unknown')}): {failure.get('message', 'no reason was stored')}"
+    return "is back in the queue" if trial.state == TrialState.WAITING else "runs elsewhere"
+
+
+def shown(point: dict[str, Any]) -> str:
+    """Hyperparameters on one line, real numbers with four digits."""
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in point.items())

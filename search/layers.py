@@ -1,0 +1,3 @@
+from keras.layers import BatchNormalization, Dropout
+
+__all__ = ["BatchNormalization", "Dropout"]

@@ -1,0 +1,167 @@
+"""The models: one function from hyperparameters to a compiled keras.Model. Uses only ``keras.*``.
+
+Notable: images come in as they are stored and the first layer divides by 255; a dropout layer exists where a rate
+is given, 0.0 included; the softmax is computed in float32 whatever the precision of the rest.
+
+The notebook's values give the notebook's models, to the parameter: 668,810 (depth 3), 154,186 (5), 2,980,682 (7),
+1,199,882 (mnist_cnn).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+from keras import layers
+
+from search.data import import_function
+from search.errors import ModelError
+from search.layers import BatchNormalization, Dropout
+
+Hyperparameters = Mapping[str, Any]
+
+BATCH_SIZE = 128  # the notebook's
+LEARNING_RATE = 0.001  # Adam's default, there and here
+
+
+def build(
+    name: str,
+    hyperparameters: Hyperparameters,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    *,
+    plain: bool = False,
+) -> keras.Model:
+    """A compiled model that takes (n, height, width, channels) on 0 to 255 and gives (n, classes) probabilities.
+
+    `plain` builds it of Keras's own layers alone, with the same weights in the same order: the form that is saved,
+    which loads where there is no Trialyard.
+
+    Raises ModelError where a user's own function fails or gives no model, or the images are too small.
+    """
+    if ":" in name:
+        return _own(name, hyperparameters, image_shape, classes)
+    batch_norm, dropout = (layers.BatchNormalization, layers.Dropout) if plain else (BatchNormalization, Dropout)
+    body = _convnet if name == "convnet" else _mnist_cnn
+    stack = body(hyperparameters, batch_norm, dropout)
+    try:
+        model = keras.Sequential(
+            [
+                keras.Input(image_shape, name="images"),
+                layers.Rescaling(1.0 / 255.0),
+                *stack,
+                layers.Dense(classes),
+                # Probabilities in bfloat16 would have three digits.
+                layers.Activation("softmax", dtype="float32"),
+            ]
+        )
+    except ValueError as error:
+        raise ModelError(
+            f"{name} cannot be built for images of {image_shape[0]}x{image_shape[1]} "
+            f"({str(error).splitlines()[0]}): they are too small for its convolutions"
+        ) from error
+    _compile(model, hyperparameters)
+    return model
+
+
+def _convnet(h: Hyperparameters, batch_norm: Any, dropout: Any) -> list[layers.Layer]:
+    """The notebook's ConvNets of depth 3, 5 and 7: everything between the rescaling and the last Dense."""
+    depth = h["depth"]
+    everywhere = h.get("dropout")
+    conv_rate = h.get("conv_dropout", everywhere)
+    # Only the shallow model has a place after Dense 128 that `dropout` fills; named, `dense_dropout` opens it.
+    dense_rate = h.get("dense_dropout", everywhere if depth == 3 else None)
+
+    def conv(filters: int, kernel: int) -> layers.Layer:
+        return layers.Conv2D(max(1, round(filters * h.get("width", 1.0))), kernel, activation="relu")
+
+    def pool() -> layers.Layer:
+        return layers.MaxPooling2D(2)
+
+    def norm() -> list[layers.Layer]:
+        wanted = h.get("batch_norm", depth != 3)
+        return [batch_norm(momentum=h.get("batch_norm_momentum", 0.99))] if wanted else []
+
+    def drop(rate: float | None) -> list[layers.Layer]:
+        return [dropout(rate)] if rate is not None and h.get("dropout_layers", True) else []
+
+    if depth == 3:
+        convolutions = [conv(32, 7), conv(64, 5), pool(), conv(128, 5), *norm(), *drop(conv_rate)]
+    elif depth == 5:
+        convolutions = [
+            *(conv(32, 3), conv(32, 3), *drop(conv_rate), pool()),
+            *(conv(32, 5), *norm()),
+            *(conv(64, 3), *drop(conv_rate), pool()),
+            *(conv(128, 2), *norm()),
+        ]
+    else:
+        convolutions = [
+            *(conv(32, 3), conv(32, 3), conv(32, 3), *drop(conv_rate)),
+            *(conv(64, 3), conv(64, 3), *drop(conv_rate), *norm()),
+            *(conv(64, 5), conv(128, 2), *norm()),
+        ]
+    return [*convolutions, layers.Flatten(), layers.Dense(128, activation="relu"), *drop(dense_rate)]
+
+
+def _mnist_cnn(h: Hyperparameters, batch_norm: Any, dropout: Any) -> list[layers.Layer]:
+    """The example that the notebook credits (keras-team/keras, examples/mnist_cnn.py)."""
+    width = h.get("width", 1.0)
+    return [
+        layers.Conv2D(max(1, round(32 * width)), 3, activation="relu"),
+        layers.Conv2D(max(1, round(64 * width)), 3, activation="relu"),
+        layers.MaxPooling2D(2),
+        dropout(h.get("conv_dropout", h.get("dropout", 0.25))),
+        layers.Flatten(),
+        layers.Dense(128, activation="relu"),
+        dropout(h.get("dense_dropout", h.get("dropout", 0.5))),
+    ]
+
+
+def _own(
+    name: str, hyperparameters: Hyperparameters, image_shape: tuple[int, int, int], classes: int
+) -> keras.Model:
+    function = import_function(name, ModelError)
+    try:
+        model = function(dict(hyperparameters), image_shape, classes)
+    except Exception as error:  # noqa: BLE001 - a user's own code may raise anything
+        raise ModelError(
+            f"{name} failed to build a model of {dict(hyperparameters)} for images of {image_shape} "
+            f"({type(error).__name__}: {' '.join(str(error).split())}): correct it there"
+        ) from error
+    if not isinstance(model, keras.Model):
+        raise ModelError(f"{name} gave a {type(model).__name__}, and must give a keras.Model")
+    if not getattr(model, "compiled", False):
+        _compile(model, hyperparameters)
+    return model
+
+
+def _compile(model: keras.Model, h: Hyperparameters) -> None:
+    model.compile(
+        optimizer=_optimizer(h),
+        loss=keras.losses.CategoricalCrossentropy(label_smoothing=h.get("label_smoothing", 0.0)),
+        metrics=["accuracy"],
+        # On CPUs, XLA made a step seven times slower than oneDNN's own kernels; JAX has no other way.
+        jit_compile=False if keras.backend.backend() == "tensorflow" and not _on_gpu() else "auto",
+    )
+
+
+def _on_gpu() -> bool:
+    return any(device.startswith("gpu") for device in keras.distribution.list_devices("gpu"))
+
+
+def _optimizer(h: Hyperparameters) -> keras.optimizers.Optimizer:
+    kinds = {
+        "adam": keras.optimizers.Adam,
+        "adamw": keras.optimizers.AdamW,
+        "nadam": keras.optimizers.Nadam,
+        "rmsprop": keras.optimizers.RMSprop,
+        "sgd": keras.optimizers.SGD,
+        "adadelta": keras.optimizers.Adadelta,
+        "adagrad": keras.optimizers.Adagrad,
+    }
+    name = h.get("optimizer", "adam")
+    options: dict[str, Any] = {"learning_rate": h.get("learning_rate", LEARNING_RATE)}
+    if "weight_decay" in h:
+        options["weight_decay"] = h["weight_decay"]
+    if "momentum" in h and name in ("sgd", "rmsprop"):
+        options["momentum"] = h["momentum"]
+    return kinds[name](**options)

@@ -1,0 +1,36 @@
+"""Every mistake that a user can make ends in one of these, as one sentence that says what to do next.
+
+TrialyardError
+├── SettingsError      a TRIALYARD_* variable does not fit
+├── StorageError       the database cannot be reached, opened or written
+├── ClaimLost          another worker holds this trial now (never shown to a user: the result is dropped)
+├── DefinitionError    (studies) a definition breaks a rule
+├── StudyError         (studies) no such study, or it stands with another definition
+├── DataError          (search) images or labels cannot be loaded or do not fit
+└── ModelError         (search) a model cannot be imported or built
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrialyardError(Exception):
+    """Base of all errors above; the command line prints it as one line and exits with 1."""
+
+
+class SettingsError(TrialyardError):
+    """A TRIALYARD_* environment variable has a value that cannot be used."""
+
+
+class StorageError(TrialyardError):
+    """The database cannot be reached, opened or written."""
+
+
+class ClaimLost(TrialyardError):  # noqa: N818 - it is an event, not a mistake
+    """The trial was taken over by another worker while this one was silent."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'depth'?"`` for the known name that is most like `name`, or ``""`` if none is."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,67 @@
+"""TRIALYARD_* environment variables: where this machine keeps and finds things."""
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from storage.errors import SettingsError
+
+
+class Settings(BaseSettings):
+    """What the environment says; every field has the twin ``TRIALYARD_<FIELD>``.
+
+    Without any setting all lives in ``./yard``: ``studies.db``, ``artifacts/``, ``data/`` and ``logs/``.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="TRIALYARD_", env_ignore_empty=True, frozen=True)
+
+    home: Path = Path("yard")
+    storage: str | None = None  # the database's URL; sqlite:///<home>/studies.db without it
+    artifacts: Path | None = None  # folder of models and histories; <home>/artifacts without it
+    data: Annotated[tuple[Path, ...], NoDecode] = ()  # folders with <name>.npz, separated as PATH is
+    beat_seconds: float = Field(default=10.0, gt=0)  # how often a running trial is beaten for
+    grace_seconds: float = Field(default=60.0, gt=0)  # silence after which a trial is claimed again
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _folders(cls, value: Any) -> Any:
+        return tuple(Path(part) for part in value.split(os.pathsep)) if isinstance(value, str) else value
+
+    @cached_property
+    def url(self) -> str:
+        """The database's URL."""
+        return self.storage or f"sqlite:///{self.home.absolute() / 'studies.db'}"
+
+    @cached_property
+    def artifact_folder(self) -> Path:
+        """Absolute folder under which every study has one of its own."""
+        return (self.artifacts or self.home / "artifacts").absolute()
+
+    @cached_property
+    def data_folders(self) -> tuple[Path, ...]:
+        """Where data files are looked for, in this order: TRIALYARD_DATA, then what was downloaded."""
+        return (*(folder.absolute() for folder in self.data), self.home.absolute() / "data")
+
+    @cached_property
+    def log_folder(self) -> Path:
+        """Where the trainer processes write what they print."""
+        return self.home.absolute() / "logs"
+
+
+def load(**overrides: Any) -> Settings:
+    """The settings of this process; an override that is None counts as not given.
+
+    Raises SettingsError where a variable has a value of the wrong kind.
+    """
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = f"TRIALYARD_{str(first['loc'][0]).upper()}" if first["loc"] else "the settings"
+        raise SettingsError(
+            f"{name} = {first['input']!r} cannot be used: {first['msg']}; correct or unset it"
+        ) from None

@@ -1,0 +1,518 @@
+"""The definition: the file that says what a study searches. Read from TOML, checked, kept as JSON.
+
+Whatever comes in, either a `Definition` goes out or one `DefinitionError`, which names the key, its value, the
+rule and the way out.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+from storage.errors import nearest
+from studies import models
+from studies.errors import DefinitionError
+from studies.space import (
+    GRID_LIMIT,
+    Choice,
+    Finite,
+    Float,
+    Int,
+    Point,
+    Scalar,
+    Space,
+    Whole,
+    broken_rule,
+    grid,
+    in_order,
+    parameter_class,
+)
+
+DATASETS = ("mnist", "fashion_mnist", "digits")
+FUNCTION = "package.module:function"
+
+Precision = Literal["auto", "float32", "mixed_bfloat16"]
+SamplerKind = Literal["tpe", "gp", "random", "qmc", "cmaes", "nsga2", "grid", "points"]
+PrunerKind = Literal["hyperband", "asha", "median", "wilcoxon", "none"]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Table):
+    """Which images are trained on, and which a trial is judged by."""
+
+    # Share of the training images, stratified; "test" replays the notebook's protocol and is marked as such.
+    validation: Annotated[Finite, Field(gt=0, lt=1)] | Literal["test"] = 0.1
+    limit: Annotated[Whole, Field(ge=1)] | None = None  # use only so many training images
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0  # of the limit's choice and the split
+
+
+class Budget(_Table):
+    """How much the study may spend."""
+
+    trials: Annotated[Whole, Field(ge=1, le=1_000_000)] | None = None
+    epochs: Annotated[Whole, Field(ge=1, le=100_000)] = 20
+    trial_minutes: Annotated[Finite, Field(gt=0)] | None = None
+    hours: Annotated[Finite, Field(gt=0)] | None = None
+
+
+class Sampler(_Table):
+    """Which sampler proposes hyperparameters. Trial n's is seeded from (seed, n)."""
+
+    kind: SamplerKind = "tpe"
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
+
+
+class Pruner(_Table):
+    """Which pruner ends hopeless trials early."""
+
+    kind: PrunerKind = "none"
+
+
+def _tag(raw: Any) -> str | None:
+    if isinstance(raw, (Float, Int, Choice)):
+        return type(raw).__name__
+    return parameter_class(raw).__name__ if isinstance(raw, dict) else None
+
+
+_Parameter = Annotated[
+    Annotated[Float, Tag("Float")] | Annotated[Int, Tag("Int")] | Annotated[Choice, Tag("Choice")],
+    Discriminator(_tag),
+]
+_Key = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+
+
+class Definition(_Table):
+    """A checked definition. The database holds it as JSON."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    description: Annotated[str, Field(max_length=2000)] = ""
+    dataset: Annotated[str, Field(min_length=1, max_length=1000)]
+    model: Annotated[str, Field(min_length=1, max_length=1000)]
+    precision: Precision = "auto"
+    data: Data = Data()
+    budget: Budget = Budget()
+    space: dict[_Key, _Parameter]
+    fixed: dict[_Key, Scalar] = {}
+    sampler: Sampler = Sampler()
+    pruner: Pruner = Pruner()
+    points: tuple[dict[_Key, Scalar], ...] = ()
+
+    def queue(self) -> list[Point]:
+        """The points that are tried first, in this order, none twice: the listed ones, then a grid's."""
+        queued = [self._typed(point) for point in self.points]
+        if self.sampler.kind == "grid":
+            queued += [point for point in grid(self.space) if point not in queued]
+        return queued
+
+    @property
+    def trials(self) -> int:
+        """The budget in trials: all points of a grid or list unless fewer are asked for."""
+        if self.sampler.kind in ("grid", "points"):
+            size = len(self.queue())
+            return size if self.budget.trials is None else min(size, self.budget.trials)
+        assert self.budget.trials is not None  # _check refuses it
+        return self.budget.trials
+
+    def to_json(self) -> dict[str, Any]:
+        """What the database holds; `from_json` gives the same definition back."""
+        return self.model_dump(mode="json")
+
+    def _typed(self, point: Mapping[str, Any]) -> Point:
+        # `dropout = 0` in a point means 0.0 where dropout is a real number.
+        return {
+            name: float(value) if isinstance(self.space[name], Float) else value for name, value in point.items()
+        }
+
+
+def catalog() -> dict[str, "Definition"]:
+    """The ready definitions, by name."""
+    folder = resources.files("studies") / "catalog"
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda file: file.name)
+    found = [parse(file.read_text(encoding="utf-8"), source=file.name) for file in files]
+    return {definition.name: definition for definition in found}
+
+
+def load(name_or_file: str, **overrides: Any) -> Definition:
+    """The definition of the catalog that has this name, or of the TOML file at this path.
+
+    `overrides` (name, trials, epochs, limit) that are not None replace what it says. Raises DefinitionError.
+    """
+    folder = resources.files("studies") / "catalog"
+    ready = sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+    if name_or_file in ready:
+        text = (folder / f"{name_or_file}.toml").read_text(encoding="utf-8")
+        return parse(text, source=name_or_file, **overrides)
+    path = Path(name_or_file)
+    if not path.suffix == ".toml" and not path.is_file():
+        raise DefinitionError(
+            f"{name_or_file!r} is neither a file nor in the catalog ({', '.join(ready)})"
+            f"{nearest(name_or_file, ready) or '; `trialyard catalog` describes them'}"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DefinitionError(f"{path} is no text in UTF-8: a definition is a TOML file") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise DefinitionError(f"{path} cannot be read ({reason}): give the path of a TOML file") from None
+    return parse(text, source=str(path), folder=path.parent, **overrides)
+
+
+def parse(
+    text: str, *, source: str = "the definition", folder: Path | None = None, **overrides: Any
+) -> Definition:
+    """The definition in `text` (TOML).
+
+    A data file is looked for beside the definition, in `folder`, too. Raises DefinitionError.
+    """
+    try:
+        raw = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise DefinitionError(f"{source} is no TOML ({reason}): correct it there") from None
+    if folder is not None and isinstance(raw.get("dataset"), str) and raw["dataset"].endswith(".npz"):
+        beside = (folder / raw["dataset"]).absolute()
+        if "\0" not in raw["dataset"] and beside.is_file():
+            raw["dataset"] = str(beside)
+    _override(raw, overrides)
+    return _checked(raw, source)
+
+
+def from_json(raw: Mapping[str, Any]) -> Definition:
+    """The definition that the database holds. Raises DefinitionError where this version cannot read it."""
+    return _checked(raw, f"the stored definition of {raw.get('name')!r}")
+
+
+def differences(one: Definition, other: Definition) -> list[str]:
+    """The keys, with both values, in which two definitions differ so that their trials are not comparable.
+
+    The budget in trials and time may differ, and so may the description.
+    """
+    may_differ = {"description", "budget.trials", "budget.hours", "budget.trial_minutes"}
+    left, right = _flat(one.to_json()), _flat(other.to_json())
+    return [
+        f"{key} = {json.dumps(left.get(key))} there and {json.dumps(right.get(key))} here"
+        for key in [*left, *(key for key in right if key not in left)]
+        if key not in may_differ and left.get(key) != right.get(key)
+    ]
+
+
+def _override(raw: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    places = {"name": None, "trials": "budget", "epochs": "budget", "limit": "data"}
+    for key, value in overrides.items():
+        table = places[key]
+        if value is None:
+            continue
+        if table is None:
+            raw[key] = value
+        elif isinstance(raw.setdefault(table, {}), dict):
+            raw[table][key] = value
+
+
+def _flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+# --- the checks -------------------------------------------------------------------------------------------
+
+
+def _checked(raw: Mapping[str, Any], source: str) -> Definition:
+    try:
+        definition = Definition.model_validate(raw)
+    except ValidationError as error:
+        raise DefinitionError(f"{source}: {_sentence(error)}") from None
+    except RecursionError:
+        raise DefinitionError(f"{source} is nested too deep: write it as the README shows") from None
+    for check in (
+        _check_source,
+        _check_names,
+        _check_conditions,
+        _check_rules,
+        _check_sampler,
+        _check_points,
+    ):
+        problem = check(definition)
+        if problem:
+            raise DefinitionError(f"{source}: {problem}")
+    return definition
+
+
+def _check_source(definition: Definition) -> str | None:
+    dataset, model = definition.dataset, definition.model
+    if not (dataset in DATASETS or dataset.endswith(".npz") or _is_function(dataset)):
+        return (
+            f"dataset = {_shown(dataset)} must be one of {', '.join(DATASETS)}, the path of an .npz file, or "
+            f'"{FUNCTION}"{nearest(dataset, DATASETS)}'
+        )
+    if not (model in models.NAMES or _is_function(model)):
+        return (
+            f'model = {_shown(model)} must be one of {", ".join(models.NAMES)}, or "{FUNCTION}"'
+            f"{nearest(model, models.NAMES)}"
+        )
+    if "\0" in dataset:
+        return f"dataset = {_shown(dataset)} is no path: take the zero byte out"
+    return None
+
+
+def _is_function(name: str) -> bool:
+    module, colon, function = name.partition(":")
+    return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _check_names(definition: Definition) -> str | None:
+    if not definition.space:
+        return "space is empty, so there is nothing to search: name a hyperparameter with a range or choices"
+    for name in definition.fixed:
+        if name in definition.space:
+            return f"fixed.{name} = {_shown(definition.fixed[name])} is in [space] too: leave one of them out"
+    rules = models.rules(definition.model)
+    if rules is not None:
+        for table, names in (("space", definition.space), ("fixed", definition.fixed)):
+            for name in names:
+                if name not in rules:
+                    return (
+                        f"{table}.{name}: the model {definition.model} has no hyperparameter {name!r}; it has "
+                        f"{', '.join(rules)}{nearest(name, rules)}"
+                    )
+        if "depth" in rules and "depth" not in (*definition.space, *definition.fixed):
+            return f"depth is missing: give it in [space] or [fixed], one of {', '.join(map(str, models.DEPTHS))}"
+        depth = definition.space.get("depth")
+        if depth is not None and depth.when:
+            return f"space.depth.when = {_shown(depth.when)}: a convnet always needs its depth: leave `when` out"
+    return None
+
+
+def _check_conditions(definition: Definition) -> str | None:
+    space = definition.space
+    for name, parameter in space.items():
+        for other, values in parameter.when.items():
+            key = f"space.{name}.when.{other}"
+            if other == name:
+                return f"{key}: a parameter cannot depend on itself: name another one"
+            if other not in space:
+                return f"{key}: there is no {other!r} in [space] to depend on{nearest(other, space)}"
+            if isinstance(space[other], Float):
+                return f"{key}: {other!r} is a real number, and `when` needs one with choices, or a whole number"
+            if not values:
+                return f"{key} = [] names no value: list at least one"
+            for value in values:
+                broken = broken_rule(space[other], value)
+                if broken:
+                    return f"{key} = {_shown(value)} {broken}, as space.{other} says"
+    try:
+        in_order(space)
+    except ValueError as circle:
+        return f"space.{circle}.when goes in a circle: let one of its parameters depend on nothing"
+    return None
+
+
+def _check_rules(definition: Definition) -> str | None:
+    rules = models.rules(definition.model) or models.TRAINING
+    for name, value in definition.fixed.items():
+        broken = name in rules and rules[name].broken_by(value)
+        if broken:
+            return f"fixed.{name} = {_shown(value)} {broken}"
+    for name, parameter in definition.space.items():
+        if name not in rules:
+            continue
+        ends: list[tuple[str, Any]] = (
+            [("choices", value) for value in parameter.choices]
+            if isinstance(parameter, Choice)
+            else [("low", parameter.low), ("high", parameter.high)]
+        )
+        if isinstance(rules[name], models.OneOf) and isinstance(parameter, Int):
+            ends = [("low to high", value) for value in parameter.points()[:1000]]
+        for end, value in ends:
+            broken = rules[name].broken_by(value)
+            if broken:
+                return f"space.{name}.{end} = {_shown(value)}: {name} {broken}"
+    return None
+
+
+def _check_sampler(definition: Definition) -> str | None:
+    kind = definition.sampler.kind
+    if kind == "points" and not definition.points:
+        return 'sampler.kind = "points" tries only what [[points]] lists, and there is none: list some'
+    if kind == "cmaes":
+        numbers = [name for name, p in definition.space.items() if not isinstance(p, Choice) and not p.when]
+        if len(numbers) < 2:
+            return (
+                'sampler.kind = "cmaes" needs two or more numeric hyperparameters that always apply, and '
+                f"[space] has {len(numbers)}: choose tpe"
+            )
+    if kind == "grid":
+        size = 1
+        for name, parameter in definition.space.items():
+            points = parameter.points()
+            if points is None:
+                return f'space.{name} is continuous and sampler.kind = "grid" needs steps: give it a step'
+            size *= len(points)
+            if size > GRID_LIMIT:
+                return f"the grid has more than {GRID_LIMIT} points: widen a step, or choose sampler tpe"
+    elif kind != "points" and definition.budget.trials is None:
+        return f"budget.trials is missing, and the sampler {kind} never ends by itself: say how many"
+    return None
+
+
+def _check_points(definition: Definition) -> str | None:
+    space = definition.space
+    seen: list[Point] = []
+    for index, point in enumerate(definition.points, start=1):
+        for name, value in point.items():
+            key = f"points[{index}].{name}"
+            if name not in space:
+                return f"{key} = {_shown(value)}: there is no {name!r} in [space]{nearest(name, space)}"
+            broken = broken_rule(space[name], value)
+            if broken:
+                return f"{key} = {_shown(value)} {broken}, as space.{name} says"
+            if not all(other not in point or space[name].applies(point) for other in space[name].when):
+                return f"{key} = {_shown(value)} does not apply there, as space.{name}.when says: leave it out"
+        if definition.sampler.kind in ("points", "grid"):
+            needed = [name for name in in_order(space) if space[name].applies(point)]
+            lacking = [name for name in needed if name not in point]
+            if lacking:
+                return (
+                    f"points[{index}] lacks {lacking[0]!r}: with sampler {definition.sampler.kind} a point must "
+                    "be whole"
+                )
+        if point in seen:
+            return f"points[{index}] repeats points[{seen.index(point) + 1}]: leave one out"
+        seen.append(point)
+    return None
+
+
+# --- pydantic's errors in our words -----------------------------------------------------------------------
+
+_TAGS = {"Float", "Int", "Choice"}
+
+
+def _sentence(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    # An unknown key explains most other complaints (a mistyped key is missing, too).
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    # The last part of a location may name a member of a union (`float`, `bool`), which means nothing to a user.
+    path = [part for part in first["loc"] if part not in _TAGS]
+    kind, value = first["type"], first["input"]
+    if kind == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        return f"unknown key {_path(path)!r}: known here are {', '.join(known)}{nearest(str(path[-1]), known)}"
+    if kind == "missing":
+        return f"{_path(path)} is missing: add it"
+    if kind == "union_tag_not_found":
+        return (
+            f"{_path(path)} = {_shown(value)} must be a table such as {{ low = 0.0, high = 0.7 }} or "
+            "{ choices = [3, 5, 7] }"
+        )
+    if path and path[-1] == "[key]":
+        return f"{_path(path[:-1])}: a hyperparameter's name must be letters, digits and _, from a letter"
+    if kind == "value_error":
+        return f"{_path(path)}: {first['ctx']['error']}"
+    same = [p for p in problems if p["loc"][: len(first["loc"]) - 1] == first["loc"][:-1] and p["input"] == value]
+    if "pattern" in kind:
+        return f"{_path(path)} = {_shown(value)} must be letters, digits, and . _ - after the first, 100 at most"
+    if len(path) > 1 and path[-1] in ("bool", "int", "float", "str") or _is_union_part(path[-1] if path else ""):
+        path = path[:-1]
+    rule = " or ".join(dict.fromkeys(_rule(p) for p in same)) or _rule(first)
+    return f"{_path(path)} = {_shown(value)} {rule}"
+
+
+def _is_union_part(part: object) -> bool:
+    return isinstance(part, str) and (part.startswith(("constrained-", "literal[")) or "[" in part)
+
+
+def _rule(problem: Any) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    words = {
+        "bool_type": "must be true or false",
+        "int_type": "must be a whole number",
+        "float_type": "must be a number",
+        "string_type": "must be a string",
+        "finite_number": "must be finite",
+        "dict_type": "must be a table",
+        "model_type": "must be a table",
+        "tuple_type": "must be a list",
+        "list_type": "must be a list",
+        "too_short": "must not be empty",
+        "string_too_short": "must not be empty",
+        "too_long": "is too long",
+        "string_too_long": "is too long",
+    }
+    if kind in words:
+        return words[kind]
+    if kind == "literal_error":
+        return f"must be {context['expected']}".replace("'", '"')
+    comparisons = {
+        "greater_than": "gt",
+        "greater_than_equal": "ge",
+        "less_than": "lt",
+        "less_than_equal": "le",
+    }
+    if kind in comparisons:
+        bound = context[comparisons[kind]]
+        return f"must be {kind.replace('_', ' ').replace('than equal', 'than or equal to')} {bound:g}"
+    return f"does not fit: {problem['msg'].lower()}"
+
+
+def _known_keys(path: Iterable[Any]) -> list[str]:
+    """The keys of the table at `path` of a definition."""
+    tables: dict[str, type[BaseModel]] = {
+        "data": Data,
+        "budget": Budget,
+        "sampler": Sampler,
+        "pruner": Pruner,
+        "Float": Float,
+        "Int": Int,
+        "Choice": Choice,
+    }
+    table: type[BaseModel] = Definition
+    for part in path:
+        table = tables.get(part, table) if isinstance(part, str) else table
+    return list(table.model_fields)
+
+
+def _path(parts: Iterable[Any]) -> str:
+    text = ""
+    for part in parts:
+        text += f"[{part + 1}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text or "the definition"
+
+
+def _shown(value: object) -> str:
+    """`value` on one line, not longer than a line."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        try:
+            text = repr(value)
+        except (ValueError, RecursionError):  # an integer of thousands of digits, lists nested without end
+            text = f"(a {type(value).__name__})"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+__all__ = [
+    "DATASETS",
+    "Budget",
+    "Data",
+    "Definition",
+    "Pruner",
+    "Sampler",
+    "Space",
+    "catalog",
+    "differences",
+    "from_json",
+    "load",
+    "parse",
+]

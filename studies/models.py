@@ -1,0 +1,103 @@
+"""What the models that come with Trialyard let themselves be told: their hyperparameters and their limits.
+
+A definition is checked against this table long before Keras is there; `search.model` builds by it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from studies.space import Scalar
+
+OPTIMIZERS = ("adam", "adamw", "nadam", "rmsprop", "sgd", "adadelta", "adagrad")
+DEPTHS = (3, 5, 7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """A number in an interval."""
+
+    low: float
+    high: float = float("inf")
+    open_low: bool = False  # whether `low` itself is too small
+    open_high: bool = False  # whether `high` itself is too large
+    whole: bool = False
+
+    def broken_by(self, value: Scalar) -> str | None:
+        """The rule that `value` breaks, in words; None if it is good."""
+        kind = "a whole number" if self.whole else "a number"
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
+            return f"must be {kind}"
+        too_low = value <= self.low if self.open_low else value < self.low
+        too_high = value >= self.high if self.open_high else value > self.high
+        if not (too_low or too_high):
+            return None
+        least = f"{'more than' if self.open_low else 'at least'} {self.low:g}"
+        most = f" and {'less than' if self.open_high else 'at most'} {self.high:g}"
+        return f"must be {least}{most if self.high != float('inf') else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneOf:
+    """One of a few values."""
+
+    values: tuple[Scalar, ...]
+
+    def broken_by(self, value: Scalar) -> str | None:
+        """The rule that `value` breaks, in words; None if it is good."""
+        # True == 1 in Python, but a depth of `true` is a slip.
+        if any(value == known and type(value) is type(known) for known in self.values):
+            return None
+        return f"must be one of {', '.join(map(str, self.values))}"
+
+
+Rule = Number | OneOf
+
+_RATE = Number(low=0.0, high=1.0, open_high=True)
+_SWITCH = OneOf(values=(True, False))
+
+# What every model is trained with, one's own included.
+TRAINING: Mapping[str, Rule] = {
+    "batch_size": Number(low=1, whole=True),
+    "optimizer": OneOf(values=OPTIMIZERS),
+    "learning_rate": Number(low=0.0, open_low=True),
+    "momentum": _RATE,
+    "weight_decay": Number(low=0.0),
+    "label_smoothing": _RATE,
+}
+
+_ARCHITECTURE: Mapping[str, Mapping[str, Rule]] = {
+    "convnet": {
+        "depth": OneOf(values=DEPTHS),
+        "dropout": _RATE,
+        "conv_dropout": _RATE,
+        "dense_dropout": _RATE,
+        "dropout_layers": _SWITCH,
+        "batch_norm": _SWITCH,
+        "batch_norm_momentum": _RATE,
+        "width": Number(low=0.0, open_low=True, high=16.0),
+    },
+    "mnist_cnn": {
+        "dropout": _RATE,
+        "conv_dropout": _RATE,
+        "dense_dropout": _RATE,
+        "width": Number(low=0.0, open_low=True, high=16.0),
+    },
+}
+
+NAMES = tuple(_ARCHITECTURE)
+
+
+def rules(model: str) -> Mapping[str, Rule] | None:
+    """The hyperparameters that `model` knows, each with its rule; None for one's own model, which may know any."""
+    known = _ARCHITECTURE.get(model)
+    return None if known is None else {**known, **TRAINING}
+
+
+def smallest_image(model: str, depth: Scalar | None) -> int:
+    """The least height and width, in pixels, that leave a convolution something to see.
+
+    Every convolution is `valid`: a kernel of k takes k - 1 pixels, a pooling layer halves.
+    """
+    if model == "mnist_cnn":
+        return 6
+    return {3: 20, 5: 24, 7: 16}[int(depth or DEPTHS[0])]

@@ -1,0 +1,181 @@
+"""The studies in a database: create, open, list."""
+
+import builtins
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import StudyModel, StudyUserAttributeModel
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+from sqlalchemy import select
+
+from storage import claims, database, settings
+from storage.errors import nearest
+from studies import definition as definitions
+from studies import sampling
+from studies.definition import Definition
+from studies.errors import StudyError
+
+log = logging.getLogger(__name__)
+
+Place = str | RDBStorage | None  # a database's URL, an open storage, or None for the one that the settings name
+
+
+def storage_of(place: Place) -> RDBStorage:
+    """The open storage at `place`. Raises StorageError where there is no database."""
+    if isinstance(place, RDBStorage):
+        return place
+    return _connected(place or settings.load().url)
+
+
+@cache
+def _connected(url: str) -> RDBStorage:
+    return database.connect(url)
+
+
+def create(definition: Definition, storage: RDBStorage, data: dict[str, Any]) -> bool:
+    """Puts a study into the database: its definition, its points in the queue, its budget.
+
+    `data` is what its images are (`fingerprint`, counts), for workers elsewhere to compare theirs with.
+    Returns whether anything is new. A study that stands is left as it is, but for a budget that is now larger.
+    A creation that was killed half way is completed.
+
+    Raises StudyError if it stands with a definition whose trials would not be comparable, StorageError if its
+    budget would be fewer than the trials that it has.
+    """
+    name = definition.name
+    with database.exclusive(storage, name):
+        if _id(storage, name) is None:
+            with _quiet():
+                storage.create_new_study([StudyDirection.MAXIMIZE], name)
+        study_id = storage.get_study_id_from_name(name)
+        attributes = storage.get_study_user_attrs(study_id)
+        if "definition" not in attributes:
+            if storage.get_all_trials(study_id, deepcopy=False):
+                raise StudyError(
+                    f"there is a study {name!r} already, and it is not one of Trialyard's: choose another name "
+                    "with --name"
+                )
+            storage.set_study_user_attr(study_id, "data", data)
+            storage.set_study_user_attr(study_id, "definition", definition.to_json())
+        else:
+            _compare(definitions.from_json(attributes["definition"]), definition)
+            check_data(name, storage, data)
+        if "budget" not in attributes:
+            _enqueue(storage, study_id, definition)
+    wanted = claims.Budget(trials=definition.trials, hours=definition.budget.hours)
+    if claims.budget(storage, study_id) == wanted:
+        return False
+    claims.set_budget(storage, name, wanted)
+    return True
+
+
+def open(name: str, storage: Place = None) -> optuna.Study:  # noqa: A001 - `studies.open` reads well
+    """The study `name`, as Optuna's own object, with the sampler and pruner of its definition.
+
+    `storage` is a database's URL, or None for the one that TRIALYARD_STORAGE or TRIALYARD_HOME names.
+    Raises StudyError where there is none of that name.
+    """
+    place = storage_of(storage)
+    definition = definition_of(name, place)
+    with _quiet():
+        return optuna.load_study(
+            study_name=name,
+            storage=place,
+            sampler=sampling.sampler(definition, number=0),
+            pruner=sampling.pruner(definition),
+        )
+
+
+def names(storage: Place = None) -> list[str]:
+    """The studies that Trialyard made, oldest first."""
+    with storage_of(storage).engine.connect() as connection:
+        return list(
+            connection.execute(
+                select(StudyModel.study_name)
+                .join(StudyUserAttributeModel, StudyUserAttributeModel.study_id == StudyModel.study_id)
+                .where(StudyUserAttributeModel.key == "budget")
+                .order_by(StudyModel.study_id)
+            ).scalars()
+        )
+
+
+def study_id(name: str, storage: RDBStorage) -> int:
+    """The database's own number of study `name`. Raises StudyError where there is none."""
+    found = _id(storage, name)
+    if found is None:
+        known = names(storage)
+        place = database.redact(str(storage.engine.url))
+        if not known:
+            raise StudyError(f"there is no study {name!r} in {place}, nor any other: `trialyard create {name}`")
+        raise StudyError(
+            f"there is no study {name!r} in {place}{nearest(name, known)}: it has {', '.join(known)}; "
+            f"`trialyard create {name}` would make it"
+        )
+    return found
+
+
+def definition_of(name: str, storage: RDBStorage) -> Definition:
+    """The definition of study `name`. Raises StudyError where there is none."""
+    attributes = storage.get_study_user_attrs(study_id(name, storage))
+    if "definition" not in attributes:
+        raise StudyError(
+            f"study {name!r} is not one of Trialyard's, it has no definition: open it with plain Optuna"
+        )
+    return definitions.from_json(attributes["definition"])
+
+
+def _id(storage: RDBStorage, name: str) -> int | None:
+    with storage.engine.connect() as connection:
+        return connection.execute(select(StudyModel.study_id).where(StudyModel.study_name == name)).scalar()
+
+
+def check_data(name: str, storage: RDBStorage, data: dict[str, Any]) -> None:
+    """Raises StudyError unless `data` are the images that study `name` began with."""
+    began = storage.get_study_user_attrs(study_id(name, storage)).get("data", {})
+    if began.get("fingerprint") != data["fingerprint"]:
+        raise StudyError(
+            f"study {name!r} began with other images (their fingerprint is {began.get('fingerprint')}, and of those "
+            f"here {data['fingerprint']}): put the same data in place"
+        )
+
+
+def _compare(stored: Definition, wanted: Definition) -> None:
+    different = definitions.differences(stored, wanted)
+    if different:
+        raise StudyError(
+            f"study {wanted.name!r} stands with another definition ({'; '.join(different)}), and its trials "
+            "would not be comparable: make the definition the same, or give this one its own name with --name"
+        )
+
+
+def _enqueue(storage: RDBStorage, study_id: int, definition: Definition) -> None:
+    """Queues the points that are not there yet. Under the lock, in order: those there are the first ones."""
+    there = len(storage.get_all_trials(study_id, deepcopy=False))
+    for point in definition.queue()[there:]:
+        storage.create_new_trial(
+            study_id,
+            optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": point}),
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # "A new study created in RDB" goes to standard error by Optuna's own handler, beside our progress.
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+__all__: builtins.list[str] = ["Place", "create", "definition_of", "names", "open", "storage_of", "study_id"]

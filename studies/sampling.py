@@ -1,0 +1,111 @@
+"""Optuna's samplers and pruners, as a definition names them.
+
+Trial n's sampler is seeded from (study seed, n). So two workers never draw the same points, which they would if
+both began with the study's seed, and a restarted study does not repeat the points that it began with.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
+
+from studies.definition import Definition
+from studies.errors import DefinitionError
+from studies.space import Space
+
+
+def seed_of(definition: Definition, number: int, purpose: int) -> int:
+    """A 32-bit seed for trial `number`, unlike those of other trials, purposes and study seeds.
+
+    Purposes: 0 for the sampler, 1 for the training.
+    """
+    entropy = [definition.sampler.seed, number, purpose]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+def sampler(definition: Definition, number: int) -> BaseSampler:
+    """A sampler for trial `number` alone."""
+    seed = seed_of(definition, number, purpose=0)
+    conditional = any(parameter.when for parameter in definition.space.values())
+    makers: dict[str, Callable[[], BaseSampler]] = {
+        # `group` splits a conditional space into the parts that occur together, and models each.
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, group=conditional),
+        "gp": lambda: optuna.samplers.GPSampler(seed=seed),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "qmc": lambda: _NumberedQMC(definition, number, independent_seed=seed),
+        "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=_population(definition.trials)),
+        # Their points wait in the queue, so nothing is left to be drawn.
+        "grid": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "points": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `group`
+        return makers[definition.sampler.kind]()
+
+
+def pruner(definition: Definition) -> BasePruner:
+    """The pruner. Steps are epochs, counted from 1, so after the first epoch a trial has used one unit."""
+    epochs = definition.budget.epochs
+    makers: dict[str, Callable[[], BasePruner]] = {
+        "hyperband": lambda: optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs),
+        "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1),
+        "median": lambda: optuna.pruners.MedianPruner(),
+        "wilcoxon": lambda: optuna.pruners.WilcoxonPruner(),
+        "none": lambda: optuna.pruners.NopPruner(),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # Wilcoxon
+        return makers[definition.pruner.kind]()
+
+
+def check_installed(definition: Definition) -> None:
+    """Raises DefinitionError where the sampler needs a package that is not there."""
+    if definition.sampler.kind == "gp" and importlib.util.find_spec("torch") is None:
+        raise DefinitionError(
+            'sampler.kind = "gp" needs PyTorch, which is not installed: '
+            "run `pip install 'trialyard[gp]'`, or choose tpe"
+        )
+
+
+def _population(trials: int) -> int:
+    # With the default of 50 a study of 40 trials would be a random search.
+    return max(4, min(50, trials // 4))
+
+
+class _NumberedQMC(optuna.samplers.QMCSampler):
+    """Quasi-Monte Carlo in which trial n takes point n of the sequence.
+
+    Optuna's own counts the points in a study attribute that it reads and writes without a lock, so that two
+    workers can draw one point; and it draws the first trial apart, to learn the space from it.
+    """
+
+    def __init__(self, definition: Definition, number: int, *, independent_seed: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            super().__init__(
+                scramble=True,
+                # One sequence for the whole study.
+                seed=definition.sampler.seed,
+                independent_sampler=optuna.samplers.RandomSampler(seed=independent_seed),
+                warn_independent_sampling=False,
+            )
+        self._space: Space = definition.space
+        self._number = number
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {
+            name: distribution
+            for name, parameter in self._space.items()
+            if not (distribution := parameter.distribution()).single()
+        }
+
+    def _find_sample_id(self, study: optuna.Study, search_space: dict[str, Any]) -> int:
+        return self._number
