@@ -8,7 +8,7 @@ from threading import Event
 from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
 
 from search.display import Watcher
@@ -29,11 +29,25 @@ POLL_SECONDS = 0.2  # how soon a stop or a lost claim is noticed between epochs
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study as one slot holds it: an Optuna study of its own, whose sampler changes from trial to trial."""
+    """A study as a worker holds it."""
 
+    name: str
+    study_id: int
     definition: Definition
-    optuna: optuna.Study
     storage: RDBStorage
+    cached: BaseStorage  # the same with Optuna's cache of finished trials, for samplers and pruners
+
+    def opened(self, number: int) -> optuna.Study:
+        """Optuna's object for trial `number`. One a trial: it keeps what it has read of the others."""
+        study = optuna.load_study(
+            study_name=self.name,
+            storage=self.cached,
+            sampler=sampling.sampler(self.definition, number),
+            pruner=sampling.pruner(self.definition),
+        )
+        # The cache must have seen a trial before its parameters are set.
+        study.get_trials(deepcopy=False)
+        return study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +101,9 @@ def _train(
     interrupted: Event,
 ) -> _End | Failed:
     definition = study.definition
-    study.optuna.sampler = sampling.sampler(definition, claim.number)
+    opened = study.opened(claim.number)
     try:
-        point: Point = suggest(optuna.Trial(study.optuna, claim.trial_id), definition.space)
+        point: Point = suggest(optuna.Trial(opened, claim.trial_id), definition.space)
     except (ValueError, RuntimeError, ArithmeticError) as error:
         return Failed(kind="sampler", message=f"{type(error).__name__}: {error}")
     watcher.began(claim, point, definition.budget.epochs)
@@ -103,11 +117,17 @@ def _train(
             folder=artifacts.folder(settings.artifact_folder, claim.study, claim.number),
         )
     )
-    return _follow(study, claim, trainer, watcher, beating, interrupted)
+    return _follow(study, opened, claim, trainer, watcher, beating, interrupted)
 
 
 def _follow(
-    study: Study, claim: Claim, trainer: Trainer, watcher: Watcher, beating: Beating, interrupted: Event
+    study: Study,
+    opened: optuna.Study,
+    claim: Claim,
+    trainer: Trainer,
+    watcher: Watcher,
+    beating: Beating,
+    interrupted: Event,
 ) -> _End | Failed:
     """Takes the trainer's records as they come, until its job ends. Raises TrainerDied and ClaimLost."""
     budget = study.definition.budget
@@ -127,7 +147,7 @@ def _follow(
             last = message.val_accuracy
             watcher.epoch(claim, message)
             # After its last epoch a trial is complete, and a pruner has nothing to save.
-            if not pruned and message.epoch < budget.epochs and _hopeless(study, claim, message.epoch):
+            if not pruned and message.epoch < budget.epochs and _hopeless(study, opened, claim, message.epoch):
                 pruned, stop_by = True, time.monotonic() + STOP_SECONDS
                 trainer.stop()
         now = time.monotonic()
@@ -145,11 +165,11 @@ def _follow(
             return _End(trained=None, pruned=pruned, last_value=last)
 
 
-def _hopeless(study: Study, claim: Claim, epoch: int) -> bool:
+def _hopeless(study: Study, opened: optuna.Study, claim: Claim, epoch: int) -> bool:
     trial = study.storage.get_trial(claim.trial_id)
     # A trial that runs again from its first epoch still has later values of its last attempt.
     trial.intermediate_values = {step: value for step, value in trial.intermediate_values.items() if step <= epoch}
-    return study.optuna.pruner.prune(study.optuna, trial)
+    return opened.pruner.prune(opened, trial)
 
 
 def _seed(study: Study, claim: Claim) -> int:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import optuna
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
 
 from search import objective
 from search.devices import Device
@@ -17,9 +17,8 @@ from search.display import Watcher
 from search.objective import Study
 from search.trainer import Trainer
 from storage import claims
-from storage.claims import Claim
 from storage.settings import Settings
-from studies import registry, sampling
+from studies import registry
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +43,13 @@ def work(
 
     def fill(device: Device) -> None:
         try:
-            _fill(names, storage, settings, device, watcher, interrupted)
+            _fill(studies, settings, device, watcher, interrupted)
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
             errors.append(error)
             interrupted.set()
 
+    cached = optuna.storages.get_storage(storage)
+    studies = [_open(name, storage, cached) for name in names]
     threads = [threading.Thread(target=fill, args=(device,), name=device.slot) for device in devices]
     with _signals(interrupted), watcher:
         for thread in threads:
@@ -64,41 +65,37 @@ def work(
 
 
 def _fill(
-    names: Sequence[str],
-    storage: RDBStorage,
+    studies: Sequence[Study],
     settings: Settings,
     device: Device,
     watcher: Watcher,
     interrupted: threading.Event,
 ) -> None:
     """One slot's loop."""
-    studies = {name: _open(name, storage) for name in names}
     me = claims.worker(device.slot)
     log_file = settings.log_folder / f"trainer-{device.slot.replace(':', '-')}-{os.getpid()}.log"
     with Trainer(device, log_file) as trainer:
         while not interrupted.is_set():
-            claim = _claim(studies, me, settings)
-            if claim is not None:
-                objective.run(studies[claim.study], claim, trainer, settings, watcher, interrupted)
-            elif all(claims.ended(storage, study.optuna._study_id) for study in studies.values()):
-                return
+            for study in studies:
+                claim = claims.claim(study.storage, study.name, me, settings.grace_seconds)
+                if claim is not None:
+                    objective.run(study, claim, trainer, settings, watcher, interrupted)
+                    break
             else:
+                if all(claims.ended(study.storage, study.study_id) for study in studies):
+                    return
                 # Others run what is left. They may die, and then it is ours.
                 interrupted.wait(IDLE_SECONDS)
 
 
-def _claim(studies: dict[str, Study], me: claims.Worker, settings: Settings) -> Claim | None:
-    for name, study in studies.items():
-        claim = claims.claim(study.storage, name, me, settings.grace_seconds)
-        if claim is not None:
-            return claim
-    return None
-
-
-def _open(name: str, storage: RDBStorage) -> Study:
-    definition = registry.definition_of(name, storage)
-    study = optuna.load_study(study_name=name, storage=storage, pruner=sampling.pruner(definition))
-    return Study(definition=definition, optuna=study, storage=storage)
+def _open(name: str, storage: RDBStorage, cached: BaseStorage) -> Study:
+    return Study(
+        name=name,
+        study_id=registry.study_id(name, storage),
+        definition=registry.definition_of(name, storage),
+        storage=storage,
+        cached=cached,
+    )
 
 
 @contextmanager
