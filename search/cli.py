@@ -78,9 +78,7 @@ def options(
     """Hyperparameter search for Keras image classifiers, on Optuna."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S")
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler], format="%(message)s"
-    )
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler], format="%(message)s")
     for noisy in ("filelock", "alembic", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -153,9 +151,7 @@ def run(
 
 @app.command()
 def work(
-    studies: Annotated[
-        list[str] | None, typer.Argument(metavar="[STUDY ...]", help="Default: all of them.")
-    ] = None,
+    studies: Annotated[list[str] | None, typer.Argument(metavar="[STUDY ...]", help="Default: all of them.")] = None,
     storage: StorageOption = None,
 ) -> None:
     """Be a worker: run the trials of studies that stand, the oldest study first, until nothing is left."""
@@ -230,9 +226,7 @@ def storage_check(storage: StorageOption = None) -> None:
     problems = database.check(place) + claims.check(place)
     if problems:
         raise StorageError(f"{len(problems)} problems in {database.redact(url)}: {'; '.join(problems)}")
-    out.print(
-        f"the database {database.redact(url)} is whole, with {len(registry.names(place))} studies", markup=False
-    )
+    out.print(f"the database {database.redact(url)} is whole, with {len(registry.names(place))} studies", markup=False)
 
 
 # --- what several commands do -----------------------------------------------------------------------------
@@ -252,9 +246,7 @@ def _work(names: list[str], place: RDBStorage, settings: Settings) -> None:
     device = best_device()
     for name in names:
         precision, reason = precision_for(device, registry.definition_of(name, place).precision)
-        err.print(
-            f"{name}: on {device.slot} in {precision}: {reason}", markup=False, highlight=False, soft_wrap=True
-        )
+        err.print(f"{name}: on {device.slot} in {precision}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if not worker.work(names, place, settings, [device], _watcher(names, [device.slot], place)):
         again = "the same command goes on where it stopped"
         err.print(f"interrupted: the running trial is back in the queue; {again}", markup=False)
@@ -339,8 +331,7 @@ def _print_rows(rows: list[Row]) -> None:
         table.add_column(title, justify="right", header_style="bold")
     for row in rows:
         told = [
-            display.shown({name: row.params[name]}).partition(" ")[2] if name in row.params else ""
-            for name in names
+            display.shown({name: row.params[name]}).partition(" ")[2] if name in row.params else "" for name in names
         ]
         table.add_row(
             str(row.rank),

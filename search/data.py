@@ -182,7 +182,7 @@ def _from_function(name: str) -> _Arrays:
         (x_train, y_train), (x_test, y_test) = function()
     except DataError:
         raise
-    except Exception as error:  # noqa: BLE001 - a user's own code may raise anything
+    except Exception as error:  # a user's own code may raise anything
         raise DataError(
             f"{name} must give ((x_train, y_train), (x_test, y_test)), and ended in "
             f"{type(error).__name__}: {' '.join(str(error).split())}; correct it there"
@@ -202,7 +202,7 @@ def import_function(name: str, kind: type[Exception]) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())  # people's own modules lie where they work
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # noqa: BLE001 - importing runs a user's code
+    except Exception as error:  # importing runs a user's code
         raise kind(
             f"{name} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}): is the module in "
             "this folder, on PYTHONPATH or installed, and the function in it?"
@@ -224,8 +224,8 @@ def _download(name: str, folder: Path) -> Path:
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise DataError(
-            f"{name}.npz is in no folder of TRIALYARD_DATA and cannot be downloaded ({reason[:200]}): put the file into "
-            "a folder and set TRIALYARD_DATA to it, or try the study `digits`, which needs no network"
+            f"{name}.npz is in no folder of TRIALYARD_DATA and cannot be downloaded ({reason[:200]}): put the file "
+            "into a folder and set TRIALYARD_DATA to it, or try the study `digits`, which needs no network"
         )
     return folder / f"{name}.npz"
 
@@ -272,9 +272,7 @@ def _scaled(x: Array, what: str) -> Array:
     low, high = x.min(), x.max()
     if np.issubdtype(x.dtype, np.integer):
         if low < 0 or high > 255:
-            raise DataError(
-                f"{what} has values from {low} to {high}, and images must be from 0 to 255: rescale it"
-            )
+            raise DataError(f"{what} has values from {low} to {high}, and images must be from 0 to 255: rescale it")
         return x.astype(np.uint8)
     if low < 0.0 or high > 1.0:
         raise DataError(

@@ -69,9 +69,7 @@ class Lines(Watcher):
         status = self._status(claim.study)
         best = "none yet" if status.best is None else f"{status.best:.4f} (trial {status.best_number})"
         done = status.complete + status.pruned + status.failed
-        self._print(
-            f"{claim.study} trial {claim.number} {ending(trial)}; {done} of {status.budget} done, best {best}"
-        )
+        self._print(f"{claim.study} trial {claim.number} {ending(trial)}; {done} of {status.budget} done, best {best}")
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -88,9 +86,7 @@ class _Slot:
 class LiveTable(Watcher):
     """A table that is drawn over itself: the studies' progress, and what each slot is at."""
 
-    def __init__(
-        self, console: Console, studies: list[str], slots: list[str], status: Callable[[str], Status]
-    ) -> None:
+    def __init__(self, console: Console, studies: list[str], slots: list[str], status: Callable[[str], Status]) -> None:
         self._console, self._studies, self._status = console, studies, status
         self._slots: dict[str, _Slot | None] = dict.fromkeys(slots)
         self._statuses: dict[str, Status] = {}

@@ -116,13 +116,11 @@ def _mnist_cnn(h: Hyperparameters, batch_norm: Any, dropout: Any) -> list[layers
     ]
 
 
-def _own(
-    name: str, hyperparameters: Hyperparameters, image_shape: tuple[int, int, int], classes: int
-) -> keras.Model:
+def _own(name: str, hyperparameters: Hyperparameters, image_shape: tuple[int, int, int], classes: int) -> keras.Model:
     function = import_function(name, ModelError)
     try:
         model = function(dict(hyperparameters), image_shape, classes)
-    except Exception as error:  # noqa: BLE001 - a user's own code may raise anything
+    except Exception as error:  # a user's own code may raise anything
         raise ModelError(
             f"{name} failed to build a model of {dict(hyperparameters)} for images of {image_shape} "
             f"({type(error).__name__}: {' '.join(str(error).split())}): correct it there"

@@ -59,9 +59,7 @@ class _End:
     last_value: float | None  # validation accuracy of the last reported epoch
 
 
-def run(
-    study: Study, claim: Claim, trainer: Trainer, settings: Settings, watcher: Watcher, interrupted: Event
-) -> None:
+def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watcher: Watcher, interrupted: Event) -> None:
     """Runs the claimed trial to its end, whatever that is, and writes it down.
 
     The trial ends complete, pruned or failed; or goes back to the queue when `interrupted` is set, or its trainer
@@ -156,9 +154,7 @@ def _follow(
             trainer.stop()
         if now > kill_at:
             trainer.kill()
-            return Failed(
-                kind="timeout", message=f"it ran longer than budget.trial_minutes = {budget.trial_minutes:g}"
-            )
+            return Failed(kind="timeout", message=f"it ran longer than budget.trial_minutes = {budget.trial_minutes:g}")
         if now > stop_by:
             log.warning("the trainer did not stop within %.0f s and was killed", STOP_SECONDS)
             trainer.kill()

@@ -37,9 +37,9 @@ def train(
 ) -> Trained:
     """Builds `model` and trains it; writes its history, and the best epoch's weights as a whole model, to `folder`.
 
-    `precision` is Keras's dtype policy, and the reason for it. `on_epoch` is told of every epoch at its end; where `stopping` says so, the
-    training ends after the running batch and no model is written. The same arguments give the same numbers on the
-    same kind of processor with the same software.
+    `precision` is Keras's dtype policy, and the reason for it. `on_epoch` is told of every epoch at its end; where
+    `stopping` says so, the training ends after the running batch and no model is written. The same arguments give
+    the same numbers on the same kind of processor with the same software.
 
     Raises NotANumber, DataError (a batch larger than the data) and ModelError.
     """

@@ -164,11 +164,9 @@ def counts(storage: RDBStorage, study_id: int) -> Counts:
     """The study's trials by state, in one query that reads no trial."""
     with storage.engine.connect() as connection:
         rows = connection.execute(
-            select(TrialModel.state, func.count())
-            .where(TrialModel.study_id == study_id)
-            .group_by(TrialModel.state)
+            select(TrialModel.state, func.count()).where(TrialModel.study_id == study_id).group_by(TrialModel.state)
         )
-        by_state = {state: number for state, number in rows}
+        by_state: dict[TrialState, int] = dict(rows.tuples().all())
     return Counts(
         complete=by_state.get(TrialState.COMPLETE, 0),
         pruned=by_state.get(TrialState.PRUNED, 0),
@@ -266,9 +264,7 @@ def _take_back(storage: RDBStorage, study_id: int, study: str, grace_seconds: fl
         _put_back(storage, trial_id, attempts, "lost", why)
 
 
-def _put_back(
-    storage: RDBStorage, trial_id: int, attempts: list[dict[str, Any]], outcome: Outcome, why: str
-) -> None:
+def _put_back(storage: RDBStorage, trial_id: int, attempts: list[dict[str, Any]], outcome: Outcome, why: str) -> None:
     """Ends the last attempt; the trial waits again, or fails for good after RETRIES. Under the lock."""
     attempts = [*attempts[:-1], attempts[-1] | _ending(outcome) | {"why": why}]
     storage.set_trial_user_attr(trial_id, "attempts", attempts)
@@ -478,9 +474,7 @@ def _attempts(storage: RDBStorage, trial_id: int) -> list[dict[str, Any]]:
 
 def _owner(attempts: list[dict[str, Any]]) -> Worker:
     last = attempts[-1]
-    return Worker(
-        machine=last["machine"], host=last["host"], pid=last["pid"], born=last["born"], slot=last["slot"]
-    )
+    return Worker(machine=last["machine"], host=last["host"], pid=last["pid"], born=last["born"], slot=last["slot"])
 
 
 def _oldest_waiting(storage: RDBStorage, study_id: int) -> int | None:
@@ -495,9 +489,7 @@ def _oldest_waiting(storage: RDBStorage, study_id: int) -> int | None:
 
 def _number(storage: RDBStorage, trial_id: int) -> int:
     with storage.engine.connect() as connection:
-        return int(
-            connection.execute(select(TrialModel.number).where(TrialModel.trial_id == trial_id)).scalar_one()
-        )
+        return int(connection.execute(select(TrialModel.number).where(TrialModel.trial_id == trial_id)).scalar_one())
 
 
 def _ending(outcome: Outcome) -> dict[str, str]:

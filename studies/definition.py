@@ -73,6 +73,8 @@ class Pruner(_Table):
     """Which pruner ends hopeless trials early."""
 
     kind: PrunerKind = "none"
+    # No trial is judged before it has had so many: batch normalisation makes a slow start.
+    min_epochs: Annotated[Whole, Field(ge=1)] = 1
 
 
 def _tag(raw: Any) -> str | None:
@@ -126,9 +128,7 @@ class Definition(_Table):
 
     def _typed(self, point: Mapping[str, Any]) -> Point:
         # `dropout = 0` in a point means 0.0 where dropout is a real number.
-        return {
-            name: float(value) if isinstance(self.space[name], Float) else value for name, value in point.items()
-        }
+        return {name: float(value) if isinstance(self.space[name], Float) else value for name, value in point.items()}
 
 
 def catalog() -> dict[str, "Definition"]:
@@ -165,9 +165,7 @@ def load(name_or_file: str, **overrides: Any) -> Definition:
     return parse(text, source=str(path), folder=path.parent, **overrides)
 
 
-def parse(
-    text: str, *, source: str = "the definition", folder: Path | None = None, **overrides: Any
-) -> Definition:
+def parse(text: str, *, source: str = "the definition", folder: Path | None = None, **overrides: Any) -> Definition:
     """The definition in `text` (TOML).
 
     A data file is looked for beside the definition, in `folder`, too. Raises DefinitionError.
@@ -423,7 +421,7 @@ def _sentence(error: ValidationError) -> str:
     same = [p for p in problems if p["loc"][: len(first["loc"]) - 1] == first["loc"][:-1] and p["input"] == value]
     if "pattern" in kind:
         return f"{_path(path)} = {_shown(value)} must be letters, digits, and . _ - after the first, 100 at most"
-    if len(path) > 1 and path[-1] in ("bool", "int", "float", "str") or _is_union_part(path[-1] if path else ""):
+    if path and (path[-1] in ("bool", "int", "float", "str") or _is_union_part(path[-1])) and len(path) > 1:
         path = path[:-1]
     rule = " or ".join(dict.fromkeys(_rule(p) for p in same)) or _rule(first)
     return f"{_path(path)} = {_shown(value)} {rule}"

@@ -76,7 +76,7 @@ def create(definition: Definition, storage: RDBStorage, data: dict[str, Any]) ->
     return True
 
 
-def open(name: str, storage: Place = None) -> optuna.Study:  # noqa: A001 - `studies.open` reads well
+def open(name: str, storage: Place = None) -> optuna.Study:
     """The study `name`, as Optuna's own object, with the sampler and pruner of its definition.
 
     `storage` is a database's URL, or None for the one that TRIALYARD_STORAGE or TRIALYARD_HOME names.
@@ -125,9 +125,7 @@ def definition_of(name: str, storage: RDBStorage) -> Definition:
     """The definition of study `name`. Raises StudyError where there is none."""
     attributes = storage.get_study_user_attrs(study_id(name, storage))
     if "definition" not in attributes:
-        raise StudyError(
-            f"study {name!r} is not one of Trialyard's, it has no definition: open it with plain Optuna"
-        )
+        raise StudyError(f"study {name!r} is not one of Trialyard's, it has no definition: open it with plain Optuna")
     return definitions.from_json(attributes["definition"])
 
 

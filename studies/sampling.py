@@ -54,11 +54,12 @@ def sampler(definition: Definition, number: int) -> BaseSampler:
 def pruner(definition: Definition) -> BasePruner:
     """The pruner. Steps are epochs, counted from 1, so after the first epoch a trial has used one unit."""
     epochs = definition.budget.epochs
+    first = min(definition.pruner.min_epochs, epochs)
     makers: dict[str, Callable[[], BasePruner]] = {
-        "hyperband": lambda: optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs),
-        "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1),
-        "median": lambda: optuna.pruners.MedianPruner(),
-        "wilcoxon": lambda: optuna.pruners.WilcoxonPruner(),
+        "hyperband": lambda: optuna.pruners.HyperbandPruner(min_resource=first, max_resource=epochs),
+        "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=first),
+        "median": lambda: optuna.pruners.MedianPruner(n_warmup_steps=first),
+        "wilcoxon": lambda: optuna.pruners.WilcoxonPruner(n_startup_steps=first),
         "none": lambda: optuna.pruners.NopPruner(),
     }
     with warnings.catch_warnings():

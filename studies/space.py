@@ -195,9 +195,7 @@ def suggest(trial: optuna.Trial, space: Space) -> Point:
         if isinstance(parameter, Choice):
             point[name] = trial.suggest_categorical(name, parameter.choices)
         elif isinstance(parameter, Int):
-            point[name] = trial.suggest_int(
-                name, parameter.low, parameter.high, step=parameter.step, log=parameter.log
-            )
+            point[name] = trial.suggest_int(name, parameter.low, parameter.high, step=parameter.step, log=parameter.log)
         else:
             point[name] = trial.suggest_float(
                 name, parameter.low, parameter.high, step=parameter.step, log=parameter.log
