@@ -7,15 +7,18 @@ check, 2 wrong usage, 130 interrupted. No command imports Keras.
 import dataclasses
 import json
 import logging
+import signal
 import sys
 from datetime import datetime
+from importlib.metadata import version
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import optuna
 import typer
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -71,8 +74,17 @@ SourceArgument = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"trialyard {version('trialyard')}", markup=False)
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and leave.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more on standard error.")] = False,
 ) -> None:
     """Hyperparameter search for Keras image classifiers, on Optuna."""
@@ -165,6 +177,8 @@ def work(
         _work(unended, place, settings)
     for name in names:
         out.print(display.progress(queries.status(name, place)), markup=False)
+    if not names:
+        out.print("there is no study to work on: `trialyard create digits` makes one", markup=False)
 
 
 @app.command()
@@ -182,6 +196,8 @@ def status(
         return
     for one in found:
         _print_status(one)
+    if not found:
+        out.print("there is no study yet: `trialyard create digits` makes one", markup=False)
 
 
 @app.command()
@@ -262,8 +278,8 @@ def _watcher(names: list[str], slots: list[str], place: RDBStorage) -> Watcher:
 
 def _print_result(study: str, place: RDBStorage, settings: Settings, as_json: bool) -> None:
     found = queries.status(study, place)
-    if found.failed:
-        err.print(f"{found.failed} trials failed: {_reasons(study, place)}", markup=False, soft_wrap=True)
+    if found.failures:
+        err.print(_failed(found), markup=False, highlight=False, soft_wrap=True)
     trial = queries.best_trial(study, place)
     if as_json:
         _print_json(_record(study, trial, settings))
@@ -273,11 +289,8 @@ def _print_result(study: str, place: RDBStorage, settings: Settings, as_json: bo
     _print_best(study, trial, settings)
 
 
-def _reasons(study: str, place: RDBStorage) -> str:
-    failed = place.get_all_trials(registry.study_id(study, place), states=(TrialState.FAIL,))
-    failures = [trial.user_attrs.get("failure", {}) for trial in failed]
-    reasons = dict.fromkeys(f"{failure.get('kind')}: {failure.get('message')}" for failure in failures)
-    return "; ".join(reasons)
+def _failed(found: Status) -> str:
+    return f"{found.failed} of {found.study}'s trials failed ({'; '.join(found.failures)})"
 
 
 def _record(study: str, trial: FrozenTrial, settings: Settings) -> dict[str, Any]:
@@ -357,6 +370,8 @@ def _print_status(found: Status) -> None:
     )
     if found.ended and found.best is not None:
         out.print(f"  best {found.best:.4f} (trial {found.best_number})", markup=False)
+    if found.failures:
+        out.print(f"  {_failed(found)}", markup=False)
     for one in found.workers:
         out.print(
             f"  trial {one.number} on {one.slot} of {one.host} (process {one.pid}), attempt {one.attempt}, last sign "
@@ -367,6 +382,8 @@ def _print_status(found: Status) -> None:
 
 def main() -> None:
     """The program's entry: a user's mistake is one line, and never a traceback."""
+    # While a worker works it has a handler of its own; else Ctrl-C ends the command, and nothing is half done.
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         app(prog_name="trialyard")
     except TrialyardError as error:
@@ -374,6 +391,11 @@ def main() -> None:
     except (OptunaError, SQLAlchemyError) as error:
         log.debug("the whole error", exc_info=error)
         _end(f"the database did not answer ({error.__cause__ or error}): is it there, whole, and writable?")
+
+
+def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
+    sys.stderr.write("interrupted\n")
+    sys.exit(130)
 
 
 def _end(message: str) -> NoReturn:

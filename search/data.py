@@ -208,7 +208,7 @@ def import_function(name: str, kind: type[Exception]) -> Callable[..., Any]:
             "this folder, on PYTHONPATH or installed, and the function in it?"
         ) from error
     if not callable(function):
-        raise kind(f"{name} is a {type(function).__name__}, not a function: name one")
+        raise kind(f"{name} is of type {type(function).__name__}, not a function: name one")
     return function  # type: ignore[no-any-return]
 
 

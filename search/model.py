@@ -16,6 +16,7 @@ from keras import layers
 from search.data import import_function
 from search.errors import ModelError
 from search.layers import BatchNormalization, Dropout
+from studies.models import WITH_MOMENTUM
 
 Hyperparameters = Mapping[str, Any]
 
@@ -33,8 +34,8 @@ def build(
 ) -> keras.Model:
     """A compiled model that takes (n, height, width, channels) on 0 to 255 and gives (n, classes) probabilities.
 
-    `plain` builds it of Keras's own layers alone, with the same weights in the same order: the form that is saved,
-    which loads where there is no Trialyard.
+    `plain` builds it of Keras's own layers alone, with the same weights in the same order, and does not compile it:
+    the form that is saved. It loads where there is no Trialyard, and an optimizer's state would triple its size.
 
     Raises ModelError where a user's own function fails or gives no model, or the images are too small.
     """
@@ -59,7 +60,8 @@ def build(
             f"{name} cannot be built for images of {image_shape[0]}x{image_shape[1]} "
             f"({str(error).splitlines()[0]}): they are too small for its convolutions"
         ) from error
-    _compile(model, hyperparameters)
+    if not plain:
+        _compile(model, hyperparameters)
     return model
 
 
@@ -160,6 +162,6 @@ def _optimizer(h: Hyperparameters) -> keras.optimizers.Optimizer:
     options: dict[str, Any] = {"learning_rate": h.get("learning_rate", LEARNING_RATE)}
     if "weight_decay" in h:
         options["weight_decay"] = h["weight_decay"]
-    if "momentum" in h and name in ("sgd", "rmsprop"):
+    if "momentum" in h and name in WITH_MOMENTUM:
         options["momentum"] = h["momentum"]
     return kinds[name](**options)

@@ -166,7 +166,7 @@ def counts(storage: RDBStorage, study_id: int) -> Counts:
         rows = connection.execute(
             select(TrialModel.state, func.count()).where(TrialModel.study_id == study_id).group_by(TrialModel.state)
         )
-        by_state: dict[TrialState, int] = dict(rows.tuples().all())
+        by_state = {state: int(number) for state, number in rows}
     return Counts(
         complete=by_state.get(TrialState.COMPLETE, 0),
         pruned=by_state.get(TrialState.PRUNED, 0),

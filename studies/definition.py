@@ -239,6 +239,7 @@ def _checked(raw: Mapping[str, Any], source: str) -> Definition:
         _check_names,
         _check_conditions,
         _check_rules,
+        _check_momentum,
         _check_sampler,
         _check_points,
     ):
@@ -338,6 +339,19 @@ def _check_rules(definition: Definition) -> str | None:
             if broken:
                 return f"space.{name}.{end} = {_shown(value)}: {name} {broken}"
     return None
+
+
+def _check_momentum(definition: Definition) -> str | None:
+    if definition.model not in models.NAMES or "momentum" not in (*definition.space, *definition.fixed):
+        return None  # one's own model may make of it what it likes
+    searched = definition.space.get("optimizer")
+    optimizers = searched.choices if isinstance(searched, Choice) else (definition.fixed.get("optimizer", "adam"),)
+    if any(optimizer in models.WITH_MOMENTUM for optimizer in optimizers):
+        return None
+    return (
+        f"momentum is given, and the optimizer {' or '.join(map(str, optimizers))} has none: choose "
+        f"{' or '.join(models.WITH_MOMENTUM)}, or leave momentum out"
+    )
 
 
 def _check_sampler(definition: Definition) -> str | None:

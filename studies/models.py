@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from studies.space import Scalar
 
 OPTIMIZERS = ("adam", "adamw", "nadam", "rmsprop", "sgd", "adadelta", "adagrad")
+WITH_MOMENTUM = ("sgd", "rmsprop")  # the optimizers that take `momentum`
 DEPTHS = (3, 5, 7)
 
 

@@ -47,6 +47,7 @@ class Status:
     best_number: int | None
     seconds_left: float | None  # a guess, from the pace since the first trial began; None before one finished
     workers: tuple[Holding, ...]
+    failures: tuple[str, ...]  # why trials failed, as "kind: message", each reason once
 
 
 def best_trial(name: str, storage: Place = None) -> FrozenTrial:
@@ -58,6 +59,12 @@ def best_trial(name: str, storage: Place = None) -> FrozenTrial:
     study_id = registry.study_id(name, place)
     complete = place.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
+        counts = claims.counts(place, study_id)
+        if claims.ended(place, study_id):
+            raise StudyError(
+                f"study {name!r} has ended without a complete trial ({counts.failed} failed, {counts.pruned} pruned): "
+                f"`trialyard status {name}` says why; correct its definition and give it another name"
+            )
         raise StudyError(
             f"study {name!r} has no complete trial yet: `trialyard run {name}` works on it, "
             f"`trialyard status {name}` shows how far it is"
@@ -112,6 +119,7 @@ def status(name: str, storage: Place = None) -> Status:
         best_number=None if best is None else best.number,
         seconds_left=_seconds_left(place, study_id, counts, trials),
         workers=tuple(claims.holdings(place, study_id)),
+        failures=_failures(place, study_id) if counts.failed else (),
     )
 
 
@@ -120,6 +128,13 @@ def _best(storage: RDBStorage, study_id: int) -> FrozenTrial | None:
         return storage.get_best_trial(study_id)
     except ValueError:  # Optuna's word for: nothing is complete
         return None
+
+
+def _failures(storage: RDBStorage, study_id: int) -> tuple[str, ...]:
+    failed = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.FAIL,))
+    # A trial that plain Optuna failed has no reason.
+    reasons = (trial.user_attrs.get("failure", {"kind": "unknown", "message": "no reason"}) for trial in failed)
+    return tuple(dict.fromkeys(f"{reason['kind']}: {reason['message']}" for reason in reasons))
 
 
 def _seconds_left(storage: RDBStorage, study_id: int, counts: claims.Counts, trials: int) -> float | None:

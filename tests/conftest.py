@@ -1,0 +1,138 @@
+"""What several tests need: a home of their own, a real database, small real images."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.storages import RDBStorage
+from sklearn.datasets import load_digits
+
+from storage import claims, database
+from storage.claims import Worker
+from studies import registry
+from studies.definition import Definition, parse
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+MNIST_FOLDERS = [Path(part).absolute() for part in os.environ.get("TRIALYARD_DATA", "").split(os.pathsep) if part]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any((folder / "mnist.npz").is_file() for folder in MNIST_FOLDERS):
+        return
+    skip = pytest.mark.skipif(True, reason="needs the real MNIST: set TRIALYARD_DATA to a folder with mnist.npz")
+    for item in items:
+        if item.get_closest_marker("mnist"):
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder without settings, so that everything lands in its ``yard``."""
+    for name in [name for name in os.environ if name.startswith("TRIALYARD_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[RDBStorage]:
+    """A new SQLite database, with the tables and no study."""
+    made = database.create(f"sqlite:///{tmp_path}/studies.db")
+    yield made
+    made.engine.dispose()
+
+
+@pytest.fixture
+def me() -> Worker:
+    """This process, as a worker."""
+    return claims.worker("cpu:0")
+
+
+TRIVIAL = """
+name = "trivial"
+dataset = "digits"
+model = "convnet"
+
+[budget]
+trials = 5
+epochs = 2
+
+[space]
+dropout = { low = 0.0, high = 0.7 }
+
+[fixed]
+depth = 3
+"""
+
+
+@pytest.fixture
+def trivial() -> Definition:
+    """A small definition whose trials are never trained."""
+    return parse(TRIVIAL)
+
+
+@pytest.fixture
+def study(storage: RDBStorage, trivial: Definition) -> str:
+    """The name of a study of 5 trials in `storage`."""
+    registry.create(trivial, storage, {"fingerprint": "0" * 16})
+    return trivial.name
+
+
+@pytest.fixture
+def write_npz(tmp_path: Path) -> Callable[..., Path]:
+    """Writes an .npz of real 8x8 digits; keywords replace or, as None, leave out arrays."""
+
+    def write(name: str = "small.npz", /, **replaced: Any) -> Path:
+        images, labels = load_digits(return_X_y=True)
+        images = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        arrays: dict[str, Any] = {
+            "x_train": images[:300],
+            "y_train": labels[:300],
+            "x_test": images[300:400],
+            "y_test": labels[300:400],
+        }
+        arrays |= replaced
+        np.savez(tmp_path / name, **{key: array for key, array in arrays.items() if array is not None})
+        return tmp_path / name
+
+    return write
+
+
+SMALL = """
+name = "small"
+dataset = "small.npz"
+model = "mnist_cnn"
+precision = "float32"
+
+[data]
+validation = 0.2
+
+[budget]
+trials = {trials}
+epochs = {epochs}
+
+[space]
+dropout = {{ low = 0.0, high = 0.5 }}
+
+[fixed]
+width = 0.1
+batch_size = 20
+learning_rate = 1e-2
+"""
+
+
+@pytest.fixture
+def write_small(home: Path, write_npz: Callable[..., Path]) -> Callable[..., Path]:
+    """Writes ``small.toml`` and its images to the current folder: a study that really trains, in a moment."""
+
+    def write(trials: int = 3, epochs: int = 2, text: str = SMALL) -> Path:
+        write_npz()
+        path = home / "small.toml"
+        path.write_text(text.format(trials=trials, epochs=epochs), encoding="utf-8")
+        return path
+
+    return write

@@ -1,0 +1,37 @@
+"""A trial's files are written whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from storage import artifacts
+
+
+def test_every_trial_has_its_own_folder(tmp_path: Path) -> None:
+    assert artifacts.folder(tmp_path, "digits", 7) == tmp_path / "digits" / "7"
+
+
+def test_a_file_appears_whole_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "digits" / "0" / artifacts.MODEL
+    with artifacts.written_whole(path) as temporary:
+        assert temporary.suffix == path.suffix  # Keras chooses its format by it
+        temporary.write_bytes(b"part")
+        assert not path.exists()
+        temporary.write_bytes(b"whole")
+    assert path.read_bytes() == b"whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    path = tmp_path / artifacts.HISTORY
+    path.write_bytes(b"old")
+
+    def fail() -> None:
+        with artifacts.written_whole(path) as temporary:
+            temporary.write_bytes(b"ha")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

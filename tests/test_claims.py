@@ -1,0 +1,402 @@
+"""Trials change hands exactly: no budget overshot, no trial run by two, none left behind."""
+
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+from storage import claims, database
+from storage.claims import RETRIES, Beating, Budget, Claim, Worker
+from storage.errors import ClaimLost, StorageError
+from studies import registry
+from studies.definition import Definition
+
+GRACE = 60.0
+
+
+def _claim(storage: RDBStorage, study: str, worker: Worker) -> Claim:
+    claim = claims.claim(storage, study, worker, GRACE)
+    assert claim is not None
+    return claim
+
+
+def _finish(storage: RDBStorage, claim: Claim, value: float = 0.5) -> None:
+    claims.finish(storage, claim, TrialState.COMPLETE, value, {})
+
+
+@pytest.fixture
+def dead(me: Worker) -> Worker:
+    """A process of this machine that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    born = psutil.Process(process.pid).create_time()
+    process.wait()
+    return replace(me, pid=process.pid, born=born)
+
+
+@pytest.fixture
+def elsewhere(me: Worker) -> Worker:
+    """A process of another machine."""
+    return replace(me, machine="another", host="another")
+
+
+# --- the budget -------------------------------------------------------------------------------------------
+
+
+def test_a_study_ends_with_exactly_its_budget(storage: RDBStorage, study: str, me: Worker) -> None:
+    numbers = []
+    while (claim := claims.claim(storage, study, me, GRACE)) is not None:
+        numbers.append(claim.number)
+        _finish(storage, claim)
+    assert numbers == [0, 1, 2, 3, 4]
+    study_id = registry.study_id(study, storage)
+    assert claims.ended(storage, study_id)
+    assert claims.counts(storage, study_id) == claims.Counts(complete=5, pruned=0, failed=0, running=0, waiting=0)
+
+
+def test_running_trials_count_against_the_budget(storage: RDBStorage, study: str, me: Worker) -> None:
+    running = [_claim(storage, study, me) for _ in range(5)]
+    assert claims.claim(storage, study, me, GRACE) is None
+    assert not claims.ended(storage, registry.study_id(study, storage))
+    claims.requeue(storage, running[2], "interrupted", "told to stop")
+    assert _claim(storage, study, me).number == 2
+
+
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL])
+def test_every_ending_for_good_counts(storage: RDBStorage, study: str, me: Worker, state: TrialState) -> None:
+    for _ in range(5):
+        claims.finish(storage, _claim(storage, study, me), state, None if state == TrialState.FAIL else 0.5, {})
+    assert claims.claim(storage, study, me, GRACE) is None
+
+
+def test_a_budget_grows_but_never_below_what_is_spent(storage: RDBStorage, study: str, me: Worker) -> None:
+    for _ in range(5):
+        _finish(storage, _claim(storage, study, me))
+    with pytest.raises(StorageError, match="fewer than the 5 trials"):
+        claims.set_budget(storage, study, Budget(trials=4, hours=None))
+    claims.set_budget(storage, study, Budget(trials=6, hours=None))
+    assert _claim(storage, study, me).number == 5
+
+
+def test_no_trial_starts_after_the_study_s_hours(storage: RDBStorage, study: str, me: Worker) -> None:
+    claims.set_budget(storage, study, Budget(trials=5, hours=1e-7))
+    first = _claim(storage, study, me)  # the hours begin with the first trial
+    time.sleep(0.01)
+    study_id = registry.study_id(study, storage)
+    assert claims.claim(storage, study, me, GRACE) is None
+    assert not claims.ended(storage, study_id), "its running trial is let end"
+    _finish(storage, first)
+    assert claims.ended(storage, study_id)
+
+
+def test_a_study_that_was_never_made_whole_gives_no_trial(storage: RDBStorage, me: Worker) -> None:
+    optuna.create_study(study_name="half", storage=storage)
+    with pytest.raises(StorageError, match="never made whole: run `trialyard create`"):
+        claims.claim(storage, "half", me, GRACE)
+
+
+# --- ownership --------------------------------------------------------------------------------------------
+
+
+def test_a_running_trial_always_has_an_owner_and_a_heartbeat(storage: RDBStorage, study: str, me: Worker) -> None:
+    claim = _claim(storage, study, me)
+    (holding,) = claims.holdings(storage, claim.study_id)
+    assert (holding.number, holding.pid, holding.attempt) == (0, os.getpid(), 1)
+    assert holding.silent_seconds < GRACE
+    assert claims.check(storage) == []
+
+
+def test_check_sees_what_must_not_be(storage: RDBStorage, study: str, me: Worker) -> None:
+    optuna_study = registry.open(study, storage)
+    optuna_study.ask()  # RUNNING without owner or heartbeat: not by our hand
+    assert claims.check(storage) == [f"study {study}: trial 0 runs without a heartbeat"]
+    for _ in range(5):
+        optuna_study.tell(optuna_study.ask(), 0.5)
+    assert f"study {study}: 6 trials, over its 5" in claims.check(storage)
+
+
+def test_a_trial_of_an_ended_process_is_claimed_again_at_once(
+    storage: RDBStorage, study: str, me: Worker, dead: Worker
+) -> None:
+    lost = _claim(storage, study, dead)
+    again = _claim(storage, study, me)
+    assert (again.trial_id, again.attempt) == (lost.trial_id, 2)
+    first, second = storage.get_trial(again.trial_id).user_attrs["attempts"]
+    assert first["outcome"] == "lost"
+    assert f"process {dead.pid}" in first["why"]
+    assert "outcome" not in second
+
+
+def test_a_process_id_that_is_used_again_is_another_process(storage: RDBStorage, study: str, me: Worker) -> None:
+    earlier = replace(me, born=me.born - 3600)
+    assert earlier.gone()
+    assert not me.gone()
+    assert _claim(storage, study, earlier).trial_id == _claim(storage, study, me).trial_id
+
+
+def test_a_silent_trial_of_another_machine_is_claimed_after_the_grace(
+    storage: RDBStorage, study: str, me: Worker, elsewhere: Worker
+) -> None:
+    lost = _claim(storage, study, elsewhere)
+    assert _claim(storage, study, me).number == 1, "it was silent for less than the grace"
+    time.sleep(1.1)  # the database's clock has seconds
+    again = claims.claim(storage, study, me, grace_seconds=0.0)
+    assert again is not None
+    assert again.trial_id == lost.trial_id
+
+
+def test_a_beat_keeps_a_trial_of_another_machine(
+    storage: RDBStorage, study: str, me: Worker, elsewhere: Worker
+) -> None:
+    held = _claim(storage, study, elsewhere)
+    time.sleep(2.1)
+    claims.beat(storage, held)
+    again = claims.claim(storage, study, me, grace_seconds=1.9)
+    assert again is not None
+    assert again.trial_id != held.trial_id
+
+
+def test_a_worker_that_slept_drops_its_result(storage: RDBStorage, study: str, me: Worker, dead: Worker) -> None:
+    slept = _claim(storage, study, dead)
+    again = _claim(storage, study, me)
+    for late in (
+        lambda: claims.beat(storage, slept),
+        lambda: claims.report(storage, slept, 1, 0.9),
+        lambda: claims.finish(storage, slept, TrialState.COMPLETE, 0.9, {"parameters": 1}),
+        lambda: claims.requeue(storage, slept, "interrupted", "too late"),
+    ):
+        with pytest.raises(ClaimLost, match="its result is dropped"):
+            late()
+    trial = storage.get_trial(again.trial_id)
+    assert trial.state == TrialState.RUNNING
+    assert trial.intermediate_values == {}
+    assert "parameters" not in trial.user_attrs
+    _finish(storage, again, 0.4)
+    assert storage.get_trial(again.trial_id).values == [0.4]
+
+
+def test_the_same_worker_s_earlier_attempt_is_lost_too(storage: RDBStorage, study: str, me: Worker) -> None:
+    first = _claim(storage, study, me)
+    claims.requeue(storage, first, "crashed", "its trainer died")
+    second = _claim(storage, study, me)
+    assert second.trial_id == first.trial_id
+    with pytest.raises(ClaimLost):
+        claims.finish(storage, first, TrialState.COMPLETE, 0.9, {})
+    _finish(storage, second)
+
+
+def test_somebody_s_own_ask_is_left_alone(storage: RDBStorage, study: str, me: Worker) -> None:
+    asked = registry.open(study, storage).ask()
+    assert _claim(storage, study, me).number == asked.number + 1
+    assert storage.get_trial(asked._trial_id).state == TrialState.RUNNING
+
+
+# --- what is tried again ----------------------------------------------------------------------------------
+
+
+def test_a_requeued_trial_keeps_its_row_hyperparameters_and_values(
+    storage: RDBStorage, study: str, me: Worker, trivial: Definition
+) -> None:
+    first = _claim(storage, study, me)
+    drawn = optuna.Trial(registry.open(study, storage), first.trial_id).suggest_float("dropout", 0.0, 0.7)
+    claims.report(storage, first, 1, 0.3)
+    claims.requeue(storage, first, "interrupted", "told to stop")
+    second = _claim(storage, study, me)
+    assert second.trial_id == first.trial_id
+    assert storage.get_trial(second.trial_id).intermediate_values == {1: 0.3}
+    again = optuna.Trial(registry.open(study, storage), second.trial_id).suggest_float("dropout", 0.0, 0.7)
+    assert again == drawn
+
+
+def test_a_trial_that_keeps_crashing_fails_for_good_and_says_why(storage: RDBStorage, study: str, me: Worker) -> None:
+    for _ in range(RETRIES + 1):
+        claim = _claim(storage, study, me)
+        assert claim.number == 0
+        claims.requeue(storage, claim, "crashed", "the trainer ended by signal SIGKILL")
+    trial = storage.get_trial(claim.trial_id)
+    assert trial.state == TrialState.FAIL
+    assert trial.user_attrs["failure"] == {
+        "kind": "crashed",
+        "message": f"the trainer ended by signal SIGKILL; tried {RETRIES + 1} times in all",
+    }
+    assert [attempt["outcome"] for attempt in trial.user_attrs["attempts"]] == ["crashed"] * (RETRIES + 1)
+    assert _claim(storage, study, me).number == 1, "the study goes on"
+
+
+def test_interruptions_are_not_held_against_a_trial(storage: RDBStorage, study: str, me: Worker) -> None:
+    for _ in range(RETRIES + 3):
+        claim = _claim(storage, study, me)
+        claims.requeue(storage, claim, "interrupted", "told to stop")
+    assert _claim(storage, study, me).attempt == RETRIES + 4
+
+
+def test_the_oldest_waiting_trial_is_taken_first(storage: RDBStorage, study: str, me: Worker) -> None:
+    first, second, third = (_claim(storage, study, me) for _ in range(3))
+    claims.requeue(storage, third, "interrupted", "")
+    claims.requeue(storage, first, "interrupted", "")
+    assert [_claim(storage, study, me).number for _ in range(3)] == [0, 2, 3]
+    _finish(storage, second)
+
+
+# --- the heartbeat ----------------------------------------------------------------------------------------
+
+
+def test_a_heartbeat_survives_beats_that_fail(
+    storage: RDBStorage, study: str, me: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    claim = _claim(storage, study, me)
+    results: list[str] = []
+    real = storage.record_heartbeat
+
+    def record(trial_id: int) -> None:
+        results.append("tried")
+        if len(results) <= 2:
+            raise optuna.exceptions.StorageInternalError("the database is away")
+        real(trial_id)
+        results.append("beaten")
+
+    monkeypatch.setattr(storage, "record_heartbeat", record)
+    with caplog.at_level(logging.WARNING), Beating(storage, claim, 0.02) as beating:
+        deadline = time.monotonic() + 30
+        while "beaten" not in results and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert results[:4] == ["tried", "tried", "tried", "beaten"]
+    assert not beating.lost
+    assert caplog.text.count("to be tried again: the database is away") == 2
+
+
+def test_a_heartbeat_notices_a_lost_claim(storage: RDBStorage, study: str, me: Worker, dead: Worker) -> None:
+    slept = _claim(storage, study, dead)
+    _claim(storage, study, me)
+    with Beating(storage, slept, 0.02) as beating:
+        deadline = time.monotonic() + 30
+        while not beating.lost and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert beating.lost
+
+
+# --- many processes ---------------------------------------------------------------------------------------
+
+
+def _work(url: str, study: str, seed: int, go: Event) -> None:
+    """Claims and ends trials until nothing is left, in all the ways that a trial may end."""
+    storage = database.connect(url)
+    me = claims.worker(f"cpu:{seed}")
+    dice = random.Random(seed)
+    study_id = storage.get_study_id_from_name(study)
+    go.wait()
+    while not claims.ended(storage, study_id):
+        claim = claims.claim(storage, study, me, GRACE)
+        if claim is None:
+            time.sleep(0.01)
+            continue
+        claims.report(storage, claim, 1, dice.random())
+        time.sleep(dice.random() * 0.02)
+        ending = dice.randrange(4)
+        if ending == 0:
+            claims.requeue(storage, claim, "interrupted", "for the test")
+        elif ending == 1:
+            claims.finish(storage, claim, TrialState.FAIL, None, {"failure": {"kind": "test", "message": ""}})
+        else:
+            claims.finish(storage, claim, TrialState.COMPLETE, dice.random(), {})
+
+
+def test_many_processes_some_of_them_killed_spend_exactly_the_budget(storage: RDBStorage, trivial: Definition) -> None:
+    wanted = trivial.model_copy(update={"budget": trivial.budget.model_copy(update={"trials": 60})})
+    registry.create(wanted, storage, {"fingerprint": "0" * 16})
+    url = storage.engine.url.render_as_string()
+    study_id = registry.study_id(wanted.name, storage)
+    context = multiprocessing.get_context("spawn")
+    go = context.Event()
+    dice = random.Random(1)
+
+    def start(seed: int) -> "multiprocessing.context.SpawnProcess":
+        process = context.Process(target=_work, args=(url, wanted.name, seed, go))
+        process.start()
+        return process
+
+    processes = [start(seed) for seed in range(4)]
+    go.set()
+    killed = 0
+    while killed < 4:
+        finished = claims.counts(storage, study_id).finished
+        assert finished < 60, "the study ended before anybody was killed: give it more trials"
+        if finished < 5 + killed * 8:
+            time.sleep(0.01)
+            continue
+        victim = dice.randrange(len(processes))
+        pid = processes[victim].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        processes[victim].join()
+        killed += 1
+        processes[victim] = start(10 + killed)
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    counts = claims.counts(storage, study_id)
+    assert counts.finished == 60
+    assert (counts.running, counts.waiting) == (0, 0)
+    assert claims.check(storage) == []
+    assert database.check(storage) == []
+    trials = storage.get_all_trials(study_id)
+    assert [trial.number for trial in trials] == list(range(60))
+    for trial in trials:
+        *earlier, last = trial.user_attrs["attempts"]
+        assert last["outcome"] == "finished" or trial.user_attrs["failure"]["kind"] == "lost"
+        assert {attempt["outcome"] for attempt in earlier} <= {"interrupted", "lost"}
+
+
+CRASH = """
+import os, sys
+from storage import claims, database
+from optuna.storages import RDBStorage
+
+url, study, line = sys.argv[1], sys.argv[2], int(sys.argv[3])
+storage = database.connect(url)
+calls = 0
+
+def counted(name):
+    real = getattr(RDBStorage, name)
+    def call(self, *args, **kwargs):
+        global calls
+        if calls == line:
+            os.kill(os.getpid(), 9)
+        calls += 1
+        return real(self, *args, **kwargs)
+    return call
+
+for name in ("create_new_trial", "set_trial_user_attr", "record_heartbeat", "set_trial_state_values"):
+    setattr(RDBStorage, name, counted(name))
+claims.claim(storage, study, claims.worker("cpu:0"), 60.0)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("line", range(5))
+def test_a_crash_at_any_line_of_a_claim_strands_nothing(
+    storage: RDBStorage, study: str, me: Worker, line: int, tmp_path: Path
+) -> None:
+    """SIGKILL before the claim's first write, between any two, and after its last."""
+    url = storage.engine.url.render_as_string()
+    result = subprocess.run([sys.executable, "-c", CRASH, url, study, str(line)], check=False, timeout=60)
+    assert result.returncode == -signal.SIGKILL
+    assert claims.check(storage) == []
+    numbers = []
+    while (claim := claims.claim(storage, study, me, GRACE)) is not None:
+        numbers.append(claim.number)
+        _finish(storage, claim)
+    assert numbers == [0, 1, 2, 3, 4]
+    assert claims.counts(storage, registry.study_id(study, storage)).finished == 5

@@ -1,0 +1,253 @@
+"""Images come in as they are stored, are split by class, and what does not fit is refused in one sentence."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from search import checks, data
+from search.errors import DataError
+from storage import settings
+from studies.definition import Data, parse
+
+Write = Callable[..., Path]
+
+
+def test_digits_are_real_images_of_the_size_of_mnist() -> None:
+    found = data.load("digits", Data(validation=0.2), [])
+    assert (len(found.y_train), len(found.y_validation)) == (1150, 288)
+    assert found.x_train.shape == (1150, 28, 28, 1)
+    assert found.x_train.dtype == np.uint8
+    assert (found.x_train.min(), found.x_train.max()) == (0, 255)
+    assert found.classes == 10
+    assert found.validated_on == "validation"
+
+
+def test_the_validation_split_has_every_class_with_its_share(write_npz: Write) -> None:
+    labels = np.repeat([0, 1, 2], [200, 80, 20])
+    path = write_npz(y_train=labels)
+    found = data.load(str(path), Data(validation=0.25), [])
+    assert np.bincount(found.y_validation).tolist() == [50, 20, 5]
+    assert np.bincount(found.y_train).tolist() == [150, 60, 15]
+
+
+def test_split_and_limit_lose_nothing_and_show_no_image_twice(tmp_path: Path) -> None:
+    images = np.arange(600, dtype=np.uint16).view(np.uint8).reshape(600, 2, 1)  # no two alike
+    np.savez(tmp_path / "all.npz", x_train=images, y_train=np.arange(600) % 3)
+    found = data.load(str(tmp_path / "all.npz"), Data(validation=0.1), [])
+    together = np.concatenate([found.x_train, found.x_validation])
+    assert {image.tobytes() for image in together} == {image.tobytes() for image in images}
+    limited = data.load(str(tmp_path / "all.npz"), Data(validation=0.1, limit=100), [])
+    together = np.concatenate([limited.x_train, limited.x_validation])
+    assert len({image.tobytes() for image in together}) == 100
+    assert limited.fingerprint == found.fingerprint, "it tells which images they were taken from"
+
+
+def test_the_split_is_a_function_of_its_seed(write_npz: Write) -> None:
+    path = str(write_npz())
+    one, same, other = (data.load(path, Data(seed=seed), []).x_validation for seed in (0, 0, 1))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_test_images_are_read_by_the_notebook_s_protocol_alone(write_npz: Write) -> None:
+    path = str(write_npz())
+    notebook = data.load(path, Data(validation="test"), [])
+    assert (len(notebook.y_train), len(notebook.y_validation), notebook.validated_on) == (300, 100, "test")
+    with np.load(path) as arrays:
+        assert np.array_equal(notebook.x_validation[..., 0], arrays["x_test"])
+    # A validation split must not even open them: here they are unreadable.
+    broken = str(write_npz("broken.npz", x_test=np.array([None]), y_test=np.array([None])))
+    assert data.load(broken, Data(validation=0.1), []).validated_on == "validation"
+    with pytest.raises(DataError, match=r"the array x_test in .* cannot be read"):
+        data.load(broken, Data(validation="test"), [])
+
+
+def test_the_fingerprint_is_that_of_images_and_labels(write_npz: Write) -> None:
+    labels = np.zeros(300, dtype=np.int64)
+    labels[:100] = 1
+    paths = [write_npz("a.npz"), write_npz("b.npz"), write_npz("c.npz", y_train=labels)]
+    one, same, other = (data.load(str(path), Data(), []).fingerprint for path in paths)
+    assert one == same != other
+
+
+def test_real_numbers_from_0_to_1_are_brought_to_the_scale_of_bytes(write_npz: Write) -> None:
+    with np.load(write_npz()) as arrays:
+        images = arrays["x_train"]
+    as_bytes = data.load(str(write_npz()), Data(), [])
+    as_reals = data.load(str(write_npz("reals.npz", x_train=images / 255.0)), Data(), [])
+    assert as_reals.x_train.dtype == np.float32
+    assert np.allclose(as_reals.x_train, as_bytes.x_train, atol=1e-3)
+
+
+def test_a_file_is_looked_for_in_the_data_folders(home: Path, write_npz: Write) -> None:
+    (home / "there").mkdir()
+    write_npz().rename(home / "there" / "small.npz")
+    assert data.load("small.npz", Data(), [home / "there"]).classes == 10
+
+
+def _nan() -> Any:
+    images = np.zeros((300, 8, 8))
+    images[7, 0, 0] = np.nan
+    return images
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y_train": None}, r"has no array 'y_train', only x_train, x_test, y_test"),
+        ({"x_train": None}, r"has no array 'x_train'"),
+        ({"y_train": np.zeros(299, dtype=np.int64)}, r"x_train has 300 images and y_train 299 labels"),
+        ({"x_train": _nan()}, r"x_train has NaN or infinite values: replace them"),
+        ({"x_train": np.full((300, 8, 8), 1.5)}, r"real values from 1.5 to 1.5, and they must be from 0 to 1"),
+        ({"x_train": np.full((300, 8, 8), 300)}, r"values from 300 to 300, and images must be from 0 to 255"),
+        ({"x_train": np.full((300, 8, 8), "a")}, r"is of type <U1, and images must be numbers"),
+        ({"x_train": np.zeros((300, 64), dtype=np.uint8)}, r"x_train has the shape \(300, 64\), and images must be"),
+        ({"x_train": np.zeros((0, 8, 8), dtype=np.uint8)}, r"x_train has the shape \(0, 8, 8, 1\)"),
+        ({"y_train": np.eye(10)[np.arange(300) % 10]}, r"y_train has the shape \(300, 10\), and labels must be \(n,\)"),
+        ({"y_train": np.full(300, 0.5)}, r"labels that are no whole numbers"),
+        ({"y_train": np.full(300, np.nan)}, r"labels that are no whole numbers"),
+        ({"y_train": np.full(300, -1)}, r"has the label -1, and classes are numbered from 0"),
+        ({"y_train": np.full(300, "cat")}, r"labels that are no whole numbers"),
+        ({"y_train": np.arange(300)}, r"data.validation = 0.1 cannot split 300 images of 300 classes"),
+        ({"x_train": np.array([{}] * 300)}, r"the array x_train in .* cannot be read .* without pickling"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(write_npz: Write, arrays: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        data.load(str(write_npz("bad.npz", **arrays)), Data(), [])
+    assert "\n" not in str(caught.value)
+
+
+def test_test_images_of_another_kind_are_refused(write_npz: Write) -> None:
+    path = write_npz("bad.npz", x_test=np.zeros((100, 9, 9), dtype=np.uint8))
+    with pytest.raises(DataError, match="both must be of one kind"):
+        data.load(str(path), Data(validation="test"), [])
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"])
+def test_a_file_that_is_no_npz_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bad.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"bad.npz is no .npz: write it with numpy.savez"):
+        data.load(str(tmp_path / "bad.npz"), Data(), [])
+
+
+def test_an_npz_cut_off_in_the_middle_is_refused(write_npz: Write) -> None:
+    path = write_npz()
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"is no .npz"):
+        data.load(str(path), Data(), [])
+
+
+def test_a_single_array_is_no_npz(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    with pytest.raises(DataError, match=r"is no .npz"):
+        data.load(str(tmp_path / "one.npz"), Data(), [])
+
+
+def test_a_missing_file_names_the_folders_and_the_variable(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"none.npz does not exist, .* in {tmp_path}: .*TRIALYARD_DATA"):
+        data.load("none.npz", Data(), [tmp_path])
+
+
+def test_a_limit_too_small_for_the_classes_is_refused(write_npz: Write) -> None:
+    with pytest.raises(DataError, match=r"data.limit = 5 cannot split 300 images of 10 classes"):
+        data.load(str(write_npz()), Data(limit=5), [])
+
+
+def test_without_a_network_mnist_names_the_variable_and_digits(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A real download through a proxy that is not there: port 9 of this machine answers nobody.
+    for scheme in ("http", "https", "HTTP", "HTTPS"):
+        monkeypatch.setenv(f"{scheme}_proxy" if scheme.islower() else f"{scheme}_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("KERAS_HOME", str(home / "keras"))
+    with pytest.raises(DataError, match=r"TRIALYARD_DATA and cannot be downloaded .*study `digits`") as caught:
+        data.load("fashion_mnist", Data(), [home / "data"])
+    assert "\n" not in str(caught.value)
+    assert not (home / "data" / "fashion_mnist.npz").exists()
+
+
+def _definition(text: str) -> Any:
+    return parse('name = "n"\nmodel = "convnet"\nbudget.trials = 1\nspace.dropout = {low = 0.0, high = 0.5}\n' + text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('dataset = "digits"\nfixed = {depth = 3, batch_size = 2000}', r"fixed.batch_size = 2000 is larger than the"),
+        ('dataset = "small.npz"\nfixed = {depth = 7}', r"images of 8x8, too small for convnet of depth 7, .* 16x16"),
+        (
+            'dataset = "small.npz"\nfixed = {depth = 3}\ndata.limit = 100',
+            r"batch_size = 128 is larger than the 90 training images of small.npz",
+        ),
+    ],
+)
+def test_data_are_checked_against_batch_and_model(home: Path, write_npz: Write, text: str, message: str) -> None:
+    write_npz()
+    with pytest.raises(DataError, match=message):
+        checks.check(_definition(text), settings.load())
+
+
+def test_the_largest_searched_batch_must_fit(home: Path) -> None:
+    text = (
+        'name = "n"\nmodel = "convnet"\ndataset = "digits"\nbudget.trials = 1\nfixed = {depth = 3}\n'
+        "space.batch_size = { low = 16, high = 4096, log = true }"
+    )
+    with pytest.raises(DataError, match=r"space.batch_size.high = 4096 is larger"):
+        checks.check(parse(text), settings.load())
+
+
+# --- a user's own -----------------------------------------------------------------------------------------
+
+OWN = """
+import numpy as np
+
+def digits():
+    images = np.zeros((40, 20, 20), dtype=np.uint8)
+    labels = np.arange(40) % 2
+    images[labels == 1, 5:15, 5:15] = 255
+    return (images, labels), (images[:10], labels[:10])
+
+def broken():
+    raise RuntimeError("the disk\\nis gone")
+
+def half():
+    return digits()[0]
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module of a user's in the current folder."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "own_data", raising=False)
+    (home / "own_data.py").write_text(OWN, encoding="utf-8")
+    return home
+
+
+def test_own_data_are_taken_as_keras_gives_them(own: Path) -> None:
+    found = data.load("own_data:digits", Data(validation=0.25), [])
+    assert (len(found.y_train), len(found.y_validation), found.image_shape) == (30, 10, (20, 20, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.at_all:load", r"nowhere.at_all:load cannot be imported \(ModuleNotFoundError: No module"),
+        ("own_data:none", r"own_data:none cannot be imported \(AttributeError: "),
+        ("own_data:number", r"own_data:number is of type int, not a function"),
+        ("own_data:broken", r"ended in RuntimeError: the disk is gone; correct it there"),
+        ("own_data:half", r"must give \(\(x_train, y_train\), \(x_test, y_test\)\)"),
+    ],
+)
+def test_own_data_that_fail_are_named(own: Path, name: str, message: str) -> None:
+    assert os.getcwd() == str(own)
+    with pytest.raises(DataError, match=message) as caught:
+        data.load(name, Data(), [])
+    assert "\n" not in str(caught.value)

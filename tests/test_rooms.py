@@ -1,0 +1,84 @@
+"""search -> studies -> storage: imports run one way, and no command imports Keras."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("search", "studies", "storage")  # each may import those after it
+HEAVY = ("tensorflow", "keras", "jax", "torch")
+
+
+def _imports(path: Path) -> set[str]:
+    """The top-level packages that a file imports, in functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides its room"
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_those_below_it(room: str) -> None:
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files
+    above = set(ROOMS[: ROOMS.index(room)])
+    wrong = {str(path.relative_to(ROOT)): _imports(path) & above for path in files if _imports(path) & above}
+    assert wrong == {}
+
+
+def test_storage_and_studies_never_name_keras() -> None:
+    for room in ("storage", "studies"):
+        for path in (ROOT / room).rglob("*.py"):
+            assert not _imports(path) & set(HEAVY), path
+
+
+def _loaded_by(code: str, folder: Path) -> list[str]:
+    """Which of the heavy packages a fresh Python has imported after `code`."""
+    tail = f"\nimport json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    result = subprocess.run(
+        [sys.executable, "-c", code + tail], cwd=folder, capture_output=True, text=True, check=True, timeout=120
+    )
+    found: list[str] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def test_importing_studies_imports_no_keras(tmp_path: Path) -> None:
+    assert _loaded_by("import studies", tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["catalog"],
+        ["check", "digits"],
+        ["create", "digits"],
+        ["status"],
+        ["status", "digits", "--json"],
+        ["leaderboard", "digits"],
+        ["storage", "check"],
+    ],
+)
+def test_a_command_imports_no_keras(home: Path, command: list[str]) -> None:
+    code = (
+        "import sys, search.cli\n"
+        "def call(*arguments):\n"
+        "    sys.argv = ['trialyard', *arguments]\n"
+        "    try:\n"
+        "        search.cli.main()\n"
+        "    except SystemExit as end:\n"
+        "        assert not end.code, end.code\n"
+        f"call('create', 'digits')\ncall(*{command!r})"
+    )
+    assert _loaded_by(code, home) == []
+
+
+def test_the_look_for_heavy_packages_would_see_one(tmp_path: Path) -> None:
+    assert _loaded_by("import sys; sys.modules['keras'] = sys", tmp_path) == ["keras"]

@@ -1,0 +1,41 @@
+"""TRIALYARD_* variables: defaults, overrides, and a sentence for what cannot be used."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from storage import settings
+from storage.errors import SettingsError
+
+
+def test_without_settings_all_lives_in_yard(home: Path) -> None:
+    found = settings.load()
+    assert found.url == f"sqlite:///{home}/yard/studies.db"
+    assert found.artifact_folder == home / "yard" / "artifacts"
+    assert found.data_folders == (home / "yard" / "data",)
+    assert found.log_folder == home / "yard" / "logs"
+
+
+def test_the_environment_decides_and_an_option_overrides_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIALYARD_HOME", "/somewhere")
+    monkeypatch.setenv("TRIALYARD_STORAGE", "sqlite:///there.db")
+    monkeypatch.setenv("TRIALYARD_DATA", os.pathsep.join(["/one", "two"]))
+    found = settings.load(storage=None)
+    assert found.url == "sqlite:///there.db"
+    assert found.data_folders == (Path("/one"), home / "two", Path("/somewhere/data"))
+    assert settings.load(storage="sqlite:///here.db").url == "sqlite:///here.db"
+
+
+def test_an_empty_variable_counts_as_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIALYARD_STORAGE", "")
+    assert settings.load().url == f"sqlite:///{home}/yard/studies.db"
+
+
+@pytest.mark.parametrize(("name", "value"), [("GRACE_SECONDS", "soon"), ("BEAT_SECONDS", "0"), ("BEAT_SECONDS", "-1")])
+def test_a_value_that_cannot_be_used_is_named(
+    home: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"TRIALYARD_{name}", value)
+    with pytest.raises(SettingsError, match=f"TRIALYARD_{name} = '{value}' cannot be used.*correct or unset it"):
+        settings.load()

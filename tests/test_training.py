@@ -1,0 +1,162 @@
+"""Training is a function of its arguments, keeps the best epoch, and stops when told."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from search import data
+from search.data import Dataset
+from search.errors import DataError
+from search.records import Epoch, Trained
+from search.training import NotANumber, train
+from storage.artifacts import HISTORY, MODEL
+from studies.definition import Data
+
+HYPERPARAMETERS = {"width": 0.1, "batch_size": 20, "learning_rate": 1e-2, "dropout": 0.2}
+
+
+@pytest.fixture
+def dataset(write_npz: Callable[..., Path]) -> Dataset:
+    """240 training and 60 validation images of 8x8."""
+    return data.load(str(write_npz()), Data(validation=0.2), [])
+
+
+def _train(dataset: Dataset, folder: Path, **changed: Any) -> tuple[Trained, list[Epoch]]:
+    records: list[Epoch] = []
+    arguments: dict[str, Any] = {
+        "model": "mnist_cnn",
+        "hyperparameters": HYPERPARAMETERS,
+        "dataset": dataset,
+        "epochs": 3,
+        "seed": 1,
+        "precision": ("float32", "the test asks for it"),
+        "folder": folder,
+        "on_epoch": records.append,
+        "stopping": lambda: False,
+    }
+    return train(**arguments | changed), records
+
+
+def _figures(records: list[Epoch]) -> list[tuple[float, ...]]:
+    return [(record.loss, record.accuracy, record.val_loss, record.val_accuracy) for record in records]
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_the_same_arguments_give_the_same_numbers(dataset: Dataset, tmp_path: Path, precision: str) -> None:
+    (_, one), (_, same), (_, other) = (
+        _train(dataset, tmp_path / str(at), seed=seed, precision=(precision, "")) for at, seed in enumerate((1, 1, 2))
+    )
+    assert _figures(one) == _figures(same)
+    assert _figures(one) != _figures(other)
+
+
+def test_it_learns(dataset: Dataset, tmp_path: Path) -> None:
+    trained, records = _train(dataset, tmp_path, epochs=8)
+    assert records[-1].loss < records[0].loss
+    assert trained.value > 0.7
+
+
+def test_every_epoch_is_told_and_written_down(dataset: Dataset, tmp_path: Path) -> None:
+    trained, records = _train(dataset, tmp_path)
+    assert [record.epoch for record in records] == [1, 2, 3]
+    assert json.loads((tmp_path / HISTORY).read_text(encoding="utf-8")) == [vars(record) for record in records]
+    for record in records:
+        assert record.images_per_second == pytest.approx(240 / record.seconds)
+    assert trained.seconds == pytest.approx(sum(record.seconds for record in records))
+    assert trained.images_per_second == np.median([record.images_per_second for record in records[1:]])
+    assert (trained.epochs, trained.stopped, trained.precision) == (3, False, "float32")
+    assert trained.versions["keras"] == keras.__version__
+    assert trained.data_fingerprint == dataset.fingerprint
+
+
+def test_the_model_that_is_saved_is_that_of_the_best_epoch(dataset: Dataset, tmp_path: Path) -> None:
+    # So fast a learner jumps about: its best epoch is not its last.
+    trained, records = _train(dataset, tmp_path, epochs=8, hyperparameters=HYPERPARAMETERS | {"learning_rate": 0.03})
+    accuracies = [record.val_accuracy for record in records]
+    assert trained.value == max(accuracies)
+    assert trained.best_epoch == accuracies.index(max(accuracies)) + 1
+    assert trained.best_epoch < len(records), "choose another seed: here the last epoch was the best"
+    model = keras.models.load_model(tmp_path / MODEL)
+    predicted = model.predict(dataset.x_validation, verbose=0).argmax(axis=1)
+    assert (predicted == dataset.y_validation).mean() == pytest.approx(trained.value)
+    assert model.count_params() == trained.parameters
+
+
+def test_the_saved_model_loads_where_there_is_no_trialyard(dataset: Dataset, tmp_path: Path) -> None:
+    trained, _ = _train(dataset, tmp_path)
+    np.savez(tmp_path / "validation.npz", x=dataset.x_validation, y=dataset.y_validation)
+    code = (
+        "import sys, keras, numpy\n"
+        "model, arrays = keras.models.load_model('model.keras'), numpy.load('validation.npz')\n"
+        "print((model.predict(arrays['x'], verbose=0).argmax(axis=1) == arrays['y']).mean())\n"
+        "assert not {'search', 'studies', 'storage'} & set(sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert float(result.stdout.splitlines()[-1]) == pytest.approx(trained.value)
+
+
+def test_a_loss_that_is_no_number_ends_the_training_with_that_reason(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(NotANumber, match=r"loss became (nan|inf) in epoch \d"):
+        _train(dataset, tmp_path, hyperparameters=HYPERPARAMETERS | {"optimizer": "sgd", "learning_rate": 1e30})
+    assert not (tmp_path / MODEL).exists()
+
+
+def test_a_stop_ends_the_running_batch_and_keeps_whole_epochs_only(dataset: Dataset, tmp_path: Path) -> None:
+    batches = iter(range(1000))
+    trained, records = _train(dataset, tmp_path, stopping=lambda: next(batches) >= 15)  # of 12 batches an epoch
+    assert trained.stopped
+    assert (trained.epochs, len(records)) == (1, 1)
+    assert not (tmp_path / MODEL).exists()
+
+
+def test_a_batch_larger_than_the_data_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="batch_size = 241 is larger than the 240 training images"):
+        _train(dataset, tmp_path, hyperparameters=HYPERPARAMETERS | {"batch_size": 241})
+
+
+JAX = """
+import sys
+from pathlib import Path
+from search import data, training
+from studies.definition import Data
+
+dataset = data.load(sys.argv[1], Data(validation=0.2), [])
+trained = training.train(
+    model="convnet",
+    hyperparameters={"depth": 7, "width": 0.1, "dropout": 0.2, "batch_size": 20, "learning_rate": 1e-2,
+                     "batch_norm_momentum": 0.9},
+    dataset=dataset, epochs=3, seed=0, precision=("float32", ""), folder=Path(sys.argv[2]),
+    on_epoch=lambda record: None, stopping=lambda: False,
+)
+print(trained.versions["backend"], trained.value)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs JAX, which is not installed")
+def test_a_model_is_built_and_trained_on_jax(write_npz: Callable[..., Path], tmp_path: Path) -> None:
+    images = np.load(write_npz())["x_train"].repeat(2, axis=1).repeat(2, axis=2)
+    path = write_npz("enlarged.npz", x_train=images)
+    result = subprocess.run(
+        [sys.executable, "-c", JAX, str(path), str(tmp_path / "trial")],
+        env=os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr
+    backend, value = result.stdout.split()
+    assert backend == "jax"
+    assert float(value) > 0.3  # guessing gives 0.1
+    assert (tmp_path / "trial" / MODEL).is_file()
