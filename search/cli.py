@@ -89,7 +89,12 @@ def options(
 ) -> None:
     """Hyperparameter search for Keras image classifiers, on Optuna."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    # Beside the live table a line must be printed by rich; elsewhere rich would break it at 80 columns.
+    handler: logging.Handler = (
+        RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+        if err.is_terminal
+        else logging.StreamHandler()
+    )
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler], format="%(message)s")
     for noisy in ("filelock", "alembic", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -265,7 +270,7 @@ def _work(names: list[str], place: RDBStorage, settings: Settings) -> None:
         err.print(f"{name}: on {device.slot} in {precision}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if not worker.work(names, place, settings, [device], _watcher(names, [device.slot], place)):
         again = "the same command goes on where it stopped"
-        err.print(f"interrupted: the running trial is back in the queue; {again}", markup=False)
+        err.print(f"interrupted: the running trial is back in the queue; {again}", markup=False, soft_wrap=True)
         raise typer.Exit(130)
 
 

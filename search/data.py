@@ -17,8 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from search.errors import DataError
 from studies.definition import Data
@@ -128,6 +126,8 @@ def _digits() -> _Arrays:
 
     The source has no test set: every fifth image (359) is set apart as one.
     """
+    from sklearn.datasets import load_digits  # 1.5 s, which `status` need not wait
+
     source = load_digits()
     images = _enlarged(source.images.astype(np.float64) * (255.0 / 16.0), 28)
     x, y = np.rint(images).astype(np.uint8)[..., np.newaxis], source.target
@@ -291,6 +291,8 @@ def _labels(y: Array, what: str) -> Array:
 
 def _split(x: Array, y: Array, apart: int, seed: int, what: str, name: str) -> tuple[Array, Array, Array, Array]:
     """Sets `apart` images apart, each class with its share."""
+    from sklearn.model_selection import train_test_split  # see _digits
+
     try:
         indices = train_test_split(np.arange(len(y)), test_size=apart, stratify=y, random_state=seed)
     except ValueError as error:

@@ -36,7 +36,7 @@ from optuna.storages._rdb.models import (
     TrialUserAttributeModel,
 )
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, delete, func, insert, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.database import exclusive
@@ -213,15 +213,18 @@ def claim(storage: RDBStorage, study: str, worker: Worker, grace_seconds: float)
         spent = counts(storage, study_id)
         if spent.finished + spent.running >= limit.trials or _late(storage, study_id, limit):
             return None
+        attempt = asdict(worker) | {"began": _now().isoformat(timespec="seconds")}
         trial_id = _oldest_waiting(storage, study_id)
         if trial_id is None:
             # Created WAITING: it must not be RUNNING before it has an owner and a heartbeat.
-            trial_id = storage.create_new_trial(study_id, _waiting_trial())
-        attempts = _attempts(storage, trial_id)
-        if attempts and "outcome" not in attempts[-1]:
-            attempts.pop()  # written, but its worker died before the trial was RUNNING
-        attempts.append(asdict(worker) | {"began": _now().isoformat(timespec="seconds")})
-        storage.set_trial_user_attr(trial_id, "attempts", attempts)
+            attempts = [attempt]
+            trial_id = storage.create_new_trial(study_id, _waiting_trial(attempts))
+        else:
+            attempts = _attempts(storage, trial_id)
+            if attempts and "outcome" not in attempts[-1]:
+                attempts.pop()  # written, but its worker died before the trial was RUNNING
+            attempts.append(attempt)
+            storage.set_trial_user_attr(trial_id, "attempts", attempts)
         storage.record_heartbeat(trial_id)
         storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         return Claim(
@@ -234,8 +237,8 @@ def claim(storage: RDBStorage, study: str, worker: Worker, grace_seconds: float)
         )
 
 
-def _waiting_trial() -> FrozenTrial:
-    return optuna.trial.create_trial(state=TrialState.WAITING)
+def _waiting_trial(attempts: list[dict[str, Any]]) -> FrozenTrial:
+    return optuna.trial.create_trial(state=TrialState.WAITING, user_attrs={"attempts": attempts})
 
 
 def _take_back(storage: RDBStorage, study_id: int, study: str, grace_seconds: float) -> None:
@@ -293,7 +296,6 @@ def report(storage: RDBStorage, claim: Claim, step: int, value: float) -> None:
     """
     with owned(storage, claim):
         storage.set_trial_intermediate_value(claim.trial_id, step, value)
-        storage.record_heartbeat(claim.trial_id)
 
 
 def finish(
@@ -309,11 +311,9 @@ def finish(
     the state is set directly, under the lock.
     """
     with owned(storage, claim) as attempts:
-        # Attributes first: a finished trial takes none.
-        for key, attribute in attributes.items():
-            storage.set_trial_user_attr(claim.trial_id, key, attribute)
         attempts[-1] |= _ending("finished")
-        storage.set_trial_user_attr(claim.trial_id, "attempts", attempts)
+        # Attributes first: a finished trial takes none.
+        _set_attributes(storage, claim.trial_id, attributes | {"attempts": attempts})
         storage.set_trial_state_values(claim.trial_id, state, None if value is None else [value])
 
 
@@ -470,6 +470,20 @@ def _attempts(storage: RDBStorage, trial_id: int) -> list[dict[str, Any]]:
             )
         ).scalar()
     return [] if found is None else list(json.loads(found))
+
+
+def _set_attributes(storage: RDBStorage, trial_id: int, attributes: dict[str, Any]) -> None:
+    """Writes user attributes in one transaction; Optuna's own method takes one for each. Under the lock."""
+    rows = [
+        {"trial_id": trial_id, "key": key, "value_json": json.dumps(attribute)} for key, attribute in attributes.items()
+    ]
+    with storage.engine.begin() as connection:
+        connection.execute(
+            delete(TrialUserAttributeModel).where(
+                TrialUserAttributeModel.trial_id == trial_id, TrialUserAttributeModel.key.in_(attributes)
+            )
+        )
+        connection.execute(insert(TrialUserAttributeModel), rows)
 
 
 def _owner(attempts: list[dict[str, Any]]) -> Worker:

@@ -30,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
+def mnist_folders() -> list[Path]:
+    """Where the real MNIST lies; tests that use it are marked `mnist`."""
+    return MNIST_FOLDERS
+
+
+@pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder without settings, so that everything lands in its ``yard``."""
     for name in [name for name in os.environ if name.startswith("TRIALYARD_")]:

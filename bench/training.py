@@ -1,0 +1,140 @@
+"""Trialyard's training against plain ``model.fit``, as the notebook calls it, on the same MNIST images.
+
+    TRIALYARD_DATA=folder-with-mnist.npz python bench/training.py [--images 12000] [--epochs 4]
+
+Depth 7 (dropout 0.2) and depth 5 at the notebook's values: Adam, batch 128, accuracy on the 10,000 test images after
+every epoch. The plain side is float32 with Keras's own layers and images divided beforehand. The two take turns,
+epoch by epoch, so that a busy machine is busy for both. Speed is that of training alone, the median over the epochs
+but the first, which compiles. Prints a table with the ratio of images/s, and both accuracies after the last epoch.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+from rich.console import Console
+from rich.table import Table
+
+from search import data, devices
+from search.data import Dataset
+from search.records import Epoch
+from search.training import train
+from storage import settings
+from studies.definition import Data
+
+BATCH = 128
+MODELS = ({"depth": 7, "dropout": 0.2}, {"depth": 5})
+
+
+def plain_model(depth: int) -> keras.Model:
+    """The notebook's model of this depth in Keras's own words."""
+    conv, pool = keras.layers.Conv2D, keras.layers.MaxPooling2D
+    batch_norm, dropout = keras.layers.BatchNormalization, keras.layers.Dropout
+    body = {
+        5: lambda: [
+            *(conv(32, 3, activation="relu"), conv(32, 3, activation="relu"), pool()),
+            *(conv(32, 5, activation="relu"), batch_norm(), conv(64, 3, activation="relu"), pool()),
+            *(conv(128, 2, activation="relu"), batch_norm()),
+        ],
+        7: lambda: [
+            *(conv(32, 3, activation="relu") for _ in range(3)),
+            *(dropout(0.2), conv(64, 3, activation="relu"), conv(64, 3, activation="relu"), dropout(0.2)),
+            *(batch_norm(), conv(64, 5, activation="relu"), conv(128, 2, activation="relu"), batch_norm()),
+        ],
+    }
+    model = keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            *body[depth](),
+            keras.layers.Flatten(),
+            keras.layers.Dense(128, activation="relu"),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
+    )
+    model.compile(optimizer="adam", loss="categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+class _Timed(keras.callbacks.Callback):  # type: ignore[misc]
+    """Seconds of an epoch's batches, without its validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def on_epoch_begin(self, epoch: int, logs: object = None) -> None:
+        self._began = time.perf_counter()
+
+    def on_test_begin(self, logs: object = None) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+def compare(hyperparameters: dict[str, float], dataset: Dataset, epochs: int) -> list[tuple[str, float, float]]:
+    """(what, images/s, accuracy), the plain training first."""
+    x, y = dataset.x_train.astype("float32") / 255, keras.utils.to_categorical(dataset.y_train)
+    x_test, y_test = dataset.x_validation.astype("float32") / 255, keras.utils.to_categorical(dataset.y_validation)
+    precision = devices.precision_for(devices.best(), "auto")
+    plain: list[keras.Model] = []
+    timed, plain_accuracy = _Timed(), [0.0]
+
+    def plain_epoch(record: Epoch) -> None:
+        if not plain:
+            keras.config.set_dtype_policy("float32")
+            plain.append(plain_model(int(hyperparameters["depth"])))
+        fitted = plain[0].fit(
+            x, y, batch_size=BATCH, epochs=1, verbose=0, validation_data=(x_test, y_test), callbacks=[timed]
+        )
+        plain_accuracy[0] = fitted.history["val_accuracy"][0]
+        records.append(record)
+
+    records: list[Epoch] = []
+    with tempfile.TemporaryDirectory() as folder:
+        train(
+            model="convnet",
+            hyperparameters=hyperparameters | {"batch_size": BATCH},
+            dataset=dataset,
+            epochs=epochs,
+            seed=0,
+            precision=precision,
+            folder=Path(folder),
+            on_epoch=plain_epoch,
+            stopping=lambda: False,
+        )
+    ours = statistics.median(record.images_per_second for record in records[1:])
+    plain_speed = len(y) / statistics.median(timed.seconds[1:])
+    return [
+        ("model.fit, float32", plain_speed, plain_accuracy[0]),
+        (f"Trialyard, {precision[0]}", ours, records[-1].val_accuracy),
+    ]
+
+
+def main() -> None:
+    """Runs both depths and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=12_000)
+    parser.add_argument("--epochs", type=int, default=4)
+    arguments = parser.parse_args()
+    dataset = data.load("mnist", Data(validation="test", limit=arguments.images), settings.load().data_folders)
+    device = devices.best()
+    table = Table(
+        title=f"MNIST, {arguments.images:,} images, {arguments.epochs} epochs, batch {BATCH}\n"
+        f"{device.name}, {os.cpu_count()} cores: {devices.precision_for(device, 'auto')[1]}"
+    )
+    for title in ("depth", "", "images/s", "ratio", "test accuracy"):
+        table.add_column(title, justify="right" if title else "left")
+    for hyperparameters in MODELS:
+        rows = compare(hyperparameters, dataset, arguments.epochs)
+        for what, speed, accuracy in rows:
+            ratio = speed / rows[0][1]
+            table.add_row(str(hyperparameters["depth"]), what, f"{speed:,.0f}", f"{ratio:.2f}", f"{accuracy:.4f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

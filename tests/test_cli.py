@@ -1,0 +1,245 @@
+"""The command: results on standard output, one line and exit code 1 for a mistake, 2 for wrong usage."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+import search.cli
+from storage import claims, database
+from studies import registry
+
+Result = tuple[int, str, str]
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def trialyard(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    """Runs the command here: exit code, standard output, standard error."""
+    handler = signal.getsignal(signal.SIGINT)
+
+    def call(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["trialyard", *arguments])
+        try:
+            search.cli.main()
+        except SystemExit as end:
+            return int(end.code or 0), *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    yield call
+    signal.signal(signal.SIGINT, handler)
+
+
+def _dump(home: Path) -> list[str]:
+    with registry.storage_of(f"sqlite:///{home}/yard/studies.db").engine.connect() as connection:
+        return list(connection.connection.driver_connection.iterdump())  # type: ignore[union-attr]
+
+
+GOOD = """
+name = "n"
+dataset = "digits"
+model = "mnist_cnn"
+budget.trials = 1
+space.dropout = { low = 0.0, high = 0.5 }
+"""
+
+# --- mistakes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "digit"], ["'digit' is neither a file nor in the catalog", "did you mean 'digits'?"]),
+        (["create", "none.toml"], ["none.toml cannot be read (No such file or directory)"]),
+        (["status", "digit"], ["there is no study 'digit'", "did you mean 'digits'?", "it has digits"]),
+        (["best", "nothing"], ["there is no study 'nothing'", "`trialyard create nothing`"]),
+        (["best", "digits"], ["study 'digits' has no complete trial yet", "`trialyard run digits`"]),
+        (["leaderboard", "nothing"], ["there is no study 'nothing'"]),
+        (["work", "nothing"], ["there is no study 'nothing'"]),
+        (["create", "digits", "--epochs", "3"], ["budget.epochs = 8 there and 3 here", "--name"]),
+        (["create", "digits", "--limit", "20"], ["data.validation = 0.2 cannot split 20 images of 10 classes"]),
+        (["create", "digits", "--name", "a/b"], ['name = "a/b" must be letters, digits']),
+        (["status", "--storage", "nonsense"], ["the database URL 'nonsense' does not parse", "sqlite:///"]),
+        (["status", "--storage", "sqlite:///none.db"], ["there is no database at sqlite:///none.db"]),
+        (["run", "digits", "--storage", "mysql://me:tiger@host/db"], ["of a kind that Trialyard does not know"]),
+        (["run", "digits", "--storage", "sqlite:////dev/null/x/studies.db"], ["cannot be written", "TRIALYARD_HOME"]),
+        (["check", "bad.toml"], ["bad.toml: unknown key 'modle'", "did you mean 'model'?"]),
+        (["check", "missing.toml"], ["the data file there.npz does not exist", "TRIALYARD_DATA"]),
+        (["create", "own.toml"], ["nowhere:load cannot be imported (ModuleNotFoundError"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_changes_nothing(
+    home: Path, trialyard: Call, arguments: list[str], words: list[str]
+) -> None:
+    (home / "bad.toml").write_text(GOOD.replace("model", "modle"), encoding="utf-8")
+    (home / "missing.toml").write_text(GOOD.replace('"digits"', '"there.npz"'), encoding="utf-8")
+    (home / "own.toml").write_text(GOOD.replace('"digits"', '"nowhere:load"'), encoding="utf-8")
+    assert trialyard("create", "digits")[0] == 0
+    before = _dump(home)
+    code, out, err = trialyard(*arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    for word in words:
+        assert word in err
+    assert "tiger" not in err
+    assert _dump(home) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nothing"], ["run"], ["best"], ["status", "--jsn"], ["create", "digits", "--trials", "0"]]
+)
+def test_wrong_usage_exits_with_2(trialyard: Call, arguments: list[str]) -> None:
+    code, out, err = trialyard(*arguments)
+    assert (code, out) == (2, "")
+    assert "Usage: trialyard" in err
+
+
+def test_a_database_that_is_no_database_is_one_sentence(home: Path, trialyard: Call) -> None:
+    (home / "yard").mkdir()
+    (home / "yard" / "studies.db").write_text("a note, not a database" * 10, encoding="utf-8")
+    for arguments in (["status"], ["run", "digits"], ["storage", "check"]):
+        code, out, err = trialyard(*arguments)
+        assert (code, out) == (1, "")
+        assert len(err.splitlines()) == 1
+        assert err.startswith("error: the database sqlite:///")
+
+
+def test_storage_check_fails_where_a_promise_is_broken(home: Path, trialyard: Call) -> None:
+    trialyard("create", "digits")
+    assert trialyard("storage", "check")[0] == 0
+    registry.open("digits", f"sqlite:///{home}/yard/studies.db").ask()  # 3 points are waiting: it takes the first
+    code, out, err = trialyard("storage", "check")
+    assert (code, out) == (1, "")
+    assert "1 problems in sqlite:///" in err
+    assert "study digits: trial 0 runs without a heartbeat" in err
+
+
+# --- results ----------------------------------------------------------------------------------------------
+
+
+def test_every_ready_definition_is_listed_and_right(trialyard: Call) -> None:
+    code, out, err = trialyard("catalog")
+    assert (code, err) == (0, "")
+    listed = json.loads(trialyard("catalog", "--json")[1])
+    assert [line.split()[0] for line in out.splitlines()] == [one["name"] for one in listed]
+    assert "digits" in out
+    code, out, err = trialyard("check", "digits")
+    assert (code, err) == (0, "")
+    assert out == (
+        "digits is right: 12 trials of 8 epochs over depth, dropout; 1150 training and 288 validation images\n"
+    )
+
+
+def test_create_says_what_is_next_and_does_nothing_twice(trialyard: Call) -> None:
+    assert trialyard("create", "digits")[:2] == (0, "study digits: 12 trials; `trialyard work digits` runs them\n")
+    code, out, _ = trialyard("create", "digits")
+    assert (code, out) == (0, "study digits stands already, and nothing was changed\n")
+
+
+def test_options_replace_what_the_definition_says(home: Path, trialyard: Call) -> None:
+    trialyard("create", "digits", "--name", "mine", "--trials", "4", "--epochs", "1", "--limit", "500")
+    made = registry.definition_of("mine", registry.storage_of(f"sqlite:///{home}/yard/studies.db"))
+    assert (made.trials, made.budget.epochs, made.data.limit) == (4, 1, 500)
+
+
+def test_an_option_s_twin_in_the_environment(home: Path, trialyard: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIALYARD_TRIALS", "2")
+    monkeypatch.setenv("TRIALYARD_STORAGE", f"sqlite:///{home}/there.db")
+    trialyard("create", "digits")
+    assert json.loads(trialyard("status", "digits", "--json")[1])["budget"] == 2
+    assert (home / "there.db").exists()
+
+
+@pytest.fixture
+def finished(home: Path, trialyard: Call) -> None:
+    """The study `digits` with three ended trials of its four: 0.7, failed, 0.9."""
+    trialyard("create", "digits", "--trials", "4")
+    storage = database.connect(f"sqlite:///{home}/yard/studies.db")
+    for value in (0.7, None, 0.9):
+        claim = claims.claim(storage, "digits", claims.worker("cpu:0"), 60.0)
+        assert claim is not None
+        opened = registry.open("digits", storage)
+        assert len(opened.trials) > claim.number  # Optuna's cache must have seen it
+        trial = optuna.Trial(opened, claim.trial_id)
+        trial.suggest_categorical("depth", [3, 5, 7])
+        trial.suggest_float("dropout", 0.0, 0.7)
+        if value is None:
+            claims.finish(
+                storage, claim, TrialState.FAIL, None, {"failure": {"kind": "nan", "message": "the loss became nan"}}
+            )
+        else:
+            told = {"epochs": 8, "best_epoch": 7, "parameters": 668810, "seconds": 12.34, "history": "digits/0/h.json"}
+            told |= {"images_per_second": 700.0, "precision": "float32"}
+            claims.finish(storage, claim, TrialState.COMPLETE, value, told)
+    storage.engine.dispose()
+
+
+@pytest.mark.usefixtures("finished")
+def test_status_tells_counts_best_and_why_trials_failed(trialyard: Call) -> None:
+    _, out, _ = trialyard("status")
+    assert "digits: 3 of 4 trials, best 0.9000 (trial 2), about" in out
+    assert "2 complete, 0 pruned, 1 failed, 0 running, 0 waiting, budget 4" in out
+    assert "1 of digits's trials failed (nan: the loss became nan)" in out
+    (one,) = json.loads(trialyard("status", "--json")[1])
+    assert one == json.loads(trialyard("status", "digits", "--json")[1])
+    assert (one["complete"], one["failed"], one["budget"], one["best"]) == (2, 1, 4, 0.9)
+    assert one["failures"] == ["nan: the loss became nan"]
+
+
+@pytest.mark.usefixtures("finished")
+def test_status_tells_who_runs_what(home: Path, trialyard: Call) -> None:
+    storage = database.connect(f"sqlite:///{home}/yard/studies.db")
+    claims.claim(storage, "digits", claims.worker("cpu:0"), 60.0)
+    assert "  trial 3 on cpu:0 of " in trialyard("status", "digits")[1]
+    (one,) = json.loads(trialyard("status", "digits", "--json")[1])["workers"]
+    assert (one["number"], one["slot"], one["attempt"]) == (3, "cpu:0", 1)
+
+
+@pytest.mark.usefixtures("finished")
+def test_best_and_leaderboard(home: Path, trialyard: Call) -> None:
+    code, out, err = trialyard("best", "digits")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "best of digits: trial 2, validation accuracy 0.9000",
+        "  hyperparameters  depth 7, dropout 0.25",
+        "  training         best epoch 7 of 8, 668,810 weights, 12.3 s, 700 images/s in float32",
+    ]
+    best = json.loads(trialyard("best", "digits", "--json")[1])
+    assert (best["study"], best["number"], best["value"]) == ("digits", 2, 0.9)
+    assert best["params"] == {"depth": 7, "dropout": 0.25}
+    assert best["history"] == str(home / "yard" / "artifacts" / "digits" / "0" / "h.json")
+    rows = json.loads(trialyard("leaderboard", "digits", "--json")[1])
+    assert [(row["rank"], row["number"], row["value"]) for row in rows] == [(1, 2, 0.9), (2, 0, 0.7)]
+    _, table, _ = trialyard("leaderboard", "digits", "--top", "1")
+    title, row = table.splitlines()
+    assert title.split() == ["rank", "trial", "accuracy", "depth", "dropout", "epochs", "weights", "seconds"]
+    assert row.split() == ["1", "2", "0.9000", "7", "0.25", "8", "668,810", "12.3"]
+
+
+def test_commands_without_a_study_say_how_to_make_one(trialyard: Call) -> None:
+    trialyard("storage", "create")
+    for command in ("status", "work"):
+        code, out, _ = trialyard(command)
+        assert code == 0
+        assert "`trialyard create digits` makes one" in out
+
+
+def test_ctrl_c_outside_of_work_exits_with_130(home: Path) -> None:
+    # Its data come from a function that never ends.
+    (home / "slow.py").write_text("import time\ndef load():\n    time.sleep(600)\n", encoding="utf-8")
+    (home / "slow.toml").write_text(GOOD.replace('"digits"', '"slow:load"'), encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "search.cli", "create", "slow.toml"], cwd=home, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(4)  # to pass the imports, whose Ctrl-C is Python's own
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n")

@@ -1,0 +1,374 @@
+"""A study runs end to end, whatever happens to the processes that work on it.
+
+Real trainings of a small model on real images, in real processes that are killed by real signals.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+import studies
+from search.model import build
+from storage import claims, database
+from studies import registry
+
+Write = Callable[..., Path]
+Command = Callable[..., subprocess.Popen[str]]
+COMMAND = [sys.executable, "-m", "search.cli"]
+SECONDS = 240
+
+
+@pytest.fixture
+def start(home: Path) -> Iterator[Command]:
+    """Starts ``trialyard`` with these arguments in the current folder; what still runs at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=home
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def _ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == code, err
+    return out, err
+
+
+def _storage(home: Path) -> RDBStorage:
+    return database.connect(f"sqlite:///{home}/yard/studies.db")
+
+
+def _trials(home: Path) -> list[FrozenTrial]:
+    # As somebody without Trialyard reads them.
+    return optuna.load_study(study_name="small", storage=f"sqlite:///{home}/yard/studies.db").trials
+
+
+def _until(process: subprocess.Popen[str], *words: str) -> None:
+    """Reads the command's progress up to the line that has all these words."""
+    assert process.stderr is not None
+    seen = ""
+    while not all(word in seen for word in words):
+        seen = process.stderr.readline()
+        assert seen, f"it ended before it said {words}"
+
+
+def _assert_spent(home: Path, trials: int) -> None:
+    """Exactly the budget, numbered without a gap, none RUNNING or WAITING, and the database whole."""
+    found = _trials(home)
+    assert [trial.number for trial in found] == list(range(trials))
+    assert all(trial.state.is_finished() for trial in found)
+    assert claims.check(_storage(home)) == []
+    assert database.check(_storage(home)) == []
+
+
+def test_a_study_runs_end_to_end_again_trains_nothing_and_with_more_budget_goes_on(
+    home: Path, write_small: Write, start: Command
+) -> None:
+    file = str(write_small(trials=3, epochs=2))
+    out, err = _ended(start("run", file))
+    assert "best of small: trial" in out
+    assert "small trial 2 epoch 2/2: accuracy" in err
+    assert "cpu:0 in float32: the definition asks for it" in err
+    _assert_spent(home, 3)
+
+    for trial in _trials(home):
+        assert trial.state == TrialState.COMPLETE
+        told = trial.user_attrs
+        history = json.loads((home / "yard" / "artifacts" / told["history"]).read_text(encoding="utf-8"))
+        assert trial.intermediate_values == {record["epoch"]: record["val_accuracy"] for record in history}
+        assert trial.values == [max(trial.intermediate_values.values())]
+        assert told["best_epoch"] == max(trial.intermediate_values, key=lambda e: trial.intermediate_values[e])
+        assert (home / "yard" / "artifacts" / told["model"]).is_file()
+        assert told["parameters"] == build("mnist_cnn", {"width": 0.1}, (8, 8, 1), 10).count_params()
+        assert told["epochs"] == 2
+        assert told["seconds"] > 0
+        assert told["images_per_second"] > 0
+        assert told["device"]
+        assert (told["precision"], told["protocol"]) == ("float32", "validation")
+        assert {"keras", "optuna", "backend", "tensorflow"} <= set(told["versions"])
+        assert told["data_fingerprint"] == registry.open("small", _storage(home)).user_attrs["data"]["fingerprint"]
+        (attempt,) = told["attempts"]
+        assert attempt["outcome"] == "finished"
+    assert len({trial.user_attrs["seed"] for trial in _trials(home)}) == 3
+
+    before = (home / "yard" / "studies.db").read_bytes()
+    again, err = _ended(start("run", file))
+    assert again == out
+    assert "begins" not in err
+    assert (home / "yard" / "studies.db").read_bytes() == before
+
+    best = studies.best_trial("small", f"sqlite:///{home}/yard/studies.db")
+    told_best = json.loads(_ended(start("best", "small", "--json"))[0])
+    assert (told_best["study"], told_best["number"], told_best["value"]) == ("small", best.number, best.values[0])
+    assert told_best["params"] == best.params
+    assert told_best["user_attrs"]["parameters"] == best.user_attrs["parameters"]
+    assert Path(told_best["model"]).is_file()
+    status = json.loads(_ended(start("status", "small", "--json"))[0])
+    counted = {key: status[key] for key in ("complete", "pruned", "failed", "running", "waiting", "budget")}
+    assert counted == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "waiting": 0, "budget": 3}
+
+    _ended(start("run", file, "--trials", "4"))  # a larger budget goes on where the study stopped
+    _assert_spent(home, 4)
+    assert studies.leaderboard("small", _storage(home))[0].value >= best.values[0]
+
+
+def test_killed_in_mid_trial_and_run_again_it_ends_with_exactly_its_budget(
+    home: Path, write_small: Write, start: Command
+) -> None:
+    file = str(write_small(trials=2, epochs=20))
+    process = start("run", file)
+    _until(process, "trial 1 epoch 1/20")
+    (trainer,) = psutil.Process(process.pid).children()
+    process.kill()
+    trainer.kill()
+    process.wait()
+    assert [trial.state for trial in _trials(home)] == [TrialState.COMPLETE, TrialState.RUNNING]
+    out, err = _ended(start("run", file))
+    assert "trial 1 goes back to the queue" in err
+    assert "small trial 1 begins (attempt 2)" in err
+    assert "best of small" in out
+    _assert_spent(home, 2)
+    attempts = _trials(home)[1].user_attrs["attempts"]
+    assert [attempt["outcome"] for attempt in attempts] == ["lost", "finished"]
+
+
+def test_killed_and_run_again_the_numbers_are_those_of_an_undisturbed_run(
+    home: Path, write_small: Write, start: Command
+) -> None:
+    """The sampler's and the training's seeds come from the study's seed and the trial's number alone."""
+    file = str(write_small(trials=3, epochs=6))
+    _ended(start("run", file, "--storage", f"sqlite:///{home}/calm.db"))
+    calm = optuna.load_study(study_name="small", storage=f"sqlite:///{home}/calm.db").trials
+    process = start("run", file)
+    _until(process, "trial 1 epoch 1/6")
+    (trainer,) = psutil.Process(process.pid).children()
+    process.kill()
+    psutil.wait_procs([trainer], timeout=30)
+    assert not trainer.is_running() or trainer.status() == psutil.STATUS_ZOMBIE, "it outlived its worker"
+    _ended(start("run", file))
+    _assert_spent(home, 3)
+    disturbed = _trials(home)
+    assert [trial.params for trial in disturbed] == [trial.params for trial in calm]
+    assert [trial.intermediate_values for trial in disturbed] == [trial.intermediate_values for trial in calm]
+
+
+def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
+    home: Path, write_small: Write, start: Command
+) -> None:
+    file = str(write_small(trials=1, epochs=40))
+    drawn = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start("run", file)
+        _until(process, "trial 0 epoch 2/40")
+        process.send_signal(number)
+        _, err = _ended(process, code=130)
+        assert "interrupted: the running trial is back in the queue; the same command goes on where it stopped" in err
+        (trial,) = _trials(home)
+        assert trial.state == TrialState.WAITING
+        drawn.append(trial.params)
+    _ended(start("run", file))
+    _assert_spent(home, 1)
+    (trial,) = _trials(home)
+    assert drawn == [trial.params] * 2
+    attempts = trial.user_attrs["attempts"]
+    assert [attempt["outcome"] for attempt in attempts] == ["interrupted", "interrupted", "finished"]
+
+
+def test_a_second_signal_leaves_at_once_and_still_loses_nothing(home: Path, write_small: Write, start: Command) -> None:
+    file = str(write_small(trials=1, epochs=20))
+    process = start("run", file)
+    _until(process, "trial 0 epoch 1/20")
+    (trainer,) = psutil.Process(process.pid).children()
+    trainer.suspend()  # it will not answer the first one
+    process.send_signal(signal.SIGINT)
+    _until(process, "once more to leave at once")
+    process.send_signal(signal.SIGINT)
+    _ended(process, code=130)
+    with contextlib.suppress(psutil.NoSuchProcess):  # a stopped orphan is hung up by the kernel
+        trainer.resume()
+    claim = claims.claim(_storage(home), "small", claims.worker("cpu:9"), grace_seconds=60.0)
+    assert claim is not None
+    assert (claim.number, claim.attempt) == (0, 2)
+
+
+def test_a_killed_trainer_costs_an_attempt_not_a_trial(home: Path, write_small: Write, start: Command) -> None:
+    file = str(write_small(trials=2, epochs=20))
+    process = start("run", file)
+    _until(process, "trial 0 epoch 1/20")
+    (trainer,) = psutil.Process(process.pid).children()
+    trainer.kill()
+    _ended(process)
+    _assert_spent(home, 2)
+    crashed, finished = _trials(home)[0].user_attrs["attempts"]
+    assert crashed["outcome"] == "crashed"
+    assert "SIGKILL (the kernel does that when memory runs out)" in crashed["why"]
+    assert finished["outcome"] == "finished"
+
+
+def test_two_workers_share_one_study_without_a_trial_run_twice(home: Path, write_small: Write, start: Command) -> None:
+    file = str(write_small(trials=6, epochs=3))
+    _ended(start("create", file))
+    workers = [start("work"), start("work", "small")]
+    said = [_ended(worker) for worker in workers]
+    _assert_spent(home, 6)
+    assert all("small: 6 of 6 trials" in out for out, _ in said)
+    began = [line.split()[2] for _, err in said for line in err.splitlines() if " begins" in line]
+    assert sorted(began) == ["0", "1", "2", "3", "4", "5"]
+    assert len({trial.params["dropout"] for trial in _trials(home)}) == 6
+
+
+def _reasons(home: Path) -> list[tuple[TrialState, Any]]:
+    return [(trial.state, trial.user_attrs.get("failure")) for trial in _trials(home)]
+
+
+def _changed(file: Path, *changes: tuple[str, str]) -> str:
+    text = file.read_text(encoding="utf-8")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+def test_a_loss_that_is_no_number_fails_its_trial_and_the_study_goes_on(
+    home: Path, write_small: Write, start: Command
+) -> None:
+    points = '[sampler]\nkind = "points"\n[[points]]\nlearning_rate = 1e30\n[[points]]\nlearning_rate = 0.1\n'
+    file = _changed(
+        write_small(),
+        ("dropout = { low = 0.0, high = 0.5 }", "learning_rate = { low = 0.01, high = 1e30, log = true }"),
+        ("learning_rate = 1e-2", f'optimizer = "sgd"\n{points}'),
+        ("trials = 3", ""),
+    )
+    out, err = _ended(start("run", file))
+    (first, failure), (second, none) = _reasons(home)
+    assert (first, second, none) == (TrialState.FAIL, TrialState.COMPLETE, None)
+    assert failure["kind"] == "nan"
+    assert "the training loss became" in failure["message"]
+    assert "1 of small's trials failed (nan: the training loss became" in err
+    assert "best of small: trial 1" in out
+
+
+def test_a_trial_that_runs_too_long_is_killed_and_told(home: Path, write_small: Write, start: Command) -> None:
+    file = _changed(write_small(trials=1, epochs=100_000), ("trials = 1", "trials = 1\ntrial_minutes = 0.2"))
+    _, err = _ended(start("run", file), code=1)
+    assert _reasons(home) == [
+        (TrialState.FAIL, {"kind": "timeout", "message": "it ran longer than budget.trial_minutes = 0.2"})
+    ]
+    assert err.splitlines()[-1].startswith(
+        "error: study 'small' has ended without a complete trial (1 failed, 0 pruned)"
+    )
+
+
+OWN = """
+import os, signal
+import keras
+
+def build(hyperparameters, image_shape, classes):
+    if hyperparameters["dropout"] > 0.45:
+        raise ValueError("too much dropout for me")
+    return keras.Sequential([keras.Input(image_shape), keras.layers.Flatten(), keras.layers.Dense(classes),
+                             keras.layers.Softmax()])
+"""
+
+
+def test_an_own_model_is_searched_and_its_exceptions_are_reasons(
+    home: Path, write_small: Write, start: Command
+) -> None:
+    (home / "mine.py").write_text(OWN, encoding="utf-8")
+    points = '[sampler]\nkind = "points"\n[[points]]\ndropout = 0.1\n[[points]]\ndropout = 0.5\n'
+    file = _changed(
+        write_small(),
+        ('model = "mnist_cnn"', 'model = "mine:build"'),
+        ("width = 0.1\n", ""),
+        ("learning_rate = 1e-2", f"learning_rate = 1e-2\n{points}"),
+    )
+    out, _ = _ended(start("run", file))
+    assert "best of small: trial 0" in out
+    (_, failure) = _reasons(home)[1]
+    assert failure["kind"] == "model"
+    assert "(ValueError: too much dropout for me)" in failure["message"]
+
+
+def test_an_own_model_that_does_not_import_changes_nothing(home: Path, write_small: Write, start: Command) -> None:
+    file = _changed(write_small(), ('model = "mnist_cnn"', 'model = "mine:build"'), ("width = 0.1\n", ""))
+    _, err = _ended(start("run", file), code=1)
+    assert err.startswith("error: mine:build cannot be imported (ModuleNotFoundError: No module named 'mine')")
+    assert len(err.splitlines()) == 1
+    assert not (home / "yard").exists()
+
+
+def test_a_hopeless_trial_is_pruned_and_leaves_its_history(home: Path, write_small: Write, start: Command) -> None:
+    good = "".join(f"[[points]]\ndropout = {rate}\n" for rate in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25))
+    file = _changed(
+        write_small(epochs=4),
+        ("dropout = { low = 0.0, high = 0.5 }", "dropout = { low = 0.0, high = 0.98 }"),
+        (
+            "learning_rate = 1e-2",
+            'learning_rate = 1e-2\n[sampler]\nkind = "points"\n[pruner]\nkind = "median"\n' + good,
+        ),
+        ("trials = 3", ""),
+    )
+    with Path(file).open("a", encoding="utf-8") as text:
+        text.write("[[points]]\ndropout = 0.98\n")
+    _, err = _ended(start("run", file))
+    pruned = _trials(home)[-1]
+    assert pruned.state == TrialState.PRUNED
+    assert f"trial 6 pruned after epoch {pruned.last_step}" in err
+    assert pruned.last_step is not None
+    assert 1 <= pruned.last_step < 4
+    assert pruned.values == [pruned.intermediate_values[pruned.last_step]]
+    history = json.loads((home / "yard" / "artifacts" / pruned.user_attrs["history"]).read_text(encoding="utf-8"))
+    assert len(history) == pruned.user_attrs["epochs"] >= pruned.last_step
+    assert "model" not in pruned.user_attrs
+    assert studies.best_trial("small", _storage(home)).number != 6
+
+
+def test_a_lost_trial_s_result_is_dropped(home: Path, write_small: Write, start: Command) -> None:
+    """A worker that slept while another took its trial over: only the other's result counts."""
+    file = str(write_small(trials=1, epochs=20))
+    os.environ["TRIALYARD_BEAT_SECONDS"] = "0.2"  # for the worker; `home` has cleared and will restore it
+    try:
+        slow = start("run", file)
+        _until(slow, "trial 0 epoch 2/20")
+    finally:
+        del os.environ["TRIALYARD_BEAT_SECONDS"]
+    sleeping = [psutil.Process(slow.pid), *psutil.Process(slow.pid).children()]
+    for process in sleeping:
+        process.suspend()
+    time.sleep(2.1)  # the database's clock has seconds
+    storage = _storage(home)
+    claim = claims.claim(storage, "small", claims.worker("cpu:9"), grace_seconds=1.0)
+    assert claim is not None
+    assert claim.attempt == 2
+    claims.finish(storage, claim, TrialState.COMPLETE, 0.123, {})
+    for process in sleeping:
+        process.resume()
+    out, err = _ended(slow)
+    assert "no longer held by cpu:0" in err
+    assert "best of small: trial 0, validation accuracy 0.1230" in out
+    (trial,) = _trials(home)
+    assert trial.values == [0.123]
+    assert [attempt["outcome"] for attempt in trial.user_attrs["attempts"]] == ["lost", "finished"]
