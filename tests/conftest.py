@@ -20,9 +20,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 MNIST_FOLDERS = [Path(part).absolute() for part in os.environ.get("TRIALYARD_DATA", "").split(os.pathsep) if part]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-mnist", action="store_true", help="fail, rather than skip, without the real MNIST")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if any((folder / "mnist.npz").is_file() for folder in MNIST_FOLDERS):
         return
+    if config.getoption("--require-mnist"):
+        raise pytest.UsageError("there is no mnist.npz in the folders of TRIALYARD_DATA")
     skip = pytest.mark.skipif(True, reason="needs the real MNIST: set TRIALYARD_DATA to a folder with mnist.npz")
     for item in items:
         if item.get_closest_marker("mnist"):

@@ -146,6 +146,10 @@ BAD = {
         r'space.dropout.type = "real" must be .*"float"',
     ),
     # Ranges.
+    "half a range called as its kind": (
+        _text(head=HEAD.replace("convnet", "my.models:build"), space="Float = { low = 0.5 }"),
+        r"space.Float.high is missing: add it$",
+    ),
     "reversed range": (_dropout("low = 0.5, high = 0.0"), r"space.dropout: .*low = 0.5 to high = 0 is reversed"),
     "reversed whole range": (
         _text(space="depth = { choices = [3] }\nbatch_size = { low = 64, high = 32 }"),
@@ -180,7 +184,10 @@ BAD = {
     "infinite range": (_dropout("low = 0.0, high = inf"), r"space.dropout.high = Infinity must be finite$"),
     "infinite step": (_dropout("low = 0.0, high = 0.5, step = inf"), r"space.dropout.step = Infinity must be finite$"),
     "nan among choices": (_dropout("choices = [nan]"), r"space.dropout.choices\[1\] = NaN must be .*finite"),
-    "infinity among choices": (_dropout("choices = [-inf]"), r"space.dropout.choices\[1\] = -Infinity must be .*finite"),
+    "infinity among choices": (
+        _dropout("choices = [-inf]"),
+        r"space.dropout.choices\[1\] = -Infinity must be .*finite",
+    ),
     "fixed nan": (_text(fixed="learning_rate = nan"), r"fixed.learning_rate = NaN must be .*finite"),
     "fixed infinity": (_text(fixed="learning_rate = inf"), r"fixed.learning_rate = Infinity must be .*finite"),
     "nan in a point": (_text(tail="[[points]]\ndropout = nan"), r"points\[1\].dropout = NaN must be .*finite"),
@@ -463,6 +470,20 @@ def test_a_conditional_grid_is_measured_by_the_points_that_it_has() -> None:
         )
     )
     assert definition.trials == 3000
+
+
+def test_a_grid_of_thousands_of_hyperparameters_is_refused_or_made() -> None:
+    names = [f"a{number}" for number in range(2000)]
+    text = _text(
+        head=HEAD.replace("convnet", "my.models:build"),
+        budget="",
+        space="\n".join(f"{name} = {{ choices = [0] }}" for name in names),
+        tail=GRID,
+    )
+    try:
+        assert parse(text).queue() == [dict.fromkeys(names, 0)]
+    except DefinitionError as error:
+        _one_line(error)
 
 
 class TestFiles:
