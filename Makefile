@@ -6,7 +6,6 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	TRIALYARD_HOME=yard $(BIN)/trialyard run digits
-	TRIALYARD_HOME=yard $(BIN)/trialyard best digits
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(PYTEST)

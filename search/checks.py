@@ -12,7 +12,7 @@ from search.trainer import Checked, Failed, Job, Trainer, TrainerDied
 from storage.settings import Settings
 from studies import models, sampling
 from studies.definition import Definition
-from studies.space import Choice, Int
+from studies.space import Choice, Int, in_order
 
 BATCH_SIZE = 128  # the default, as in search.model, which this process must not import
 POLL_SECONDS = 1.0
@@ -46,9 +46,11 @@ def first_point(definition: Definition) -> dict[str, Any]:
     """Hyperparameters that the definition allows: the first listed point, or the low ends and first choices."""
     point: dict[str, Any] = {}
     listed = definition.points[0] if definition.points else {}
-    for name, parameter in definition.space.items():
-        low = parameter.choices[0] if isinstance(parameter, Choice) else parameter.low
-        point[name] = listed.get(name, low)
+    for name in in_order(definition.space):
+        parameter = definition.space[name]
+        if parameter.applies(point):
+            low = parameter.choices[0] if isinstance(parameter, Choice) else parameter.low
+            point[name] = listed.get(name, low)
     return {**definition.fixed, **point}
 
 

@@ -1,6 +1,7 @@
 """What several tests need: a home of their own, a real database, small real images."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,18 @@ def storage(tmp_path: Path) -> Iterator[RDBStorage]:
 def me() -> Worker:
     """This process, as a worker."""
     return claims.worker("cpu:0")
+
+
+@pytest.fixture
+def write_module(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Writes a user's own module to the current folder, and undoes its import at the end."""
+
+    def write(name: str, text: str) -> None:
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (home / f"{name}.py").write_text(text, encoding="utf-8")
+
+    return write
 
 
 TRIVIAL = """

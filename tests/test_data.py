@@ -1,7 +1,5 @@
 """Images come in as they are stored, are split by class, and what does not fit is refused in one sentence."""
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,15 +221,12 @@ number = 3
 
 
 @pytest.fixture
-def own(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module of a user's in the current folder."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "own_data", raising=False)
-    (home / "own_data.py").write_text(OWN, encoding="utf-8")
-    return home
+def _own(write_module: Callable[[str, str], None]) -> None:
+    write_module("own_data", OWN)
 
 
-def test_own_data_are_taken_as_keras_gives_them(own: Path) -> None:
+@pytest.mark.usefixtures("_own")
+def test_own_data_are_taken_as_keras_gives_them() -> None:
     found = data.load("own_data:digits", Data(validation=0.25), [])
     assert (len(found.y_train), len(found.y_validation), found.image_shape) == (30, 10, (20, 20, 1))
 
@@ -246,8 +241,8 @@ def test_own_data_are_taken_as_keras_gives_them(own: Path) -> None:
         ("own_data:half", r"must give \(\(x_train, y_train\), \(x_test, y_test\)\)"),
     ],
 )
-def test_own_data_that_fail_are_named(own: Path, name: str, message: str) -> None:
-    assert os.getcwd() == str(own)
+@pytest.mark.usefixtures("_own")
+def test_own_data_that_fail_are_named(name: str, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         data.load(name, Data(), [])
     assert "\n" not in str(caught.value)

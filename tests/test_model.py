@@ -1,7 +1,6 @@
 """The notebook's models to the parameter, own models by name, and Keras's numbers from the faster layers."""
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -220,21 +219,19 @@ def nothing(hyperparameters, image_shape, classes):
 
 
 @pytest.fixture
-def own(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module of a user's in the current folder."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "own_model", raising=False)
-    (home / "own_model.py").write_text(OWN, encoding="utf-8")
-    return home
+def _own(write_module: Callable[[str, str], None]) -> None:
+    write_module("own_model", OWN)
 
 
-def test_an_own_model_is_built_with_its_hyperparameters_and_compiled_by_ours(own: Path) -> None:
+@pytest.mark.usefixtures("_own")
+def test_an_own_model_is_built_with_its_hyperparameters_and_compiled_by_ours() -> None:
     model = build("own_model:linear", {"optimizer": "sgd", "learning_rate": 0.3}, (4, 4, 1), 3)
     assert model.output_shape == (None, 3)
     assert float(model.optimizer.learning_rate) == pytest.approx(0.3)
 
 
-def test_an_own_model_that_is_compiled_stays_as_it_is(own: Path) -> None:
+@pytest.mark.usefixtures("_own")
+def test_an_own_model_that_is_compiled_stays_as_it_is() -> None:
     assert build("own_model:linear", {"compiled": True}, (4, 4, 1), 3).loss == "mse"
 
 
@@ -247,7 +244,8 @@ def test_an_own_model_that_is_compiled_stays_as_it_is(own: Path) -> None:
         ("own_model:nothing", r"own_model:nothing gave a NoneType, and must give a keras.Model"),
     ],
 )
-def test_an_own_model_that_fails_is_named(own: Path, name: str, message: str) -> None:
+@pytest.mark.usefixtures("_own")
+def test_an_own_model_that_fails_is_named(name: str, message: str) -> None:
     with pytest.raises(ModelError, match=message) as caught:
         build(name, {}, (4, 4, 1), 3)
     assert "\n" not in str(caught.value)

@@ -1,0 +1,410 @@
+"""Samplers and pruners: trial n draws its own points, from (seed, n) and from what is finished."""
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import qmc
+
+from search.objective import Study
+from storage import claims, database
+from storage.claims import Claim, Worker
+from studies import registry, sampling
+from studies.definition import Definition, parse
+from studies.errors import DefinitionError
+from studies.space import Point, broken_rule, suggest
+
+NO_TORCH = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="Optuna's GPSampler needs PyTorch, which is not installed"
+)
+DRAWING = ["tpe", pytest.param("gp", marks=NO_TORCH), "random", "qmc", "cmaes", "nsga2"]
+DATA = {"fingerprint": "0" * 16}
+
+# Two numbers and a switch that always apply, and two rates of which a trial has one or none.
+CONDITIONAL = """
+name = "sampled"
+dataset = "digits"
+model = "convnet"
+
+[budget]
+trials = 200
+epochs = {epochs}
+
+[space]
+depth = {{ choices = [3, 5, 7] }}
+learning_rate = {{ low = 1e-4, high = 1e-2, log = true }}
+width = {{ low = 0.5, high = 2.0 }}
+conv_dropout = {{ low = 0.0, high = 0.7, when = {{ depth = [5, 7] }} }}
+dense_dropout = {{ low = 0.0, high = 0.7, when = {{ depth = 3 }} }}
+
+[sampler]
+kind = "{sampler}"
+seed = {seed}
+
+[pruner]
+kind = "{pruner}"
+min_epochs = {min_epochs}
+"""
+
+PLAIN = CONDITIONAL.partition("conv_dropout")[0] + "\n[sampler]" + CONDITIONAL.partition("[sampler]")[2]
+
+
+def _definition(
+    text: str = CONDITIONAL,
+    *,
+    sampler: str = "random",
+    seed: int = 0,
+    pruner: str = "none",
+    epochs: int = 9,
+    min_epochs: int = 1,
+) -> Definition:
+    return parse(text.format(sampler=sampler, seed=seed, pruner=pruner, epochs=epochs, min_epochs=min_epochs))
+
+
+class Searched:
+    """A study on SQLite, whose trials are drawn as a worker draws them, and never trained."""
+
+    def __init__(self, storage: RDBStorage, definition: Definition, me: Worker) -> None:
+        registry.create(definition, storage, DATA)
+        self.storage, self.me = storage, me
+        self.study = Study(
+            name=definition.name,
+            study_id=registry.study_id(definition.name, storage),
+            definition=definition,
+            storage=storage,
+            cached=optuna.storages.get_storage(storage),
+        )
+
+    def claim(self) -> Claim:
+        claim = claims.claim(self.storage, self.study.name, self.me, grace_seconds=600)
+        assert claim is not None
+        return claim
+
+    def suggest(self, claim: Claim) -> Point:
+        return suggest(optuna.Trial(self.study.opened(claim.number), claim.trial_id), self.study.definition.space)
+
+    def finish(self, claim: Claim, value: float, state: TrialState = TrialState.COMPLETE) -> None:
+        claims.finish(self.storage, claim, state, value, {})
+
+    def draw(self, trials: int, value: float | None = 0.5) -> list[Point]:
+        """The points of so many further trials, each finished with `value` before the next; running on with None."""
+        points = []
+        for _ in range(trials):
+            claim = self.claim()
+            points.append(self.suggest(claim))
+            if value is not None:
+                self.finish(claim, value)
+        return points
+
+
+@pytest.fixture
+def searched(tmp_path: Path, me: Worker) -> Iterable[Any]:
+    """Makes studies, each in a database of its own."""
+    made: list[RDBStorage] = []
+
+    def make(definition: Definition) -> Searched:
+        made.append(database.create(f"sqlite:///{tmp_path}/{len(made)}.db"))
+        return Searched(made[-1], definition, me)
+
+    yield make
+    for storage in made:
+        storage.engine.dispose()
+
+
+def _key(point: Point) -> tuple[Any, ...]:
+    return tuple(sorted(point.items()))
+
+
+# --- samplers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", DRAWING)
+def test_a_sampler_proposes_valid_points_before_and_after_it_has_results(searched: Any, kind: str) -> None:
+    study = searched(_definition(sampler=kind))
+    space = study.study.definition.space
+    for number in range(16):
+        claim = study.claim()
+        point = study.suggest(claim)
+        assert {name: broken_rule(space[name], value) for name, value in point.items()} == dict.fromkeys(point)
+        assert set(point) == {name for name, parameter in space.items() if parameter.applies(point)}
+        stored = study.storage.get_trial(claim.trial_id)
+        assert stored.params == point
+        assert stored.number == number
+        study.finish(claim, number % 5 / 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "points"),
+    [("grid", ""), ("points", "[[points]]\ndepth = 5\nwidth = 0.5\n[[points]]\ndepth = 3\nwidth = 1.5")],
+)
+def test_a_grid_and_a_list_of_points_are_tried_in_their_order(searched: Any, kind: str, points: str) -> None:
+    definition = parse(
+        'name = "listed"\ndataset = "digits"\nmodel = "convnet"\n[space]\ndepth = { choices = [3, 5] }\n'
+        f'width = {{ low = 0.5, high = 2.0, step = 0.5 }}\n[sampler]\nkind = "{kind}"\n{points}'
+    )
+    study = searched(definition)
+    assert study.draw(definition.trials) == definition.queue()
+    assert claims.claim(study.storage, "listed", study.me, grace_seconds=600) is None
+
+
+@pytest.mark.parametrize("kind", DRAWING)
+def test_trials_that_run_at_once_never_draw_the_same_points(searched: Any, kind: str) -> None:
+    points = searched(_definition(PLAIN, sampler=kind)).draw(12, value=None)
+    for name in ("learning_rate", "width"):
+        assert len({point[name] for point in points}) == 12
+
+
+@pytest.mark.parametrize("kind", DRAWING)
+def test_the_points_of_the_start_are_not_repeated_by_a_restart(searched: Any, kind: str, me: Worker) -> None:
+    study = searched(_definition(PLAIN, sampler=kind))
+    before = study.draw(5, value=None)
+    again = Searched(study.storage, study.study.definition, me)
+    after = again.draw(5, value=None)
+    assert len({_key(point) for point in before + after}) == 10
+
+
+@pytest.mark.parametrize("kind", DRAWING)
+def test_the_same_seed_and_number_draw_the_same(searched: Any, kind: str) -> None:
+    one, other = (searched(_definition(sampler=kind, seed=7)).draw(14) for _ in range(2))
+    assert one == other
+
+
+@pytest.mark.parametrize("kind", DRAWING)
+def test_two_seeds_draw_differently_from_the_first_trial_on(searched: Any, kind: str) -> None:
+    one, other = (searched(_definition(PLAIN, sampler=kind, seed=seed)).draw(8, value=None) for seed in (0, 1))
+    assert all(mine["width"] != theirs["width"] for mine, theirs in zip(one, other, strict=True))
+
+
+def test_seeds_of_trials_and_purposes_are_all_different() -> None:
+    definitions = [_definition(seed=seed) for seed in (0, 1, 2**32 - 1)]
+    seeds = [
+        sampling.seed_of(definition, number, purpose)
+        for definition in definitions
+        for number in range(200)
+        for purpose in (0, 1)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize("kind", DRAWING)
+def test_an_interrupted_trial_runs_again_with_its_own_points(searched: Any, kind: str) -> None:
+    study = searched(_definition(sampler=kind))
+    study.draw(3)
+    claim = study.claim()
+    point = study.suggest(claim)
+    claims.requeue(study.storage, claim, "interrupted", "a test")
+    # Results that came in meanwhile must not change what it is.
+    claim = study.claim()
+    assert claim.attempt == 2
+    study.draw(12, value=0.9)
+    assert study.suggest(claim) == point
+
+
+def test_a_trial_that_died_between_two_suggestions_keeps_the_first(searched: Any) -> None:
+    study = searched(_definition(PLAIN))
+    claim = study.claim()
+    trial = optuna.Trial(study.study.opened(claim.number), claim.trial_id)
+    first = trial.suggest_categorical("depth", (3, 5, 7))
+    claims.requeue(study.storage, claim, "crashed", "a test")
+    point = study.suggest(study.claim())
+    assert point["depth"] == first
+    assert set(point) == {"depth", "learning_rate", "width"}
+
+
+def _rate_of(point: Point) -> float:
+    return float(point.get("dense_dropout", point.get("conv_dropout")))
+
+
+def _value(point: Point) -> float:
+    """Best at depth 3 and a rate of 0.1."""
+    return (1.0 if point["depth"] == 3 else 0.5) - abs(_rate_of(point) - 0.1)
+
+
+def _taught(study: Searched, trials: int, sign: float = 1.0) -> list[Point]:
+    points = []
+    for _ in range(trials):
+        claim = study.claim()
+        points.append(study.suggest(claim))
+        study.finish(claim, sign * _value(points[-1]))
+    return points
+
+
+def test_tpe_learns_on_a_conditional_space_and_suggests_only_what_applies(searched: Any) -> None:
+    study = searched(_definition(sampler="tpe"))
+    space = study.study.definition.space
+    points = _taught(study, 60)
+    for point in points:
+        assert set(point) == {name for name, parameter in space.items() if parameter.applies(point)}
+    first, last = points[:10], points[-30:]
+    chance = _taught(searched(_definition(sampler="random")), 60)[-30:]
+    for others in (first, chance):
+        assert _mean(map(_value, last)) > _mean(map(_value, others)) + 0.2
+    assert sum(point["depth"] == 3 for point in last) > 20 > sum(point["depth"] == 3 for point in chance)
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "learns"),
+    [("tpe", True), pytest.param("gp", True, marks=NO_TORCH), ("cmaes", True), ("random", False), ("qmc", False)],
+)
+def test_results_change_what_is_drawn_only_where_the_sampler_learns(searched: Any, kind: str, learns: bool) -> None:
+    good, bad = (searched(_definition(PLAIN, sampler=kind)) for _ in range(2))
+    for study, sign in ((good, 1.0), (bad, -1.0)):
+        for _ in range(24):
+            claim = study.claim()
+            study.finish(claim, sign * study.suggest(claim)["width"])
+    assert (good.draw(1) != bad.draw(1)) == learns
+
+
+def test_pruned_trials_teach_as_well(searched: Any) -> None:
+    means = []
+    for worst in (True, False):
+        study = searched(_definition(PLAIN, sampler="tpe"))
+        for _ in range(30):
+            claim = study.claim()
+            width = study.suggest(claim)["width"]
+            claims.report(study.storage, claim, 1, width)
+            pruned = worst and width < 1.25
+            study.finish(claim, width, TrialState.PRUNED if pruned else TrialState.COMPLETE)
+        means.append(_mean(point["width"] for point in study.draw(6, value=None)))
+    assert min(means) > 1.25
+
+
+class TestQMC:
+    """Trial n takes point n of one sequence."""
+
+    def test_the_points_are_sobols(self, searched: Any) -> None:
+        definition = parse(
+            'name = "sobol"\ndataset = "digits"\nmodel = "convnet"\n[budget]\ntrials = 16\n[space]\n'
+            "dropout = { low = 0.0, high = 0.5 }\nwidth = { low = 0.5, high = 2.5 }\n[fixed]\ndepth = 3\n"
+            '[sampler]\nkind = "qmc"\nseed = 3'
+        )
+        points = searched(definition).draw(16)
+        sobol = qmc.Sobol(2, seed=3, scramble=True).random(16)
+        assert [point["dropout"] for point in points] == pytest.approx([0.5 * x for x, _ in sobol])
+        assert [point["width"] for point in points] == pytest.approx([0.5 + 2 * y for _, y in sobol])
+
+    def test_the_order_in_which_trials_ask_does_not_matter(self, searched: Any) -> None:
+        straight = searched(_definition(PLAIN, sampler="qmc")).draw(16)
+        study = searched(_definition(PLAIN, sampler="qmc"))
+        claimed = [study.claim() for _ in range(16)]
+        asked = {claim.number: study.suggest(claim) for claim in reversed(claimed)}
+        assert [asked[number] for number in range(16)] == straight
+        assert len({point["width"] for point in straight}) == 16
+
+    def test_queued_points_take_none_of_the_sequence_from_others(self, searched: Any) -> None:
+        free = searched(_definition(PLAIN, sampler="qmc")).draw(6)
+        point = "[[points]]\ndepth = 3\nlearning_rate = 1e-3\nwidth = 1.0\n"
+        queued = searched(_definition(PLAIN + point, sampler="qmc")).draw(6)
+        assert queued[0] == {"depth": 3, "learning_rate": 1e-3, "width": 1.0}
+        assert queued[1:] == free[1:]
+
+    def test_what_applies_only_sometimes_is_of_the_sequence_too(self, searched: Any) -> None:
+        points = searched(_definition(sampler="qmc")).draw(32)
+        # 32 points of a Sobol sequence lie 4 to an eighth, in every coordinate.
+        eighths = sorted(int((point["width"] - 0.5) / 1.5 * 8) for point in points)
+        assert eighths == sorted(list(range(8)) * 4)
+        assert {frozenset(point) for point in points} == {
+            frozenset({"depth", "learning_rate", "width", "conv_dropout"}),
+            frozenset({"depth", "learning_rate", "width", "dense_dropout"}),
+        }
+
+
+@pytest.mark.parametrize(("trials", "population"), [(1, 4), (12, 4), (40, 10), (200, 50), (5000, 50)])
+def test_a_generation_is_a_fraction_of_a_small_study(trials: int, population: int) -> None:
+    text = CONDITIONAL.replace("trials = 200", f"trials = {trials}")
+    assert sampling.sampler(_definition(text, sampler="nsga2"), 0).population_size == population  # type: ignore[attr-defined]
+
+
+def test_a_sampler_whose_package_is_missing_is_refused_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DefinitionError, match=r"needs PyTorch.*pip install 'trialyard\[gp\]'.*choose tpe"):
+        sampling.check_installed(_definition(PLAIN, sampler="gp"))
+    sampling.check_installed(_definition(PLAIN, sampler="tpe"))
+
+
+# --- pruners ----------------------------------------------------------------------------------------------
+
+
+def _trained(study: Searched, values: list[float]) -> int | None:
+    """Reports `values`, one an epoch, and ends the trial. The epoch after which it was pruned, if it was."""
+    claim = study.claim()
+    opened = study.study.opened(claim.number)
+    suggest(optuna.Trial(opened, claim.trial_id), study.study.definition.space)
+    for epoch, value in enumerate(values, start=1):
+        claims.report(study.storage, claim, epoch, value)
+        # As `objective` asks: not after the last epoch.
+        if epoch < len(values) and opened.pruner.prune(opened, study.storage.get_trial(claim.trial_id)):
+            study.finish(claim, value, TrialState.PRUNED)
+            return epoch
+    study.finish(claim, max(values))
+    return None
+
+
+GOOD, HOPELESS = 0.9, 0.1
+PRUNERS = ["hyperband", "asha", "median", "wilcoxon"]
+
+
+@pytest.mark.parametrize("min_epochs", [1, 3])
+@pytest.mark.parametrize("kind", PRUNERS)
+def test_a_hopeless_trial_is_pruned_but_not_before_its_least_epochs(searched: Any, kind: str, min_epochs: int) -> None:
+    study = searched(_definition(PLAIN, pruner=kind, epochs=12, min_epochs=min_epochs))
+    assert [_trained(study, [GOOD] * 12) for _ in range(6)] == [None] * 6
+    # Hyperband judges trials of its later brackets later.
+    ends = [_trained(study, [HOPELESS] * 12) for _ in range(4)]
+    assert all(end is not None and min_epochs <= end < 12 for end in ends), ends
+    if kind in ("asha", "median"):
+        assert ends == [min_epochs] * 4
+
+
+@pytest.mark.parametrize("kind", PRUNERS)
+def test_the_best_trial_so_far_is_never_pruned(searched: Any, kind: str) -> None:
+    study = searched(_definition(PLAIN, pruner=kind, epochs=9))
+    assert [_trained(study, [value / 10] * 9) for value in range(1, 10)] == [None] * 9
+
+
+def test_without_a_pruner_nothing_is_pruned(searched: Any) -> None:
+    study = searched(_definition(PLAIN, pruner="none"))
+    for values in ([GOOD] * 9, [GOOD] * 9, [HOPELESS] * 9, [0.0] * 9):
+        assert _trained(study, values) is None
+
+
+@pytest.mark.parametrize("kind", [*PRUNERS, "none"])
+def test_least_epochs_beyond_the_budget_prune_nothing(searched: Any, kind: str) -> None:
+    study = searched(_definition(PLAIN, pruner=kind, epochs=3, min_epochs=50))
+    assert [_trained(study, [value] * 3) for value in [GOOD] * 6 + [HOPELESS] * 2] == [None] * 8
+
+
+@pytest.mark.parametrize("kind", [*PRUNERS, "none"])
+def test_a_pruner_is_made_for_one_epoch(searched: Any, kind: str) -> None:
+    study = searched(_definition(PLAIN, pruner=kind, epochs=1))
+    assert [_trained(study, [value]) for value in (GOOD, HOPELESS)] == [None, None]
+
+
+def test_a_bad_start_is_forgiven_before_the_least_epochs(searched: Any) -> None:
+    for kind in ("asha", "median"):
+        study = searched(_definition(PLAIN, pruner=kind, epochs=9, min_epochs=4))
+        assert [_trained(study, [GOOD] * 9) for _ in range(6)] == [None] * 6
+        assert _trained(study, [HOPELESS] * 3 + [0.95] * 6) is None
+
+
+def test_what_is_drawn_and_reported_is_what_optuna_reads(searched: Any) -> None:
+    study = searched(_definition(PLAIN))
+    _trained(study, [0.1, 0.2, 0.3])
+    plain = optuna.load_study(study_name="sampled", storage=str(study.storage.engine.url))
+    (trial,) = plain.trials
+    assert isinstance(trial, FrozenTrial)
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.3)
+    assert trial.intermediate_values == {1: 0.1, 2: 0.2, 3: 0.3}
+    assert trial.user_attrs["attempts"][0].items() >= asdict(study.me).items()
