@@ -1,0 +1,76 @@
+"""The best trial is the best complete one; the counts are exact; reading changes nothing."""
+
+import pytest
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+from storage import claims
+from storage.claims import Worker
+from studies import queries, registry
+from studies.errors import StudyError
+
+COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
+
+
+def _end(storage: RDBStorage, study: str, me: Worker, *ends: tuple[TrialState, float | None]) -> None:
+    for state, value in ends:
+        claim = claims.claim(storage, study, me, 60.0)
+        assert claim is not None
+        told = {"failure": {"kind": "nan", "message": "the loss became nan"}} if state == FAIL else {"epochs": 2}
+        claims.finish(storage, claim, state, value, told)
+
+
+def test_the_best_is_the_first_of_the_highest_complete_ones(storage: RDBStorage, study: str, me: Worker) -> None:
+    _end(storage, study, me, (COMPLETE, 0.7), (PRUNED, 0.99), (COMPLETE, 0.9), (FAIL, None), (COMPLETE, 0.9))
+    best = queries.best_trial(study, storage)
+    assert (best.number, best.values) == (2, [0.9])
+    rows = queries.leaderboard(study, storage)
+    assert [(row.rank, row.number, row.value, row.epochs) for row in rows] == [
+        (1, 2, 0.9, 2),
+        (2, 4, 0.9, 2),
+        (3, 0, 0.7, 2),
+    ]
+
+
+def test_without_a_complete_trial_there_is_no_best(storage: RDBStorage, study: str, me: Worker) -> None:
+    assert queries.leaderboard(study, storage) == []
+    with pytest.raises(StudyError, match=r"no complete trial yet: `trialyard run trivial`"):
+        queries.best_trial(study, storage)
+    _end(storage, study, me, *[(FAIL, None)] * 4, (PRUNED, 0.5))
+    with pytest.raises(StudyError, match=r"ended without a complete trial \(4 failed, 1 pruned\)"):
+        queries.best_trial(study, storage)
+
+
+def test_status_counts_exactly(storage: RDBStorage, study: str, me: Worker) -> None:
+    found = queries.status(study, storage)
+    assert (found.budget, found.ended, found.best, found.seconds_left) == (5, False, None, None)
+    _end(storage, study, me, (COMPLETE, 0.7), (PRUNED, 0.2), (FAIL, None))
+    running, waiting = (claims.claim(storage, study, me, 60.0) for _ in range(2))
+    assert running is not None
+    assert waiting is not None
+    claims.requeue(storage, waiting, "interrupted", "")
+    found = queries.status(study, storage)
+    assert (found.complete, found.pruned, found.failed, found.running, found.waiting) == (1, 1, 1, 1, 1)
+    assert (found.best, found.best_number, found.failures) == (0.7, 0, ("nan: the loss became nan",))
+    assert [holding.number for holding in found.workers] == [3]
+    assert found.seconds_left is not None
+    claims.finish(storage, running, COMPLETE, 0.8, {})
+    _end(storage, study, me, (COMPLETE, 0.6))
+    found = queries.status(study, storage)
+    assert (found.ended, found.seconds_left, found.best) == (True, 0.0, 0.8)
+
+
+def test_reading_changes_nothing(storage: RDBStorage, study: str, me: Worker) -> None:
+    _end(storage, study, me, (COMPLETE, 0.7), (FAIL, None))
+
+    def dump() -> list[str]:
+        with storage.engine.connect() as connection:
+            return list(connection.connection.driver_connection.iterdump())  # type: ignore[union-attr]
+
+    before = dump()
+    queries.best_trial(study, storage)
+    queries.leaderboard(study, storage)
+    queries.status(study, storage)
+    registry.open(study, storage)
+    registry.names(storage)
+    assert dump() == before
