@@ -416,7 +416,9 @@ def _sentence(error: ValidationError) -> str:
     # An unknown key explains most other complaints (a mistyped key is missing, too).
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     # The last part of a location may name a member of a union (`float`, `bool`), which means nothing to a user.
-    path = [part for part in first["loc"] if part not in _TAGS]
+    # Below `space` the third part is the tag of the parameter's kind; a parameter itself may be called "Float".
+    in_space = first["loc"][:1] == ("space",)
+    path = [part for at, part in enumerate(first["loc"]) if not (in_space and at == 2 and part in _TAGS)]
     kind, value = first["type"], first["input"]
     if kind == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])

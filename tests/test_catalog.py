@@ -96,9 +96,9 @@ def test_every_other_definition_is_judged_on_a_validation_split(definition: Defi
 
 
 @pytest.mark.parametrize("definition", _ours(), ids=lambda definition: definition.name)
-def test_every_other_definition_searches_all_depths_and_tries_each_once_at_first(definition: Definition) -> None:
+def test_every_other_definition_searches_all_depths_and_tries_each_at_first(definition: Definition) -> None:
     assert tuple(definition.space["depth"].points() or ()) == DEPTHS
     assert definition.space["dropout"] == Float(low=0.0, high=0.7)
-    assert [point["depth"] for point in definition.queue()] == list(DEPTHS)
+    assert [point["depth"] for point in definition.queue()][: len(DEPTHS)] == list(DEPTHS)
     assert definition.trials > len(definition.queue())
     assert definition.pruner.min_epochs < definition.budget.epochs

@@ -33,7 +33,7 @@ dataset = "digits"
 model = "convnet"
 
 [budget]
-trials = 200
+trials = {trials}
 epochs = {epochs}
 
 [space]
@@ -61,10 +61,13 @@ def _definition(
     sampler: str = "random",
     seed: int = 0,
     pruner: str = "none",
+    trials: int = 24,
     epochs: int = 9,
     min_epochs: int = 1,
 ) -> Definition:
-    return parse(text.format(sampler=sampler, seed=seed, pruner=pruner, epochs=epochs, min_epochs=min_epochs))
+    return parse(
+        text.format(sampler=sampler, seed=seed, pruner=pruner, trials=trials, epochs=epochs, min_epochs=min_epochs)
+    )
 
 
 class Searched:
@@ -155,29 +158,29 @@ def test_a_grid_and_a_list_of_points_are_tried_in_their_order(searched: Any, kin
 
 @pytest.mark.parametrize("kind", DRAWING)
 def test_trials_that_run_at_once_never_draw_the_same_points(searched: Any, kind: str) -> None:
-    points = searched(_definition(PLAIN, sampler=kind)).draw(12, value=None)
+    points = searched(_definition(PLAIN, sampler=kind)).draw(8, value=None)
     for name in ("learning_rate", "width"):
-        assert len({point[name] for point in points}) == 12
+        assert len({point[name] for point in points}) == 8
 
 
 @pytest.mark.parametrize("kind", DRAWING)
 def test_the_points_of_the_start_are_not_repeated_by_a_restart(searched: Any, kind: str, me: Worker) -> None:
     study = searched(_definition(PLAIN, sampler=kind))
-    before = study.draw(5, value=None)
+    before = study.draw(4, value=None)
     again = Searched(study.storage, study.study.definition, me)
-    after = again.draw(5, value=None)
-    assert len({_key(point) for point in before + after}) == 10
+    after = again.draw(4, value=None)
+    assert len({_key(point) for point in before + after}) == 8
 
 
 @pytest.mark.parametrize("kind", DRAWING)
 def test_the_same_seed_and_number_draw_the_same(searched: Any, kind: str) -> None:
-    one, other = (searched(_definition(sampler=kind, seed=7)).draw(14) for _ in range(2))
+    one, other = (searched(_definition(sampler=kind, seed=7)).draw(12) for _ in range(2))
     assert one == other
 
 
 @pytest.mark.parametrize("kind", DRAWING)
 def test_two_seeds_draw_differently_from_the_first_trial_on(searched: Any, kind: str) -> None:
-    one, other = (searched(_definition(PLAIN, sampler=kind, seed=seed)).draw(8, value=None) for seed in (0, 1))
+    one, other = (searched(_definition(PLAIN, sampler=kind, seed=seed)).draw(3, value=None) for seed in (0, 1))
     assert all(mine["width"] != theirs["width"] for mine, theirs in zip(one, other, strict=True))
 
 
@@ -203,7 +206,7 @@ def test_an_interrupted_trial_runs_again_with_its_own_points(searched: Any, kind
     # Results that came in meanwhile must not change what it is.
     claim = study.claim()
     assert claim.attempt == 2
-    study.draw(12, value=0.9)
+    study.draw(8, value=0.9)
     assert study.suggest(claim) == point
 
 
@@ -227,26 +230,26 @@ def _value(point: Point) -> float:
     return (1.0 if point["depth"] == 3 else 0.5) - abs(_rate_of(point) - 0.1)
 
 
-def _taught(study: Searched, trials: int, sign: float = 1.0) -> list[Point]:
+def _taught(study: Searched, trials: int) -> list[Point]:
     points = []
     for _ in range(trials):
         claim = study.claim()
         points.append(study.suggest(claim))
-        study.finish(claim, sign * _value(points[-1]))
+        study.finish(claim, _value(points[-1]))
     return points
 
 
 def test_tpe_learns_on_a_conditional_space_and_suggests_only_what_applies(searched: Any) -> None:
-    study = searched(_definition(sampler="tpe"))
+    study = searched(_definition(sampler="tpe", trials=40))
     space = study.study.definition.space
-    points = _taught(study, 60)
+    points = _taught(study, 40)
     for point in points:
         assert set(point) == {name for name, parameter in space.items() if parameter.applies(point)}
-    first, last = points[:10], points[-30:]
-    chance = _taught(searched(_definition(sampler="random")), 60)[-30:]
-    for others in (first, chance):
-        assert _mean(map(_value, last)) > _mean(map(_value, others)) + 0.2
-    assert sum(point["depth"] == 3 for point in last) > 20 > sum(point["depth"] == 3 for point in chance)
+    first, last = points[:10], points[-20:]
+    assert _mean(map(_value, last)) > _mean(map(_value, first)) + 0.2
+    # By chance it were a third of them, with rates of 0.35 in the mean.
+    assert sum(point["depth"] == 3 for point in last) >= 14
+    assert _mean(map(_rate_of, last)) < 0.25
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -261,7 +264,7 @@ def _mean(values: Iterable[float]) -> float:
 def test_results_change_what_is_drawn_only_where_the_sampler_learns(searched: Any, kind: str, learns: bool) -> None:
     good, bad = (searched(_definition(PLAIN, sampler=kind)) for _ in range(2))
     for study, sign in ((good, 1.0), (bad, -1.0)):
-        for _ in range(24):
+        for _ in range(12):
             claim = study.claim()
             study.finish(claim, sign * study.suggest(claim)["width"])
     assert (good.draw(1) != bad.draw(1)) == learns
@@ -271,13 +274,13 @@ def test_pruned_trials_teach_as_well(searched: Any) -> None:
     means = []
     for worst in (True, False):
         study = searched(_definition(PLAIN, sampler="tpe"))
-        for _ in range(30):
+        for _ in range(16):
             claim = study.claim()
             width = study.suggest(claim)["width"]
             claims.report(study.storage, claim, 1, width)
             pruned = worst and width < 1.25
             study.finish(claim, width, TrialState.PRUNED if pruned else TrialState.COMPLETE)
-        means.append(_mean(point["width"] for point in study.draw(6, value=None)))
+        means.append(_mean(point["width"] for point in study.draw(4, value=None)))
     assert min(means) > 1.25
 
 
@@ -311,7 +314,7 @@ class TestQMC:
         assert queued[1:] == free[1:]
 
     def test_what_applies_only_sometimes_is_of_the_sequence_too(self, searched: Any) -> None:
-        points = searched(_definition(sampler="qmc")).draw(32)
+        points = searched(_definition(sampler="qmc", trials=32)).draw(32, value=None)
         # 32 points of a Sobol sequence lie 4 to an eighth, in every coordinate.
         eighths = sorted(int((point["width"] - 0.5) / 1.5 * 8) for point in points)
         assert eighths == sorted(list(range(8)) * 4)
@@ -323,8 +326,7 @@ class TestQMC:
 
 @pytest.mark.parametrize(("trials", "population"), [(1, 4), (12, 4), (40, 10), (200, 50), (5000, 50)])
 def test_a_generation_is_a_fraction_of_a_small_study(trials: int, population: int) -> None:
-    text = CONDITIONAL.replace("trials = 200", f"trials = {trials}")
-    assert sampling.sampler(_definition(text, sampler="nsga2"), 0).population_size == population  # type: ignore[attr-defined]
+    assert sampling.sampler(_definition(sampler="nsga2", trials=trials), 0).population_size == population  # type: ignore[attr-defined]
 
 
 def test_a_sampler_whose_package_is_missing_is_refused_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,31 +361,31 @@ PRUNERS = ["hyperband", "asha", "median", "wilcoxon"]
 @pytest.mark.parametrize("min_epochs", [1, 3])
 @pytest.mark.parametrize("kind", PRUNERS)
 def test_a_hopeless_trial_is_pruned_but_not_before_its_least_epochs(searched: Any, kind: str, min_epochs: int) -> None:
-    study = searched(_definition(PLAIN, pruner=kind, epochs=12, min_epochs=min_epochs))
-    assert [_trained(study, [GOOD] * 12) for _ in range(6)] == [None] * 6
+    study = searched(_definition(PLAIN, pruner=kind, epochs=10, min_epochs=min_epochs))
+    assert [_trained(study, [GOOD] * 10) for _ in range(5)] == [None] * 5
     # Hyperband judges trials of its later brackets later.
-    ends = [_trained(study, [HOPELESS] * 12) for _ in range(4)]
-    assert all(end is not None and min_epochs <= end < 12 for end in ends), ends
+    ends = [_trained(study, [HOPELESS] * 10) for _ in range(3)]
+    assert all(end is not None and min_epochs <= end < 10 for end in ends), ends
     if kind in ("asha", "median"):
-        assert ends == [min_epochs] * 4
+        assert ends == [min_epochs] * 3
 
 
 @pytest.mark.parametrize("kind", PRUNERS)
 def test_the_best_trial_so_far_is_never_pruned(searched: Any, kind: str) -> None:
-    study = searched(_definition(PLAIN, pruner=kind, epochs=9))
-    assert [_trained(study, [value / 10] * 9) for value in range(1, 10)] == [None] * 9
+    study = searched(_definition(PLAIN, pruner=kind, epochs=5))
+    assert [_trained(study, [value / 10] * 5) for value in range(1, 8)] == [None] * 7
 
 
 def test_without_a_pruner_nothing_is_pruned(searched: Any) -> None:
-    study = searched(_definition(PLAIN, pruner="none"))
-    for values in ([GOOD] * 9, [GOOD] * 9, [HOPELESS] * 9, [0.0] * 9):
+    study = searched(_definition(PLAIN, pruner="none", epochs=4))
+    for values in [[GOOD] * 4] * 6 + [[HOPELESS] * 4, [0.0] * 4]:
         assert _trained(study, values) is None
 
 
 @pytest.mark.parametrize("kind", [*PRUNERS, "none"])
 def test_least_epochs_beyond_the_budget_prune_nothing(searched: Any, kind: str) -> None:
     study = searched(_definition(PLAIN, pruner=kind, epochs=3, min_epochs=50))
-    assert [_trained(study, [value] * 3) for value in [GOOD] * 6 + [HOPELESS] * 2] == [None] * 8
+    assert [_trained(study, [value] * 3) for value in [GOOD] * 5 + [HOPELESS] * 2] == [None] * 7
 
 
 @pytest.mark.parametrize("kind", [*PRUNERS, "none"])
@@ -394,9 +396,9 @@ def test_a_pruner_is_made_for_one_epoch(searched: Any, kind: str) -> None:
 
 def test_a_bad_start_is_forgiven_before_the_least_epochs(searched: Any) -> None:
     for kind in ("asha", "median"):
-        study = searched(_definition(PLAIN, pruner=kind, epochs=9, min_epochs=4))
-        assert [_trained(study, [GOOD] * 9) for _ in range(6)] == [None] * 6
-        assert _trained(study, [HOPELESS] * 3 + [0.95] * 6) is None
+        study = searched(_definition(PLAIN, pruner=kind, epochs=6, min_epochs=4))
+        assert [_trained(study, [GOOD] * 6) for _ in range(5)] == [None] * 5
+        assert _trained(study, [HOPELESS] * 3 + [0.95] * 3) is None
 
 
 def test_what_is_drawn_and_reported_is_what_optuna_reads(searched: Any) -> None:
