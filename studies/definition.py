@@ -5,6 +5,7 @@ rule and the way out.
 """
 
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -17,11 +18,11 @@ from storage.errors import nearest
 from studies import models
 from studies.errors import DefinitionError
 from studies.space import (
-    GRID_LIMIT,
     Choice,
     Finite,
     Float,
     Int,
+    Name,
     Point,
     Scalar,
     Space,
@@ -87,7 +88,6 @@ _Parameter = Annotated[
     Annotated[Float, Tag("Float")] | Annotated[Int, Tag("Int")] | Annotated[Choice, Tag("Choice")],
     Discriminator(_tag),
 ]
-_Key = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 
 
 class Definition(_Table):
@@ -100,11 +100,11 @@ class Definition(_Table):
     precision: Precision = "auto"
     data: Data = Data()
     budget: Budget = Budget()
-    space: dict[_Key, _Parameter]
-    fixed: dict[_Key, Scalar] = {}
+    space: dict[Name, _Parameter]
+    fixed: dict[Name, Scalar] = {}
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
-    points: tuple[dict[_Key, Scalar], ...] = ()
+    points: tuple[dict[Name, Scalar], ...] = ()
 
     def queue(self) -> list[Point]:
         """The points that are tried first, in this order, none twice: the listed ones, then a grid's."""
@@ -134,9 +134,8 @@ class Definition(_Table):
 def catalog() -> dict[str, "Definition"]:
     """The ready definitions, by name."""
     folder = resources.files("studies") / "catalog"
-    files = sorted((file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda file: file.name)
-    found = [parse(file.read_text(encoding="utf-8"), source=file.name) for file in files]
-    return {definition.name: definition for definition in found}
+    names = sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+    return {name: parse((folder / f"{name}.toml").read_text(encoding="utf-8"), source=name) for name in names}
 
 
 def load(name_or_file: str, **overrides: Any) -> Definition:
@@ -149,19 +148,19 @@ def load(name_or_file: str, **overrides: Any) -> Definition:
     if name_or_file in ready:
         text = (folder / f"{name_or_file}.toml").read_text(encoding="utf-8")
         return parse(text, source=name_or_file, **overrides)
-    path = Path(name_or_file)
-    if not path.suffix == ".toml" and not path.is_file():
-        raise DefinitionError(
-            f"{name_or_file!r} is neither a file nor in the catalog ({', '.join(ready)})"
-            f"{nearest(name_or_file, ready) or '; `trialyard catalog` describes them'}"
-        )
+    path, told = Path(name_or_file), _told(name_or_file)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise DefinitionError(f"{path} is no text in UTF-8: a definition is a TOML file") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise DefinitionError(f"{path} cannot be read ({reason}): give the path of a TOML file") from None
+        raise DefinitionError(f"{told} is no text in UTF-8: a definition is a TOML file") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        if path.suffix == ".toml" or os.path.isfile(path):
+            reason = getattr(error, "strerror", None) or error
+            raise DefinitionError(f"{told} cannot be read ({reason}): give the path of a TOML file") from None
+        raise DefinitionError(
+            f"'{told}' is neither a file nor in the catalog ({', '.join(ready)})"
+            f"{nearest(name_or_file, ready) or '; `trialyard catalog` describes them'}"
+        ) from None
     return parse(text, source=str(path), folder=path.parent, **overrides)
 
 
@@ -198,7 +197,8 @@ def differences(one: Definition, other: Definition) -> list[str]:
     return [
         f"{key} = {json.dumps(left.get(key))} there and {json.dumps(right.get(key))} here"
         for key in [*left, *(key for key in right if key not in left)]
-        if key not in may_differ and left.get(key) != right.get(key)
+        # As text: to Python, true is 1.
+        if key not in may_differ and json.dumps(left.get(key)) != json.dumps(right.get(key))
     ]
 
 
@@ -366,14 +366,13 @@ def _check_sampler(definition: Definition) -> str | None:
                 f"[space] has {len(numbers)}: choose tpe"
             )
     if kind == "grid":
-        size = 1
         for name, parameter in definition.space.items():
-            points = parameter.points()
-            if points is None:
+            if parameter.points() is None:
                 return f'space.{name} is continuous and sampler.kind = "grid" needs steps: give it a step'
-            size *= len(points)
-            if size > GRID_LIMIT:
-                return f"the grid has more than {GRID_LIMIT} points: widen a step, or choose sampler tpe"
+        try:
+            grid(definition.space)
+        except ValueError as error:
+            return f"{error}: widen a step, or choose sampler tpe"
     elif kind != "points" and definition.budget.trials is None:
         return f"budget.trials is missing, and the sampler {kind} never ends by itself: say how many"
     return None
@@ -425,6 +424,8 @@ def _sentence(error: ValidationError) -> str:
         return f"unknown key {_path(path)!r}: known here are {', '.join(known)}{nearest(str(path[-1]), known)}"
     if kind == "missing":
         return f"{_path(path)} is missing: add it"
+    if kind == "union_tag_invalid":
+        return f"{_path(path)} = {_shown(value)} must be true or false, a number or a string"
     if kind == "union_tag_not_found":
         return (
             f"{_path(path)} = {_shown(value)} must be a table such as {{ low = 0.0, high = 0.7 }} or "
@@ -500,8 +501,14 @@ def _known_keys(path: Iterable[Any]) -> list[str]:
 def _path(parts: Iterable[Any]) -> str:
     text = ""
     for part in parts:
-        text += f"[{part + 1}]" if isinstance(part, int) else f".{part}" if text else str(part)
+        text += f"[{part + 1}]" if isinstance(part, int) else f".{_told(part)}" if text else _told(part)
     return text or "the definition"
+
+
+def _told(name: object) -> str:
+    """A key or a path, on part of a line and without what would break it."""
+    text = str(name) if str(name).isprintable() else ascii(str(name))[1:-1]
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _shown(value: object) -> str:

@@ -6,7 +6,7 @@ A definition is checked against this table long before Keras is there; `search.m
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from studies.space import Scalar
+from studies.space import Scalar, listed
 
 OPTIMIZERS = ("adam", "adamw", "nadam", "rmsprop", "sgd", "adadelta", "adagrad")
 WITH_MOMENTUM = ("sgd", "rmsprop")  # the optimizers that take `momentum`
@@ -48,7 +48,7 @@ class OneOf:
         # True == 1 in Python, but a depth of `true` is a slip.
         if any(value == known and type(value) is type(known) for known in self.values):
             return None
-        return f"must be one of {', '.join(map(str, self.values))}"
+        return f"must be one of {listed(self.values)}"
 
 
 Rule = Number | OneOf

@@ -5,8 +5,9 @@ holds just what it was trained with.
 """
 
 import itertools
-import math
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 import optuna
@@ -16,20 +17,23 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-# Strict: a TOML `true` is no 1, and "3" is no 3.
-Scalar = (
-    Annotated[bool, Field(strict=True)]
-    | Annotated[int, Field(strict=True, ge=-(2**53), le=2**53)]
-    | Annotated[float, Field(strict=True, allow_inf_nan=False)]
-    | Annotated[str, Field(strict=True, max_length=500)]
-)
+# Told apart by its type, so that a mistake is judged by the rules of its own kind: a TOML `true` is no 1, an integer
+# that is too large is no float, and "3" is no 3.
+Scalar = Annotated[
+    Annotated[bool, Tag("bool")]
+    | Annotated[int, Field(ge=-(2**53), le=2**53), Tag("int")]
+    | Annotated[float, Field(allow_inf_nan=False), Tag("float")]
+    | Annotated[str, Field(max_length=500), Tag("str")],
+    Discriminator(lambda value: type(value).__name__),
+]
 # Larger integers are not told apart once they are floats, which is what the database holds.
 Whole = Annotated[int, Field(strict=True, ge=-(2**53), le=2**53)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e100, le=1e100)]
 Point = dict[str, Any]
-Condition = dict[str, tuple[Scalar, ...]]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+Condition = dict[Name, tuple[Scalar, ...]]
 
 GRID_LIMIT = 100_000
 
@@ -71,8 +75,7 @@ class Float(_Parameter):
         if self.step is not None:
             if self.log:
                 raise ValueError("log and step exclude each other: leave one out")
-            steps = (self.high - self.low) / self.step
-            if steps < 1 - 1e-9 or abs(steps - round(steps)) > 1e-6 or steps > 2**53:
+            if not _divides(self.step, self.low, self.high):
                 raise ValueError(
                     f"high = {self.high:g} is no whole number of steps of {self.step:g} above low = "
                     f"{self.low:g}: choose a step that divides the range"
@@ -87,8 +90,10 @@ class Float(_Parameter):
         """Every value on the steps; None for a continuous range."""
         if self.step is None:
             return None
-        # 0.1 + 0.2 is not 0.3: rounded to what a person would have written.
-        return [round(self.low + i * self.step, 12) for i in range(_steps(self.low, self.high, self.step))]
+        # 0.1 + 0.2 is not 0.3, but it is in decimals, in which a person wrote them.
+        low, step = Decimal(str(self.low)), Decimal(str(self.step))
+        steps = int((Decimal(str(self.high)) - low) / step)
+        return [float(low + i * step) for i in range(min(steps, GRID_LIMIT) + 1)]
 
 
 class Int(_Parameter):
@@ -155,8 +160,10 @@ def _check_range(low: float, high: float, log: bool) -> None:
         raise ValueError(f"log needs low > 0, and low is {low:g}: raise low, or leave log out")
 
 
-def _steps(low: float, high: float, step: float) -> int:
-    return min(math.floor((high - low) / step + 1e-6) + 1, GRID_LIMIT + 1)
+def _divides(step: float, low: float, high: float) -> bool:
+    """Whether `high` is a whole number of steps above `low`, in decimals as Optuna reckons (it would lower `high`)."""
+    width, one = Decimal(str(high)) - Decimal(str(low)), Decimal(str(step))
+    return 1 <= width / one <= 2**53 and width % one == 0
 
 
 def parameter_class(raw: Mapping[str, Any]) -> type[Float] | type[Int] | type[Choice]:
@@ -172,17 +179,26 @@ def parameter_class(raw: Mapping[str, Any]) -> type[Float] | type[Int] | type[Ch
 def in_order(space: Space) -> list[str]:
     """The parameters' names, each after those that its `when` names, else as written.
 
-    Raises ValueError, with a name, where `when`s go in a circle.
+    Raises ValueError, with the name of one of them, where `when`s go in a circle.
     """
-    ordered: list[str] = []
-    waiting = list(space)
+    ordered: dict[str, None] = {}
+    waiting = dict.fromkeys(space)
     while waiting:
         ready = [name for name in waiting if all(other in ordered for other in space[name].when)]
         if not ready:
-            raise ValueError(waiting[0])
-        ordered += ready
-        waiting = [name for name in waiting if name not in ready]
-    return ordered
+            raise ValueError(_in_a_circle(space, waiting))
+        ordered |= dict.fromkeys(ready)
+        waiting = {name: None for name in waiting if name not in ordered}
+    return list(ordered)
+
+
+def _in_a_circle(space: Space, waiting: Iterable[str]) -> str:
+    # From any of those that wait, one that it waits for, and so on: the first name met again lies on a circle.
+    name, seen = next(iter(waiting)), set[str]()
+    while name not in seen:
+        seen.add(name)
+        name = next(other for other in space[name].when if other in waiting)
+    return name
 
 
 def suggest(trial: optuna.Trial, space: Space) -> Point:
@@ -203,35 +219,45 @@ def suggest(trial: optuna.Trial, space: Space) -> Point:
     return point
 
 
-def grid(space: Space) -> Iterator[Point]:
-    """Every point of a space without continuous ranges, the last parameter changing fastest."""
-    names = in_order(space)
+def grid(space: Space) -> list[Point]:
+    """Every point of a space without continuous ranges, the last parameter changing fastest.
 
-    def extended(point: Point, rest: list[str]) -> Iterator[Point]:
-        if not rest:
-            yield point
-            return
-        parameter = space[rest[0]]
-        if not parameter.applies(point):
-            yield from extended(point, rest[1:])
-            return
-        for value in parameter.points() or ():
-            yield from extended({**point, rest[0]: value}, rest[1:])
-
-    return extended({}, names)
+    Raises ValueError where there are more than GRID_LIMIT.
+    """
+    points: list[Point] = [{}]
+    for name in in_order(space):
+        parameter = space[name]
+        values = parameter.points() or ()
+        extended = (
+            longer
+            for point in points
+            for longer in ([{**point, name: value} for value in values] if parameter.applies(point) else [point])
+        )
+        points = list(itertools.islice(extended, GRID_LIMIT + 1))
+        if len(points) > GRID_LIMIT:
+            raise ValueError(f"the grid has more than {GRID_LIMIT} points")
+    return points
 
 
 def broken_rule(parameter: Parameter, value: object) -> str | None:
     """Why `value` is no value of `parameter`, in words; None if it is one."""
     if isinstance(parameter, Choice):
         good = any(value == choice and type(value) is type(choice) for choice in parameter.choices)
-        return None if good else f"must be one of {', '.join(map(str, parameter.choices))}"
+        return None if good else f"must be one of {listed(parameter.choices)}"
     if isinstance(value, bool) or not isinstance(value, int if isinstance(parameter, Int) else (int, float)):
         return "must be a whole number" if isinstance(parameter, Int) else "must be a number"
     if not parameter.low <= value <= parameter.high:
         return f"must be from {parameter.low:g} to {parameter.high:g}"
     if parameter.step is not None:
         steps = (value - parameter.low) / parameter.step
-        if abs(steps - round(steps)) > 1e-6:
+        if abs(steps - round(steps)) >= 1e-8:  # Optuna's tolerance
             return f"must be {parameter.low:g} plus a whole number of steps of {parameter.step:g}"
     return None
+
+
+def listed(values: Iterable[Scalar]) -> str:
+    """`values` as a definition would write them, on part of a line."""
+    # An escape is for what would break the line; a name such as adam needs no quotes to be read.
+    shown = [value if isinstance(value, str) and value.isidentifier() else json.dumps(value) for value in values]
+    text = ", ".join(shown)
+    return text if len(text) <= 200 else f"{text[:180]}... ({len(shown)} in all)"

@@ -126,7 +126,10 @@ BAD = {
     "table for list": (_text(top="points = { depth = 3 }"), r'points = {"depth": 3} must be a list$'),
     "list in a list": (_dropout("choices = [[0.1]]"), r"space.dropout.choices\[1\] = \[0.1\] must be .*a number"),
     "empty list": (_dropout("choices = []"), r"space.dropout.choices = \[\] must not be empty$"),
-    "list for a value": (_text(fixed="batch_size = [64]"), r"fixed.batch_size = \[64\] must be .*a whole number"),
+    "list for a value": (
+        _text(fixed="batch_size = [64]"),
+        r"fixed.batch_size = \[64\] must be true or false, a number or a string$",
+    ),
     "date for a value": (_text(fixed="batch_size = 2020-01-01"), r"fixed.batch_size = .*2020, 1, 1.* must be "),
     "number for a parameter": (
         _text(space="depth = 3"),
