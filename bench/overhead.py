@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from search import objective
-from search.devices import cpu
+from search.devices import Slot, cpu
 from search.display import Watcher
 from search.objective import Study
 from search.records import Epoch, Trained
 from search.trainer import Job, Trainer
-from storage import claims, database
+from storage import claims, database, workers
 from storage.settings import Settings
 from studies import registry, sampling
 from studies.definition import Definition, parse
@@ -56,7 +56,7 @@ class Instant(Trainer):
     """Answers a job at once, with an accuracy that depends on its dropout."""
 
     def __init__(self) -> None:
-        super().__init__(cpu(), Path("unused"))
+        super().__init__(Slot(device=cpu()), Path("unused"))
         self._messages: list[Epoch | Trained] = []
 
     def submit(self, job: Job) -> None:
@@ -99,7 +99,7 @@ class Ours:
             cached=optuna.storages.get_storage(storage),
         )
         self._settings = Settings(home=folder)
-        self._worker = claims.worker("cpu:0")
+        self._worker = workers.worker("cpu:0")
         self._trainer, self._watcher, self._interrupted = Instant(), Watcher(), threading.Event()
 
     def run(self, trials: int) -> None:

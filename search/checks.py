@@ -6,7 +6,7 @@ from typing import Any
 
 from search import data
 from search.data import Dataset
-from search.devices import cpu
+from search.devices import Slot, cpu
 from search.errors import DataError, ModelError
 from search.trainer import Checked, Failed, Job, Trainer, TrainerDied
 from storage.settings import Settings
@@ -55,14 +55,14 @@ def first_point(definition: Definition) -> dict[str, Any]:
 
 
 def _in_trainer(definition: Definition, settings: Settings, log_file: Path) -> dict[str, Any]:
-    device = cpu()
-    with Trainer(device, log_file) as trainer:
+    slot = Slot(device=cpu())
+    with Trainer(slot, log_file) as trainer:
         trainer.submit(
             Job(
                 definition=definition,
                 hyperparameters={},
                 seed=0,
-                device=device,
+                slot=slot,
                 data_folders=settings.data_folders,
                 folder=None,
             )

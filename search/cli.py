@@ -11,27 +11,28 @@ import signal
 import sys
 from datetime import datetime
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import optuna
 import typer
 from optuna.exceptions import OptunaError
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
-from search import checks, display, worker
-from search.devices import best as best_device
-from search.devices import precision_for
+from search import checks, devices, display, worker
+from search.devices import Slot, precision_for
 from search.display import Lines, LiveTable, Watcher
 from storage import claims, database
 from storage import settings as environment
-from storage.errors import StorageError, TrialyardError
+from storage.database import PatientStorage
+from storage.errors import SettingsError, StorageError, TrialyardError
 from storage.settings import Settings
+from storage.workers import Present
 from studies import definition as definitions
 from studies import queries, registry
 from studies.definition import Definition
@@ -67,6 +68,20 @@ EpochsOption = Annotated[
 ]
 LimitOption = Annotated[
     int | None, typer.Option("--limit", min=1, envvar="TRIALYARD_LIMIT", help="Use only so many training images.")
+]
+DevicesOption = Annotated[
+    str,
+    typer.Option(
+        "--devices", metavar="auto|cpu|N,N", envvar="TRIALYARD_DEVICES", help="GPUs by number, the processor, or auto."
+    ),
+]
+PerDeviceOption = Annotated[
+    int | None,
+    typer.Option("--per-device", min=1, envvar="TRIALYARD_PER_DEVICE", help="So many trials share each device."),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, envvar="TRIALYARD_WORKERS", help="So many trials at once here, in all."),
 ]
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study in the database.")]
 SourceArgument = Annotated[
@@ -137,7 +152,7 @@ def create(
     limit: LimitOption = None,
 ) -> None:
     """Put a study into the database, for workers to come."""
-    settings = environment.load(storage=storage)
+    settings = _settings(storage)
     definition = definitions.load(source, name=name, trials=trials, epochs=epochs, limit=limit)
     _, new = _create(definition, settings)
     out.print(
@@ -156,13 +171,17 @@ def run(
     trials: TrialsOption = None,
     epochs: EpochsOption = None,
     limit: LimitOption = None,
+    chosen_devices: DevicesOption = "auto",
+    per_device: PerDeviceOption = None,
+    workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Create a study unless it stands, work on it here, and print the result."""
-    settings = environment.load(storage=storage)
+    settings = _settings(storage)
+    slots = devices.slots(chosen_devices, per_device, workers)
     definition = definitions.load(source, name=name, trials=trials, epochs=epochs, limit=limit)
-    place, _ = _create(definition, settings)
-    _work([definition.name], place, settings)
+    place, _ = _create(definition, settings, settings.patience_seconds)
+    _work([definition.name], place, settings, slots)
     _print_result(definition.name, place, settings, as_json)
 
 
@@ -170,20 +189,50 @@ def run(
 def work(
     studies: Annotated[list[str] | None, typer.Argument(metavar="[STUDY ...]", help="Default: all of them.")] = None,
     storage: StorageOption = None,
+    chosen_devices: DevicesOption = "auto",
+    per_device: PerDeviceOption = None,
+    workers: WorkersOption = None,
+    forever: Annotated[bool, typer.Option("--forever", help="Wait for studies to come, until told to stop.")] = False,
 ) -> None:
-    """Be a worker: run the trials of studies that stand, the oldest study first, until nothing is left."""
-    settings = environment.load(storage=storage)
-    place = database.connect(settings.url)
+    """Be a worker machine: fill every slot with trials, the oldest study first, until nothing is left."""
+    if studies and forever:
+        raise typer.BadParameter("with --forever it takes from all studies: name none")
+    settings = _settings(storage)
+    slots = devices.slots(chosen_devices, per_device, workers)
+    place = database.connect(settings.url, settings.patience_seconds)
+    if forever:
+        _work(None, place, settings, slots)
+        return
     names = list(dict.fromkeys(studies or registry.names(place)))
     unended = [name for name in names if not queries.status(name, place).ended]
     for name in unended:
         registry.check_data(name, place, checks.check(registry.definition_of(name, place), settings))
-    if unended:
-        _work(unended, place, settings)
+    _work(unended, place, settings, slots)
     for name in names:
         out.print(display.progress(queries.status(name, place)), markup=False)
     if not names:
         out.print("there is no study to work on: `trialyard create digits` makes one", markup=False)
+
+
+@app.command()
+def pause(study: StudyArgument, storage: StorageOption = None) -> None:
+    """Have all workers put a study's trials back into the queue, and start no more."""
+    registry.pause(study, _connected(storage))
+    out.print(f"study {study} is paused: `trialyard resume {study}` lets its workers go on", markup=False)
+
+
+@app.command()
+def resume(study: StudyArgument, storage: StorageOption = None) -> None:
+    """Let the workers go on with a study that was paused or stopped."""
+    registry.resume(study, _connected(storage))
+    out.print(f"study {study} is open: `trialyard work {study}` works on it where no worker waits", markup=False)
+
+
+@app.command()
+def stop(study: StudyArgument, storage: StorageOption = None) -> None:
+    """End a study with the trials that it has; those that run go back to the queue and stay there."""
+    registry.stop(study, _connected(storage))
+    out.print(f"study {study} is stopped: `trialyard leaderboard {study}` shows what it found", markup=False)
 
 
 @app.command()
@@ -193,22 +242,25 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Counts, best so far, who is running what, time left."""
-    place = database.connect(environment.load(storage=storage).url)
+    place = _connected(storage)
     found = [queries.status(name, place) for name in ([study] if study else registry.names(place))]
+    workers = [] if study else queries.workers(place)
     if as_json:
         records = [dataclasses.asdict(one) for one in found]
-        _print_json(records[0] if study else records)
+        everything = {"studies": records, "workers": [dataclasses.asdict(one) for one in workers]}
+        _print_json(records[0] if study else everything)
         return
     for one in found:
         _print_status(one)
     if not found:
         out.print("there is no study yet: `trialyard create digits` makes one", markup=False)
+    _print_workers(workers)
 
 
 @app.command()
 def best(study: StudyArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
     """The best trial: value, hyperparameters, where its model lies."""
-    settings = environment.load(storage=storage)
+    settings = _settings(storage)
     trial = queries.best_trial(study, database.connect(settings.url))
     if as_json:
         _print_json(_record(study, trial, settings))
@@ -224,7 +276,7 @@ def leaderboard(
     as_json: JsonOption = False,
 ) -> None:
     """Trials as a table, best first."""
-    rows = queries.leaderboard(study, database.connect(environment.load(storage=storage).url))[:top]
+    rows = queries.leaderboard(study, _connected(storage))[:top]
     if as_json:
         _print_json([dataclasses.asdict(row) for row in rows])
     else:
@@ -233,55 +285,95 @@ def leaderboard(
 
 @storage_app.command("create")
 def storage_create(storage: StorageOption = None) -> None:
-    """Make the database unless it stands."""
-    url = environment.load(storage=storage).url
+    """Make the database's tables unless they stand."""
+    url = _settings(storage).url
     database.create(url)
     out.print(f"the database {database.redact(url)} stands", markup=False)
+
+
+@storage_app.command("upgrade")
+def storage_upgrade(storage: StorageOption = None) -> None:
+    """Bring the tables of an older version up to this one's, with no worker running; make a backup before."""
+    url = _settings(storage).url
+    revision = database.upgrade(url)
+    out.print(f"the database {database.redact(url)} has the tables of this version ({revision})", markup=False)
 
 
 @storage_app.command("check")
 def storage_check(storage: StorageOption = None) -> None:
     """Is the database whole, and does each study keep its promises?"""
-    url = environment.load(storage=storage).url
-    place = database.connect(url)
+    place = _connected(storage)
+    url = database.redact(place.url)
     problems = database.check(place) + claims.check(place)
     if problems:
-        raise StorageError(f"{len(problems)} problems in {database.redact(url)}: {'; '.join(problems)}")
-    out.print(f"the database {database.redact(url)} is whole, with {len(registry.names(place))} studies", markup=False)
+        raise StorageError(f"{len(problems)} problems in {url}: {'; '.join(problems)}")
+    out.print(f"the database {url} is whole, with {len(registry.names(place))} studies", markup=False)
+
+
+@storage_app.command("backup")
+def storage_backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file.")], storage: StorageOption = None
+) -> None:
+    """Copy the whole database, as it is at this moment, to a new SQLite file; workers may go on."""
+    trials = database.backup(_connected(storage), file)
+    out.print(f"{trials} trials are in {file}: `--storage sqlite:///{file}` reads them", markup=False)
 
 
 # --- what several commands do -----------------------------------------------------------------------------
 
 
-def _create(definition: Definition, settings: Settings) -> tuple[RDBStorage, bool]:
+def _settings(storage: str | None) -> Settings:
+    if storage is not None and database.has_password(storage):
+        raise SettingsError(
+            f"--storage {database.redact(storage)} has a password in it, which everybody sees in the process list: "
+            "put the URL into TRIALYARD_STORAGE, or into a file that TRIALYARD_STORAGE_FILE names"
+        )
+    return environment.load(storage=storage)
+
+
+def _connected(storage: str | None) -> PatientStorage:
+    return database.connect(_settings(storage).url)
+
+
+def _create(definition: Definition, settings: Settings, patience: float = 0.0) -> tuple[PatientStorage, bool]:
     # Everything is checked before the database is touched, the data and a user's own model included.
     data = checks.check(definition, settings)
-    place = database.create(settings.url)
+    place = database.create(settings.url, patience)
     return place, registry.create(definition, place, data)
 
 
-def _work(names: list[str], place: RDBStorage, settings: Settings) -> None:
+def _work(names: list[str] | None, place: PatientStorage, settings: Settings, slots: list[Slot]) -> None:
     """Works on the studies here, showing progress. Exits with 130 when a signal ended it."""
-    if all(queries.status(name, place).ended for name in names):
+    if names is not None and all(queries.status(name, place).ended for name in names):
         return
-    device = best_device()
-    for name in names:
-        precision, reason = precision_for(device, registry.definition_of(name, place).precision)
-        err.print(f"{name}: on {device.slot} in {precision}: {reason}", markup=False, highlight=False, soft_wrap=True)
-    if not worker.work(names, place, settings, [device], _watcher(names, [device.slot], place)):
+    for name in names or []:
+        precision, reason = precision_for(slots[0].device, registry.definition_of(name, place).precision)
+        err.print(f"{name}: {_told(slots)} in {precision}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if names is None:
+        err.print(f"waiting for studies, {_told(slots)}", markup=False, highlight=False, soft_wrap=True)
+    if not worker.work(names, place, settings, slots, _watcher(names, [slot.name for slot in slots], place)):
         again = "the same command goes on where it stopped"
-        err.print(f"interrupted: the running trial is back in the queue; {again}", markup=False, soft_wrap=True)
+        err.print(f"interrupted: what ran is back in the queue; {again}", markup=False, soft_wrap=True)
         raise typer.Exit(130)
+    for name in names or []:
+        if queries.status(name, place).state == "paused":
+            err.print(f"study {name} is paused: `trialyard resume {name}`, and the same command goes on", markup=False)
 
 
-def _watcher(names: list[str], slots: list[str], place: RDBStorage) -> Watcher:
+def _told(slots: list[Slot]) -> str:
+    """For the first line: the slots, and the threads of each."""
+    threads = f" of {slots[0].threads} threads" if slots[0].threads > 1 else ""
+    return f"on {', '.join(slot.name for slot in slots)}{threads}"
+
+
+def _watcher(names: list[str] | None, slots: list[str], place: PatientStorage) -> Watcher:
     def ask(name: str) -> Status:
         return queries.status(name, place)
 
     return LiveTable(err, names, slots, ask) if err.is_terminal else Lines(err, ask)
 
 
-def _print_result(study: str, place: RDBStorage, settings: Settings, as_json: bool) -> None:
+def _print_result(study: str, place: PatientStorage, settings: Settings, as_json: bool) -> None:
     found = queries.status(study, place)
     if found.failures:
         err.print(_failed(found), markup=False, highlight=False, soft_wrap=True)
@@ -364,8 +456,22 @@ def _print_rows(rows: list[Row]) -> None:
     Console(highlight=False, width=None if out.is_terminal else 200).print(table)
 
 
+def _print_workers(workers: list[Present]) -> None:
+    for one in workers:
+        doing = "waits" if one.study is None else f"{one.study} trial {one.trial}, epoch {one.epoch}"
+        out.print(
+            f"{one.slot} of {one.host} (process {one.pid}, {one.device}): {doing}, last sign "
+            f"{one.silent_seconds:.0f} s ago",
+            markup=False,
+        )
+
+
 def _print_status(found: Status) -> None:
-    out.print(display.progress(found) if not found.ended else f"{found.study}: ended", style="bold", markup=False)
+    if found.state != "open":
+        line = f"{found.study}: {found.state}"
+    else:
+        line = f"{found.study}: ended" if found.ended else display.progress(found)
+    out.print(line, style="bold", markup=False)
     if found.protocol == "test":
         out.print("  judged on the test set: the notebook's protocol, for comparison only", markup=False)
     out.print(
@@ -373,13 +479,14 @@ def _print_status(found: Status) -> None:
         f"{found.waiting} waiting, budget {found.budget}",
         markup=False,
     )
-    if found.ended and found.best is not None:
+    if (found.ended or found.state != "open") and found.best is not None:
         out.print(f"  best {found.best:.4f} (trial {found.best_number})", markup=False)
     if found.failures:
         out.print(f"  {_failed(found)}", markup=False)
     for one in found.workers:
         out.print(
-            f"  trial {one.number} on {one.slot} of {one.host} (process {one.pid}), attempt {one.attempt}, last sign "
+            f"  trial {one.number} on {one.slot} of {one.host} (process {one.pid}), attempt {one.attempt}, "
+            f"epoch {one.epoch}, last sign "
             f"{one.silent_seconds:.0f} s ago",
             markup=False,
         )

@@ -1,16 +1,22 @@
-"""What this machine can train on, and in which precision. Found without importing TensorFlow or JAX."""
+"""What this machine can train on: its devices, the slots on them, and the precision. Found without importing Keras."""
 
 import os
 import platform
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import psutil
 import pynvml
 
+from search.errors import DeviceError
 from studies.definition import Precision
 
 # Processor flags of units that multiply bfloat16 (Linux's names; Intel's AMX and the AVX-512 extension).
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
+MEMORY_A_SLOT = 2 << 30  # bytes that a trainer on the processor may need: TensorFlow alone holds a quarter of it
+# Of a shared GPU's memory, what its trainers may have together: each also has a context of a few hundred MB.
+MEMORY_SHARE = 0.9
 BFLOAT16_CAPABILITY = (8, 0)  # CUDA compute capability from which tensor cores take bfloat16 (Ampere)
 
 
@@ -22,35 +28,125 @@ class Device:
     name: str  # the card's or the processor's own
     index: int = 0  # the driver's number of the GPU
     capability: tuple[int, int] = (0, 0)  # CUDA compute capability, of a GPU
+    memory: int = 0  # bytes, of a GPU
     flags: frozenset[str] = frozenset()  # of a processor: which of BFLOAT16_FLAGS it has
 
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A place where one trial can train: a GPU, a share of one, or some of the processor's threads."""
+
+    device: Device
+    index: int = 0  # among the slots of its device
+    sharing: int = 1  # how many slots the device has
+    threads: int = 0  # of the processor, to compute with; 0 leaves it to the framework
+
     @property
-    def slot(self) -> str:
-        """The slot's name, for people."""
-        return f"{self.kind}:{self.index}"
+    def name(self) -> str:
+        """For people: ``gpu:1``, or ``gpu:1.0`` for the first of several on that GPU; ``cpu:0`` and up."""
+        if self.device.kind == "cpu":
+            return f"cpu:{self.index}"
+        return f"gpu:{self.device.index}" + (f".{self.index}" if self.sharing > 1 else "")
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a shared GPU's memory that the slot may use; 0 where it need not share."""
+        return int(self.device.memory * MEMORY_SHARE / self.sharing) if self.sharing > 1 else 0
 
     def environment(self) -> dict[str, str]:
         """What the trainer process must have in its environment before it imports Keras."""
-        if self.kind == "cpu":
-            return {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
+        if self.device.kind == "cpu":
+            threads = {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
+            return {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"} | threads
+        share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE / self.sharing:.3f}"} if self.sharing > 1 else {}
         return {
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # so that CUDA counts as the driver does
-            "CUDA_VISIBLE_DEVICES": str(self.index),
+            "CUDA_VISIBLE_DEVICES": str(self.device.index),
             # Either framework would take the whole card at its first use.
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        }
+        } | share
 
 
-def best() -> Device:
-    """The first GPU, or the processor where there is none."""
+@cache
+def pin(slot: Slot) -> None:
+    """In the trainer process, before Keras computes anything: TensorFlow's threads and its share of a GPU.
+
+    What the other frameworks need is in the slot's environment. TensorFlow takes these settings once, and a process
+    has one slot for its life: asked again, it does nothing.
+    """
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    if slot.threads:
+        tf.config.threading.set_intra_op_parallelism_threads(slot.threads)
+        tf.config.threading.set_inter_op_parallelism_threads(slot.threads)
+    if slot.memory:
+        (gpu,) = tf.config.list_physical_devices("GPU")
+        limit = tf.config.LogicalDeviceConfiguration(memory_limit=slot.memory >> 20)
+        tf.config.set_logical_device_configuration(gpu, [limit])
+
+
+def slots(devices: str = "auto", per_device: int | None = None, workers: int | None = None) -> list[Slot]:
+    """The slots of this machine.
+
+    `devices`: "auto" for all GPUs, or the processor where there is none; "cpu"; or the driver's numbers of GPUs, as
+    "0,2". `per_device` slots share each device; else `workers` slots are spread over them, as evenly as can be; else
+    a GPU has one, and the processor one a core, as `bench/slots.py` found best, as far as memory goes.
+
+    Raises DeviceError where there is no such GPU.
+    """
+    chosen = _chosen(devices)
+    if workers is not None:
+        counts = [workers // len(chosen) + (at < workers % len(chosen)) for at in range(len(chosen))]
+    else:
+        counts = [per_device or (1 if chosen[0].kind == "gpu" else _slots_on_cpu())] * len(chosen)
+    return [
+        Slot(device=device, index=index, sharing=count, threads=_threads(device, count))
+        for device, count in zip(chosen, counts, strict=True)
+        for index in range(count)
+    ]
+
+
+def _chosen(devices: str) -> list[Device]:
+    if devices == "cpu":
+        return [cpu()]
     found = gpus()
-    return found[0] if found else cpu()
+    if devices == "auto":
+        return found or [cpu()]
+    by_number = {str(device.index): device for device in found}
+    wanted = [part.strip() for part in devices.split(",")]
+    for number in wanted:
+        if number not in by_number:
+            here = f"GPUs {', '.join(by_number)}" if by_number else "no GPU"
+            raise DeviceError(
+                f"--devices {devices}: there is no GPU {number!r}; this machine has {here}: give numbers of GPUs, auto "
+                "or cpu"
+            )
+    return [by_number[number] for number in dict.fromkeys(wanted)]
+
+
+def cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
+
+
+def _slots_on_cpu() -> int:
+    return max(1, min(cores(), psutil.virtual_memory().available // MEMORY_A_SLOT))
+
+
+def _threads(device: Device, sharing: int) -> int:
+    # On a GPU the processor only feeds it: the framework knows best.
+    return max(1, cores() // sharing) if device.kind == "cpu" else 0
 
 
 def gpus() -> list[Device]:
-    """The GPUs that NVIDIA's driver names, unless CUDA_VISIBLE_DEVICES hides them all; none without a driver."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    """The GPUs that NVIDIA's driver names, of those that CUDA_VISIBLE_DEVICES leaves; none without a driver."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
         return []
     try:
         pynvml.nvmlInit()
@@ -60,12 +156,20 @@ def gpus() -> list[Device]:
         found = []
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            if visible is not None and not _is_visible(index, str(pynvml.nvmlDeviceGetUUID(handle)), visible):
+                continue
             major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-            name = pynvml.nvmlDeviceGetName(handle)
-            found.append(Device(kind="gpu", name=str(name), index=index, capability=(major, minor)))
+            memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+            name = str(pynvml.nvmlDeviceGetName(handle))
+            found.append(Device(kind="gpu", name=name, index=index, capability=(major, minor), memory=memory))
         return found
     finally:
         pynvml.nvmlShutdown()
+
+
+def _is_visible(index: int, uuid: str, visible: str) -> bool:
+    # CUDA takes numbers, and beginnings of UUIDs.
+    return any(part.strip() == str(index) or uuid.startswith(part.strip() or "-") for part in visible.split(","))
 
 
 def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:

@@ -86,7 +86,10 @@ class _Slot:
 class LiveTable(Watcher):
     """A table that is drawn over itself: the studies' progress, and what each slot is at."""
 
-    def __init__(self, console: Console, studies: list[str], slots: list[str], status: Callable[[str], Status]) -> None:
+    def __init__(
+        self, console: Console, studies: list[str] | None, slots: list[str], status: Callable[[str], Status]
+    ) -> None:
+        # Where studies are waited for, those are shown that a slot is at.
         self._console, self._studies, self._status = console, studies, status
         self._slots: dict[str, _Slot | None] = dict.fromkeys(slots)
         self._statuses: dict[str, Status] = {}
@@ -128,7 +131,10 @@ class LiveTable(Watcher):
         """Asks the database where the studies stand, now and then."""
         if time.monotonic() - self._asked < STATUS_SECONDS:
             return
-        statuses = {study: self._status(study) for study in self._studies}
+        with self._lock:
+            at_work = [slot.claim.study for slot in self._slots.values() if slot is not None]
+        studies = self._studies if self._studies is not None else list(dict.fromkeys(at_work))
+        statuses = {study: self._status(study) for study in studies}
         with self._lock:
             self._statuses, self._asked = statuses, time.monotonic()
 

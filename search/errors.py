@@ -9,3 +9,7 @@ class DataError(TrialyardError):
 
 class ModelError(TrialyardError):
     """A model cannot be imported or built."""
+
+
+class DeviceError(TrialyardError):
+    """There is no such GPU on this machine."""

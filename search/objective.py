@@ -12,10 +12,10 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
 
 from search.display import Watcher
-from search.records import Epoch, Trained
-from search.trainer import STOP_SECONDS, Failed, Job, Trainer, TrainerDied
+from search.records import Epoch, Resumed, Trained
+from search.trainer import Failed, Job, Trainer, TrainerDied
 from storage import artifacts, claims
-from storage.claims import Beating, Claim
+from storage.claims import Beating, Claim, State
 from storage.errors import ClaimLost
 from storage.settings import Settings
 from studies import sampling
@@ -57,13 +57,14 @@ class _End:
     trained: Trained | None  # None if it had to be killed
     pruned: bool
     last_value: float | None  # validation accuracy of the last reported epoch
+    why: str  # it was stopped, where it was
 
 
 def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watcher: Watcher, interrupted: Event) -> None:
     """Runs the claimed trial to its end, whatever that is, and writes it down.
 
-    The trial ends complete, pruned or failed; or goes back to the queue when `interrupted` is set, or its trainer
-    dies. Where the claim is lost meanwhile, nothing more is written.
+    The trial ends complete, pruned or failed; or goes back to the queue when `interrupted` is set, the study is paused
+    or stopped, or its trainer dies. Where the claim is lost meanwhile, nothing more is written.
     """
     storage = study.storage
     try:
@@ -79,10 +80,17 @@ def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watche
             attributes = _attributes(study, claim, trainer, end.trained)
             claims.finish(storage, claim, TrialState.COMPLETE, end.trained.value, attributes)
         else:
-            claims.requeue(storage, claim, "interrupted", "the worker was told to stop")
+            claims.requeue(storage, claim, "interrupted", end.why)
+            watcher.ended(claim, storage.get_trial(claim.trial_id))
+            return
+        # Only now: had the database stayed away, the trial would go on from it.
+        artifacts.remove(_folder(settings, claim) / artifacts.CHECKPOINT)
     except TrainerDied as died:
         log.warning("study %s: trial %d: %s", claim.study, claim.number, died)
-        claims.requeue(storage, claim, "crashed", str(died))
+        if died.out_of_memory:  # the same would happen again
+            claims.finish(storage, claim, TrialState.FAIL, None, {"failure": {"kind": "memory", "message": str(died)}})
+        else:
+            claims.requeue(storage, claim, "crashed", str(died))
     except ClaimLost as lost:
         log.warning("%s", lost)
         trainer.kill()  # somebody else trains this trial now
@@ -110,12 +118,18 @@ def _train(
             definition=definition,
             hyperparameters={**definition.fixed, **point},
             seed=_seed(study, claim),
-            device=trainer.device,
+            slot=trainer.slot,
             data_folders=settings.data_folders,
-            folder=artifacts.folder(settings.artifact_folder, claim.study, claim.number),
+            folder=_folder(settings, claim),
+            checkpoint_seconds=settings.checkpoint_seconds,
+            attempt=claim.attempt,
         )
     )
-    return _follow(study, opened, claim, trainer, watcher, beating, interrupted)
+    return _follow(study, opened, claim, trainer, settings, watcher, beating, interrupted)
+
+
+def _folder(settings: Settings, claim: Claim) -> Path:
+    return artifacts.folder(settings.artifact_folder, claim.study, claim.number)
 
 
 def _follow(
@@ -123,6 +137,7 @@ def _follow(
     opened: optuna.Study,
     claim: Claim,
     trainer: Trainer,
+    settings: Settings,
     watcher: Watcher,
     beating: Beating,
     interrupted: Event,
@@ -131,34 +146,41 @@ def _follow(
     budget = study.definition.budget
     kill_at = time.monotonic() + budget.trial_minutes * 60 if budget.trial_minutes else float("inf")
     stop_by = float("inf")  # when a trainer that was told to stop is killed
-    pruned, last = False, None
+    pruned, why, last = False, "", None
     while True:
         message = trainer.receive(POLL_SECONDS)
         if beating.lost:
             raise ClaimLost(f"study {claim.study}: trial {claim.number} was lost while it trained")
+        wanted: State = beating.wanted
         if isinstance(message, Failed):
             return message
         if isinstance(message, Trained):
-            return _End(trained=message, pruned=pruned, last_value=last)
+            return _End(trained=message, pruned=pruned, last_value=last, why=why)
+        if isinstance(message, Resumed):
+            values = {epoch.epoch: epoch.val_accuracy for epoch in message.history}
+            wanted = claims.resume(study.storage, claim, values, max(values))
+            last = values[max(values)]
+            watcher.epoch(claim, message.history[-1])
         if isinstance(message, Epoch):
-            claims.report(study.storage, claim, message.epoch, message.val_accuracy)
+            wanted = claims.report(study.storage, claim, message.epoch, message.val_accuracy)
             last = message.val_accuracy
             watcher.epoch(claim, message)
             # After its last epoch a trial is complete, and a pruner has nothing to save.
             if not pruned and message.epoch < budget.epochs and _hopeless(study, opened, claim, message.epoch):
-                pruned, stop_by = True, time.monotonic() + STOP_SECONDS
-                trainer.stop()
+                pruned, stop_by = True, time.monotonic() + settings.stop_seconds
+                trainer.stop("drop")
         now = time.monotonic()
-        if interrupted.is_set() and stop_by == float("inf"):
-            stop_by = now + STOP_SECONDS
-            trainer.stop()
+        if stop_by == float("inf") and (interrupted.is_set() or wanted != "open"):
+            why = "the worker was told to stop" if interrupted.is_set() else f"the study was {wanted}"
+            stop_by = now + settings.stop_seconds
+            trainer.stop("keep")
         if now > kill_at:
             trainer.kill()
             return Failed(kind="timeout", message=f"it ran longer than budget.trial_minutes = {budget.trial_minutes:g}")
         if now > stop_by:
-            log.warning("the trainer did not stop within %.0f s and was killed", STOP_SECONDS)
+            log.warning("the trainer did not stop within %.0f s and was killed", settings.stop_seconds)
             trainer.kill()
-            return _End(trained=None, pruned=pruned, last_value=last)
+            return _End(trained=None, pruned=pruned, last_value=last, why=why)
 
 
 def _hopeless(study: Study, opened: optuna.Study, claim: Claim, epoch: int) -> bool:
@@ -183,7 +205,8 @@ def _attributes(study: Study, claim: Claim, trainer: Trainer, trained: Trained |
         "best_epoch": trained.best_epoch,
         "seconds": round(trained.seconds, 3),
         "images_per_second": round(trained.images_per_second, 1),
-        "device": trainer.device.name,
+        "device": trainer.slot.device.name,
+        "slot": trainer.slot.name,
         "precision": trained.precision,
         "precision_reason": trained.precision_reason,
         "versions": trained.versions,

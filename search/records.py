@@ -31,3 +31,10 @@ class Trained:
     precision_reason: str
     data_fingerprint: str
     versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """A training that goes on from a checkpoint: the epochs that it has already."""
+
+    history: tuple[Epoch, ...]

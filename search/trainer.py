@@ -1,4 +1,4 @@
-"""The trainer process of one slot: started with its device pinned, fed with jobs, stopped, killed.
+"""The trainer process of one slot: started with its device pinned, fed with jobs, stopped, killed, replaced.
 
 It is a program of its own (``python -m search.trainer FD``) and not a fork, because Keras must first be imported
 with the environment that pins it, and because it may crash, hang or run out of memory without harm to the worker.
@@ -7,6 +7,8 @@ worker between epochs, touches no database, and ends at once when the worker is 
 """
 
 import contextlib
+import ctypes
+import gc
 import logging
 import os
 import queue
@@ -14,25 +16,29 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from search.devices import Device, precision_for
-from search.records import Epoch, Trained
+import psutil
+
+from search import devices
+from search.devices import Slot, precision_for
+from search.records import Epoch, Resumed, Trained
 from storage.errors import TrialyardError
 from studies.definition import Definition
 
 if TYPE_CHECKING:
     from search.data import Dataset
+    from search.training import Stop
 
 log = logging.getLogger(__name__)
 
-STOP_SECONDS = 30.0  # how long a trainer may take to end its batch before it is killed
+MEMORY_GROWTH = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +48,11 @@ class Job:
     definition: Definition
     hyperparameters: dict[str, Any]
     seed: int
-    device: Device
+    slot: Slot
     data_folders: tuple[Path, ...]
-    folder: Path | None  # for model and history; None to check only
+    folder: Path | None  # for model, history and checkpoint; None to check only
+    checkpoint_seconds: float = 30.0
+    attempt: int = 1  # for the log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +73,34 @@ class Failed:
 class TrainerDied(Exception):  # noqa: N818 - it is an event
     """The process ended in the middle of a job."""
 
+    def __init__(self, message: str, *, out_of_memory: bool) -> None:
+        super().__init__(message)
+        self.out_of_memory = out_of_memory  # the kernel killed a process for want of memory meanwhile
 
+
+@dataclass(frozen=True)
 class _Stop:
     """The message that ends the running job after its batch."""
+
+    how: "Stop"
 
 
 class Trainer:
     """The worker's end: a process that is started at its first job and kept over many.
 
-    After a death or a kill the next job starts a new one.
+    After a death or a kill the next job starts a new one, and also where the process has grown: frameworks hold memory
+    across models. `memory_growth` is the share of what it held after its first job by which it may.
     """
 
-    def __init__(self, device: Device, log_file: Path) -> None:
-        self.device, self.log_file = device, log_file
+    def __init__(self, slot: Slot, log_file: Path, memory_growth: float = MEMORY_GROWTH) -> None:
+        self.slot, self.log_file = slot, log_file
+        self._growth = memory_growth
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[Any, Any] | None = None
+        self._sending = threading.Lock()  # a stop may come from the worker's main thread
+        self._first: int | None = None  # bytes that the process held after its first job
+        self._jobs = 0  # of this process
+        self._kills = 0  # the kernel's kills for want of memory, when the job began
 
     def __enter__(self) -> "Trainer":
         return self
@@ -96,21 +117,25 @@ class Trainer:
 
     def submit(self, job: Job) -> None:
         """Begins `job`. The messages that follow are to be fetched with `receive` up to the one that ends it."""
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or self._process.poll() is not None or self._has_grown():
             self._start()
+        self._jobs, self._kills = self._jobs + 1, _memory_kills()
         self._send(job)
 
-    def stop(self) -> None:
-        """Asks the running job to end after its batch; its end is still to be received."""
-        self._send(_Stop())
+    def stop(self, how: "Stop") -> None:
+        """Asks the running job to end after its batch; its end is still to be received.
 
-    def receive(self, seconds: float) -> Epoch | Trained | Checked | Failed | None:
+        "keep" has it write a checkpoint of its last whole epoch. Without a job nothing happens.
+        """
+        self._send(_Stop(how))
+
+    def receive(self, seconds: float) -> Epoch | Resumed | Trained | Checked | Failed | None:
         """The next message, or None if none came within `seconds`. Raises TrainerDied."""
         assert self._connection is not None
         try:
             return self._connection.recv() if self._connection.poll(seconds) else None
         except (EOFError, OSError):
-            raise TrainerDied(self._epitaph()) from None
+            raise self._died() from None
 
     def kill(self) -> None:
         """Ends the process now."""
@@ -121,13 +146,34 @@ class Trainer:
             self._connection.close()
         self._process = self._connection = None
 
+    def resident(self) -> int | None:
+        """The bytes of memory that the process holds; None while there is none."""
+        try:
+            return None if self._process is None else int(psutil.Process(self._process.pid).memory_info().rss)
+        except psutil.Error:
+            return None
+
+    def _has_grown(self) -> bool:
+        resident = self.resident()
+        if resident is None or self._jobs == 0:
+            return False
+        if self._first is None:
+            self._first = resident
+        if resident <= self._first * (1 + self._growth):
+            return False
+        log.info(
+            "the trainer process %s grew from %d to %d MB and is replaced", self.pid, self._first >> 20, resident >> 20
+        )
+        return True
+
     def _send(self, message: Job | _Stop) -> None:
-        assert self._connection is not None
-        with contextlib.suppress(OSError):  # it died: `receive` will say so
-            self._connection.send(message)
+        with self._sending, contextlib.suppress(OSError):  # it died: `receive` will say so
+            if self._connection is not None and not self._connection.closed:
+                self._connection.send(message)
 
     def _start(self) -> None:
         self.kill()
+        self._first, self._jobs = None, 0
         ours, theirs = Pipe()
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as output:
@@ -136,21 +182,43 @@ class Trainer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"} | self.device.environment(),
+                env=_without_storage() | {"TF_CPP_MIN_LOG_LEVEL": "2"} | self.slot.environment(),
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # a Ctrl-C in the terminal is for the worker, which then says what to do
             )
         theirs.close()
         self._connection = ours
 
-    def _epitaph(self) -> str:
+    def _died(self) -> TrainerDied:
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         code = self._process.returncode
         how = f"by signal {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
-        hint = " (the kernel does that when memory runs out)" if code == -signal.SIGKILL else ""
-        return f"the trainer process {self._process.pid} ended {how}{hint}; what it printed is in {self.log_file}"
+        out_of_memory = code == -signal.SIGKILL and _memory_kills() > self._kills
+        hint = " when memory ran out" if out_of_memory else ""
+        return TrainerDied(
+            f"the trainer process {self._process.pid} ended {how}{hint}; what it printed is in {self.log_file}",
+            out_of_memory=out_of_memory,
+        )
+
+
+def _without_storage() -> dict[str, str]:
+    # It touches no database, and a user's model may print its environment.
+    return {name: value for name, value in os.environ.items() if not name.startswith("TRIALYARD_STORAGE")}
+
+
+def _memory_kills(files: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))) -> int:
+    """How many processes the kernel has killed for want of memory, in this control group or else on this machine."""
+    for file in files:
+        try:
+            for line in file.read_text(encoding="ascii").splitlines():
+                name, _, count = line.partition(" ")
+                if name == "oom_kill":
+                    return int(count)
+        except OSError:
+            continue  # not Linux, or no control groups of version 2
+    return 0
 
 
 # --- the process's own side -------------------------------------------------------------------------------
@@ -158,10 +226,12 @@ class Trainer:
 
 def main(descriptor: int) -> None:
     """Trains one job after another until the worker's end of the socket closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Whoever ends a whole process group, or a service, means the worker, which then says what to do.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(descriptor)
     jobs: queue.Queue[Job] = queue.Queue()
-    stopping = threading.Event()
+    stops: list[Stop] = []
 
     def listen() -> None:
         # A thread, so that a stop is heard within a batch, and the worker's death at once: a trainer that went on
@@ -172,42 +242,60 @@ def main(descriptor: int) -> None:
             except (EOFError, OSError):
                 os._exit(0)
             if isinstance(message, Job):
-                stopping.clear()
+                stops.clear()
                 jobs.put(message)
             else:
-                stopping.set()
+                stops.append(message.how)
 
     threading.Thread(target=listen, name="listen", daemon=True).start()
     datasets: dict[Any, Dataset] = {}
     while True:
-        connection.send(_run(jobs.get(), connection, stopping, datasets))
+        end = _run(jobs.get(), connection, stops, datasets)
+        _give_back_memory()
+        connection.send(end)
+
+
+def _give_back_memory() -> None:
+    """What the last model held, as far as Python and the C library can be made to."""
+    if "keras" in sys.modules:
+        sys.modules["keras"].backend.clear_session()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _run(
-    job: Job, connection: "Connection[Any, Any]", stopping: threading.Event, datasets: "dict[Any, Dataset]"
+    job: Job, connection: "Connection[Any, Any]", stops: "list[Stop]", datasets: "dict[Any, Dataset]"
 ) -> Trained | Checked | Failed:
     from search.errors import DataError, ModelError
 
     try:
-        return _trained(job, connection, stopping, datasets)
+        return _trained(job, connection, stops, datasets)
     except DataError as error:
         return Failed(kind="data", message=str(error))
     except ModelError as error:
-        return Failed(kind="model", message=str(error))
+        memory = error.__cause__ is not None and _is_out_of_memory(error.__cause__)
+        return Failed(kind="memory" if memory else "model", message=str(error))
     except Exception as error:  # noqa: BLE001 - whatever a user's model raises ends its trial, not the study
         traceback.print_exc()  # whole, into the log file
-        kinds = {"NotANumber": "nan", "ResourceExhaustedError": "memory", "MemoryError": "memory"}
         name = type(error).__name__
         message = " ".join(str(error).split())
-        if "RESOURCE_EXHAUSTED" in message:  # JAX's word
-            kinds[name] = "memory"
-        plain = name in ("NotANumber",)
-        return Failed(kind=kinds.get(name, "error"), message=message if plain else f"{name}: {message}"[:2000])
+        if name == "NotANumber":
+            return Failed(kind="nan", message=message)
+        kind = "memory" if _is_out_of_memory(error) else "error"
+        return Failed(kind=kind, message=f"{name}: {message}"[:2000])
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # TensorFlow's own type, JAX's word for it, and PyTorch's type.
+    names = ("MemoryError", "_ArrayMemoryError", "ResourceExhaustedError", "OutOfMemoryError")
+    return type(error).__name__ in names or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _trained(
-    job: Job, connection: "Connection[Any, Any]", stopping: threading.Event, datasets: "dict[Any, Dataset]"
+    job: Job, connection: "Connection[Any, Any]", stops: "list[Stop]", datasets: "dict[Any, Dataset]"
 ) -> Trained | Checked:
+    devices.pin(job.slot)  # before the framework's first use
     from search import checks, data, training
 
     wanted = job.definition
@@ -219,8 +307,18 @@ def _trained(
     if job.folder is None:
         checks.check_with_keras(wanted, dataset)
         return Checked(data=dataset.summary())
-    precision = precision_for(job.device, wanted.precision)
-    print(f"{time.strftime('%F %T')} {job.folder}: {precision[0]}, because {precision[1]}", flush=True)
+    precision = precision_for(job.slot.device, wanted.precision)
+    trial = f"{job.folder.parent.name} trial {job.folder.name} attempt {job.attempt}"
+    _log(f"{trial} begins in {precision[0]}: {precision[1]}")
+
+    def on_epoch(record: Epoch) -> None:
+        _log(f"{trial} epoch {record.epoch} loss {record.loss:.9g} validation {record.val_accuracy:.9g}")
+        connection.send(record)
+
+    def on_resume(history: list[Epoch]) -> None:
+        _log(f"{trial} goes on after epoch {history[-1].epoch}")
+        connection.send(Resumed(history=tuple(history)))
+
     return training.train(
         model=wanted.model,
         hyperparameters=job.hyperparameters,
@@ -229,9 +327,15 @@ def _trained(
         seed=job.seed,
         precision=precision,
         folder=job.folder,
-        on_epoch=connection.send,
-        stopping=stopping.is_set,
+        on_epoch=on_epoch,
+        on_resume=on_resume,
+        checkpoint_seconds=job.checkpoint_seconds,
+        stopping=lambda: stops[0] if stops else None,
     )
+
+
+def _log(line: str) -> None:
+    print(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
 """Training one model, epoch after epoch. Knows nothing of Optuna, and uses only ``keras.*``."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
 
+from search import checkpoint
 from search.data import Array, Dataset
 from search.errors import DataError
 from search.model import BATCH_SIZE, Hyperparameters, build
 from search.records import Epoch, Trained
-from storage.artifacts import HISTORY, MODEL, written_whole
+from storage.artifacts import CHECKPOINT, HISTORY, MODEL, written_whole
+
+log = logging.getLogger(__name__)
+
+Stop = Literal["keep", "drop"]
 
 
 class NotANumber(Exception):  # noqa: N818 - what happened, in the words of `failure.kind`
@@ -33,13 +39,19 @@ def train(
     precision: tuple[str, str],
     folder: Path,
     on_epoch: Callable[[Epoch], None],
-    stopping: Callable[[], bool],
+    stopping: Callable[[], Stop | None],
+    on_resume: Callable[[list[Epoch]], None] = lambda history: None,
+    checkpoint_seconds: float = 30.0,
 ) -> Trained:
     """Builds `model` and trains it; writes its history, and the best epoch's weights as a whole model, to `folder`.
 
+    Where `folder` has a checkpoint of this very training, it goes on from there, and tells `on_resume` of the epochs
+    that it has already. It writes one at the end of an epoch, at most every `checkpoint_seconds`.
+
     `precision` is Keras's dtype policy, and the reason for it. `on_epoch` is told of every epoch at its end; where
-    `stopping` says so, the training ends after the running batch and no model is written. The same arguments give
-    the same numbers on the same kind of processor with the same software.
+    `stopping` says so, the training ends after the running batch and no model is written: "keep" writes a checkpoint
+    of the last whole epoch, "drop" does not. The same arguments give the same numbers on the same kind of processor
+    with the same software, interrupted or not.
 
     Raises NotANumber, DataError (a batch larger than the data) and ModelError.
     """
@@ -56,9 +68,19 @@ def train(
         keras.utils.to_categorical(y, dataset.classes) for y in (dataset.y_train, dataset.y_validation)
     )
     stop = _StopAtBatch(stopping)
-    history: list[Epoch] = []
-    best_weights: list[Array] = []
-    for epoch in range(1, epochs + 1):
+    identity = {
+        "model": model,
+        "hyperparameters": dict(hyperparameters),
+        "seed": seed,
+        "data": dataset.fingerprint,
+        "images": [len(y_train), len(y_validation)],
+    }
+    history, best_weights = _resumed(net, folder / CHECKPOINT, identity)
+    if history:
+        on_resume(history)
+    unwritten: checkpoint.Checkpoint | None = None
+    written_at = time.monotonic()
+    for epoch in range(len(history) + 1, epochs + 1):
         # An order that only the seed and the epoch decide: a training that goes on at epoch n meets the same.
         order = np.random.default_rng([seed, epoch]).permutation(len(y_train))
         began = time.perf_counter()
@@ -94,6 +116,13 @@ def train(
             best_weights = net.get_weights()
         history.append(record)
         on_epoch(record)
+        if epoch < epochs:
+            unwritten = checkpoint.take(net, history, best_weights)
+            if time.monotonic() - written_at >= checkpoint_seconds:
+                checkpoint.write(folder / CHECKPOINT, unwritten, identity)
+                unwritten, written_at = None, time.monotonic()
+    if stop.stopped and unwritten is not None and stopping() == "keep":
+        checkpoint.write(folder / CHECKPOINT, unwritten, identity)
     best = max(history, key=lambda past: past.val_accuracy, default=None)  # the first of equals
     _write_history(folder / HISTORY, history)
     if not stop.stopped:
@@ -112,6 +141,19 @@ def train(
         data_fingerprint=dataset.fingerprint,
         versions=versions(),
     )
+
+
+def _resumed(net: keras.Model, path: Path, identity: dict[str, Any]) -> tuple[list[Epoch], list[Array]]:
+    """The epochs and the best weights that `net` now has from the checkpoint at `path`; none without one."""
+    found = checkpoint.read(path, identity)
+    if found is None:
+        return [], []
+    try:
+        checkpoint.restore(net, found)
+    except ValueError as error:  # one's own model has changed since
+        log.warning("%s is not used: %s", path, error)
+        return [], []
+    return found.history, found.best_weights
 
 
 def versions() -> dict[str, str]:
@@ -145,12 +187,12 @@ def _write_model(
 class _StopAtBatch(keras.callbacks.Callback):  # type: ignore[misc]
     """Ends a fit after the running batch once `stopping` says so."""
 
-    def __init__(self, stopping: Callable[[], bool]) -> None:
+    def __init__(self, stopping: Callable[[], Stop | None]) -> None:
         super().__init__()
         self._stopping = stopping
         self.stopped = False
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        if self._stopping():
+        if self._stopping() is not None:
             self.stopped = True
             self.model.stop_training = True

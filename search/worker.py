@@ -4,98 +4,168 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 import optuna
-from optuna.storages import BaseStorage, RDBStorage
 
-from search import objective
-from search.devices import Device
+from search import checks, objective
+from search.devices import Slot
 from search.display import Watcher
 from search.objective import Study
+from search.presence import Presence
 from search.trainer import Trainer
-from storage import claims
+from storage import claims, workers
+from storage.database import PatientStorage
+from storage.errors import StorageError, TrialyardError
 from storage.settings import Settings
 from studies import registry
 
 log = logging.getLogger(__name__)
 
-IDLE_SECONDS = 1.0  # between looks for work while other workers hold what is left
+IDLE_SECONDS = 1.0  # between looks for work while other workers hold what is left, or none is there
 TICK_SECONDS = 0.2
+LEAVE_SECONDS = 5.0  # beyond the trainers' own time: for the last words to the database
 
 
 def work(
-    names: Sequence[str],
-    storage: RDBStorage,
+    names: Sequence[str] | None,
+    storage: PatientStorage,
     settings: Settings,
-    devices: Sequence[Device],
+    slots: Sequence[Slot],
     watcher: Watcher,
 ) -> bool:
-    """Fills a slot on each of `devices` with trials of the studies `names`, the first study first.
+    """Fills `slots` with trials of the studies `names`, the first study first; None: of all studies, for ever.
 
-    Returns True when all of them have ended, False when a signal ended the work: the first SIGINT or SIGTERM puts the
-    running trials back into the queue, a second one leaves at once.
+    Returns True when all of them have ended or are paused, False when a signal ended the work: the first SIGINT or
+    SIGTERM has the trainers write a checkpoint and puts their trials back into the queue, a second one leaves at once.
     """
     interrupted = threading.Event()
     errors: list[BaseException] = []
+    open_studies = _OpenStudies(names, storage, settings)
+    presence = Presence(watcher, storage, settings.beat_seconds, slots)
 
-    def fill(device: Device) -> None:
+    def fill(slot: Slot, trainer: Trainer) -> None:
         try:
-            _fill(studies, settings, device, watcher, interrupted)
+            _fill(open_studies, settings, trainer, presence.worker(slot), presence, interrupted)
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
             errors.append(error)
             interrupted.set()
 
-    cached = optuna.storages.get_storage(storage)
-    studies = [_open(name, storage, cached) for name in names]
-    threads = [threading.Thread(target=fill, args=(device,), name=device.slot) for device in devices]
-    with _signals(interrupted), watcher:
+    with ExitStack() as stack:
+        trainers = [stack.enter_context(_trainer(slot, settings)) for slot in slots]
+        threads = [
+            threading.Thread(target=fill, args=pair, name=pair[0].name, daemon=True)
+            for pair in zip(slots, trainers, strict=True)
+        ]
+        stack.enter_context(_signals(interrupted))
+        stack.enter_context(presence)
         for thread in threads:
             thread.start()
+        leave_at = float("inf")
         while any(thread.is_alive() for thread in threads):
-            watcher.tick()
+            presence.tick()
             threads[0].join(TICK_SECONDS)
+            if interrupted.is_set() and leave_at == float("inf"):
+                leave_at = time.monotonic() + settings.stop_seconds + LEAVE_SECONDS
+                # From here: a slot's own thread may be waiting for a database that is away.
+                for trainer in trainers:
+                    trainer.stop("keep")
+            if time.monotonic() > leave_at:
+                # Their trials stay RUNNING: they are taken back as those of a process that ended, and go on from
+                # their checkpoints.
+                storage.leaving.set()
+                break
         for thread in threads:
-            thread.join()
+            thread.join(LEAVE_SECONDS)
     if errors:
         raise errors[0]
     return not interrupted.is_set()
 
 
+def _trainer(slot: Slot, settings: Settings) -> Trainer:
+    log_file = settings.log_folder / f"trainer-{slot.name.replace(':', '-')}-{os.getpid()}.log"
+    return Trainer(slot, log_file, settings.memory_growth)
+
+
 def _fill(
-    studies: Sequence[Study],
+    open_studies: "_OpenStudies",
     settings: Settings,
-    device: Device,
+    trainer: Trainer,
+    me: workers.Worker,
     watcher: Watcher,
     interrupted: threading.Event,
 ) -> None:
     """One slot's loop."""
-    me = claims.worker(device.slot)
-    log_file = settings.log_folder / f"trainer-{device.slot.replace(':', '-')}-{os.getpid()}.log"
-    with Trainer(device, log_file) as trainer:
-        while not interrupted.is_set():
-            for study in studies:
-                claim = claims.claim(study.storage, study.name, me, settings.grace_seconds)
-                if claim is not None:
-                    objective.run(study, claim, trainer, settings, watcher, interrupted)
-                    break
-            else:
-                if all(claims.ended(study.storage, study.study_id) for study in studies):
-                    return
-                # Others run what is left. They may die, and then it is ours.
-                interrupted.wait(IDLE_SECONDS)
+    while not interrupted.is_set():
+        for study in open_studies.now():
+            claim = claims.claim(study.storage, study.name, me, settings.grace_seconds)
+            if claim is not None:
+                objective.run(study, claim, trainer, settings, watcher, interrupted)
+                break
+        else:
+            if open_studies.done():
+                return
+            # Others run what is left. They may die, and then it is ours.
+            interrupted.wait(IDLE_SECONDS)
 
 
-def _open(name: str, storage: RDBStorage, cached: BaseStorage) -> Study:
-    return Study(
-        name=name,
-        study_id=registry.study_id(name, storage),
-        definition=registry.definition_of(name, storage),
-        storage=storage,
-        cached=cached,
-    )
+class _OpenStudies:
+    """The studies that trials are taken from, oldest first: those that were named, or whatever is there."""
+
+    def __init__(self, names: Sequence[str] | None, storage: PatientStorage, settings: Settings) -> None:
+        self._storage, self._settings = storage, settings
+        self._cached = optuna.storages.get_storage(storage)
+        self._names = names
+        self._lock = threading.Lock()  # the slots' threads look one after another
+        self._looked = float("-inf")
+        self._studies: list[Study] = []
+        self._admitted: dict[int, Study | None] = {}  # by the database's number; None: refused
+
+    def now(self) -> list[Study]:
+        """Those that may have something to do."""
+        with self._lock:
+            if time.monotonic() - self._looked >= IDLE_SECONDS:
+                self._studies = self._look()
+                self._looked = time.monotonic()
+            return list(self._studies)
+
+    def done(self) -> bool:
+        """Whether nothing will come: all have ended or are paused. Never, where studies are waited for."""
+        if self._names is None:
+            return False
+        with self._lock:
+            return all(_is_done(self._storage, study.study_id) for study in self._look())
+
+    def _look(self) -> list[Study]:
+        found = []
+        for name in registry.names(self._storage) if self._names is None else self._names:
+            study_id = registry.study_id(name, self._storage)
+            if study_id not in self._admitted:
+                self._admitted[study_id] = self._admit(name, study_id)
+            study = self._admitted[study_id]
+            if study is not None and not _is_done(self._storage, study_id):
+                found.append(study)
+        return found
+
+    def _admit(self, name: str, study_id: int) -> Study | None:
+        definition = registry.definition_of(name, self._storage)
+        if self._names is None and not _is_done(self._storage, study_id):
+            # One study that this machine cannot serve must not keep it from the others.
+            try:
+                registry.check_data(name, self._storage, checks.check(definition, self._settings))
+            except StorageError:
+                raise
+            except TrialyardError as error:
+                log.warning("study %s is left to other workers: %s", name, error)
+                return None
+        return Study(name=name, study_id=study_id, definition=definition, storage=self._storage, cached=self._cached)
+
+
+def _is_done(storage: PatientStorage, study_id: int) -> bool:
+    return claims.ended(storage, study_id) or claims.state(storage, study_id) != "open"
 
 
 @contextmanager
@@ -108,7 +178,7 @@ def _signals(interrupted: threading.Event) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         if interrupted.is_set():
             os._exit(130)  # the trainers notice and end; the next claim takes the trials back
-        log.warning("%s: ending the running batch; once more to leave at once", signal.Signals(number).name)
+        log.warning("%s: ending the running batches; once more to leave at once", signal.Signals(number).name)
         interrupted.set()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,4 +1,4 @@
-"""A trial's files (model, history), on a disk, written whole or not at all."""
+"""A trial's files (model, history, checkpoint), on a disk, written whole or not at all."""
 
 import os
 import uuid
@@ -8,6 +8,7 @@ from pathlib import Path
 
 MODEL = "model.keras"
 HISTORY = "history.json"
+CHECKPOINT = "checkpoint.npz"
 
 
 def folder(root: Path, study: str, number: int) -> Path:
@@ -32,3 +33,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Removes the file, if it is there."""
+    path.unlink(missing_ok=True)

@@ -2,75 +2,53 @@
 
 A trial's way is WAITING -> RUNNING -> (COMPLETE | PRUNED | FAIL), and RUNNING -> WAITING when whoever ran it was
 interrupted, crashed or vanished: the same row runs again, with the same hyperparameters. Everything here that
-changes a state does so under the study's one lock (`database.exclusive`), so that
+changes a state is one transaction under the study's one lock (`database.write`), so that
 
 - finished + running never exceeds the budget, and a study ends with exactly its budget;
-- a crash at any line leaves either a WAITING trial or a RUNNING one with an owner and a heartbeat;
+- a crash at any line leaves things as they were before it: a RUNNING trial always has an owner and a heartbeat;
 - no two workers hold one trial: the owner is the last of the trial's ``attempts``, and is compared before
   anything is written in its name.
+
+The statements are our own, on Optuna's tables: its storage has no call for "the oldest waiting trial, unless the
+budget is spent", and its calls are a transaction each.
 """
 
 import json
 import logging
-import os
-import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cache
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import optuna
-import psutil
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import (
     StudyModel,
     StudyUserAttributeModel,
     TrialHeartbeatModel,
+    TrialIntermediateValueModel,
     TrialModel,
+    TrialSystemAttributeModel,
     TrialUserAttributeModel,
+    TrialValueModel,
 )
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, delete, func, insert, select
+from optuna.trial import TrialState
+from sqlalchemy import Connection, and_, delete, func, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage.database import exclusive
+from storage.database import read, write
 from storage.errors import ClaimLost, StorageError
+from storage.workers import Worker, database_now, server_started
 
 log = logging.getLogger(__name__)
 
-RETRIES = 3  # how often a trial that took its trainer or worker down is tried again
+RETRIES = 3  # how often in a row a trial that took its trainer or worker down is tried again without getting further
 
 Outcome = Literal["finished", "interrupted", "crashed", "lost"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Worker:
-    """One slot of one process, as other processes can recognise it."""
-
-    machine: str  # this boot of this machine, and the process namespace within it
-    host: str  # for people
-    pid: int
-    born: float  # the process's start, seconds since 1970: process ids are used again
-    slot: str  # for people, and to tell the slots of one process apart
-
-    def gone(self) -> bool:
-        """Whether this was a process of this very machine and has ended; False where that cannot be told."""
-        if self.machine != _machine():
-            return False
-        try:
-            process = psutil.Process(self.pid)
-            # A killed process stays in the table as a zombie until its parent looks.
-            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.born) > 1.0
-        except psutil.NoSuchProcess:
-            return True
-        except psutil.AccessDenied:
-            return False
+State = Literal["open", "paused", "stopped"]
+Attempts = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,28 +87,7 @@ class Counts:
         return self.complete + self.pruned + self.failed
 
 
-def worker(slot: str) -> Worker:
-    """This process's `slot`."""
-    return Worker(
-        machine=_machine(),
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        born=psutil.Process().create_time(),
-        slot=slot,
-    )
-
-
-@cache
-def _machine() -> str:
-    # Two containers of one machine may share its name but not its process ids; a reboot ends every process.
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{socket.gethostname()}/{psutil.boot_time():.0f}"
-
-
-# --- the budget -------------------------------------------------------------------------------------------
+# --- the study --------------------------------------------------------------------------------------------
 
 
 def set_budget(storage: RDBStorage, study: str, budget: Budget) -> None:
@@ -138,35 +95,72 @@ def set_budget(storage: RDBStorage, study: str, budget: Budget) -> None:
 
     Raises StorageError if more trials than `budget` have been spent already.
     """
-    with exclusive(storage, study):
-        study_id = storage.get_study_id_from_name(study)
-        spent = counts(storage, study_id)
-        if budget.trials < spent.finished + spent.running:
+
+    def work(connection: Connection) -> None:
+        study_id = _study_id(connection, study)
+        finished, running = _spent(connection, study_id)
+        if budget.trials < finished + running:
             raise StorageError(
-                f"budget.trials = {budget.trials} is fewer than the {spent.finished + spent.running} trials "
+                f"budget.trials = {budget.trials} is fewer than the {finished + running} trials "
                 f"that study {study!r} has already: ask for that many or more"
             )
-        storage.set_study_user_attr(study_id, "budget", asdict(budget))
+        _set_study_attribute(connection, study_id, "budget", asdict(budget))
+
+    write(storage, study, work)
 
 
 def budget(storage: RDBStorage, study_id: int) -> Budget | None:
     """The study's budget; None while the study is being created, and for a study that is not ours."""
-    with storage.engine.connect() as connection:
-        found = connection.execute(
-            select(StudyUserAttributeModel.value_json).where(
-                StudyUserAttributeModel.study_id == study_id, StudyUserAttributeModel.key == "budget"
-            )
-        ).scalar()
-    return None if found is None else Budget(**json.loads(found))
+    return read(storage, lambda connection: _budget(connection, study_id))
+
+
+def found(storage: RDBStorage, study: str, attributes: dict[str, Any], points: Sequence[dict[str, Any]]) -> bool:
+    """Gives an empty study its `attributes`, and waiting trials with the hyperparameters `points`; all or nothing.
+
+    Returns whether it did: a study that has any of the attributes, or a trial, is left as it is.
+    """
+
+    def work(connection: Connection) -> bool:
+        study_id = _study_id(connection, study)
+        if _size(connection, study_id) or any(
+            _study_attribute(connection, study_id, key) is not None for key in attributes
+        ):
+            return False
+        for key, attribute in attributes.items():
+            _set_study_attribute(connection, study_id, key, attribute)
+        for number, point in enumerate(points):
+            trial_id = _insert_trial(connection, study_id, number, TrialState.WAITING)
+            row = {"trial_id": trial_id, "key": "fixed_params", "value_json": json.dumps(point)}
+            connection.execute(insert(TrialSystemAttributeModel).values(row))
+        return True
+
+    return write(storage, study, work)
+
+
+def set_state(storage: RDBStorage, study: str, state: State) -> None:
+    """Opens, pauses or stops `study`. Its workers see it at their next beat or epoch, and give their trials back."""
+    write(
+        storage,
+        study,
+        lambda connection: _set_study_attribute(connection, _study_id(connection, study), "state", state),
+    )
+
+
+def state(storage: RDBStorage, study_id: int) -> State:
+    """Whether the study is open, paused or stopped."""
+    return read(storage, lambda connection: _state(connection, study_id))
 
 
 def counts(storage: RDBStorage, study_id: int) -> Counts:
     """The study's trials by state, in one query that reads no trial."""
-    with storage.engine.connect() as connection:
+
+    def work(connection: Connection) -> dict[TrialState, int]:
         rows = connection.execute(
             select(TrialModel.state, func.count()).where(TrialModel.study_id == study_id).group_by(TrialModel.state)
         )
-        by_state = {state: int(number) for state, number in rows}
+        return {state: int(number) for state, number in rows}
+
+    by_state = read(storage, work)
     return Counts(
         complete=by_state.get(TrialState.COMPLETE, 0),
         pruned=by_state.get(TrialState.PRUNED, 0),
@@ -177,86 +171,101 @@ def counts(storage: RDBStorage, study_id: int) -> Counts:
 
 
 def ended(storage: RDBStorage, study_id: int) -> bool:
-    """Whether nothing is left to run: the budget is spent, or its hours are over and no trial runs."""
-    limit, spent = budget(storage, study_id), counts(storage, study_id)
-    if limit is None:
-        return True
-    return spent.finished >= limit.trials or (spent.running == 0 and _late(storage, study_id, limit))
+    """Whether nothing is left to run: the budget is spent; or the study was stopped, or late, and no trial runs."""
+
+    def work(connection: Connection) -> bool:
+        limit = _budget(connection, study_id)
+        if limit is None:
+            return True
+        finished, running = _spent(connection, study_id)
+        over = _state(connection, study_id) == "stopped" or _late(connection, study_id, limit)
+        return finished >= limit.trials or (running == 0 and over)
+
+    return read(storage, work)
 
 
-def _late(storage: RDBStorage, study_id: int, limit: Budget) -> bool:
+def _late(connection: Connection, study_id: int, limit: Budget) -> bool:
     if limit.hours is None:
         return False
-    with storage.engine.connect() as connection:
-        # Optuna keeps naive UTC.
-        began = connection.execute(
-            select(func.min(TrialModel._datetime_start_utc)).where(TrialModel.study_id == study_id)
-        ).scalar()
-    return began is not None and _now() - began.replace(tzinfo=UTC) >= timedelta(hours=limit.hours)
+    # Trial 0 is always the first; its start in Optuna's table is that of its last attempt.
+    first = connection.execute(
+        select(TrialModel.trial_id).where(TrialModel.study_id == study_id, TrialModel.number == 0)
+    ).scalar()
+    attempts = [] if first is None else _attempts(connection, first)
+    if not attempts:
+        return False
+    return datetime.now(UTC) - datetime.fromisoformat(attempts[0]["began"]) >= timedelta(hours=limit.hours)
 
 
 # --- claim ------------------------------------------------------------------------------------------------
 
 
 def claim(storage: RDBStorage, study: str, worker: Worker, grace_seconds: float) -> Claim | None:
-    """The oldest waiting trial of `study`, or a new one while the budget lasts; else None.
+    """The oldest waiting trial of `study`, or a new one while the budget lasts and the study is open; else None.
 
     First takes back the trials of workers that are gone: at once where the owner was a process of this machine,
     after `grace_seconds` without a beat elsewhere.
     """
-    with exclusive(storage, study):
-        study_id = storage.get_study_id_from_name(study)
-        limit = budget(storage, study_id)
+
+    def work(connection: Connection) -> Claim | None:
+        study_id = _study_id(connection, study)
+        limit = _budget(connection, study_id)
         if limit is None:
             raise StorageError(f"study {study!r} was never made whole: run `trialyard create` for it again")
-        _take_back(storage, study_id, study, grace_seconds)
-        spent = counts(storage, study_id)
-        if spent.finished + spent.running >= limit.trials or _late(storage, study_id, limit):
+        _take_back(connection, study_id, study, grace_seconds)
+        finished, running = _spent(connection, study_id)
+        if (
+            finished + running >= limit.trials
+            or _state(connection, study_id) != "open"
+            or _late(connection, study_id, limit)
+        ):
             return None
-        attempt = asdict(worker) | {"began": _now().isoformat(timespec="seconds")}
-        trial_id = _oldest_waiting(storage, study_id)
-        if trial_id is None:
-            # Created WAITING: it must not be RUNNING before it has an owner and a heartbeat.
-            attempts = [attempt]
-            trial_id = storage.create_new_trial(study_id, _waiting_trial(attempts))
+        waiting = connection.execute(
+            select(TrialModel.trial_id, TrialModel.number)
+            .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.WAITING)
+            .order_by(TrialModel.number)
+            .limit(1)
+        ).first()
+        if waiting is not None:
+            trial_id, number = waiting
+            _set_trial(connection, trial_id, state=TrialState.RUNNING, _datetime_start_utc=_utc())
         else:
-            attempts = _attempts(storage, trial_id)
-            if attempts and "outcome" not in attempts[-1]:
-                attempts.pop()  # written, but its worker died before the trial was RUNNING
-            attempts.append(attempt)
-            storage.set_trial_user_attr(trial_id, "attempts", attempts)
-        storage.record_heartbeat(trial_id)
-        storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+            number = _size(connection, study_id)
+            trial_id = _insert_trial(connection, study_id, number, TrialState.RUNNING, began=_utc())
+        attempts = _attempts(connection, trial_id)
+        attempts.append(asdict(worker) | {"began": _now().isoformat(timespec="seconds")})
+        _set_attributes(connection, trial_id, {"attempts": attempts})
+        _beat(connection, trial_id)
         return Claim(
             study=study,
             study_id=study_id,
             trial_id=trial_id,
-            number=_number(storage, trial_id),
+            number=number,
             attempt=len(attempts),
             worker=worker,
         )
 
-
-def _waiting_trial(attempts: list[dict[str, Any]]) -> FrozenTrial:
-    return optuna.trial.create_trial(state=TrialState.WAITING, user_attrs={"attempts": attempts})
+    return write(storage, study, work)
 
 
-def _take_back(storage: RDBStorage, study_id: int, study: str, grace_seconds: float) -> None:
-    """Puts the RUNNING trials of workers that are gone back into the queue. Under the lock."""
-    with storage.engine.connect() as connection:
-        now = _database_now(connection)
-        running = connection.execute(
-            select(TrialModel.trial_id, TrialModel.number, TrialHeartbeatModel.heartbeat)
-            .outerjoin(TrialHeartbeatModel, TrialHeartbeatModel.trial_id == TrialModel.trial_id)
-            .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING)
-            .order_by(TrialModel.trial_id)
-        ).all()
+def _take_back(connection: Connection, study_id: int, study: str, grace_seconds: float) -> None:
+    """Puts the RUNNING trials of workers that are gone back into the queue."""
+    running = connection.execute(
+        select(TrialModel.trial_id, TrialModel.number, TrialHeartbeatModel.heartbeat)
+        .outerjoin(TrialHeartbeatModel, TrialHeartbeatModel.trial_id == TrialModel.trial_id)
+        .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING)
+        .order_by(TrialModel.number)
+    ).all()
+    if not running:
+        return
+    # Nobody could beat while the server was away: the silence of all is counted from its start.
+    now, since = database_now(connection), server_started(connection)
     for trial_id, number, beaten in running:
-        attempts = _attempts(storage, trial_id)
+        attempts = _attempts(connection, trial_id)
         if not attempts:
             continue  # somebody's own `study.ask()`: not ours to take
         owner = _owner(attempts)
-        silent = (now - beaten).total_seconds() if beaten is not None else float("inf")
+        silent = (now - max(beaten or datetime.min, since)).total_seconds()
         if owner.gone():
             why = f"process {owner.pid} on {owner.host} ended"
         elif silent > grace_seconds:
@@ -264,38 +273,75 @@ def _take_back(storage: RDBStorage, study_id: int, study: str, grace_seconds: fl
         else:
             continue
         log.warning("study %s: trial %d goes back to the queue: %s", study, number, why)
-        _put_back(storage, trial_id, attempts, "lost", why)
+        _put_back(connection, trial_id, attempts, "lost", why)
 
 
-def _put_back(storage: RDBStorage, trial_id: int, attempts: list[dict[str, Any]], outcome: Outcome, why: str) -> None:
-    """Ends the last attempt; the trial waits again, or fails for good after RETRIES. Under the lock."""
-    attempts = [*attempts[:-1], attempts[-1] | _ending(outcome) | {"why": why}]
-    storage.set_trial_user_attr(trial_id, "attempts", attempts)
-    broken = sum(attempt["outcome"] in ("crashed", "lost") for attempt in attempts)
+def _put_back(connection: Connection, trial_id: int, attempts: Attempts, outcome: Outcome, why: str) -> None:
+    """Ends the last attempt; the trial waits again, or fails for good after RETRIES that got it no further."""
+    last = attempts[-1] | _ending(outcome) | {"why": why, "epoch": _last_epoch(connection, trial_id)}
+    attempts = [*attempts[:-1], last]
+    broken = 0
+    for attempt, before in zip(reversed(attempts), [*reversed(attempts[:-1]), {}], strict=True):
+        if attempt["outcome"] in ("crashed", "lost"):
+            broken += 1
+        if attempt.get("epoch", 0) > before.get("epoch", 0):
+            break  # it got further than any before: what came earlier is forgiven
+    told: dict[str, Any] = {"attempts": attempts}
     if broken > RETRIES:
-        failure = {"kind": outcome, "message": f"{why}; tried {broken} times in all"}
-        storage.set_trial_user_attr(trial_id, "failure", failure)
-        storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        told["failure"] = {"kind": outcome, "message": f"{why}; tried {broken} times without getting further"}
+        _set_trial(connection, trial_id, state=TrialState.FAIL, _datetime_complete_utc=_utc())
     else:
-        storage.set_trial_state_values(trial_id, TrialState.WAITING)
+        _set_trial(connection, trial_id, state=TrialState.WAITING)
+    _set_attributes(connection, trial_id, told)
 
 
 # --- while it runs ----------------------------------------------------------------------------------------
 
 
-def beat(storage: RDBStorage, claim: Claim) -> None:
-    """Says that `claim` is being worked on. Raises ClaimLost if it is somebody else's by now."""
-    _compare(storage, claim)
-    storage.record_heartbeat(claim.trial_id)
+def beat(storage: RDBStorage, claim: Claim) -> State:
+    """Says that `claim` is being worked on, and returns what is wanted of the study.
 
-
-def report(storage: RDBStorage, claim: Claim, step: int, value: float) -> None:
-    """Writes the intermediate `value` of epoch `step` (from 1). Raises ClaimLost.
-
-    Written again after a restart, a step's value replaces the earlier one.
+    Raises ClaimLost if it is somebody else's by now.
     """
-    with owned(storage, claim):
-        storage.set_trial_intermediate_value(claim.trial_id, step, value)
+
+    def work(connection: Connection) -> State:
+        _compare(connection, claim)
+        _beat(connection, claim.trial_id)
+        return _state(connection, claim.study_id)
+
+    return write(storage, None, work)
+
+
+def report(storage: RDBStorage, claim: Claim, step: int, value: float) -> State:
+    """Writes the intermediate `value` of epoch `step` (from 1), and returns what is wanted of the study.
+
+    Written again after a restart, a step's value replaces the earlier one. Raises ClaimLost.
+    """
+    return resume(storage, claim, {step: value}, None)
+
+
+def resume(storage: RDBStorage, claim: Claim, values: dict[int, float], epoch: int | None) -> State:
+    """Writes intermediate `values` by step, all at once, and that the attempt went on after `epoch`.
+
+    They are those of a checkpoint, some of which the database may lack. Raises ClaimLost.
+    """
+
+    def work(connection: Connection) -> State:
+        attempts = _compare(connection, claim)
+        stored = TrialIntermediateValueModel
+        connection.execute(delete(stored).where(stored.trial_id == claim.trial_id, stored.step.in_(values)))
+        for step, value in values.items():
+            number, kind = stored.intermediate_value_to_stored_repr(value)
+            row = {"trial_id": claim.trial_id, "step": step}
+            connection.execute(
+                insert(stored).values(row | {"intermediate_value": number, "intermediate_value_type": kind})
+            )
+        if epoch is not None:
+            attempts[-1]["resumed_after"] = epoch
+            _set_attributes(connection, claim.trial_id, {"attempts": attempts})
+        return _state(connection, claim.study_id)
+
+    return write(storage, claim.study, work)
 
 
 def finish(
@@ -310,27 +356,29 @@ def finish(
     Optuna's samplers that Trialyard offers do nothing in `after_trial` for one objective without constraints, so
     the state is set directly, under the lock.
     """
-    with owned(storage, claim) as attempts:
+
+    def work(connection: Connection) -> None:
+        attempts = _compare(connection, claim, or_finished=True)
+        if "outcome" in attempts[-1]:
+            return  # done already: the commit came through, and its answer did not
         attempts[-1] |= _ending("finished")
-        # Attributes first: a finished trial takes none.
-        _set_attributes(storage, claim.trial_id, attributes | {"attempts": attempts})
-        storage.set_trial_state_values(claim.trial_id, state, None if value is None else [value])
+        _set_attributes(connection, claim.trial_id, attributes | {"attempts": attempts})
+        if value is not None:
+            number, kind = TrialValueModel.value_to_stored_repr(value)
+            row = {"trial_id": claim.trial_id, "objective": 0, "value": number, "value_type": kind}
+            connection.execute(insert(TrialValueModel).values(row))
+        _set_trial(connection, claim.trial_id, state=state, _datetime_complete_utc=_utc())
+
+    write(storage, claim.study, work)
 
 
 def requeue(storage: RDBStorage, claim: Claim, outcome: Literal["interrupted", "crashed"], why: str) -> None:
-    """Gives the trial back to the queue. A trial that crashed too often fails for good. Raises ClaimLost."""
-    with owned(storage, claim) as attempts:
-        _put_back(storage, claim.trial_id, attempts, outcome, why)
+    """Gives the trial back to the queue. A trial that keeps crashing fails for good. Raises ClaimLost."""
 
+    def work(connection: Connection) -> None:
+        _put_back(connection, claim.trial_id, _compare(connection, claim), outcome, why)
 
-@contextmanager
-def owned(storage: RDBStorage, claim: Claim) -> Iterator[list[dict[str, Any]]]:
-    """Holds the study's lock while `claim` is known to be its worker's; yields the trial's attempts.
-
-    Raises ClaimLost where it is not: the worker slept too long, and what it has must be dropped.
-    """
-    with exclusive(storage, claim.study):
-        yield _compare(storage, claim)
+    write(storage, claim.study, work)
 
 
 class Beating:
@@ -345,6 +393,7 @@ class Beating:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"beat-{claim.study}-{claim.number}", daemon=True)
         self.lost = False
+        self.wanted: State = "open"  # of the study, as of the last beat
 
     def __enter__(self) -> "Beating":
         self._thread.start()
@@ -354,15 +403,17 @@ class Beating:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._done.set()
-        self._thread.join()
+        # A beat that waits for a database that is away must not keep the trial from its end.
+        self._thread.join(timeout=1.0)
 
     def _run(self) -> None:
         while not self._done.wait(self._seconds):
             try:
-                beat(self._storage, self._claim)
+                self.wanted = beat(self._storage, self._claim)
             except ClaimLost as lost:
-                log.warning("%s", lost)
-                self.lost = True
+                if not self._done.is_set():
+                    log.warning("%s", lost)
+                    self.lost = True
                 return
             except (OptunaError, SQLAlchemyError, StorageError, OSError) as error:
                 log.warning("a beat for trial %d failed, to be tried again: %s", self._claim.number, error)
@@ -380,130 +431,202 @@ class Holding:
     pid: int
     slot: str
     attempt: int
+    epoch: int  # the last whole one that is told; 0 before the first
     silent_seconds: float  # since its last beat
 
 
 def holdings(storage: RDBStorage, study_id: int) -> list[Holding]:
     """Who is running what, by trial number."""
-    with storage.engine.connect() as connection:
-        now = _database_now(connection)
-        rows = connection.execute(
-            select(TrialModel.number, TrialHeartbeatModel.heartbeat, TrialUserAttributeModel.value_json)
-            .join(TrialHeartbeatModel, TrialHeartbeatModel.trial_id == TrialModel.trial_id)
-            .join(TrialUserAttributeModel, TrialUserAttributeModel.trial_id == TrialModel.trial_id)
-            .where(
-                TrialModel.study_id == study_id,
-                TrialModel.state == TrialState.RUNNING,
-                TrialUserAttributeModel.key == "attempts",
-            )
-            .order_by(TrialModel.number)
-        ).all()
-    found = []
-    for number, beaten, value_json in rows:
-        attempts = json.loads(value_json)
-        owner = _owner(attempts)
-        found.append(
-            Holding(
-                number=number,
-                host=owner.host,
-                pid=owner.pid,
-                slot=owner.slot,
-                attempt=len(attempts),
-                silent_seconds=max(0.0, (now - beaten).total_seconds()),
-            )
+
+    def work(connection: Connection) -> list[Holding]:
+        now = database_now(connection)
+        last = (
+            select(func.max(TrialIntermediateValueModel.step))
+            .where(TrialIntermediateValueModel.trial_id == TrialModel.trial_id)
+            .scalar_subquery()
         )
-    return found
+        attempts = and_(
+            TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "attempts"
+        )
+        rows = connection.execute(
+            select(TrialModel.number, TrialHeartbeatModel.heartbeat, TrialUserAttributeModel.value_json, last)
+            .join(TrialHeartbeatModel, TrialHeartbeatModel.trial_id == TrialModel.trial_id)
+            .join(TrialUserAttributeModel, attempts)
+            .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING)
+            .order_by(TrialModel.number)
+        )
+        return [
+            _holding(number, json.loads(attempts_json), epoch or 0, (now - beaten).total_seconds())
+            for number, beaten, attempts_json, epoch in rows
+        ]
+
+    return read(storage, work)
+
+
+def _holding(number: int, attempts: Attempts, epoch: int, silent: float) -> Holding:
+    owner = _owner(attempts)
+    return Holding(
+        number=number,
+        host=owner.host,
+        pid=owner.pid,
+        slot=owner.slot,
+        attempt=len(attempts),
+        epoch=epoch,
+        silent_seconds=max(0.0, silent),
+    )
 
 
 def check(storage: RDBStorage) -> list[str]:
     """What of the promises at the top of this file does not hold, a sentence each; empty if all do."""
+    return read(storage, _problems)
+
+
+def _problems(connection: Connection) -> list[str]:
     problems = []
-    with storage.engine.connect() as connection:
-        studies = connection.execute(select(StudyModel.study_id, StudyModel.study_name)).all()
-    for study_id, name in studies:
-        limit, spent = budget(storage, study_id), counts(storage, study_id)
+    for study_id, name in connection.execute(select(StudyModel.study_id, StudyModel.study_name)).all():
+        limit, (finished, running) = _budget(connection, study_id), _spent(connection, study_id)
         if limit is None:
             continue  # not one of ours, or its creation was interrupted and `create` will end it
-        if spent.finished + spent.running > limit.trials:
-            problems.append(f"study {name}: {spent.finished + spent.running} trials, over its {limit.trials}")
-        with storage.engine.connect() as connection:
-            twice = connection.execute(
-                select(TrialModel.number)
-                .where(TrialModel.study_id == study_id)
-                .group_by(TrialModel.number)
-                .having(func.count() > 1)
-            ).scalars()
-            problems += [f"study {name}: two trials have the number {number}" for number in twice]
-            unbeaten = connection.execute(
-                select(TrialModel.number)
-                .outerjoin(TrialHeartbeatModel, TrialHeartbeatModel.trial_id == TrialModel.trial_id)
-                .where(
-                    TrialModel.study_id == study_id,
-                    TrialModel.state == TrialState.RUNNING,
-                    TrialHeartbeatModel.trial_id.is_(None),
-                )
-            ).scalars()
-            problems += [f"study {name}: trial {number} runs without a heartbeat" for number in unbeaten]
+        if finished + running > limit.trials:
+            problems.append(f"study {name}: {finished + running} trials, over its {limit.trials}")
+        twice = connection.execute(
+            select(TrialModel.number)
+            .where(TrialModel.study_id == study_id)
+            .group_by(TrialModel.number)
+            .having(func.count() > 1)
+        ).scalars()
+        problems += [f"study {name}: two trials have the number {number}" for number in twice]
+        unbeaten = connection.execute(
+            select(TrialModel.number)
+            .outerjoin(TrialHeartbeatModel, TrialHeartbeatModel.trial_id == TrialModel.trial_id)
+            .where(
+                TrialModel.study_id == study_id,
+                TrialModel.state == TrialState.RUNNING,
+                TrialHeartbeatModel.trial_id.is_(None),
+            )
+        ).scalars()
+        problems += [f"study {name}: trial {number} runs without a heartbeat" for number in unbeaten]
     return problems
 
 
-# --- small readers ----------------------------------------------------------------------------------------
+# --- statements -------------------------------------------------------------------------------------------
 
 
-def _compare(storage: RDBStorage, claim: Claim) -> list[dict[str, Any]]:
-    attempts = _attempts(storage, claim.trial_id)
-    with storage.engine.connect() as connection:
-        state = connection.execute(select(TrialModel.state).where(TrialModel.trial_id == claim.trial_id)).scalar()
-    if state != TrialState.RUNNING or len(attempts) != claim.attempt or _owner(attempts) != claim.worker:
-        raise ClaimLost(
-            f"study {claim.study}: trial {claim.number} is no longer held by {claim.worker.slot} of process "
-            f"{claim.worker.pid} on {claim.worker.host} (attempt {claim.attempt}): its result is dropped"
+def _compare(connection: Connection, claim: Claim, or_finished: bool = False) -> Attempts:
+    """The trial's attempts, its row locked. Raises ClaimLost unless the last of them is `claim`'s and still runs."""
+    state = connection.execute(
+        select(TrialModel.state).where(TrialModel.trial_id == claim.trial_id).with_for_update()
+    ).scalar()
+    attempts = _attempts(connection, claim.trial_id) if state is not None else []
+    mine = len(attempts) == claim.attempt and _owner(attempts) == claim.worker
+    if mine and (state == TrialState.RUNNING or (or_finished and attempts[-1].get("outcome") == "finished")):
+        return attempts
+    raise ClaimLost(
+        f"study {claim.study}: trial {claim.number} is no longer held by {claim.worker.slot} of process "
+        f"{claim.worker.pid} on {claim.worker.host} (attempt {claim.attempt}): its result is dropped"
+    )
+
+
+def _study_id(connection: Connection, study: str) -> int:
+    found = connection.execute(select(StudyModel.study_id).where(StudyModel.study_name == study)).scalar()
+    if found is None:
+        raise StorageError(f"study {study!r} is gone from the database: `trialyard create` makes it anew")
+    return int(found)
+
+
+def _study_attribute(connection: Connection, study_id: int, key: str) -> Any:
+    found = connection.execute(
+        select(StudyUserAttributeModel.value_json).where(
+            StudyUserAttributeModel.study_id == study_id, StudyUserAttributeModel.key == key
         )
-    return attempts
+    ).scalar()
+    return None if found is None else json.loads(found)
 
 
-def _attempts(storage: RDBStorage, trial_id: int) -> list[dict[str, Any]]:
-    with storage.engine.connect() as connection:
-        found = connection.execute(
-            select(TrialUserAttributeModel.value_json).where(
-                TrialUserAttributeModel.trial_id == trial_id, TrialUserAttributeModel.key == "attempts"
-            )
-        ).scalar()
+def _set_study_attribute(connection: Connection, study_id: int, key: str, attribute: Any) -> None:
+    stored = StudyUserAttributeModel
+    connection.execute(delete(stored).where(stored.study_id == study_id, stored.key == key))
+    connection.execute(insert(stored).values(study_id=study_id, key=key, value_json=json.dumps(attribute)))
+
+
+def _budget(connection: Connection, study_id: int) -> Budget | None:
+    found = _study_attribute(connection, study_id, "budget")
+    return None if found is None else Budget(**found)
+
+
+def _state(connection: Connection, study_id: int) -> State:
+    found: State | None = _study_attribute(connection, study_id, "state")
+    return found or "open"
+
+
+def _size(connection: Connection, study_id: int) -> int:
+    """How many trials the study has, which is the next one's number: they are numbered without a gap."""
+    last = connection.execute(select(func.max(TrialModel.number)).where(TrialModel.study_id == study_id)).scalar()
+    return 0 if last is None else int(last) + 1
+
+
+def _spent(connection: Connection, study_id: int) -> tuple[int, int]:
+    """(finished, running). Counts only what is not finished, which is few, however many there are."""
+    unfinished = (TrialState.WAITING, TrialState.RUNNING)
+    waiting, running = (
+        int(
+            connection.execute(
+                select(func.count()).where(TrialModel.study_id == study_id, TrialModel.state == state)
+            ).scalar_one()
+        )
+        for state in unfinished
+    )
+    return _size(connection, study_id) - waiting - running, running
+
+
+def _insert_trial(
+    connection: Connection, study_id: int, number: int, state: TrialState, began: datetime | None = None
+) -> int:
+    row = {"study_id": study_id, "number": number, "state": state, "datetime_start": began}
+    inserted = connection.execute(insert(TrialModel.__table__).values(row))
+    (trial_id,) = inserted.inserted_primary_key or (None,)
+    assert trial_id is not None
+    return int(trial_id)
+
+
+def _set_trial(connection: Connection, trial_id: int, **columns: Any) -> None:
+    connection.execute(
+        update(TrialModel)
+        .where(TrialModel.trial_id == trial_id)
+        .values({getattr(TrialModel, name): value for name, value in columns.items()})
+    )
+
+
+def _attempts(connection: Connection, trial_id: int) -> Attempts:
+    found = connection.execute(
+        select(TrialUserAttributeModel.value_json).where(
+            TrialUserAttributeModel.trial_id == trial_id, TrialUserAttributeModel.key == "attempts"
+        )
+    ).scalar()
     return [] if found is None else list(json.loads(found))
 
 
-def _set_attributes(storage: RDBStorage, trial_id: int, attributes: dict[str, Any]) -> None:
-    """Writes user attributes in one transaction; Optuna's own method takes one for each. Under the lock."""
-    rows = [
-        {"trial_id": trial_id, "key": key, "value_json": json.dumps(attribute)} for key, attribute in attributes.items()
-    ]
-    with storage.engine.begin() as connection:
-        connection.execute(
-            delete(TrialUserAttributeModel).where(
-                TrialUserAttributeModel.trial_id == trial_id, TrialUserAttributeModel.key.in_(attributes)
-            )
-        )
-        connection.execute(insert(TrialUserAttributeModel), rows)
+def _last_epoch(connection: Connection, trial_id: int) -> int:
+    stored = TrialIntermediateValueModel
+    return int(connection.execute(select(func.max(stored.step)).where(stored.trial_id == trial_id)).scalar() or 0)
 
 
-def _owner(attempts: list[dict[str, Any]]) -> Worker:
+def _set_attributes(connection: Connection, trial_id: int, attributes: dict[str, Any]) -> None:
+    stored = TrialUserAttributeModel
+    connection.execute(delete(stored).where(stored.trial_id == trial_id, stored.key.in_(attributes)))
+    rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(one)} for key, one in attributes.items()]
+    connection.execute(insert(stored), rows)
+
+
+def _beat(connection: Connection, trial_id: int) -> None:
+    stored, now = TrialHeartbeatModel, database_now(connection)
+    if connection.execute(update(stored).where(stored.trial_id == trial_id).values(heartbeat=now)).rowcount == 0:
+        connection.execute(insert(stored).values(trial_id=trial_id, heartbeat=now))
+
+
+def _owner(attempts: Attempts) -> Worker:
     last = attempts[-1]
     return Worker(machine=last["machine"], host=last["host"], pid=last["pid"], born=last["born"], slot=last["slot"])
-
-
-def _oldest_waiting(storage: RDBStorage, study_id: int) -> int | None:
-    with storage.engine.connect() as connection:
-        return connection.execute(
-            select(TrialModel.trial_id)
-            .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.WAITING)
-            .order_by(TrialModel.number)
-            .limit(1)
-        ).scalar()
-
-
-def _number(storage: RDBStorage, trial_id: int) -> int:
-    with storage.engine.connect() as connection:
-        return int(connection.execute(select(TrialModel.number).where(TrialModel.trial_id == trial_id)).scalar_one())
 
 
 def _ending(outcome: Outcome) -> dict[str, str]:
@@ -514,6 +637,6 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _database_now(connection: Connection) -> datetime:
-    # The database's clock wrote the beats, so it is the one to compare them with.
-    return connection.execute(select(func.current_timestamp())).scalar_one().replace(tzinfo=None)
+def _utc() -> datetime:
+    # Optuna keeps naive UTC.
+    return _now().replace(tzinfo=None)

@@ -1,26 +1,135 @@
-"""The database: Optuna's RDBStorage with safe engine settings, and the one lock a study.
+"""The database: Optuna's RDBStorage on SQLite or PostgreSQL with safe engine settings, and the one lock a study.
 
-SQLite today. Write-ahead logging lets readers (the dashboard, `status`) go on while a worker writes; Optuna
-itself sets no pragma and waits 5 s for a lock.
+Everything that Trialyard itself reads or writes is a function of one connection in one transaction (`read`, `write`),
+so that a database that goes away in the middle undoes it whole, and it is done again when the database is back. What
+Optuna does for us (suggestions, its own queries) is retried call by call (`PatientStorage`).
 """
 
 import contextlib
+import functools
+import hashlib
+import logging
 import sqlite3
+import threading
 import urllib.parse
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import filelock
 import sqlalchemy
+import tenacity
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from optuna.storages._rdb.models import BaseModel
+from sqlalchemy import URL, Connection, Engine, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
+from storage.artifacts import written_whole
 from storage.errors import StorageError
+from storage.workers import table as workers_table
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LOCK_SECONDS = 120.0  # a claim holds the lock for milliseconds: longer than this means that something hangs
-BUSY_SECONDS = 60.0  # how long a statement waits for another process's transaction
+IDLE_SECONDS = 60.0  # a transaction whose process does nothing for so long is ended by the server, its lock freed
+BUSY_SECONDS = 60.0  # how long a statement waits for another process's transaction, on SQLite
+KINDS = "sqlite:///folder/studies.db or postgresql://user@host/database"
+
+# Optuna counts and looks up trials by scanning a study's; with 10,000 of them a claim took four times as long.
+INDEXES = (
+    "CREATE INDEX IF NOT EXISTS trialyard_trials_by_state ON trials (study_id, state, number)",
+    "CREATE INDEX IF NOT EXISTS trialyard_trials_by_number ON trials (study_id, number)",
+)
+
+
+class PatientStorage(RDBStorage):
+    """Optuna's storage, each of whose calls is tried again while the database is away.
+
+    `patience` is how long, in seconds; 0 tries once. `leaving`, once set, ends all waiting at once. A call that was
+    waited for in vain ends in StorageError.
+    """
+
+    def __init__(self, url: str, *, patience: float, **options: Any) -> None:
+        self.patience, self.leaving = patience, threading.Event()
+        super().__init__(url, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "leaving"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.leaving = threading.Event()
+        super().__setstate__(state)
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """What `call` gives, tried again as long as the database is away. It may be done twice."""
+        if self.patience <= 0:
+            return call()
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(is_transient),
+            # The jitter keeps a hundred workers from knocking all at once when the database is back.
+            wait=tenacity.wait_random_exponential(multiplier=0.25, max=5.0),
+            stop=tenacity.stop_any(
+                tenacity.stop_after_delay(self.patience), tenacity.stop_when_event_set(self.leaving)
+            ),
+            sleep=tenacity.sleep_using_event(self.leaving),
+            before_sleep=self._told,
+        )
+        try:
+            return retrying(call)
+        except tenacity.RetryError as error:
+            cause = error.last_attempt.exception()
+            assert cause is not None
+            raise StorageError(
+                f"the database {redact(self.url)} has been away for too long ({cause_of(cause)}): bring it back, and "
+                "run the command again; what was trained is in the checkpoints"
+            ) from cause
+
+    def _told(self, state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        if error is not None and state.attempt_number == 1:
+            log.warning("the database is away, to be tried again: %s", cause_of(error))
+
+
+def _patient(name: str) -> Callable[..., Any]:
+    original = getattr(RDBStorage, name)
+
+    @functools.wraps(original)
+    def call(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
+        return self.patiently(lambda: original(self, *args, **kwargs))
+
+    return call
+
+
+# All of them may be done twice without harm: they read, or they set what is then set. Those that create a row may not,
+# for the first one may have come through: Optuna itself retries the creation of a trial, ours are in `claims`.
+for _name in (
+    *("set_study_user_attr", "set_study_system_attr", "get_study_id_from_name", "get_study_name_from_id"),
+    *("get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "get_all_studies"),
+    *("set_trial_param", "_set_trial_param", "get_trial_param", "get_trial_id_from_study_id_trial_number"),
+    *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "get_trial", "get_all_trials"),
+    *("_get_trials", "get_best_trial", "_get_best_trial_id", "get_n_trials", "record_heartbeat"),
+):
+    setattr(PatientStorage, _name, _patient(_name))
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether `error` says that the database is away or busy, and not that it was asked for something wrong."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, DBAPIError):
+            if isinstance(seen.orig, sqlite3.Error):
+                return "locked" in str(seen.orig)  # it calls a missing table operational, too
+            idle = getattr(seen.orig, "sqlstate", None) == "25P03"  # IDLE_SECONDS passed: this process was asleep
+            return idle or seen.connection_invalidated or isinstance(seen, (OperationalError, InterfaceError))
+        seen = seen.__cause__
+    return False
+
+
+# --- connecting -------------------------------------------------------------------------------------------
 
 
 def redact(url: str) -> str:
@@ -31,134 +140,185 @@ def redact(url: str) -> str:
         return "(a URL that does not parse)"
 
 
-def connect(url: str) -> RDBStorage:
+def has_password(url: str) -> bool:
+    """Whether `url` shows a password, also in a URL that does not parse."""
+    try:
+        return bool(sqlalchemy.make_url(url).password)
+    except (ArgumentError, ValueError):
+        return "@" in url
+
+
+def connect(url: str, patience: float = 0.0) -> PatientStorage:
     """Optuna's storage on the database at `url`, which must stand already (see `create`).
 
-    Raises StorageError where the URL does not parse, is no SQLite file, or there is no database there.
+    `patience` is how many seconds a call waits for a database that is away; connecting itself is tried once.
+    Raises StorageError where the URL does not parse, is of no known kind, or there is no database of ours there.
     """
-    path = _file(url)
-    if not path.exists():
+    parsed = _parsed(url)
+    path = _file(parsed)
+    if path is not None and not path.exists():
         raise StorageError(
             f"there is no database at {redact(url)}: `trialyard create digits` makes it with a first study, "
             "or set TRIALYARD_STORAGE to the one you mean"
         )
-    return _storage(url, path)
+    lacking = _lacking(parsed)
+    if lacking:
+        raise StorageError(f"the database {redact(url)} {lacking}")
+    storage = _storage(parsed)
+    storage.patience = patience
+    return storage
 
 
-def create(url: str) -> RDBStorage:
-    """Makes the database at `url` unless it stands, its folder too, and connects to it.
+def create(url: str, patience: float = 0.0) -> PatientStorage:
+    """Makes the tables at `url` unless they stand (on SQLite the file and its folder, too), and connects to it.
 
     Raises StorageError where it cannot be written.
     """
-    path = _file(url)
+    parsed = _parsed(url)
+    path = _file(parsed)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Two first runs at once would each make half of the tables.
-        with _lock(path, "database"):
-            if path.exists() and path.stat().st_size > 0:
-                return _storage(url, path)
-            # The tables are made under another name: a process killed in the middle leaves no half database.
-            draft = path.with_name(f".{path.name}.new")
-            draft.unlink(missing_ok=True)
-            storage = RDBStorage(f"sqlite:///{draft}")
-            storage.engine.dispose()
-            draft.replace(path)
-            return _storage(url, path)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Two first runs at once would each make half of the tables.
+            with _lock_file(path, "database"):
+                if not path.exists() or path.stat().st_size == 0:
+                    # Made under another name: a process killed in the middle leaves no half database.
+                    draft = path.with_name(f".{path.name}.new")
+                    draft.unlink(missing_ok=True)
+                    _make_tables(_parsed(f"sqlite:///{draft}"))
+                    draft.replace(path)
+        elif _lacking(parsed):
+            # Doing it twice is harmless, so a creation that was cut off is completed.
+            with _advisory_lock(parsed):
+                _make_tables(parsed)
     except (OSError, OptunaError, SQLAlchemyError) as error:
-        raise StorageError(
-            f"the database {redact(url)} cannot be written ({_cause(error)}): "
+        way_out = (
             "choose a folder that you may write with TRIALYARD_HOME, or a URL with --storage"
-        ) from error
+            if path is not None
+            else "is the server up, and may this user create tables in it?"
+        )
+        raise StorageError(f"the database {redact(url)} cannot be written ({cause_of(error)}): {way_out}") from error
+    return connect(url, patience)
 
 
-def check(storage: RDBStorage) -> list[str]:
-    """What is wrong with the database file itself, a sentence each; empty if nothing is."""
-    problems: list[str] = []
-    with storage.engine.connect() as connection:
-        for (line,) in connection.exec_driver_sql("PRAGMA integrity_check"):
-            if line != "ok":
-                problems.append(f"the file is damaged: {line}")
-        for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
-            problems.append(f"row {row} of {table} names a row of {parent} that is gone")
-    if storage.get_current_version() != storage.get_head_version():
-        found, expected = storage.get_current_version(), storage.get_head_version()
-        problems.append(f"its schema is {found} and this Optuna writes {expected}")
-    return problems
+def upgrade(url: str) -> str:
+    """Brings the tables of an older Optuna or Trialyard up to this one's; returns the schema's version.
+
+    Raises StorageError where that fails. Nothing else may use the database meanwhile.
+    """
+    parsed = _parsed(url)
+    path = _file(parsed)
+    if path is not None and not path.exists():
+        raise StorageError(f"there is no database at {redact(url)} to be upgraded: `trialyard storage create` makes it")
+    try:
+        storage = _storage(parsed, skip_compatibility_check=True)
+        storage.upgrade()
+        _add_ours(storage)
+    except (OptunaError, SQLAlchemyError, RuntimeError) as error:
+        raise StorageError(f"the database {redact(url)} cannot be upgraded ({cause_of(error)})") from error
+    return storage.get_current_version()
+
+
+def _make_tables(url: URL) -> None:
+    made = _storage(url, skip_table_creation=False)
+    _add_ours(made)
+    made.engine.dispose()
 
 
 @contextlib.contextmanager
-def exclusive(storage: RDBStorage, study: str) -> Iterator[None]:
-    """Holds the one lock of `study` (by name, so that it also guards the study's creation).
+def _advisory_lock(url: URL) -> Iterator[None]:
+    engine = _engine(url)
+    with engine.begin() as connection:
+        _lock_row(connection, "")
+        yield
+    engine.dispose()
 
-    SQLite ignores SELECT ... FOR UPDATE, and two processes were seen to pop one WAITING trial; so a lock file
-    beside the database stands in. The kernel lets go of it when its holder dies.
 
-    Raises StorageError if it cannot be had within LOCK_SECONDS.
-    """
-    path = Path(str(storage.engine.url.database))
+def _add_ours(storage: RDBStorage) -> None:
+    with storage.engine.begin() as connection:
+        for statement in INDEXES:
+            connection.execute(text(statement))
+        workers_table.create(connection, checkfirst=True)
+
+
+def _lacking(url: URL) -> str | None:
+    """What is not there that must be, in words that follow the database's name. Raises StorageError."""
+    engine = _engine(url)
     try:
-        with _lock(path, f"study-{urllib.parse.quote(study, safe='')}"):
-            yield
-    except filelock.Timeout as error:
+        tables = set(sqlalchemy.inspect(engine).get_table_names())
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        hint = (
+            "is its server up, and are the user and password right?"
+            if _file(url) is None
+            else "is it a database, and may you write it and its folder?"
+        )
+        raise StorageError(f"the database {redact(str(url))} does not answer ({cause_of(error)}): {hint}") from error
+    finally:
+        engine.dispose()
+    if "studies" not in tables:
+        return "has no studies' tables: `trialyard storage create` makes them"
+    if workers_table.name not in tables:
+        return "was made by an older Trialyard or by plain Optuna: run `trialyard storage upgrade`"
+    return None
+
+
+def _engine(url: URL) -> Engine:
+    return sqlalchemy.create_engine(url, **_settings(url))
+
+
+def _storage(url: URL, *, skip_table_creation: bool = True, skip_compatibility_check: bool = False) -> PatientStorage:
+    """Optuna's storage with our engine settings."""
+    try:
+        return PatientStorage(
+            _rendered(url),
+            patience=0.0,
+            engine_kwargs=_settings(url),
+            skip_compatibility_check=skip_compatibility_check,
+            skip_table_creation=skip_table_creation,
+        )
+    except (OptunaError, SQLAlchemyError, RuntimeError, sqlite3.Error) as error:
         raise StorageError(
-            f"study {study!r} has been locked for {LOCK_SECONDS:.0f} s by another process: "
-            f"see who holds {error.lock_file}, end it, and run the command again"
-        ) from None
+            f"the database {redact(str(url))} cannot be opened ({cause_of(error)}): is it an Optuna database of this "
+            "version? If it is of an older one, `trialyard storage upgrade` helps"
+        ) from error
 
 
-def _lock(path: Path, name: str) -> filelock.BaseFileLock:
-    folder = path.with_name(f"{path.name}.locks")
-    folder.mkdir(exist_ok=True)
-    return filelock.FileLock(
-        folder / f"{name}.lock",
-        timeout=LOCK_SECONDS,
-        poll_interval=0.005,
-        # A soft lock would outlive a killed holder for ever.
-        fallback_to_soft=False,
-        preserve_lock_file=True,
-    )
+def _rendered(url: URL) -> str:
+    path = _file(url)
+    # The path is made absolute: a process that changes its folder must not find another database.
+    return f"sqlite:///{path}" if path is not None else url.render_as_string(hide_password=False)
 
 
-def _file(url: str) -> Path:
-    """The file that a ``sqlite:///`` URL names."""
+def _parsed(url: str) -> URL:
     try:
         parsed = sqlalchemy.make_url(url)
         backend = parsed.get_backend_name()
     except (ArgumentError, ValueError):
-        raise StorageError(
-            f"the database URL {_shown(url)!r} does not parse: write it as sqlite:///folder/studies.db"
-        ) from None
+        raise StorageError(f"the database URL {_shown(url)!r} does not parse: write it as {KINDS}") from None
+    if backend in ("postgres", "postgresql"):
+        if not parsed.database:
+            raise StorageError(f"the URL {redact(url)} names no database: write it as {KINDS}")
+        return parsed.set(drivername="postgresql+psycopg")
     if backend != "sqlite":
         raise StorageError(
-            f"the database {redact(url)} is of a kind that Trialyard does not know ({backend}): "
-            "write sqlite:///folder/studies.db"
+            f"the database {redact(url)} is of a kind that Trialyard does not know ({backend}): write {KINDS}"
         )
     if not parsed.database or parsed.database == ":memory:" or parsed.query:
         raise StorageError(
             f"the database {redact(url)} is no plain file, and workers in several processes must share it: "
             "write sqlite:///folder/studies.db"
         )
-    return Path(parsed.database).absolute()
+    return parsed
+
+
+def _file(url: URL) -> Path | None:
+    """The file of a SQLite database; None for a server's."""
+    return Path(str(url.database)).absolute() if url.get_backend_name() == "sqlite" else None
 
 
 def _shown(url: str) -> str:
     # What does not parse may still hold a password: only what stands before the first "@" could be one.
     return "***@" + url.rpartition("@")[2] if "@" in url else url
-
-
-def _storage(url: str, path: Path) -> RDBStorage:
-    try:
-        # The path is made absolute: a process that changes its folder must not find another database.
-        return RDBStorage(
-            f"sqlite:///{path}",
-            engine_kwargs={"creator": partial(_open, str(path))},
-            skip_table_creation=True,
-        )
-    except (OptunaError, SQLAlchemyError, RuntimeError, sqlite3.Error) as error:
-        raise StorageError(
-            f"the database {redact(url)} cannot be opened ({_cause(error)}): "
-            "is it an Optuna database of this version, and may you write it and its folder?"
-        ) from error
 
 
 def _open(path: str) -> sqlite3.Connection:
@@ -171,8 +331,201 @@ def _open(path: str) -> sqlite3.Connection:
     return connection
 
 
-def _cause(error: BaseException) -> str:
+def _settings(url: URL) -> dict[str, Any]:
+    """What an engine on `url` is made with."""
+    path = _file(url)
+    if path is not None:
+        return {"creator": functools.partial(_open, str(path))}
+    return {
+        "pool_pre_ping": True,  # a restarted server leaves dead connections in the pool
+        "pool_size": 2,
+        "max_overflow": 8,  # a worker's slots, their beats and the display, for moments
+        "connect_args": {
+            "connect_timeout": 10,
+            "prepare_threshold": None,  # prepared statements do not pass a transaction-pooling proxy
+            "application_name": "trialyard",
+            # A machine that vanished must not hold a lock, nor a worker wait for it, for the kernel's two hours.
+            "keepalives_idle": 30,
+            "keepalives_interval": 10,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 60_000,
+        },
+    }
+
+
+def cause_of(error: BaseException) -> str:
     """The innermost error's own words, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# --- the lock, and transactions ---------------------------------------------------------------------------
+
+
+def read(storage: RDBStorage, work: Callable[[Connection], T]) -> T:
+    """What `work` reads in one transaction; done again where the database was away."""
+
+    def once() -> T:
+        with storage.engine.connect() as connection:
+            return work(connection)
+
+    return storage.patiently(once) if isinstance(storage, PatientStorage) else once()
+
+
+def write(storage: RDBStorage, study: str | None, work: Callable[[Connection], T]) -> T:
+    """What `work` gives, done in one transaction under the lock of `study` (by name; None takes no lock).
+
+    Whole or not at all: where the database goes away in the middle, nothing of it is done, and it begins anew. Only
+    where it goes away between the commit and its answer is the work done twice, which `work` must bear.
+
+    Raises StorageError if the lock cannot be had within LOCK_SECONDS. Inside `work`, another `write` would wait for it.
+    """
+
+    def once() -> T:
+        path = _sqlite_file(storage)
+        if path is not None:
+            with _study_lock(path, study) if study is not None else contextlib.nullcontext():
+                return _in_sqlite(storage, work)
+        with _timed_out(study), storage.engine.begin() as connection:
+            _lock_row(connection, study)
+            return work(connection)
+
+    return storage.patiently(once) if isinstance(storage, PatientStorage) else once()
+
+
+def _in_sqlite(storage: RDBStorage, work: Callable[[Connection], T]) -> T:
+    with storage.engine.connect() as connection:
+        # Before anything is read: a transaction that begins to read and then writes is refused, not made to wait,
+        # where another one wrote meanwhile.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        try:
+            result = work(connection)
+            connection.commit()
+        except BaseException:
+            connection.rollback()
+            raise
+        return result
+
+
+def _lock_row(connection: Connection, study: str | None) -> None:
+    # `true`: for this transaction only, which also holds behind a transaction-pooling proxy.
+    connection.execute(
+        text(
+            "SELECT set_config('lock_timeout', :lock, true), "
+            "set_config('idle_in_transaction_session_timeout', :idle, true)"
+        ),
+        {"lock": f"{LOCK_SECONDS:.0f}s", "idle": f"{IDLE_SECONDS:.0f}s"},
+    )
+    if study is not None:
+        key = int.from_bytes(hashlib.sha256(f"trialyard:{study}".encode()).digest()[:8], "big", signed=True)
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+@contextlib.contextmanager
+def _timed_out(study: str | None) -> Iterator[None]:
+    try:
+        yield
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) != "55P03":  # lock_not_available
+            raise
+        raise StorageError(
+            f"study {study!r} has been locked for {LOCK_SECONDS:.0f} s by another process: "
+            "see who it is in pg_stat_activity, end it, and run the command again"
+        ) from None
+
+
+@contextlib.contextmanager
+def _study_lock(path: Path, study: str) -> Iterator[None]:
+    """SQLite ignores SELECT ... FOR UPDATE, and lets waiting writers starve: a lock file beside the database stands in.
+
+    The kernel lets go of it when its holder dies.
+    """
+    try:
+        with _lock_file(path, f"study-{urllib.parse.quote(study, safe='')}"):
+            yield
+    except filelock.Timeout as error:
+        raise StorageError(
+            f"study {study!r} has been locked for {LOCK_SECONDS:.0f} s by another process: "
+            f"see who holds {error.lock_file}, end it, and run the command again"
+        ) from None
+
+
+def _lock_file(path: Path, name: str) -> filelock.BaseFileLock:
+    folder = path.with_name(f"{path.name}.locks")
+    folder.mkdir(exist_ok=True)
+    return filelock.FileLock(
+        folder / f"{name}.lock",
+        timeout=LOCK_SECONDS,
+        poll_interval=0.005,
+        # A soft lock would outlive a killed holder for ever.
+        fallback_to_soft=False,
+        preserve_lock_file=True,
+    )
+
+
+def _sqlite_file(storage: RDBStorage) -> Path | None:
+    return _file(storage.engine.url)
+
+
+# --- check and backup -------------------------------------------------------------------------------------
+
+
+def check(storage: RDBStorage) -> list[str]:
+    """What is wrong with the database itself, a sentence each; empty if nothing is."""
+    problems: list[str] = []
+    if _sqlite_file(storage) is not None:
+        with storage.engine.connect() as connection:
+            for (line,) in connection.exec_driver_sql("PRAGMA integrity_check"):
+                if line != "ok":
+                    problems.append(f"the file is damaged: {line}")
+            for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+                problems.append(f"row {row} of {table} names a row of {parent} that is gone")
+    if storage.get_current_version() != storage.get_head_version():
+        found, expected = storage.get_current_version(), storage.get_head_version()
+        problems.append(f"its schema is {found} and this Optuna writes {expected}: `trialyard storage upgrade`")
+    return problems
+
+
+def backup(storage: RDBStorage, path: Path) -> int:
+    """Copies the whole database, as of one moment, to a new SQLite file; returns how many trials it has.
+
+    The file is a database of its own: ``--storage sqlite:///FILE`` reads it. Workers may go on meanwhile.
+    Raises StorageError where `path` stands already or cannot be written.
+    """
+    if path.exists():
+        raise StorageError(f"{path} stands already: give the backup another name")
+    try:
+        with written_whole(path) as draft:
+            if _sqlite_file(storage) is not None:
+                _copy_file(storage, draft)
+            else:
+                _copy_rows(storage, draft)
+            with contextlib.closing(sqlite3.connect(draft)) as copied:
+                copied.execute("PRAGMA journal_mode = DELETE")  # one file, without its log beside it
+                (trials,) = copied.execute("SELECT count(*) FROM trials").fetchone()
+    except (OSError, SQLAlchemyError, sqlite3.Error) as error:
+        raise StorageError(f"{path} cannot be written ({cause_of(error)}): give a file in a folder of yours") from error
+    return int(trials)
+
+
+def _copy_file(storage: RDBStorage, path: Path) -> None:
+    with storage.engine.connect() as connection, contextlib.closing(sqlite3.connect(path)) as copy:
+        connection.connection.driver_connection.backup(copy)  # type: ignore[union-attr]
+
+
+def _copy_rows(storage: RDBStorage, path: Path) -> None:
+    """Every row of Optuna's tables, as of one moment, in an order in which a row follows those that it names."""
+    url = _parsed(f"sqlite:///{path}")
+    _make_tables(url)
+    target = _storage(url)
+    one_moment = storage.engine.execution_options(isolation_level="REPEATABLE READ")
+    with one_moment.connect() as source, target.engine.begin() as sink:
+        # Optuna wrote its version into the new database; the copied row takes its place.
+        sink.execute(text("DELETE FROM version_info"))
+        for table in BaseModel.metadata.sorted_tables:
+            for part in source.execution_options(yield_per=1000).execute(table.select()).mappings().partitions():
+                sink.execute(table.insert(), [dict(row) for row in part])
+        found = source.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
+        sink.execute(text("UPDATE alembic_version SET version_num = :found"), {"found": found})
+    target.engine.dispose()

@@ -7,7 +7,8 @@ TrialyardError
 ├── DefinitionError    (studies) a definition breaks a rule
 ├── StudyError         (studies) no such study, or it stands with another definition
 ├── DataError          (search) images or labels cannot be loaded or do not fit
-└── ModelError         (search) a model cannot be imported or built
+├── ModelError         (search) a model cannot be imported or built
+└── DeviceError        (search) there is no such GPU
 """
 
 import difflib

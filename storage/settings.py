@@ -21,10 +21,16 @@ class Settings(BaseSettings):
 
     home: Path = Path("yard")
     storage: str | None = None  # the database's URL; sqlite:///<home>/studies.db without it
+    storage_file: Path | None = None  # a file that holds the URL, so that its password stands in no process list
     artifacts: Path | None = None  # folder of models and histories; <home>/artifacts without it
     data: Annotated[tuple[Path, ...], NoDecode] = ()  # folders with <name>.npz, separated as PATH is
     beat_seconds: float = Field(default=10.0, gt=0)  # how often a running trial is beaten for
-    grace_seconds: float = Field(default=60.0, gt=0)  # silence after which a trial is claimed again
+    # Silence after which a trial is claimed again: more than a minute without the database and a beat before it.
+    grace_seconds: float = Field(default=120.0, gt=0)
+    checkpoint_seconds: float = Field(default=30.0, ge=0)  # the least time between two checkpoints of a trial
+    stop_seconds: float = Field(default=30.0, gt=0)  # how long a stopped worker may take to end its batches
+    patience_seconds: float = Field(default=600.0, ge=0)  # how long a worker waits for a database that is away
+    memory_growth: float = Field(default=0.15, gt=0)  # share by which a trainer may grow before it is replaced
 
     @field_validator("data", mode="before")
     @classmethod
@@ -33,8 +39,18 @@ class Settings(BaseSettings):
 
     @cached_property
     def url(self) -> str:
-        """The database's URL."""
-        return self.storage or f"sqlite:///{self.home.absolute() / 'studies.db'}"
+        """The database's URL. Raises SettingsError where the file that holds it cannot be read."""
+        if self.storage is not None:
+            return self.storage
+        if self.storage_file is None:
+            return f"sqlite:///{self.home.absolute() / 'studies.db'}"
+        try:
+            return self.storage_file.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise SettingsError(
+                f"TRIALYARD_STORAGE_FILE = {str(self.storage_file)!r} cannot be read "
+                f"({getattr(error, 'strerror', None) or 'it is no text'}): write the database's URL into it"
+            ) from None
 
     @cached_property
     def artifact_folder(self) -> Path:

@@ -7,7 +7,19 @@
 {'depth': 3, 'dropout': 0.25}
 """
 
-from studies.queries import Row, Status, best_trial, leaderboard, status
-from studies.registry import names, open
+from studies.queries import Row, Status, best_trial, leaderboard, status, workers
+from studies.registry import names, open, pause, resume, stop
 
-__all__ = ["Row", "Status", "best_trial", "leaderboard", "names", "open", "status"]
+__all__ = [
+    "Row",
+    "Status",
+    "best_trial",
+    "leaderboard",
+    "names",
+    "open",
+    "pause",
+    "resume",
+    "status",
+    "stop",
+    "workers",
+]

@@ -10,7 +10,10 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import func, select
 
 from storage import claims
+from storage import workers as present_workers
 from storage.claims import Holding
+from storage.database import read
+from storage.workers import Present
 from studies import registry
 from studies.errors import StudyError
 from studies.registry import Place
@@ -42,6 +45,7 @@ class Status:
     running: int
     waiting: int
     budget: int  # trials
+    state: claims.State  # open, paused or stopped
     ended: bool
     best: float | None  # the best value so far
     best_number: int | None
@@ -114,6 +118,7 @@ def status(name: str, storage: Place = None) -> Status:
         running=counts.running,
         waiting=counts.waiting,
         budget=trials,
+        state=claims.state(place, study_id),
         ended=claims.ended(place, study_id),
         best=None if best is None else float(best.values[0]),
         best_number=None if best is None else best.number,
@@ -121,6 +126,11 @@ def status(name: str, storage: Place = None) -> Status:
         workers=tuple(claims.holdings(place, study_id)),
         failures=_failures(place, study_id) if counts.failed else (),
     )
+
+
+def workers(storage: Place = None) -> list[Present]:
+    """Every slot of every worker that beats, whatever study it is at, and also those that wait for one."""
+    return read(registry.storage_of(storage), present_workers.present)
 
 
 def _best(storage: RDBStorage, study_id: int) -> FrozenTrial | None:

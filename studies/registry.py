@@ -9,10 +9,10 @@ from functools import cache
 from typing import Any
 
 import optuna
+from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import StudyModel, StudyUserAttributeModel
 from optuna.study import StudyDirection
-from optuna.trial import TrialState
 from sqlalchemy import select
 
 from storage import claims, database, settings
@@ -50,30 +50,50 @@ def create(definition: Definition, storage: RDBStorage, data: dict[str, Any]) ->
     budget would be fewer than the trials that it has.
     """
     name = definition.name
-    with database.exclusive(storage, name):
-        if _id(storage, name) is None:
-            with _quiet():
-                storage.create_new_study([StudyDirection.MAXIMIZE], name)
-        study_id = storage.get_study_id_from_name(name)
-        attributes = storage.get_study_user_attrs(study_id)
+    if _id(storage, name) is None:
+        with _quiet(), contextlib.suppress(DuplicatedStudyError):  # somebody else was faster
+            storage.create_new_study([StudyDirection.MAXIMIZE], name)
+    new = claims.found(storage, name, {"data": data, "definition": definition.to_json()}, definition.queue())
+    if not new:
+        attributes = storage.get_study_user_attrs(study_id(name, storage))
         if "definition" not in attributes:
-            if storage.get_all_trials(study_id, deepcopy=False):
-                raise StudyError(
-                    f"there is a study {name!r} already, and it is not one of Trialyard's: choose another name "
-                    "with --name"
-                )
-            storage.set_study_user_attr(study_id, "data", data)
-            storage.set_study_user_attr(study_id, "definition", definition.to_json())
-        else:
-            _compare(definitions.from_json(attributes["definition"]), definition)
-            check_data(name, storage, data)
-        if "budget" not in attributes:
-            _enqueue(storage, study_id, definition)
+            raise StudyError(
+                f"there is a study {name!r} already, and it is not one of Trialyard's: choose another name with --name"
+            )
+        _compare(definitions.from_json(attributes["definition"]), definition)
+        check_data(name, storage, data)
     wanted = claims.Budget(trials=definition.trials, hours=definition.budget.hours)
-    if claims.budget(storage, study_id) == wanted:
+    if claims.budget(storage, study_id(name, storage)) == wanted:
         return False
     claims.set_budget(storage, name, wanted)
     return True
+
+
+def pause(name: str, storage: Place = None) -> None:
+    """No trial of study `name` starts, and those that run go back to the queue, until it is resumed.
+
+    All its workers act within an epoch or a beat (10 s), whichever is sooner. Raises StudyError where there is none.
+    """
+    _set_state(name, storage, "paused")
+
+
+def resume(name: str, storage: Place = None) -> None:
+    """Lets the workers go on with a study that was paused or stopped. Raises StudyError where there is none."""
+    _set_state(name, storage, "open")
+
+
+def stop(name: str, storage: Place = None) -> None:
+    """Ends study `name` with the trials that it has finished, as `pause` does but for good.
+
+    Raises StudyError where there is none.
+    """
+    _set_state(name, storage, "stopped")
+
+
+def _set_state(name: str, storage: Place, state: claims.State) -> None:
+    place = storage_of(storage)
+    study_id(name, place)
+    claims.set_state(place, name, state)
 
 
 def open(name: str, storage: Place = None) -> optuna.Study:
@@ -153,16 +173,6 @@ def _compare(stored: Definition, wanted: Definition) -> None:
         )
 
 
-def _enqueue(storage: RDBStorage, study_id: int, definition: Definition) -> None:
-    """Queues the points that are not there yet. Under the lock, in order: those there are the first ones."""
-    there = len(storage.get_all_trials(study_id, deepcopy=False))
-    for point in definition.queue()[there:]:
-        storage.create_new_trial(
-            study_id,
-            optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": point}),
-        )
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     # "A new study created in RDB" goes to standard error by Optuna's own handler, beside our progress.
@@ -176,4 +186,15 @@ def _quiet() -> Iterator[None]:
         optuna.logging.set_verbosity(level)
 
 
-__all__: builtins.list[str] = ["Place", "create", "definition_of", "names", "open", "storage_of", "study_id"]
+__all__: builtins.list[str] = [
+    "Place",
+    "create",
+    "definition_of",
+    "names",
+    "open",
+    "pause",
+    "resume",
+    "stop",
+    "storage_of",
+    "study_id",
+]

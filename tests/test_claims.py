@@ -8,32 +8,41 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.synchronize import Event
-from pathlib import Path
 
 import optuna
 import psutil
 import pytest
-from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from storage import claims, database
-from storage.claims import RETRIES, Beating, Budget, Claim, Worker
+from storage import claims, database, workers
+from storage.claims import RETRIES, Beating, Budget, Claim
+from storage.database import PatientStorage
 from storage.errors import ClaimLost, StorageError
+from storage.workers import Doing, Worker
 from studies import registry
 from studies.definition import Definition
 
 GRACE = 60.0
 
 
-def _claim(storage: RDBStorage, study: str, worker: Worker) -> Claim:
+@pytest.fixture
+def storage(either_url: str) -> Iterator[PatientStorage]:
+    """A new database of each kind, with the tables and no study."""
+    made = database.create(either_url)
+    yield made
+    made.engine.dispose()
+
+
+def _claim(storage: PatientStorage, study: str, worker: Worker) -> Claim:
     claim = claims.claim(storage, study, worker, GRACE)
     assert claim is not None
     return claim
 
 
-def _finish(storage: RDBStorage, claim: Claim, value: float = 0.5) -> None:
+def _finish(storage: PatientStorage, claim: Claim, value: float = 0.5) -> None:
     claims.finish(storage, claim, TrialState.COMPLETE, value, {})
 
 
@@ -55,7 +64,7 @@ def elsewhere(me: Worker) -> Worker:
 # --- the budget -------------------------------------------------------------------------------------------
 
 
-def test_a_study_ends_with_exactly_its_budget(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_a_study_ends_with_exactly_its_budget(storage: PatientStorage, study: str, me: Worker) -> None:
     numbers = []
     while (claim := claims.claim(storage, study, me, GRACE)) is not None:
         numbers.append(claim.number)
@@ -66,7 +75,7 @@ def test_a_study_ends_with_exactly_its_budget(storage: RDBStorage, study: str, m
     assert claims.counts(storage, study_id) == claims.Counts(complete=5, pruned=0, failed=0, running=0, waiting=0)
 
 
-def test_running_trials_count_against_the_budget(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_running_trials_count_against_the_budget(storage: PatientStorage, study: str, me: Worker) -> None:
     running = [_claim(storage, study, me) for _ in range(5)]
     assert claims.claim(storage, study, me, GRACE) is None
     assert not claims.ended(storage, registry.study_id(study, storage))
@@ -75,13 +84,13 @@ def test_running_trials_count_against_the_budget(storage: RDBStorage, study: str
 
 
 @pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL])
-def test_every_ending_for_good_counts(storage: RDBStorage, study: str, me: Worker, state: TrialState) -> None:
+def test_every_ending_for_good_counts(storage: PatientStorage, study: str, me: Worker, state: TrialState) -> None:
     for _ in range(5):
         claims.finish(storage, _claim(storage, study, me), state, None if state == TrialState.FAIL else 0.5, {})
     assert claims.claim(storage, study, me, GRACE) is None
 
 
-def test_a_budget_grows_but_never_below_what_is_spent(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_a_budget_grows_but_never_below_what_is_spent(storage: PatientStorage, study: str, me: Worker) -> None:
     for _ in range(5):
         _finish(storage, _claim(storage, study, me))
     with pytest.raises(StorageError, match="fewer than the 5 trials"):
@@ -90,7 +99,7 @@ def test_a_budget_grows_but_never_below_what_is_spent(storage: RDBStorage, study
     assert _claim(storage, study, me).number == 5
 
 
-def test_no_trial_starts_after_the_study_s_hours(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_no_trial_starts_after_the_study_s_hours(storage: PatientStorage, study: str, me: Worker) -> None:
     claims.set_budget(storage, study, Budget(trials=5, hours=1e-7))
     first = _claim(storage, study, me)  # the hours begin with the first trial
     time.sleep(0.01)
@@ -101,7 +110,7 @@ def test_no_trial_starts_after_the_study_s_hours(storage: RDBStorage, study: str
     assert claims.ended(storage, study_id)
 
 
-def test_a_study_that_was_never_made_whole_gives_no_trial(storage: RDBStorage, me: Worker) -> None:
+def test_a_study_that_was_never_made_whole_gives_no_trial(storage: PatientStorage, me: Worker) -> None:
     optuna.create_study(study_name="half", storage=storage)
     with pytest.raises(StorageError, match="never made whole: run `trialyard create`"):
         claims.claim(storage, "half", me, GRACE)
@@ -110,7 +119,7 @@ def test_a_study_that_was_never_made_whole_gives_no_trial(storage: RDBStorage, m
 # --- ownership --------------------------------------------------------------------------------------------
 
 
-def test_a_running_trial_always_has_an_owner_and_a_heartbeat(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_a_running_trial_always_has_an_owner_and_a_heartbeat(storage: PatientStorage, study: str, me: Worker) -> None:
     claim = _claim(storage, study, me)
     (holding,) = claims.holdings(storage, claim.study_id)
     assert (holding.number, holding.pid, holding.attempt) == (0, os.getpid(), 1)
@@ -118,7 +127,7 @@ def test_a_running_trial_always_has_an_owner_and_a_heartbeat(storage: RDBStorage
     assert claims.check(storage) == []
 
 
-def test_check_sees_what_must_not_be(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_check_sees_what_must_not_be(storage: PatientStorage, study: str, me: Worker) -> None:
     optuna_study = registry.open(study, storage)
     optuna_study.ask()  # RUNNING without owner or heartbeat: not by our hand
     assert claims.check(storage) == [f"study {study}: trial 0 runs without a heartbeat"]
@@ -128,7 +137,7 @@ def test_check_sees_what_must_not_be(storage: RDBStorage, study: str, me: Worker
 
 
 def test_a_trial_of_an_ended_process_is_claimed_again_at_once(
-    storage: RDBStorage, study: str, me: Worker, dead: Worker
+    storage: PatientStorage, study: str, me: Worker, dead: Worker
 ) -> None:
     lost = _claim(storage, study, dead)
     again = _claim(storage, study, me)
@@ -139,7 +148,7 @@ def test_a_trial_of_an_ended_process_is_claimed_again_at_once(
     assert "outcome" not in second
 
 
-def test_a_process_id_that_is_used_again_is_another_process(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_a_process_id_that_is_used_again_is_another_process(storage: PatientStorage, study: str, me: Worker) -> None:
     earlier = replace(me, born=me.born - 3600)
     assert earlier.gone()
     assert not me.gone()
@@ -147,7 +156,7 @@ def test_a_process_id_that_is_used_again_is_another_process(storage: RDBStorage,
 
 
 def test_a_silent_trial_of_another_machine_is_claimed_after_the_grace(
-    storage: RDBStorage, study: str, me: Worker, elsewhere: Worker
+    storage: PatientStorage, study: str, me: Worker, elsewhere: Worker
 ) -> None:
     lost = _claim(storage, study, elsewhere)
     assert _claim(storage, study, me).number == 1, "it was silent for less than the grace"
@@ -158,7 +167,7 @@ def test_a_silent_trial_of_another_machine_is_claimed_after_the_grace(
 
 
 def test_a_beat_keeps_a_trial_of_another_machine(
-    storage: RDBStorage, study: str, me: Worker, elsewhere: Worker
+    storage: PatientStorage, study: str, me: Worker, elsewhere: Worker
 ) -> None:
     held = _claim(storage, study, elsewhere)
     time.sleep(2.1)
@@ -168,7 +177,7 @@ def test_a_beat_keeps_a_trial_of_another_machine(
     assert again.trial_id != held.trial_id
 
 
-def test_a_worker_that_slept_drops_its_result(storage: RDBStorage, study: str, me: Worker, dead: Worker) -> None:
+def test_a_worker_that_slept_drops_its_result(storage: PatientStorage, study: str, me: Worker, dead: Worker) -> None:
     slept = _claim(storage, study, dead)
     again = _claim(storage, study, me)
     for late in (
@@ -187,7 +196,7 @@ def test_a_worker_that_slept_drops_its_result(storage: RDBStorage, study: str, m
     assert storage.get_trial(again.trial_id).values == [0.4]
 
 
-def test_the_same_worker_s_earlier_attempt_is_lost_too(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_the_same_worker_s_earlier_attempt_is_lost_too(storage: PatientStorage, study: str, me: Worker) -> None:
     first = _claim(storage, study, me)
     claims.requeue(storage, first, "crashed", "its trainer died")
     second = _claim(storage, study, me)
@@ -197,7 +206,7 @@ def test_the_same_worker_s_earlier_attempt_is_lost_too(storage: RDBStorage, stud
     _finish(storage, second)
 
 
-def test_somebody_s_own_ask_is_left_alone(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_somebody_s_own_ask_is_left_alone(storage: PatientStorage, study: str, me: Worker) -> None:
     asked = registry.open(study, storage).ask()
     assert _claim(storage, study, me).number == asked.number + 1
     assert storage.get_trial(asked._trial_id).state == TrialState.RUNNING
@@ -207,7 +216,7 @@ def test_somebody_s_own_ask_is_left_alone(storage: RDBStorage, study: str, me: W
 
 
 def test_a_requeued_trial_keeps_its_row_hyperparameters_and_values(
-    storage: RDBStorage, study: str, me: Worker, trivial: Definition
+    storage: PatientStorage, study: str, me: Worker, trivial: Definition
 ) -> None:
     first = _claim(storage, study, me)
     drawn = optuna.Trial(registry.open(study, storage), first.trial_id).suggest_float("dropout", 0.0, 0.7)
@@ -220,7 +229,9 @@ def test_a_requeued_trial_keeps_its_row_hyperparameters_and_values(
     assert again == drawn
 
 
-def test_a_trial_that_keeps_crashing_fails_for_good_and_says_why(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_a_trial_that_keeps_crashing_fails_for_good_and_says_why(
+    storage: PatientStorage, study: str, me: Worker
+) -> None:
     for _ in range(RETRIES + 1):
         claim = _claim(storage, study, me)
         assert claim.number == 0
@@ -229,20 +240,37 @@ def test_a_trial_that_keeps_crashing_fails_for_good_and_says_why(storage: RDBSto
     assert trial.state == TrialState.FAIL
     assert trial.user_attrs["failure"] == {
         "kind": "crashed",
-        "message": f"the trainer ended by signal SIGKILL; tried {RETRIES + 1} times in all",
+        "message": f"the trainer ended by signal SIGKILL; tried {RETRIES + 1} times without getting further",
     }
     assert [attempt["outcome"] for attempt in trial.user_attrs["attempts"]] == ["crashed"] * (RETRIES + 1)
     assert _claim(storage, study, me).number == 1, "the study goes on"
 
 
-def test_interruptions_are_not_held_against_a_trial(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_a_trial_that_gets_further_each_time_is_tried_again_and_again(
+    storage: PatientStorage, study: str, me: Worker
+) -> None:
+    for epoch in range(1, 2 * RETRIES + 1):
+        claim = _claim(storage, study, me)
+        claims.report(storage, claim, epoch, 0.5)
+        claims.requeue(storage, claim, "crashed", "the machine was taken away")
+    for attempt in range(RETRIES):
+        assert storage.get_trial(claim.trial_id).state == TrialState.WAITING, attempt
+        claim = _claim(storage, study, me)
+        claims.requeue(storage, claim, "crashed", "and now for another reason")
+    trial = storage.get_trial(claim.trial_id)
+    assert trial.state == TrialState.FAIL
+    assert trial.user_attrs["failure"]["message"].endswith(f"tried {RETRIES + 1} times without getting further")
+    assert [attempt["epoch"] for attempt in trial.user_attrs["attempts"]] == [1, 2, 3, 4, 5, 6, 6, 6, 6]
+
+
+def test_interruptions_are_not_held_against_a_trial(storage: PatientStorage, study: str, me: Worker) -> None:
     for _ in range(RETRIES + 3):
         claim = _claim(storage, study, me)
         claims.requeue(storage, claim, "interrupted", "told to stop")
     assert _claim(storage, study, me).attempt == RETRIES + 4
 
 
-def test_the_oldest_waiting_trial_is_taken_first(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_the_oldest_waiting_trial_is_taken_first(storage: PatientStorage, study: str, me: Worker) -> None:
     first, second, third = (_claim(storage, study, me) for _ in range(3))
     claims.requeue(storage, third, "interrupted", "")
     claims.requeue(storage, first, "interrupted", "")
@@ -254,20 +282,21 @@ def test_the_oldest_waiting_trial_is_taken_first(storage: RDBStorage, study: str
 
 
 def test_a_heartbeat_survives_beats_that_fail(
-    storage: RDBStorage, study: str, me: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    storage: PatientStorage, study: str, me: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     claim = _claim(storage, study, me)
     results: list[str] = []
-    real = storage.record_heartbeat
+    real = claims.beat
 
-    def record(trial_id: int) -> None:
+    def beat(storage: PatientStorage, claim: Claim) -> claims.State:
         results.append("tried")
         if len(results) <= 2:
-            raise optuna.exceptions.StorageInternalError("the database is away")
-        real(trial_id)
+            raise StorageError("the database is away")
+        wanted = real(storage, claim)
         results.append("beaten")
+        return wanted
 
-    monkeypatch.setattr(storage, "record_heartbeat", record)
+    monkeypatch.setattr(claims, "beat", beat)
     with caplog.at_level(logging.WARNING), Beating(storage, claim, 0.02) as beating:
         deadline = time.monotonic() + 30
         while "beaten" not in results and time.monotonic() < deadline:
@@ -277,7 +306,7 @@ def test_a_heartbeat_survives_beats_that_fail(
     assert caplog.text.count("to be tried again: the database is away") == 2
 
 
-def test_a_heartbeat_notices_a_lost_claim(storage: RDBStorage, study: str, me: Worker, dead: Worker) -> None:
+def test_a_heartbeat_notices_a_lost_claim(storage: PatientStorage, study: str, me: Worker, dead: Worker) -> None:
     slept = _claim(storage, study, dead)
     _claim(storage, study, me)
     with Beating(storage, slept, 0.02) as beating:
@@ -293,7 +322,7 @@ def test_a_heartbeat_notices_a_lost_claim(storage: RDBStorage, study: str, me: W
 def _work(url: str, study: str, seed: int, go: Event) -> None:
     """Claims and ends trials until nothing is left, in all the ways that a trial may end."""
     storage = database.connect(url)
-    me = claims.worker(f"cpu:{seed}")
+    me = workers.worker(f"cpu:{seed}")
     dice = random.Random(seed)
     study_id = storage.get_study_id_from_name(study)
     go.wait()
@@ -313,10 +342,12 @@ def _work(url: str, study: str, seed: int, go: Event) -> None:
             claims.finish(storage, claim, TrialState.COMPLETE, dice.random(), {})
 
 
-def test_many_processes_some_of_them_killed_spend_exactly_the_budget(storage: RDBStorage, trivial: Definition) -> None:
+def test_many_processes_some_of_them_killed_spend_exactly_the_budget(
+    storage: PatientStorage, trivial: Definition
+) -> None:
     wanted = trivial.model_copy(update={"budget": trivial.budget.model_copy(update={"trials": 60})})
     registry.create(wanted, storage, {"fingerprint": "0" * 16})
-    url = storage.engine.url.render_as_string()
+    url = storage.url
     study_id = registry.study_id(wanted.name, storage)
     context = multiprocessing.get_context("spawn")
     go = context.Event()
@@ -361,38 +392,42 @@ def test_many_processes_some_of_them_killed_spend_exactly_the_budget(storage: RD
 
 CRASH = """
 import os, sys
-from storage import claims, database
-from optuna.storages import RDBStorage
+import sqlalchemy
+from storage import claims, database, workers
 
-url, study, line = sys.argv[1], sys.argv[2], int(sys.argv[3])
+url, study, statement = sys.argv[1], sys.argv[2], int(sys.argv[3])
 storage = database.connect(url)
-calls = 0
+changes = 0
 
-def counted(name):
-    real = getattr(RDBStorage, name)
-    def call(self, *args, **kwargs):
-        global calls
-        if calls == line:
+def counted(connection, cursor, text, *rest):
+    global changes
+    if text.startswith(("INSERT", "UPDATE", "DELETE")):
+        if changes == statement:
             os.kill(os.getpid(), 9)
-        calls += 1
-        return real(self, *args, **kwargs)
-    return call
+        changes += 1
 
-for name in ("create_new_trial", "set_trial_user_attr", "record_heartbeat", "set_trial_state_values"):
-    setattr(RDBStorage, name, counted(name))
-claims.claim(storage, study, claims.worker("cpu:0"), 60.0)
+def committing(connection):
+    if statement == 99:
+        os.kill(os.getpid(), 9)
+
+sqlalchemy.event.listen(storage.engine, "before_cursor_execute", counted)
+sqlalchemy.event.listen(storage.engine, "commit", committing)
+claims.claim(storage, study, workers.worker("cpu:0"), 60.0)
+print(changes)
 os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.parametrize("line", range(5))
+@pytest.mark.parametrize("statement", [0, 1, 2, 3, 99, 100])
 def test_a_crash_at_any_line_of_a_claim_strands_nothing(
-    storage: RDBStorage, study: str, me: Worker, line: int, tmp_path: Path
+    storage: PatientStorage, study: str, me: Worker, statement: int
 ) -> None:
-    """SIGKILL before the claim's first write, between any two, and after its last."""
-    url = storage.engine.url.render_as_string()
-    result = subprocess.run([sys.executable, "-c", CRASH, url, study, str(line)], check=False, timeout=60)
+    """SIGKILL before the claim's first change, between any two, before its commit, and after it."""
+    command = [sys.executable, "-c", CRASH, storage.url, study, str(statement)]
+    result = subprocess.run(command, check=False, timeout=60, stdout=subprocess.PIPE, text=True)
     assert result.returncode == -signal.SIGKILL
+    if statement < 99:
+        assert result.stdout == "", "a claim has fewer changes than this: all are tested"
     assert claims.check(storage) == []
     numbers = []
     while (claim := claims.claim(storage, study, me, GRACE)) is not None:
@@ -400,3 +435,69 @@ def test_a_crash_at_any_line_of_a_claim_strands_nothing(
         _finish(storage, claim)
     assert numbers == [0, 1, 2, 3, 4]
     assert claims.counts(storage, registry.study_id(study, storage)).finished == 5
+
+
+# --- what is wanted of a study ----------------------------------------------------------------------------
+
+
+def test_a_paused_study_gives_no_trial_and_tells_those_that_run(
+    storage: PatientStorage, study: str, me: Worker
+) -> None:
+    claim = _claim(storage, study, me)
+    assert claims.beat(storage, claim) == "open"
+    registry.pause(study, storage)
+    assert claims.beat(storage, claim) == "paused"
+    assert claims.report(storage, claim, 1, 0.5) == "paused"
+    claims.requeue(storage, claim, "interrupted", "the study was paused")
+    assert claims.claim(storage, study, me, GRACE) is None
+    assert not claims.ended(storage, claim.study_id)
+    registry.resume(study, storage)
+    assert _claim(storage, study, me).number == 0
+
+
+def test_a_stopped_study_has_ended_once_nothing_runs(storage: PatientStorage, study: str, me: Worker) -> None:
+    _finish(storage, _claim(storage, study, me))
+    claim = _claim(storage, study, me)
+    registry.stop(study, storage)
+    assert not claims.ended(storage, claim.study_id)
+    claims.requeue(storage, claim, "interrupted", "the study was stopped")
+    assert claims.ended(storage, claim.study_id)
+    assert claims.claim(storage, study, me, GRACE) is None
+
+
+def test_what_a_checkpoint_has_and_the_database_lacks_is_written_at_once(
+    storage: PatientStorage, study: str, me: Worker
+) -> None:
+    claim = _claim(storage, study, me)
+    claims.report(storage, claim, 1, 0.1)
+    claims.report(storage, claim, 4, 0.9)  # of an attempt that got further than its checkpoint
+    claims.resume(storage, claim, {1: 0.1, 2: 0.2, 3: 0.3}, 3)
+    trial = storage.get_trial(claim.trial_id)
+    assert trial.intermediate_values == {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.9}
+    assert trial.user_attrs["attempts"][-1]["resumed_after"] == 3
+
+
+def test_a_finish_that_came_through_unheard_is_done_once(storage: PatientStorage, study: str, me: Worker) -> None:
+    claim = _claim(storage, study, me)
+    for _ in range(2):
+        claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {"epochs": 2})
+    trial = storage.get_trial(claim.trial_id)
+    assert (trial.state, trial.values, trial.user_attrs["epochs"]) == (TrialState.COMPLETE, [0.5], 2)
+
+
+# --- the workers that are there ---------------------------------------------------------------------------
+
+
+def test_workers_are_listed_with_what_they_do_until_they_leave(
+    storage: PatientStorage, me: Worker, dead: Worker, elsewhere: Worker
+) -> None:
+    doing = {me: Doing(study="small", trial=3, epoch=2)}
+    slots = {me: "Some Processor", dead: "Some Processor", elsewhere: "Some GPU"}
+    for _ in range(2):
+        database.write(storage, None, lambda connection: workers.beat(connection, slots, doing))
+    there, mine = sorted(database.read(storage, workers.present), key=lambda one: one.study or "")
+    assert (mine.slot, mine.device, mine.study, mine.trial, mine.epoch) == ("cpu:0", "Some Processor", "small", 3, 2)
+    assert (there.host, there.study) == ("another", None)
+    assert 0 <= mine.silent_seconds < GRACE
+    database.write(storage, None, lambda connection: workers.leave(connection, [me, elsewhere]))
+    assert database.read(storage, workers.present) == []

@@ -13,7 +13,7 @@ import pytest
 from optuna.trial import TrialState
 
 import search.cli
-from storage import claims, database
+from storage import claims, database, workers
 from studies import registry
 
 Result = tuple[int, str, str]
@@ -164,7 +164,7 @@ def finished(home: Path, trialyard: Call) -> None:
     trialyard("create", "digits", "--trials", "4")
     storage = database.connect(f"sqlite:///{home}/yard/studies.db")
     for value in (0.7, None, 0.9):
-        claim = claims.claim(storage, "digits", claims.worker("cpu:0"), 60.0)
+        claim = claims.claim(storage, "digits", workers.worker("cpu:0"), 60.0)
         assert claim is not None
         opened = registry.open("digits", storage)
         assert len(opened.trials) > claim.number  # Optuna's cache must have seen it
@@ -197,7 +197,7 @@ def test_status_tells_counts_best_and_why_trials_failed(trialyard: Call) -> None
 @pytest.mark.usefixtures("finished")
 def test_status_tells_who_runs_what(home: Path, trialyard: Call) -> None:
     storage = database.connect(f"sqlite:///{home}/yard/studies.db")
-    claims.claim(storage, "digits", claims.worker("cpu:0"), 60.0)
+    claims.claim(storage, "digits", workers.worker("cpu:0"), 60.0)
     assert "  trial 3 on cpu:0 of " in trialyard("status", "digits")[1]
     (one,) = json.loads(trialyard("status", "digits", "--json")[1])["workers"]
     assert (one["number"], one["slot"], one["attempt"]) == (3, "cpu:0", 1)

@@ -6,14 +6,21 @@ import signal
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import optuna
 import pytest
+import sqlalchemy
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import TrialModel
 from optuna.study import StudyDirection
 from optuna.testing.pytest_storages import StorageTestCase
+from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from storage import database
+from storage.database import PatientStorage
 from storage.errors import StorageError
 
 
@@ -21,10 +28,19 @@ class TestOptunaConformance(StorageTestCase):
     """Optuna's own suite for storages, on what `connect` returns."""
 
     @pytest.fixture
-    def storage(self, tmp_path: Path) -> RDBStorage:
-        url = f"sqlite:///{tmp_path}/studies.db"
-        database.create(url)
-        return database.connect(url)
+    def storage(self, either_url: str) -> Iterator[RDBStorage]:
+        database.create(either_url).engine.dispose()
+        connected = database.connect(either_url, patience=60.0)
+        yield connected
+        connected.engine.dispose()
+
+
+@pytest.fixture
+def both(either_url: str) -> Iterator[PatientStorage]:
+    """A new database of each kind."""
+    made = database.create(either_url)
+    yield made
+    made.engine.dispose()
 
 
 def test_every_connection_has_safe_settings(storage: RDBStorage) -> None:
@@ -77,7 +93,7 @@ def test_redact_masks_the_password() -> None:
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "studies.db"
     path.write_text("not a database at all, but long enough to look like a file of pages", encoding="utf-8")
-    with pytest.raises(StorageError, match="cannot be"):
+    with pytest.raises(StorageError, match=r"file is not a database\): is it a database, and may you write"):
         database.connect(f"sqlite:///{path}")
     assert path.read_text(encoding="utf-8").startswith("not a database")
 
@@ -105,40 +121,36 @@ def _create(url: str, failures: "multiprocessing.Queue[str]") -> None:
         raise
 
 
-def test_processes_that_create_at_once_make_one_whole_database(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/yard/studies.db"
+def test_processes_that_create_at_once_make_one_whole_database(either_url: str) -> None:
     context = multiprocessing.get_context("spawn")
     failures: multiprocessing.Queue[str] = context.Queue()
-    processes = [context.Process(target=_create, args=(url, failures)) for _ in range(4)]
+    processes = [context.Process(target=_create, args=(either_url, failures)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4, failures.get(timeout=1)
-    assert database.check(database.connect(url)) == []
+    storage = database.connect(either_url)
+    assert database.check(storage) == []
+    storage.engine.dispose()
 
 
 def _hold(url: str, held: "multiprocessing.synchronize.Event") -> None:
-    with database.exclusive(database.connect(url), "study"):
+    def work(connection: sqlalchemy.Connection) -> None:
         held.set()
         time.sleep(600)
 
+    database.write(database.connect(url), "study", work)
 
-def test_the_lock_is_free_again_when_its_holder_is_killed(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/studies.db"
-    storage = database.create(url)
+
+def test_the_lock_is_free_again_when_its_holder_is_killed(both: PatientStorage) -> None:
     context = multiprocessing.get_context("spawn")
     held = context.Event()
-    holder = context.Process(target=_hold, args=(url, held))
+    holder = context.Process(target=_hold, args=(both.url, held))
     holder.start()
     assert held.wait(60)
     entered = threading.Event()
-
-    def enter() -> None:
-        with database.exclusive(storage, "study"):
-            entered.set()
-
-    thread = threading.Thread(target=enter)
+    thread = threading.Thread(target=lambda: database.write(both, "study", lambda connection: entered.set()))
     thread.start()
     assert not entered.wait(0.5), "two processes held one lock"
     assert holder.pid is not None
@@ -148,19 +160,26 @@ def test_the_lock_is_free_again_when_its_holder_is_killed(tmp_path: Path) -> Non
     thread.join()
 
 
-def test_locks_of_two_studies_do_not_meet_whatever_their_names(storage: RDBStorage) -> None:
-    with database.exclusive(storage, "a/b"), database.exclusive(storage, "a%2Fb"), database.exclusive(storage, "ü"):
-        pass
+def test_a_study_of_any_name_has_its_lock(both: PatientStorage) -> None:
+    names = ["a/b", "a%2Fb", "ü", "", "x" * 100]
+    assert [database.write(both, name, lambda connection: 1) for name in names] == [1] * len(names)
 
 
-def test_a_lock_that_is_never_freed_ends_in_a_sentence(storage: RDBStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "LOCK_SECONDS", 0.1)
-    with (
-        database.exclusive(storage, "study"),
-        pytest.raises(StorageError, match=r"study 'study' has been locked for .*\.lock"),
-        database.exclusive(storage, "study"),
-    ):
-        pass
+def test_a_lock_that_is_never_freed_ends_in_a_sentence(both: PatientStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "LOCK_SECONDS", 1.0)
+    held, done = threading.Event(), threading.Event()
+
+    def hold(connection: sqlalchemy.Connection) -> None:
+        held.set()
+        done.wait(60)
+
+    thread = threading.Thread(target=database.write, args=(both, "study", hold))
+    thread.start()
+    assert held.wait(60)
+    with pytest.raises(StorageError, match=r"study 'study' has been locked for .*(\.lock|pg_stat_activity)"):
+        database.write(both, "study", lambda connection: None)
+    done.set()
+    thread.join()
 
 
 def test_check_finds_a_damaged_file(storage: RDBStorage, tmp_path: Path) -> None:
@@ -170,3 +189,126 @@ def test_check_finds_a_damaged_file(storage: RDBStorage, tmp_path: Path) -> None
         # Plain connections do not keep foreign keys.
         connection.execute("INSERT INTO trials (number, study_id, state) VALUES (0, 77, 'RUNNING')")
     assert any("trials" in problem and "gone" in problem for problem in database.check(storage))
+
+
+def test_a_write_is_whole_or_not_at_all(both: PatientStorage) -> None:
+    study_id = both.create_new_study([StudyDirection.MAXIMIZE], "study")
+
+    def half(connection: sqlalchemy.Connection) -> None:
+        connection.execute(sqlalchemy.insert(TrialModel).values(number=0, study_id=study_id, state=TrialState.WAITING))
+        raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"):
+        database.write(both, "study", half)
+    assert both.get_all_trials(study_id) == []
+
+
+def test_a_backup_is_a_database_of_its_own(both: PatientStorage, tmp_path: Path) -> None:
+    study = optuna.create_study(study_name="study", storage=both, direction="maximize")
+    for value in (0.25, 0.5):
+        trial = study.ask({"rate": optuna.distributions.FloatDistribution(0.0, 1.0)})
+        trial.report(value, 1)
+        trial.set_user_attr("epochs", 3)
+        study.tell(trial, value)
+    path = tmp_path / "backups" / "copy.db"
+    assert database.backup(both, path) == 2
+    copy = database.connect(f"sqlite:///{path}")
+    assert database.check(copy) == []
+    assert optuna.load_study(study_name="study", storage=copy).trials == study.trials
+    optuna.load_study(study_name="study", storage=copy).ask()  # it can be gone on with
+    copy.engine.dispose()
+    with pytest.raises(StorageError, match="stands already"):
+        database.backup(both, path)
+
+
+def test_a_database_of_plain_optuna_is_upgraded(either_url: str) -> None:
+    url = either_url.replace("postgresql://", "postgresql+psycopg://")
+    plain = optuna.create_study(study_name="plain", storage=url)
+    plain.tell(plain.ask(), 1.0)
+    with pytest.raises(StorageError, match=r"older Trialyard or by plain Optuna: run `trialyard storage upgrade`"):
+        database.connect(either_url)
+    database.upgrade(either_url)
+    storage = database.connect(either_url)
+    assert len(storage.get_all_trials(storage.get_study_id_from_name("plain"))) == 1
+    assert database.check(storage) == []
+    storage.engine.dispose()
+
+
+# --- a server that goes away ------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_not_there_is_one_sentence_without_its_password() -> None:
+    for call in (database.connect, database.create):
+        with pytest.raises(
+            StorageError, match=r"me:\*\*\*@127.0.0.1:1/db does not answer .*is its server up"
+        ) as caught:
+            call("postgresql://me:tiger@127.0.0.1:1/db")
+        assert "tiger" not in str(caught.value)
+
+
+def test_an_empty_database_says_how_it_is_made(postgresql_url: str) -> None:
+    with pytest.raises(StorageError, match="has no studies' tables: `trialyard storage create` makes them"):
+        database.connect(postgresql_url)
+
+
+def _cut_off(storage: PatientStorage) -> None:
+    """Ends every connection to the database but the one that does it, as a server's restart would."""
+    with sqlalchemy.create_engine(storage.url).connect() as connection:
+        connection.execute(
+            sqlalchemy.text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
+
+
+def test_a_call_whose_connection_is_cut_is_done_again(postgresql_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    database.create(postgresql_url).engine.dispose()
+    storage = database.connect(postgresql_url, patience=60.0)
+    study_id = storage.create_new_study([StudyDirection.MAXIMIZE], "study")
+    tries = []
+
+    def work(connection: sqlalchemy.Connection) -> int:
+        connection.execute(sqlalchemy.insert(TrialModel).values(number=0, study_id=study_id, state=TrialState.WAITING))
+        tries.append(1)
+        if len(tries) == 1:
+            _cut_off(storage)
+        return int(connection.execute(sqlalchemy.text("SELECT count(*) FROM trials")).scalar_one())
+
+    assert database.write(storage, "study", work) == 1
+    assert len(tries) == 2
+    assert len(storage.get_all_trials(study_id)) == 1, "what was cut off was not undone"
+    assert "the database is away, to be tried again" in caplog.text
+    _cut_off(storage)
+    assert storage.get_study_name_from_id(study_id) == "study"  # a connection of the pool that is dead
+    storage.engine.dispose()
+
+
+def test_patience_ends(postgresql_url: str) -> None:
+    database.create(postgresql_url).engine.dispose()
+    storage = database.connect(postgresql_url, patience=0.5)
+
+    def work(connection: sqlalchemy.Connection) -> None:
+        _cut_off(storage)
+        connection.execute(sqlalchemy.text("SELECT 1"))
+
+    with pytest.raises(StorageError, match=r"has been away for too long .*run the command again"):
+        database.write(storage, None, work)
+    storage.patience = 600.0
+    threading.Timer(0.5, storage.leaving.set).start()
+    with pytest.raises(StorageError, match="has been away for too long"):
+        database.write(storage, None, work)
+    storage.engine.dispose()
+
+
+def test_what_was_asked_wrongly_is_not_tried_again(both: PatientStorage) -> None:
+    both.patience = 60.0
+    tries = []
+
+    def work(connection: sqlalchemy.Connection) -> None:
+        tries.append(1)
+        connection.execute(sqlalchemy.text("SELECT nothing FROM nowhere"))
+
+    with pytest.raises(SQLAlchemyError):
+        database.read(both, work)
+    assert len(tries) == 1

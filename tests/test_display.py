@@ -12,7 +12,8 @@ from rich.console import Console
 from search.display import Lines, LiveTable, ending, progress, shown
 from search.records import Epoch
 from storage import claims
-from storage.claims import Claim, Worker
+from storage.claims import Claim
+from storage.workers import Worker
 from studies import queries
 
 RECORD = Epoch(

@@ -5,7 +5,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from storage import claims
-from storage.claims import Worker
+from storage.workers import Worker
 from studies import queries, registry
 from studies.errors import StudyError
 

@@ -4,13 +4,13 @@ from dataclasses import asdict
 
 import optuna
 import pytest
-from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from storage import claims
-from storage.claims import Worker
+from storage.database import PatientStorage
 from storage.errors import StorageError
+from storage.workers import Worker
 from studies import registry
 from studies.definition import Definition, parse
 from studies.errors import StudyError
@@ -33,14 +33,14 @@ kind = "grid"
 """
 
 
-def test_a_study_is_created_once(storage: RDBStorage, trivial: Definition) -> None:
+def test_a_study_is_created_once(storage: PatientStorage, trivial: Definition) -> None:
     assert registry.create(trivial, storage, DATA)
     assert not registry.create(trivial, storage, DATA)
     assert registry.names(storage) == ["trivial"]
     assert registry.definition_of("trivial", storage) == trivial
 
 
-def test_a_grid_waits_in_the_queue_each_point_once(storage: RDBStorage, me: Worker) -> None:
+def test_a_grid_waits_in_the_queue_each_point_once(storage: PatientStorage, me: Worker) -> None:
     definition = parse(GRID)
     registry.create(definition, storage, DATA)
     registry.create(definition, storage, DATA)
@@ -53,15 +53,13 @@ def test_a_grid_waits_in_the_queue_each_point_once(storage: RDBStorage, me: Work
     assert points == pytest.approx([0.0, 0.1, 0.2, 0.3])
 
 
-@pytest.mark.parametrize("queued", [0, 1, 3, 4])
-def test_a_creation_that_was_killed_half_way_is_completed(storage: RDBStorage, queued: int) -> None:
+@pytest.mark.parametrize("furnished", [False, True])
+def test_a_creation_that_was_killed_half_way_is_completed(storage: PatientStorage, furnished: bool) -> None:
     definition = parse(GRID)
     study_id = storage.create_new_study([StudyDirection.MAXIMIZE], "grid")
-    storage.set_study_user_attr(study_id, "data", DATA)
-    storage.set_study_user_attr(study_id, "definition", definition.to_json())
-    for point in definition.queue()[:queued]:
-        waiting = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": point})
-        storage.create_new_trial(study_id, waiting)
+    if furnished:
+        attributes = {"data": DATA, "definition": definition.to_json()}
+        assert claims.found(storage, "grid", attributes, definition.queue())
     assert registry.names(storage) == []
     assert registry.create(definition, storage, DATA)
     assert claims.counts(storage, study_id).waiting == 4
@@ -71,7 +69,7 @@ def test_a_creation_that_was_killed_half_way_is_completed(storage: RDBStorage, q
 
 
 def test_a_larger_budget_is_taken_and_one_that_is_spent_refused(
-    storage: RDBStorage, study: str, trivial: Definition, me: Worker
+    storage: PatientStorage, study: str, trivial: Definition, me: Worker
 ) -> None:
     def with_trials(trials: int) -> Definition:
         return trivial.model_copy(update={"budget": trivial.budget.model_copy(update={"trials": trials})})
@@ -87,7 +85,7 @@ def test_a_larger_budget_is_taken_and_one_that_is_spent_refused(
 
 
 def test_another_definition_under_the_same_name_is_refused(
-    storage: RDBStorage, study: str, trivial: Definition
+    storage: PatientStorage, study: str, trivial: Definition
 ) -> None:
     other = trivial.model_copy(update={"fixed": {"depth": 5}})
     with pytest.raises(StudyError, match=r"fixed.depth = 3 there and 5 here.*--name"):
@@ -95,12 +93,12 @@ def test_another_definition_under_the_same_name_is_refused(
     assert registry.definition_of(study, storage) == trivial
 
 
-def test_other_data_are_refused(storage: RDBStorage, study: str, trivial: Definition) -> None:
+def test_other_data_are_refused(storage: PatientStorage, study: str, trivial: Definition) -> None:
     with pytest.raises(StudyError, match=r"began with other images .*put the same data in place"):
         registry.create(trivial, storage, {"fingerprint": "1" * 16})
 
 
-def test_a_study_of_somebody_s_own_is_left_alone(storage: RDBStorage, trivial: Definition) -> None:
+def test_a_study_of_somebody_s_own_is_left_alone(storage: PatientStorage, trivial: Definition) -> None:
     own = optuna.create_study(study_name="trivial", storage=storage)
     own.tell(own.ask(), 1.0)
     with pytest.raises(StudyError, match="not one of Trialyard's: choose another name"):
@@ -110,12 +108,12 @@ def test_a_study_of_somebody_s_own_is_left_alone(storage: RDBStorage, trivial: D
         registry.definition_of("trivial", storage)
 
 
-def test_an_unknown_study_is_named_with_the_nearest(storage: RDBStorage, study: str) -> None:
+def test_an_unknown_study_is_named_with_the_nearest(storage: PatientStorage, study: str) -> None:
     with pytest.raises(StudyError, match=r"no study 'trivail' .*did you mean 'trivial'\?"):
         registry.open("trivail", storage)
 
 
-def test_open_gives_optuna_s_own_study(storage: RDBStorage, study: str) -> None:
+def test_open_gives_optuna_s_own_study(storage: PatientStorage, study: str) -> None:
     opened = registry.open(study, storage)
     assert type(opened) is optuna.Study
     assert opened.direction == StudyDirection.MAXIMIZE

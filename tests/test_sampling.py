@@ -14,7 +14,8 @@ from scipy.stats import qmc
 
 from search.objective import Study
 from storage import claims, database
-from storage.claims import Claim, Worker
+from storage.claims import Claim
+from storage.workers import Worker
 from studies import registry, sampling
 from studies.definition import Definition, parse
 from studies.errors import DefinitionError

@@ -13,18 +13,19 @@ from typing import Any
 import psutil
 import pytest
 
-from search.devices import cpu
+from search.devices import Slot, cpu
 from search.records import Epoch, Trained
 from search.trainer import Checked, Failed, Job, Trainer, TrainerDied
 from studies import definition as definitions
 
 Make = Callable[..., Job]
+SLOT = Slot(device=cpu(), threads=1)
 
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Iterator[Trainer]:
     """A slot's trainer, not yet started."""
-    with Trainer(cpu(), tmp_path / "logs" / "trainer.log") as made:
+    with Trainer(SLOT, tmp_path / "logs" / "trainer.log") as made:
         yield made
 
 
@@ -39,7 +40,7 @@ def job(write_small: Callable[..., Path], home: Path) -> Make:
             "definition": definition,
             "hyperparameters": definition.fixed | {"dropout": 0.1},
             "seed": 1,
-            "device": cpu(),
+            "slot": SLOT,
             "data_folders": (home,),
             "folder": home / "trial",
         }
@@ -88,11 +89,11 @@ def test_a_process_is_kept_over_jobs_and_each_gives_its_numbers(trainer: Trainer
 def test_a_stop_reaches_it_within_the_epoch_and_not_the_next_job(trainer: Trainer, job: Make) -> None:
     trainer.submit(job(epochs=100_000))
     assert isinstance(trainer.receive(240), Epoch)
-    trainer.stop()
+    trainer.stop("drop")
     end = _messages(trainer)[-1]
     assert isinstance(end, Trained)
     assert end.stopped
-    trainer.stop()  # late: the job has ended
+    trainer.stop("drop")  # late: the job has ended
     trainer.submit(job())
     end = _messages(trainer)[-1]
     assert isinstance(end, Trained)
@@ -118,7 +119,7 @@ from pathlib import Path
 from search.trainer import Trainer
 
 job = pickle.loads(Path(sys.argv[1]).read_bytes())
-trainer = Trainer(job.device, Path(sys.argv[2]))
+trainer = Trainer(job.slot, Path(sys.argv[2]))
 trainer.submit(job)
 trainer.receive(240)
 print(trainer.pid, flush=True)

@@ -1,6 +1,7 @@
 """Training is a function of its arguments, keeps the best epoch, and stops when told."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from search.data import Dataset
 from search.errors import DataError
 from search.records import Epoch, Trained
 from search.training import NotANumber, train
-from storage.artifacts import HISTORY, MODEL
+from storage.artifacts import CHECKPOINT, HISTORY, MODEL
 from studies.definition import Data
 
 HYPERPARAMETERS = {"width": 0.1, "batch_size": 20, "learning_rate": 1e-2, "dropout": 0.2}
@@ -41,7 +42,7 @@ def _train(dataset: Dataset, folder: Path, **changed: Any) -> tuple[Trained, lis
         "precision": ("float32", "the test asks for it"),
         "folder": folder,
         "on_epoch": records.append,
-        "stopping": lambda: False,
+        "stopping": lambda: None,
     }
     return train(**arguments | changed), records
 
@@ -114,10 +115,93 @@ def test_a_loss_that_is_no_number_ends_the_training_with_that_reason(dataset: Da
 
 def test_a_stop_ends_the_running_batch_and_keeps_whole_epochs_only(dataset: Dataset, tmp_path: Path) -> None:
     batches = iter(range(1000))
-    trained, records = _train(dataset, tmp_path, stopping=lambda: next(batches) >= 15)  # of 12 batches an epoch
+    trained, records = _train(
+        dataset, tmp_path, stopping=lambda: "drop" if next(batches) >= 15 else None
+    )  # of 12 batches an epoch
     assert trained.stopped
     assert (trained.epochs, len(records)) == (1, 1)
     assert not (tmp_path / MODEL).exists()
+
+
+class _Killed(Exception):  # noqa: N818 - it is an event
+    """Stands for a process that ends here."""
+
+
+@pytest.mark.parametrize("model", ["mnist_cnn", "mine:build"])
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_a_training_that_goes_on_gives_the_numbers_of_one_that_was_never_interrupted(
+    dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None], model: str, end: str
+) -> None:
+    write_module("mine", OWN)
+    whole, undisturbed = _train(dataset, tmp_path / "whole", epochs=5, model=model)
+    resumed: list[Epoch] = []
+    told: list[Epoch] = []
+
+    def on_epoch(record: Epoch) -> None:
+        if end == "killed" and record.epoch == 4 and not resumed:
+            raise _Killed
+        told.append(record)
+
+    arguments: dict[str, Any] = {"epochs": 5, "model": model, "on_epoch": on_epoch, "checkpoint_seconds": 0.0}
+    arguments |= {"on_resume": resumed.extend}
+    if end == "stopped":
+        # In the middle of epoch 4, long before a checkpoint is due.
+        batches = itertools.count()
+        arguments |= {"checkpoint_seconds": 1e9, "stopping": lambda: "keep" if next(batches) > 40 else None}
+        trained, _ = _train(dataset, tmp_path / "cut", **arguments)
+        assert (trained.stopped, trained.epochs) == (True, 3)
+    else:
+        with pytest.raises(_Killed):
+            _train(dataset, tmp_path / "cut", **arguments)
+    assert [record.epoch for record in told] == [1, 2, 3]
+    np.random.seed(99)  # another process has other states
+    keras.utils.set_random_seed(99)
+    trained, _ = _train(dataset, tmp_path / "cut", **arguments | {"stopping": lambda: None})
+    assert _figures(resumed) == _figures(undisturbed[:3])
+    assert _figures(told) == _figures(undisturbed)
+    assert (trained.value, trained.best_epoch, trained.epochs) == (whole.value, whole.best_epoch, 5)
+    history = json.loads((tmp_path / "cut" / HISTORY).read_text(encoding="utf-8"))
+    assert [epoch["epoch"] for epoch in history] == [1, 2, 3, 4, 5]
+    one, other = (
+        keras.models.load_model(tmp_path / folder / MODEL).predict(dataset.x_validation, verbose=0)
+        for folder in ("whole", "cut")
+    )
+    assert np.array_equal(one, other)
+
+
+OWN = """
+import keras, numpy as np, random
+
+class Noise(keras.layers.Layer):
+    # Draws from Keras's own generator, and from Python's and NumPy's when it is called without a graph.
+    def call(self, inputs, training=False):
+        return inputs + keras.random.normal(keras.ops.shape(inputs)) if training else inputs
+
+def build(hyperparameters, image_shape, classes):
+    model = keras.Sequential([keras.Input(image_shape), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(),
+                              Noise(), keras.layers.Dense(classes), keras.layers.Softmax()])
+    model.compile("adam", "categorical_crossentropy", metrics=["accuracy"])
+    return model
+"""
+
+
+@pytest.mark.parametrize("harm", ["cut off", "no archive", "another seed", "another model"])
+def test_a_checkpoint_that_does_not_fit_is_not_used(dataset: Dataset, tmp_path: Path, harm: str) -> None:
+    cut = {"checkpoint_seconds": 0.0, "stopping": iter([None] * 20 + ["drop"] * 99).__next__}
+    _train(dataset, tmp_path, **cut)
+    path = tmp_path / CHECKPOINT
+    if harm == "cut off":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif harm == "no archive":
+        path.write_text("nothing of the kind", encoding="utf-8")
+    resumed: list[Epoch] = []
+    changed: dict[str, Any] = {
+        "another seed": {"seed": 2},
+        "another model": {"hyperparameters": HYPERPARAMETERS | {"width": 0.2}},
+    }
+    _, records = _train(dataset, tmp_path, on_resume=resumed.extend, **changed.get(harm, {}))
+    assert resumed == []
+    assert [record.epoch for record in records] == [1, 2, 3]
 
 
 def test_a_batch_larger_than_the_data_is_refused(dataset: Dataset, tmp_path: Path) -> None:
@@ -137,7 +221,7 @@ trained = training.train(
     hyperparameters={"depth": 7, "width": 0.1, "dropout": 0.2, "batch_size": 20, "learning_rate": 1e-2,
                      "batch_norm_momentum": 0.9},
     dataset=dataset, epochs=3, seed=0, precision=("float32", ""), folder=Path(sys.argv[2]),
-    on_epoch=lambda record: None, stopping=lambda: False,
+    on_epoch=lambda record: None, stopping=lambda: None,
 )
 print(trained.versions["backend"], trained.value)
 """

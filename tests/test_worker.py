@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 import studies
 from search.model import build
-from storage import claims, database
+from storage import claims, database, workers
 from studies import registry
 
 Write = Callable[..., Path]
@@ -208,7 +208,7 @@ def test_a_second_signal_leaves_at_once_and_still_loses_nothing(home: Path, writ
     _ended(process, code=130)
     with contextlib.suppress(psutil.NoSuchProcess):  # a stopped orphan is hung up by the kernel
         trainer.resume()
-    claim = claims.claim(_storage(home), "small", claims.worker("cpu:9"), grace_seconds=60.0)
+    claim = claims.claim(_storage(home), "small", workers.worker("cpu:9"), grace_seconds=60.0)
     assert claim is not None
     assert (claim.number, claim.attempt) == (0, 2)
 
@@ -360,7 +360,7 @@ def test_a_lost_trial_s_result_is_dropped(home: Path, write_small: Write, start:
         process.suspend()
     time.sleep(2.1)  # the database's clock has seconds
     storage = _storage(home)
-    claim = claims.claim(storage, "small", claims.worker("cpu:9"), grace_seconds=1.0)
+    claim = claims.claim(storage, "small", workers.worker("cpu:9"), grace_seconds=1.0)
     assert claim is not None
     assert claim.attempt == 2
     claims.finish(storage, claim, TrialState.COMPLETE, 0.123, {})

@@ -1,0 +1,120 @@
+"""Where a training was at the end of an epoch, as one file: its trial goes on from there, on any machine.
+
+Everything that the next epoch depends on is in it: the model's variables (the states of its layers' random generators
+are among them), the optimizer's, Python's and NumPy's random states, the epochs so far, and the best one's weights. The
+order of the images needs no place, for it follows from the seed and the epoch.
+"""
+
+import json
+import logging
+import random
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.random.seed_generator import global_seed_generator  # that of layers without one of their own
+
+from search.data import Array
+from search.records import Epoch
+from storage.artifacts import written_whole
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The state after the last epoch of `history`."""
+
+    history: list[Epoch]
+    variables: list[Array]  # of the model, in its own order, and Keras's own generator's
+    optimizer: list[Array]
+    best_weights: list[Array]  # as `keras.Model.get_weights` gives them, of the best epoch
+    random_states: dict[str, Any]
+
+
+def take(net: keras.Model, history: Sequence[Epoch], best_weights: list[Array]) -> Checkpoint:
+    """The state of `net` now, copied to the processor's memory."""
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)
+    return Checkpoint(
+        history=list(history),
+        variables=_values(_variables(net)),
+        optimizer=_values(net.optimizer.variables),
+        best_weights=best_weights,
+        random_states={"python": python, "numpy": {**numpy, "state": _plain(numpy["state"])}},
+    )
+
+
+def restore(net: keras.Model, checkpoint: Checkpoint) -> None:
+    """Puts `net`, compiled and not trained, and the random generators into the state of `checkpoint`.
+
+    Raises ValueError where it is that of another model.
+    """
+    net.optimizer.build(net.trainable_variables)
+    variables = [*_variables(net), *net.optimizer.variables]
+    values = [*checkpoint.variables, *checkpoint.optimizer]
+    if [tuple(variable.shape) for variable in variables] != [value.shape for value in values]:
+        raise ValueError("its weights are of other shapes than the model's")
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+    version, words, gauss = checkpoint.random_states["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy = checkpoint.random_states["numpy"]
+    key = np.array(numpy["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
+
+
+def write(path: Path, checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
+    """Writes `checkpoint` whole or not at all. `identity` is what must be the same for it to be read again."""
+    told = {
+        "identity": identity,
+        "history": [asdict(epoch) for epoch in checkpoint.history],
+        "random_states": checkpoint.random_states,
+    }
+    arrays = {"told": np.array(json.dumps(told))}
+    for name in ("variables", "optimizer", "best_weights"):
+        arrays |= {f"{name}-{at}": _storable(value) for at, value in enumerate(getattr(checkpoint, name))}
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def read(path: Path, identity: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint at `path`; None where there is none, or none of this training, which then begins anew."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            told = json.loads(str(archive["told"]))
+            if told["identity"] != json.loads(json.dumps(identity)):
+                log.warning("%s is of another training, and is not used", path)
+                return None
+            lists = {
+                name: [archive[key] for key in archive.files if key.rpartition("-")[0] == name]
+                for name in ("variables", "optimizer", "best_weights")
+            }
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("%s cannot be read, and is not used: %s", path, error)
+        return None
+    return Checkpoint(
+        history=[Epoch(**epoch) for epoch in told["history"]], random_states=told["random_states"], **lists
+    )
+
+
+def _variables(net: keras.Model) -> list[Any]:
+    return [*net.variables, global_seed_generator().state]
+
+
+def _values(variables: Sequence[Any]) -> list[Array]:
+    return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
+
+
+def _storable(value: Array) -> Array:
+    # NumPy's file format has no bfloat16, whose values are all float32's, too.
+    return value.astype(np.float32) if value.dtype.kind == "V" else value
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in state.items()}
