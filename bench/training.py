@@ -91,7 +91,7 @@ def compare(hyperparameters: dict[str, float], dataset: Dataset, epochs: int) ->
         fitted = plain[0].fit(
             x, y, batch_size=BATCH, epochs=1, verbose=0, validation_data=(x_test, y_test), callbacks=[timed]
         )
-        plain_accuracies += fitted.history["val_accuracy"]
+        plain_accuracies.append(fitted.history["val_accuracy"][0])
         records.append(record)
 
     records: list[Epoch] = []

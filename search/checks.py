@@ -24,13 +24,21 @@ def check(definition: Definition, settings: Settings) -> dict[str, Any]:
     A user's own data or model is imported in a trainer process, since it will import Keras.
     Raises DataError, ModelError or DefinitionError.
     """
-    sampling.check_installed(definition)
     if ":" not in definition.dataset and ":" not in definition.model:
-        dataset = data.load(definition.dataset, definition.data, settings.data_folders)
-        _check_sizes(definition, dataset)
-        return dataset.summary()
+        return check_data(definition, settings)
+    sampling.check_installed(definition)
     with tempfile.TemporaryDirectory() as folder:
         return _in_trainer(definition, settings, Path(folder) / "log")
+
+
+def check_data(definition: Definition, settings: Settings) -> dict[str, Any]:
+    """The same for a definition that was checked when its study was created: on this machine, are the data there?"""
+    sampling.check_installed(definition)
+    if ":" in definition.dataset:
+        return check(definition, settings)
+    dataset = data.load(definition.dataset, definition.data, settings.data_folders)
+    _check_sizes(definition, dataset)
+    return dataset.summary()
 
 
 def check_with_keras(definition: Definition, dataset: Dataset) -> None:

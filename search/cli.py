@@ -206,7 +206,7 @@ def work(
     names = list(dict.fromkeys(studies or registry.names(place)))
     unended = [name for name in names if not queries.status(name, place).ended]
     for name in unended:
-        registry.check_data(name, place, checks.check(registry.definition_of(name, place), settings))
+        registry.check_data(name, place, checks.check_data(registry.definition_of(name, place), settings))
     _work(unended, place, settings, slots)
     for name in names:
         out.print(display.progress(queries.status(name, place)), markup=False)

@@ -40,7 +40,7 @@ class Watcher:
         """It is over, or back in the queue."""
 
     def tick(self) -> None:
-        """Called by the worker's main thread now and then."""
+        """Called now and then, by a thread that may wait for the database."""
 
 
 class Lines(Watcher):

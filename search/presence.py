@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -21,11 +22,16 @@ from storage.workers import Doing, Worker
 
 log = logging.getLogger(__name__)
 
+TICK_SECONDS = 0.2
 LEAVE_SECONDS = 2.0
 
 
 class Presence(Watcher):
-    """Hears what another watcher hears, and beats for all slots while the ``with`` block runs."""
+    """Hears what another watcher hears, and beats for all slots while the ``with`` block runs.
+
+    It also gives the other its ticks, from a thread of its own: whoever looks into the database may have to wait for it,
+    and the worker's main thread must be free to hear a signal.
+    """
 
     def __init__(self, inner: Watcher, storage: PatientStorage, seconds: float, slots: Sequence[Slot]) -> None:
         self._inner, self._storage, self._seconds = inner, storage, seconds
@@ -46,10 +52,10 @@ class Presence(Watcher):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._inner.__exit__(kind, error, trace)
         self._done.set()
         # It may be waiting for a database that is away.
         self._thread.join(LEAVE_SECONDS)
+        self._inner.__exit__(kind, error, trace)
 
     def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
         """Remembers the slot's trial."""
@@ -66,19 +72,21 @@ class Presence(Watcher):
         self._doing[claim.worker] = Doing()
         self._inner.ended(claim, trial)
 
-    def tick(self) -> None:
-        """Passed on."""
-        self._inner.tick()
-
     def _run(self) -> None:
-        while True:
-            self._tell(lambda connection: workers.beat(connection, self._slots, dict(self._doing)))
-            if self._done.wait(self._seconds):
-                break
-        self._tell(lambda connection: workers.leave(connection, list(self._slots)))
+        beaten = float("-inf")
+        while not self._done.is_set():
+            if time.monotonic() - beaten >= self._seconds:
+                self._told(self._beat)
+                beaten = time.monotonic()
+            self._told(self._inner.tick)
+            self._done.wait(TICK_SECONDS)
+        self._told(lambda: write(self._storage, None, lambda connection: workers.leave(connection, list(self._slots))))
 
-    def _tell(self, work: Any) -> None:
+    def _beat(self) -> None:
+        write(self._storage, None, lambda connection: workers.beat(connection, self._slots, dict(self._doing)))
+
+    def _told(self, work: Callable[[], None]) -> None:
         try:
-            write(self._storage, None, work)
+            work()
         except (OptunaError, SQLAlchemyError, StorageError) as error:
-            log.warning("the workers' list could not be written, to be tried again: %s", error)
+            log.warning("the workers' list or the display waits for the database: %s", error)

@@ -65,9 +65,8 @@ def work(
         for thread in threads:
             thread.start()
         leave_at = float("inf")
-        while any(thread.is_alive() for thread in threads):
-            presence.tick()
-            threads[0].join(TICK_SECONDS)
+        while alive := [thread for thread in threads if thread.is_alive()]:
+            alive[0].join(TICK_SECONDS)
             if interrupted.is_set() and leave_at == float("inf"):
                 leave_at = time.monotonic() + settings.stop_seconds + LEAVE_SECONDS
                 # From here: a slot's own thread may be waiting for a database that is away.
@@ -80,7 +79,7 @@ def work(
                 break
         for thread in threads:
             thread.join(LEAVE_SECONDS)
-    if errors:
+    if errors and not storage.leaving.is_set():  # which is no error, but makes some
         raise errors[0]
     return not interrupted.is_set()
 
@@ -155,7 +154,7 @@ class _OpenStudies:
         if self._names is None and not _is_done(self._storage, study_id):
             # One study that this machine cannot serve must not keep it from the others.
             try:
-                registry.check_data(name, self._storage, checks.check(definition, self._settings))
+                registry.check_data(name, self._storage, checks.check_data(definition, self._settings))
             except StorageError:
                 raise
             except TrialyardError as error:

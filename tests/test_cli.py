@@ -68,7 +68,7 @@ space.dropout = { low = 0.0, high = 0.5 }
         (["create", "digits", "--name", "a/b"], ['name = "a/b" must be letters, digits']),
         (["status", "--storage", "nonsense"], ["the database URL 'nonsense' does not parse", "sqlite:///"]),
         (["status", "--storage", "sqlite:///none.db"], ["there is no database at sqlite:///none.db"]),
-        (["run", "digits", "--storage", "mysql://me:tiger@host/db"], ["of a kind that Trialyard does not know"]),
+        (["run", "digits", "--storage", "mysql://me@host/db"], ["of a kind that Trialyard does not know"]),
         (["run", "digits", "--storage", "sqlite:////dev/null/x/studies.db"], ["cannot be written", "TRIALYARD_HOME"]),
         (["check", "bad.toml"], ["bad.toml: unknown key 'modle'", "did you mean 'model'?"]),
         (["check", "missing.toml"], ["the data file there.npz does not exist", "TRIALYARD_DATA"]),
@@ -188,7 +188,7 @@ def test_status_tells_counts_best_and_why_trials_failed(trialyard: Call) -> None
     assert "digits: 3 of 4 trials, best 0.9000 (trial 2), about" in out
     assert "2 complete, 0 pruned, 1 failed, 0 running, 0 waiting, budget 4" in out
     assert "1 of digits's trials failed (nan: the loss became nan)" in out
-    (one,) = json.loads(trialyard("status", "--json")[1])
+    (one,) = json.loads(trialyard("status", "--json")[1])["studies"]
     assert one == json.loads(trialyard("status", "digits", "--json")[1])
     assert (one["complete"], one["failed"], one["budget"], one["best"]) == (2, 1, 4, 0.9)
     assert one["failures"] == ["nan: the loss became nan"]

@@ -1,14 +1,18 @@
 """The precision fits the device and says why; a trainer is pinned by its environment."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from search import devices
-from search.devices import Device, precision_for
+from search.devices import Device, Slot, precision_for
+from search.errors import DeviceError
 
-A100 = Device(kind="gpu", name="A100", index=2, capability=(8, 0))
-T4 = Device(kind="gpu", name="T4", index=0, capability=(7, 5))
+A100 = Device(kind="gpu", name="A100", index=2, capability=(8, 0), memory=80 << 30)
+T4 = Device(kind="gpu", name="T4", index=0, capability=(7, 5), memory=16 << 30)
+CPU = Device(kind="cpu", name="Some Processor")
 
 CPUINFO = "processor\t: 0\nmodel name\t: {name}\nflags\t\t: fpu sse {flags}\n\nprocessor\t: 1\n"
 
@@ -53,14 +57,96 @@ def test_without_cpuinfo_there_is_still_a_processor(tmp_path: Path) -> None:
 
 
 def test_a_trainer_sees_its_own_device_alone() -> None:
-    assert A100.environment()["CUDA_VISIBLE_DEVICES"] == "2"
-    assert A100.environment()["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
-    assert Device(kind="cpu", name="").environment()["CUDA_VISIBLE_DEVICES"] == "-1"
-    assert (A100.slot, Device(kind="cpu", name="").slot) == ("gpu:2", "cpu:0")
+    alone = Slot(device=A100).environment()
+    assert alone["CUDA_VISIBLE_DEVICES"] == "2"
+    assert alone["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+    assert alone["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in alone
+    cpu = Slot(device=CPU, threads=3).environment()
+    assert (cpu["CUDA_VISIBLE_DEVICES"], cpu["JAX_PLATFORMS"], cpu["OMP_NUM_THREADS"]) == ("-1", "cpu", "3")
+
+
+def test_slots_that_share_a_gpu_share_its_memory() -> None:
+    shared = Slot(device=A100, index=1, sharing=3)
+    assert shared.environment()["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.300"
+    assert shared.memory * 3 < A100.memory < shared.memory * 3.4
+    assert Slot(device=A100).memory == 0
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with GPUs 0 and 2, as the driver would name them, and 8 cores."""
+    monkeypatch.setattr(devices, "gpus", lambda: [T4, A100])
+    monkeypatch.setattr(devices, "cores", lambda: 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ({}, ["gpu:0", "gpu:2"]),
+        ({"devices": "2"}, ["gpu:2"]),
+        ({"devices": "2, 0"}, ["gpu:2", "gpu:0"]),
+        ({"per_device": 2}, ["gpu:0.0", "gpu:0.1", "gpu:2.0", "gpu:2.1"]),
+        ({"workers": 3}, ["gpu:0.0", "gpu:0.1", "gpu:2"]),
+        ({"workers": 1}, ["gpu:0"]),
+        ({"devices": "cpu", "per_device": 4}, ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]),
+        ({"devices": "cpu", "workers": 2}, ["cpu:0", "cpu:1"]),
+    ],
+)
+def test_slots_are_what_was_asked_for(two_gpus: None, asked: dict[str, Any], names: list[str]) -> None:
+    assert [slot.name for slot in devices.slots(**asked)] == names
+
+
+def test_slots_of_the_processor_share_its_threads(two_gpus: None) -> None:
+    assert [slot.threads for slot in devices.slots("cpu", per_device=3)] == [2, 2, 2]
+    assert [slot.threads for slot in devices.slots("cpu", per_device=20)] == [1] * 20
+    assert {slot.threads for slot in devices.slots("cpu")} == {1}
+    assert len(devices.slots("cpu")) <= 8
+    assert [slot.threads for slot in devices.slots()] == [0, 0]
+
+
+@pytest.mark.parametrize("asked", ["1", "0,1", "gpu", "-1", ""])
+def test_a_gpu_that_is_not_there_is_named(two_gpus: None, asked: str) -> None:
+    with pytest.raises(
+        DeviceError, match=r"there is no GPU .*this machine has GPUs 0, 2: give numbers of GPUs, auto or"
+    ):
+        devices.slots(asked)
+
+
+class Driver:
+    """Answers what NVIDIA's driver would of two GPUs; where there is a real one, this is not needed."""
+
+    NVMLError = RuntimeError
+    nvmlInit = nvmlShutdown = staticmethod(lambda: None)  # noqa: N815
+    nvmlDeviceGetCount = staticmethod(lambda: 2)  # noqa: N815
+    nvmlDeviceGetHandleByIndex = staticmethod(lambda index: index)  # noqa: N815
+    nvmlDeviceGetUUID = staticmethod(lambda index: f"GPU-{index}a3f")  # noqa: N815
+    nvmlDeviceGetName = staticmethod(lambda index: "NVIDIA A100")  # noqa: N815
+    nvmlDeviceGetCudaComputeCapability = staticmethod(lambda index: (8, 0))  # noqa: N815
+
+    @staticmethod
+    def nvmlDeviceGetMemoryInfo(index: int) -> Any:  # noqa: N802
+        return SimpleNamespace(total=80 << 30)
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [(None, [0, 1]), ("1", [1]), ("0,1", [0, 1]), ("GPU-1a", [1]), ("GPU-0a3f, 1", [0, 1]), ("7", []), ("-1", [])],
+)
+def test_gpus_are_those_that_the_driver_names_and_cuda_may_see(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, indices: list[int]
+) -> None:
+    monkeypatch.setattr(devices, "pynvml", Driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = devices.gpus()
+    assert [gpu.index for gpu in found] == indices
+    assert all((gpu.name, gpu.capability, gpu.memory) == ("NVIDIA A100", (8, 0), 80 << 30) for gpu in found)
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_hidden_gpus_stay_hidden(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert devices.gpus() == []
-    assert devices.best().kind == "cpu"
+    assert {slot.device.kind for slot in devices.slots()} == {"cpu"}

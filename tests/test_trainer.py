@@ -7,14 +7,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from search.devices import Slot, cpu
-from search.records import Epoch, Trained
+from search import trainer as trainers
+from search.devices import Device, Slot, cpu
+from search.records import Epoch, Resumed, Trained
 from search.trainer import Checked, Failed, Job, Trainer, TrainerDied
 from studies import definition as definitions
 
@@ -106,7 +108,7 @@ def test_a_killed_trainer_is_told_and_replaced(trainer: Trainer, job: Make) -> N
     first = trainer.pid
     assert first is not None
     os.kill(first, signal.SIGKILL)
-    with pytest.raises(TrainerDied, match=rf"{first} ended by signal SIGKILL .*trainer.log"):
+    with pytest.raises(TrainerDied, match=rf"{first} ended by signal SIGKILL; .*trainer.log"):
         _messages(trainer)
     trainer.submit(job())
     assert isinstance(_messages(trainer)[-1], Trained)
@@ -152,3 +154,100 @@ def test_data_and_models_that_fail_are_told_apart(trainer: Trainer, job: Make) -
     assert (missing.kind, unknown.kind) == ("data", "model")
     assert "none.npz does not exist" in missing.message
     assert "nowhere:build cannot be imported" in unknown.message
+
+
+SEEN = """
+import os
+import tensorflow as tf
+
+def build(hyperparameters, image_shape, classes):
+    threads = tf.config.threading
+    seen = (threads.get_intra_op_parallelism_threads(), threads.get_inter_op_parallelism_threads(),
+            os.environ["CUDA_VISIBLE_DEVICES"], os.environ.get("TRIALYARD_STORAGE"))
+    raise ValueError(f"seen: {seen}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("slot", "seen"),
+    [
+        (Slot(device=cpu(), threads=3), "(3, 3, '-1', None)"),
+        # There is no such card here, so TensorFlow finds none; its process is told of it all the same.
+        (Slot(device=Device(kind="gpu", name="A100", index=2, capability=(8, 0))), "(0, 0, '2', None)"),
+    ],
+)
+def test_a_trainer_is_pinned_before_its_framework_starts(
+    job: Make, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slot: Slot, seen: str
+) -> None:
+    monkeypatch.setenv("TRIALYARD_STORAGE", "postgresql://me:secret@host/db")
+    (home / "mine.py").write_text(SEEN, encoding="utf-8")
+    good = job()
+    with Trainer(slot, tmp_path / "log") as trainer:
+        trainer.submit(job(definition=good.definition.model_copy(update={"model": "mine:build"}), slot=slot))
+        failed = _messages(trainer)[-1]
+    assert f"seen: {seen}" in failed.message
+
+
+GROWING = """
+import keras
+
+kept = []
+
+def build(hyperparameters, image_shape, classes):
+    kept.append(bytearray(b"x") * (100 << 20))  # 100 MB a model that nobody gives back
+    return keras.Sequential([keras.Input(image_shape), keras.layers.Flatten(), keras.layers.Dense(classes, "softmax")])
+"""
+
+
+def test_a_trainer_that_grows_is_replaced(job: Make, home: Path, tmp_path: Path) -> None:
+    (home / "mine.py").write_text(GROWING, encoding="utf-8")
+    definition = job(epochs=1).definition.model_copy(update={"model": "mine:build"})
+    pids = []
+    with Trainer(SLOT, tmp_path / "log", memory_growth=0.25) as trainer:
+        for _ in range(5):
+            trainer.submit(job(definition=definition, hyperparameters={"batch_size": 60}))
+            assert isinstance(_messages(trainer)[-1], Trained)
+            pids.append(trainer.pid)
+    assert pids[0] == pids[1]
+    assert 2 <= len(set(pids)) <= 3, "a process that grew went on, or one that did not was replaced"
+
+
+def test_want_of_memory_is_told_apart(
+    trainer: Trainer, job: Make, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "mine.py").write_text(
+        "def build(hyperparameters, image_shape, classes):\n    return bytearray(1 << 62)\n", encoding="utf-8"
+    )
+    trainer.submit(job(definition=job().definition.model_copy(update={"model": "mine:build"})))
+    failed = _messages(trainer)[-1]
+    assert failed.kind == "memory"
+    assert "MemoryError" in failed.message
+    # What the kernel writes when it kills for memory, in a file of a test's own.
+    events = tmp_path / "memory.events"
+    events.write_text("low 0\noom 3\noom_kill 3\n", encoding="ascii")
+    monkeypatch.setattr(trainers, "_memory_kills", partial(trainers._memory_kills, (tmp_path / "none", events)))
+    for killed_by_kernel in (False, True):
+        trainer.submit(job(epochs=100_000))
+        assert isinstance(trainer.receive(240), Epoch)
+        if killed_by_kernel:
+            events.write_text("low 0\noom 4\noom_kill 4\n", encoding="ascii")
+        assert trainer.pid is not None
+        os.kill(trainer.pid, signal.SIGKILL)
+        with pytest.raises(TrainerDied) as died:
+            _messages(trainer)
+        assert died.value.out_of_memory == killed_by_kernel
+
+
+def test_a_stop_that_keeps_leaves_a_checkpoint_to_go_on_from(trainer: Trainer, job: Make) -> None:
+    trainer.submit(job(epochs=100_000))
+    for _ in range(2):
+        assert isinstance(trainer.receive(240), Epoch)
+    trainer.stop("keep")
+    assert isinstance(_messages(trainer)[-1], Trained)
+    trainer.submit(job(epochs=100_000))
+    resumed = trainer.receive(240)
+    assert isinstance(resumed, Resumed)
+    assert [epoch.epoch for epoch in resumed.history] == list(range(1, len(resumed.history) + 1))
+    following = trainer.receive(240)
+    assert isinstance(following, Epoch)
+    assert following.epoch == len(resumed.history) + 1

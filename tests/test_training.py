@@ -170,10 +170,10 @@ def test_a_training_that_goes_on_gives_the_numbers_of_one_that_was_never_interru
 
 
 OWN = """
-import keras, numpy as np, random
+import keras
 
-class Noise(keras.layers.Layer):
-    # Draws from Keras's own generator, and from Python's and NumPy's when it is called without a graph.
+@keras.saving.register_keras_serializable()
+class Noise(keras.layers.Layer):  # draws from Keras's own generator
     def call(self, inputs, training=False):
         return inputs + keras.random.normal(keras.ops.shape(inputs)) if training else inputs
 

