@@ -29,7 +29,7 @@ LEAVE_SECONDS = 2.0
 class Presence(Watcher):
     """Hears what another watcher hears, and beats for all slots while the ``with`` block runs.
 
-    It also gives the other its ticks, from a thread of its own: whoever looks into the database may have to wait for it,
+    It also gives the other its ticks, from a thread of its own: whoever looks into the database may have to wait,
     and the worker's main thread must be free to hear a signal.
     """
 
