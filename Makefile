@@ -8,7 +8,8 @@ demo: .venv/installed
 	TRIALYARD_HOME=yard $(BIN)/trialyard run digits
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/chaos $(PYTEST)
+	$(BIN)/python -m pytest tests/chaos $(PYTEST)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

