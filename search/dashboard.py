@@ -271,7 +271,7 @@ class RememberingStorage(_CachedStorage):
             for model in (StudyUserAttributeModel, StudySystemAttributeModel):
                 found: dict[int, dict[str, Any]] = {}
                 rows = select(model.study_id, model.key, model.value_json).where(model.key.not_like("dashboard:%"))
-                for study_id, key, value in connection.execute(rows):
+                for study_id, key, value in connection.execute(rows.order_by(*model.__table__.primary_key)):
                     found.setdefault(study_id, {})[key] = json.loads(value)
                 attributes.append(found)
             return [
@@ -380,7 +380,7 @@ class StudyDetail:
         def work(connection: Connection) -> tuple[Any, list[StudyDirection], list[tuple[str, str]], list[Any]]:
             def attributes(model: Any) -> list[Any]:
                 wanted = select(model.key, model.value_json).where(model.study_id == study_id)
-                return [tuple(row) for row in connection.execute(wanted)]
+                return [tuple(row) for row in connection.execute(wanted.order_by(*model.__table__.primary_key))]
 
             directions = (
                 select(StudyDirectionModel.direction)
