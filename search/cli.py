@@ -236,6 +236,26 @@ def stop(study: StudyArgument, storage: StorageOption = None) -> None:
 
 
 @app.command()
+def dashboard(
+    storage: StorageOption = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to serve at; any but this machine's own needs a password.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8080,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Refuse whatever would change something.")] = False,
+) -> None:
+    """Serve optuna-dashboard for a browser, until Ctrl-C or SIGTERM."""
+    from search import dashboard as pages  # it imports scikit-learn, which takes seconds
+
+    settings = _settings(storage)
+    place = database.connect(settings.url)
+    application = pages.application(
+        place, settings.artifact_folder, host=host, password=settings.password, read_only=read_only
+    )
+    pages.serve(application, host, port, lambda at: _print_served(at, place))
+
+
+@app.command()
 def status(
     study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="Default: all of them.")] = None,
     storage: StorageOption = None,
@@ -490,6 +510,16 @@ def _print_status(found: Status) -> None:
             f"{one.silent_seconds:.0f} s ago",
             markup=False,
         )
+
+
+def _print_served(addresses: list[str], place: PatientStorage) -> None:
+    shown = database.redact(place.url)
+    err.print(
+        f"the dashboard of {shown} is at {', '.join(addresses)} until Ctrl-C",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def main() -> None:

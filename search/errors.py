@@ -1,4 +1,6 @@
-"""The mistakes that only show when images are loaded or a model is built; `storage.errors` draws the tree."""
+"""The mistakes that only show when images are loaded, a model is built or a page is served; `storage.errors` draws the
+tree.
+"""
 
 from storage.errors import TrialyardError
 
@@ -13,3 +15,7 @@ class ModelError(TrialyardError):
 
 class DeviceError(TrialyardError):
     """There is no such GPU on this machine."""
+
+
+class DashboardError(TrialyardError):
+    """The dashboard cannot be served at this address, or not without a password."""

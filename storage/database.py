@@ -468,6 +468,22 @@ def _sqlite_file(storage: RDBStorage) -> Path | None:
     return _file(storage.engine.url)
 
 
+def forbid_writing(storage: RDBStorage) -> None:
+    """From now on the database refuses every change through `storage`, whoever asks for it in this process."""
+    engine = storage.engine
+    engine.dispose()  # connections that are open already would not hear of it
+    if _sqlite_file(storage) is not None:
+
+        @sqlalchemy.event.listens_for(engine, "connect")
+        def _query_only(connection: sqlite3.Connection, record: Any) -> None:
+            connection.execute("PRAGMA query_only = ON")
+    else:
+        # A transaction, not a session: a transaction-pooling proxy gives the session to others.
+        @sqlalchemy.event.listens_for(engine, "begin")
+        def _read_only(connection: Connection) -> None:
+            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+
+
 # --- check and backup -------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,8 @@ TrialyardError
 ├── StudyError         (studies) no such study, or it stands with another definition
 ├── DataError          (search) images or labels cannot be loaded or do not fit
 ├── ModelError         (search) a model cannot be imported or built
-└── DeviceError        (search) there is no such GPU
+├── DeviceError        (search) there is no such GPU
+└── DashboardError     (search) the dashboard cannot be served so
 """
 
 import difflib

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from storage.errors import SettingsError
@@ -31,6 +31,8 @@ class Settings(BaseSettings):
     stop_seconds: float = Field(default=30.0, gt=0)  # how long a stopped worker may take to end its batches
     patience_seconds: float = Field(default=600.0, ge=0)  # how long a worker waits for a database that is away
     memory_growth: float = Field(default=0.15, gt=0)  # share by which a trainer may grow before it is replaced
+    dashboard_password: SecretStr | None = None  # asked for by the dashboard, which else serves this machine alone
+    dashboard_password_file: Path | None = None  # a file that holds it
 
     @field_validator("data", mode="before")
     @classmethod
@@ -44,13 +46,22 @@ class Settings(BaseSettings):
             return self.storage
         if self.storage_file is None:
             return f"sqlite:///{self.home.absolute() / 'studies.db'}"
-        try:
-            return self.storage_file.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"TRIALYARD_STORAGE_FILE = {str(self.storage_file)!r} cannot be read "
-                f"({getattr(error, 'strerror', None) or 'it is no text'}): write the database's URL into it"
-            ) from None
+        return _read("TRIALYARD_STORAGE_FILE", self.storage_file, "the database's URL")
+
+    @cached_property
+    def password(self) -> SecretStr | None:
+        """The dashboard's password, or None where there is none.
+
+        Raises SettingsError where the file that holds it cannot be read or is empty.
+        """
+        if self.dashboard_password is not None or self.dashboard_password_file is None:
+            return self.dashboard_password
+        name = "TRIALYARD_DASHBOARD_PASSWORD_FILE"
+        found = _read(name, self.dashboard_password_file, "the dashboard's password")
+        if not found:
+            # An empty file must not open the dashboard to everybody.
+            raise SettingsError(f"{name} = {str(self.dashboard_password_file)!r} is empty: write the password into it")
+        return SecretStr(found)
 
     @cached_property
     def artifact_folder(self) -> Path:
@@ -66,6 +77,16 @@ class Settings(BaseSettings):
     def log_folder(self) -> Path:
         """Where the trainer processes write what they print."""
         return self.home.absolute() / "logs"
+
+
+def _read(name: str, path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"{name} = {str(path)!r} cannot be read ({getattr(error, 'strerror', None) or 'it is no text'}): "
+            f"write {what} into it"
+        ) from None
 
 
 def load(**overrides: Any) -> Settings:

