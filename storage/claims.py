@@ -114,7 +114,8 @@ class Counts:
 def set_budget(storage: RDBStorage, study: str, budget: Budget) -> None:
     """Gives `study` its budget, or a larger one. It is the last step of a study's creation.
 
-    What was imported stays beside it, whatever `budget` says of that. Raises StorageError if more trials than `budget` have been spent already.
+    What was imported stays beside it, whatever `budget` says of that.
+    Raises StorageError if more trials than `budget` have been spent already.
     """
 
     def work(connection: Connection) -> None:
@@ -237,6 +238,11 @@ def ended(storage: RDBStorage, study_id: int) -> bool:
         return finished >= limit.total or (running == 0 and over)
 
     return read(storage, work)
+
+
+def finished(connection: Connection, study_id: int) -> tuple[int, State]:
+    """How many trials have ended for good, and the study's state: whether there is news since the last look."""
+    return _spent(connection, study_id)[0], _state(connection, study_id)
 
 
 def _late(connection: Connection, study_id: int, limit: Budget) -> bool:

@@ -161,4 +161,6 @@ def _read(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
     except OSError as error:
         raise StudyError(f"{path} cannot be read ({error.strerror}): give the path of a CSV file") from None
     except (csv.Error, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} is no CSV file in UTF-8 ({error}): write a line of columns, then a row a line") from None
+        raise StudyError(
+            f"{path} is no CSV file in UTF-8 ({error}): write a line of columns, then a row a line"
+        ) from None

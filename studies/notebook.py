@@ -33,7 +33,9 @@ class Result:
     measured: str  # when
 
 
-def _conclusion(label: str, depth: int, dropout: float | None, accuracy: float, loss: float, train: float | None) -> Result:
+def _conclusion(
+    label: str, depth: int, dropout: float | None, accuracy: float, loss: float, train: float | None
+) -> Result:
     return Result(
         source="conclusion",
         label=label,
