@@ -86,7 +86,8 @@ class Publisher(Watcher):
     def _published(self, study: str, *, last: bool) -> bool:
         try:
             return notes.publish(study, self._storage, self._artifacts, self._cached, last=last)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it must not be in the way of training
+        except Exception as error:
+            # Whatever it is, it must not be in the way of training.
             if not self._storage.leaving.is_set():
                 log.warning("the notes and figures of study %s were not written: %s", study, error)
                 log.debug("the whole error", exc_info=error)

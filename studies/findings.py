@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from studies import models
+from studies import models, notebook
 from studies.definition import Definition
 from studies.models import Number
 from studies.space import Choice, Int, Parameter, listed
@@ -34,7 +34,7 @@ def findings(trials: Sequence[FrozenTrial], definition: Definition, data: Mappin
     """What `trials`, of a study that was made with `data` (its user attribute), let one say."""
     complete = ranked(trials)
     judged = "test" if definition.data.validation == "test" else "validation"
-    cautions = []
+    cautions = [*notebook.caution(definition)]
     if definition.data.validation == "test":
         cautions.append(
             "The trials were chosen by the test images, as the notebook chose: the best accuracy is flattered, and is "
@@ -123,7 +123,7 @@ def edges(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
         if isinstance(rule, Number) and limit == (rule.low if end == "lower" else rule.high):
             continue
         warned.append(
-            f"The best trial's {name} = {_value(value)} lies at the {end} end of what was searched "
+            f"The best trial's {name} = {value_text(value)} lies at the {end} end of what was searched "
             f"({low:g} to {high:g}): a better one may lie beyond it, so search a wider range."
         )
     return warned
@@ -237,7 +237,7 @@ def _groups(complete: Sequence[FrozenTrial], definition: Definition) -> list[str
         groups: dict[str, list[float]] = {}
         for trial in complete:
             if name in trial.params:
-                groups.setdefault(_value(trial.params[name]), []).append(float(trial.values[0]))
+                groups.setdefault(value_text(trial.params[name]), []).append(float(trial.values[0]))
         if len(groups) > 1:
             best = sorted(groups.items(), key=lambda item: -max(item[1]))
             parts = ", ".join(f"{value} {max(values):.4f} (of {len(values)})" for value, values in best)
@@ -259,17 +259,18 @@ def _range(parameter: Parameter) -> str:
             told += ", logarithmic"
         if parameter.step is not None and not (isinstance(parameter, Int) and parameter.step == 1):
             told += f", in steps of {parameter.step:g}"
-    conditions = (f"{name} is {' or '.join(map(_value, values))}" for name, values in parameter.when.items())
+    conditions = (f"{name} is {' or '.join(map(value_text, values))}" for name, values in parameter.when.items())
     when = " and ".join(conditions)
     return f"{told}, where {when}" if when else told
 
 
 def shown(point: Mapping[str, Any]) -> str:
     """Hyperparameters on one line."""
-    return ", ".join(f"{name} {_value(value)}" for name, value in point.items())
+    return ", ".join(f"{name} {value_text(value)}" for name, value in point.items())
 
 
-def _value(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """One hyperparameter's value, a real number with four digits."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -169,6 +169,20 @@ def beside(study: Definition) -> list[tuple[Mapping[str, Any], Result]]:
     return []
 
 
+def caution(study: Definition) -> list[str]:
+    """What a reader of a study that replays one of the notebook's sweeps, or holds them, must know of their labels."""
+    lie = "The notebook labelled its sweeps 0.0 to 0.7, and ran them with a tenth of that, 0.00 to 0.07 (i * 0.01)"
+    if study.name == NAME and _comparable(study, definition()):
+        return [f"{lie}: they stand here as they ran."]
+    rows = beside(study)
+    if not rows or rows[0][1].source == "conclusion":
+        return []
+    point, _ = rows[-1]
+    if max(point.values()) > 0.5:
+        return [f"{lie}: this study searches the labelled rates, which the notebook never ran."]
+    return [f"{lie}: this study repeats it as it ran."]
+
+
 _PLACES: Mapping[str, tuple[Result, ...]] = {
     "notebook-conclusion": CONCLUSION,
     "notebook-dropout-3": SWEEP_3,

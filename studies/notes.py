@@ -53,16 +53,20 @@ def publish(name: str, storage: RDBStorage, artifacts: Path, cached: BaseStorage
     """
     study_id = registry.study_id(name, storage)
     lock = f"{name} (notes)"  # a lock of its own: a claim must not wait for it
-    began = time.monotonic()
     if not write(storage, lock, lambda connection: _take_turn(connection, study_id, last)):
         return _is_current(storage, study_id)
+    # Plotly takes a moment to import, which no command should spend that draws nothing.
+    from studies import figures
+
+    began = time.monotonic()
     definition = registry.definition_of(name, storage)
     data = storage.get_study_user_attrs(study_id).get("data", {})
     state, budget = claims.state(storage, study_id), claims.budget(storage, study_id)
     trials = cached.get_all_trials(study_id, deepcopy=False)
     total = definition.trials if budget is None else budget.total
+    drawn = figures.drawn(trials, definition, queries.curves_of(trials, artifacts, CURVES))
     attributes = {
-        **_figures(trials, definition, artifacts),
+        **{f"{_plot_prefix()}{name}:": figure.to_json() for name, figure in drawn.items()},
         _note_key(None): study_note(trials, definition, data, state=state, budget=total),
     }
     noted = {_note_key(trial._trial_id): trial for trial in _noted(trials)}
@@ -75,7 +79,8 @@ def publish(name: str, storage: RDBStorage, artifacts: Path, cached: BaseStorage
             return False  # somebody who read later was faster
         wanted = dict(attributes)
         for key, trial in noted.items():
-            if f"{key}0" not in stored:  # a finished trial's note never changes
+            # A finished trial's note never changes; ours is one piece, until a person edits it.
+            if MARK not in str(stored.get(f"{key}0")) and MARK not in _body(stored, key):
                 wanted[key] = trial_note(trial, definition, queries.curves_of([trial], artifacts))
         changes = _changes(stored, wanted, keep=noted)
         now = _published_at(connection)
@@ -98,10 +103,11 @@ def study_note(
     states = {one: sum(trial.state == one for trial in trials) for one in TrialState}
     counts = ", ".join(f"{count} {one.name.lower()}" for one, count in states.items() if count)
     finished = sum(count for one, count in states.items() if one.is_finished())
+    stands = "has ended" if finished >= budget else f"is {state}"
     lines = [
         f"## {escaped(definition.name)}",
         escaped(definition.description),
-        f"**{finished} of {budget} trials** ({counts or 'none yet'}); the study is {state}.",
+        f"**{finished} of {budget} trials** ({counts or 'none yet'}); the study {stands}.",
         *map(escaped, told.found),
         *(f"- {escaped(sentence)}" for sentence in told.mattered),
         *(f"- **Mind:** {escaped(sentence)}" for sentence in told.cautions),
@@ -184,7 +190,7 @@ def _paragraphs(lines: Iterable[str]) -> str:
     return "\n\n".join(lines)
 
 
-# --- which trials, which figures --------------------------------------------------------------------------
+# --- which trials -----------------------------------------------------------------------------------------
 
 
 def _noted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -194,28 +200,20 @@ def _noted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return list(chosen.values())
 
 
-def _figures(trials: Sequence[FrozenTrial], definition: Definition, artifacts: Path) -> dict[str, str]:
-    # Plotly takes a moment to import, which no command should spend that draws nothing.
-    from studies import figures
-
-    drawn = figures.drawn(trials, definition, queries.curves_of(trials, artifacts, CURVES))
-    return {f"{_plot_prefix()}{name}:": figure.to_json() for name, figure in drawn.items()}
-
-
 # --- optuna-dashboard's attributes ------------------------------------------------------------------------
 
 
 def _plot_prefix() -> str:
     from optuna_dashboard._custom_plot_data import SYSTEM_ATTR_PLOT_DATA
 
-    return SYSTEM_ATTR_PLOT_DATA
+    return str(SYSTEM_ATTR_PLOT_DATA)
 
 
 def _note_key(trial_id: int | None) -> str:
     """The prefix of the pieces of a study's (None) or a trial's note."""
     from optuna_dashboard._note import note_str_key_prefix
 
-    return note_str_key_prefix(trial_id)
+    return str(note_str_key_prefix(trial_id))
 
 
 def _version_key(note_key: str) -> str:
