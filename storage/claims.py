@@ -179,10 +179,8 @@ def add(storage: RDBStorage, study: str, trials: Sequence[Imported]) -> int:
         study_id = _study_id(connection, study)
         there = _imported(connection, study_id)
         new = {key: trial for key, trial in keyed.items() if key not in there}
-        number = _size(connection, study_id)
-        for key, trial in new.items():
-            _insert_imported(connection, study_id, number, trial, key)
-            number += 1
+        if new:
+            _insert_imported(connection, study_id, new)
         # Without a budget the study is still being created, and its creation ends with one.
         limit = _budget(connection, study_id)
         if new and limit is not None:
@@ -429,7 +427,7 @@ def finish(
         attempts[-1] |= _ending("finished")
         _set_attributes(connection, claim.trial_id, attributes | {"attempts": attempts})
         if value is not None:
-            _insert_value(connection, claim.trial_id, value)
+            connection.execute(insert(TrialValueModel).values(_value_row(claim.trial_id, value)))
         _set_trial(connection, claim.trial_id, state=state, _datetime_complete_utc=_utc())
 
     write(storage, claim.study, work)
@@ -655,23 +653,29 @@ def _insert_trial(
     return int(trial_id)
 
 
-def _insert_imported(connection: Connection, study_id: int, number: int, trial: Imported, key: str) -> None:
-    # Nobody knows when it ran: it is of the moment in which it came.
-    trial_id = _insert_trial(connection, study_id, number, TrialState.COMPLETE, began=_utc())
-    _set_trial(connection, trial_id, _datetime_complete_utc=_utc())
-    rows = [
-        {
-            "trial_id": trial_id,
-            "param_name": name,
-            "param_value": distribution.to_internal_repr(value),
-            "distribution_json": distribution_to_json(distribution),
-        }
-        for name, (distribution, value) in trial.params.items()
-    ]
-    if rows:
-        connection.execute(insert(TrialParamModel), rows)
-    _insert_value(connection, trial_id, trial.value)
-    _set_attributes(connection, trial_id, {**trial.attributes, "imported": True, IMPORT_KEY: key})
+def _insert_imported(connection: Connection, study_id: int, trials: Mapping[str, Imported]) -> None:
+    """Inserts trials by their digest. Table by table, not trial by trial: the study is locked meanwhile."""
+    first = _size(connection, study_id)
+    # Nobody knows when they ran: they are of the moment in which they came.
+    row = {"study_id": study_id, "state": TrialState.COMPLETE, "datetime_start": _utc(), "datetime_complete": _utc()}
+    connection.execute(insert(TrialModel.__table__), [row | {"number": first + index} for index in range(len(trials))])
+    found = select(TrialModel.trial_id).where(TrialModel.study_id == study_id, TrialModel.number >= first)
+    ids = connection.execute(found.order_by(TrialModel.number)).scalars().all()
+    params: list[dict[str, Any]] = []
+    values: list[dict[str, Any]] = []
+    attributes: list[dict[str, Any]] = []
+    for trial_id, (key, trial) in zip(ids, trials.items(), strict=True):
+        for name, (distribution, value) in trial.params.items():
+            internal = {"param_value": distribution.to_internal_repr(value)}
+            told = {"param_name": name, "distribution_json": distribution_to_json(distribution)}
+            params.append({"trial_id": trial_id} | internal | told)
+        values.append(_value_row(trial_id, trial.value))
+        marked = {**trial.attributes, "imported": True, IMPORT_KEY: key}
+        attributes += [{"trial_id": trial_id, "key": k, "value_json": json.dumps(one)} for k, one in marked.items()]
+    if params:
+        connection.execute(insert(TrialParamModel), params)
+    connection.execute(insert(TrialValueModel), values)
+    connection.execute(insert(TrialUserAttributeModel), attributes)
 
 
 def _imported(connection: Connection, study_id: int) -> set[str]:
@@ -690,10 +694,9 @@ def _digest(trial: Imported) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def _insert_value(connection: Connection, trial_id: int, value: float) -> None:
+def _value_row(trial_id: int, value: float) -> dict[str, Any]:
     number, kind = TrialValueModel.value_to_stored_repr(value)
-    row = {"trial_id": trial_id, "objective": 0, "value": number, "value_type": kind}
-    connection.execute(insert(TrialValueModel).values(row))
+    return {"trial_id": trial_id, "objective": 0, "value": number, "value_type": kind}
 
 
 def _set_trial(connection: Connection, trial_id: int, **columns: Any) -> None:

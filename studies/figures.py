@@ -19,7 +19,7 @@ from studies.definition import Definition
 from studies.queries import Curve
 from studies.space import Choice
 
-LIMIT = 1000  # points of one kind in a figure: a page with 10,000 is slow, and tells no more
+LIMIT = 1000  # points in a plot: a page with 10,000 is slow, and tells no more
 DROPOUTS = ("dropout", "dense_dropout", "conv_dropout")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # told apart by all eyes
 NOTEBOOK = "#888888"
@@ -67,17 +67,17 @@ def against_hyperparameter(trials: Sequence[FrozenTrial], definition: Definition
     """
     names = _axis(definition)
     group = "depth" if "depth" in definition.space and "depth" not in names else None
+    placed = [trial for trial in trials if _accuracy(trial) is not None and _at(trial, names) is not None]
     points: dict[tuple[Any, bool], list[FrozenTrial]] = {}
-    for trial in trials:
-        if _accuracy(trial) is not None and any(name in trial.params for name in names):
-            key = (trial.params.get(group) if group else None, trial.state == TrialState.PRUNED)
-            points.setdefault(key, []).append(trial)
+    for trial in _thinned(placed):
+        key = (trial.params.get(group) if group else None, trial.state == TrialState.PRUNED)
+        points.setdefault(key, []).append(trial)
     if not points:
         return None
     depths = sorted({depth for depth, _ in points}, key=lambda depth: (str(type(depth)), depth))
     traces = []
     for depth, pruned in sorted(points, key=lambda key: (depths.index(key[0]), key[1])):
-        shown = _thinned(points[depth, pruned])
+        shown = points[depth, pruned]
         name = ("all trials" if group is None else f"depth {depth}") if not pruned else "pruned"
         traces.append(
             _dots(
@@ -89,6 +89,7 @@ def against_hyperparameter(trials: Sequence[FrozenTrial], definition: Definition
                     "color": COLOURS[depths.index(depth) % len(COLOURS)],
                     "symbol": "x-thin-open" if pruned else "circle",
                     "size": 8,
+                    "line": {"width": 2 if pruned else 0, "color": COLOURS[depths.index(depth) % len(COLOURS)]},
                 },
             )
         )
@@ -99,7 +100,7 @@ def against_hyperparameter(trials: Sequence[FrozenTrial], definition: Definition
     elif parameter.log:
         axis["type"] = "log"
     told = " or ".join(name.replace("_", " ") for name in names)
-    title = f"Accuracy against {told}{_some(points.values())}"
+    title = f"Accuracy against {told}{_some([placed])}"
     return _figure(traces, title, told, _judged(definition), xaxis=axis, yaxis=ACCURACY)
 
 
@@ -250,7 +251,9 @@ def _axis(definition: Definition) -> tuple[str, ...]:
 
 
 def _at(trial: FrozenTrial, names: Sequence[str]) -> Any:
-    place = next(trial.params[name] for name in names if name in trial.params)
+    place = next((trial.params[name] for name in names if name in trial.params), None)
+    if place is None and trial.params.get("dropout_layers") is False:
+        return 0.0  # no dropout layer drops nothing
     return html.escape(place) if isinstance(place, str) else place
 
 
@@ -275,7 +278,7 @@ def _thinned(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return kept + [rest[index * len(rest) // (LIMIT // 2)] for index in range(LIMIT // 2)]
 
 
-def _some(groups: Any) -> str:
+def _some(groups: Sequence[Sequence[FrozenTrial]]) -> str:
     """For a title: that not all trials are shown, where it is so."""
     return f" (the better half of {LIMIT}, and a sample)" if any(len(group) > LIMIT for group in groups) else ""
 

@@ -82,7 +82,7 @@ def half_width(accuracy: float, images: int) -> float:
 def _noise(complete: Sequence[FrozenTrial], images: int, judged: str) -> tuple[str, list[str]]:
     best = float(complete[0].values[0])
     half = half_width(best, images)
-    sure = f"On {images:,} {judged} images, the 95 % interval of that accuracy is {best:.4f} +- {half:.4f}."
+    sure = f"On {images:,} {judged} images, the 95 % interval of that accuracy is {best:.4f} ± {half:.4f}."
     near = [trial for trial in complete[1:] if best - float(trial.values[0]) <= half]
     if not near:
         return sure, []
@@ -153,20 +153,20 @@ def _by_state(trials: Sequence[FrozenTrial]) -> list[str]:
     told = []
     if states[TrialState.PRUNED]:
         told.append(
-            f"{_many(states[TrialState.PRUNED], 'trial')} of {len(trials)} were ended early, when they lagged behind: "
-            "what they would have reached is not known."
+            f"Ended early, lagging behind: {_many(states[TrialState.PRUNED], 'trial')} of {len(trials)}. What "
+            "they would have reached is not known."
         )
     failed = [trial.user_attrs.get("failure", {}) for trial in trials if trial.state == TrialState.FAIL]
     if failed:
         kinds = Counter(str(failure.get("kind", "unknown")) for failure in failed)
         why = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
-        told.append(f"{_many(len(failed), 'trial')} failed ({why}): that part of the space was not measured.")
+        told.append(f"Failed: {_many(len(failed), 'trial')} ({why}). That part of the space was not measured.")
     left = states[TrialState.RUNNING] + states[TrialState.WAITING]
     if left:
-        told.append(f"{_many(left, 'trial')} still run or wait: this is not the end.")
+        told.append(f"Still running or waiting: {_many(left, 'trial')}. This is not the end.")
     imported = sum(bool(trial.user_attrs.get("imported")) for trial in trials)
     if imported:
-        told.append(f"{_many(imported, 'trial')} were not run here but imported: what they say was not checked.")
+        told.append(f"Imported, not run here: {_many(imported, 'trial')}. What they say was not checked.")
     if not _repeated(trials):
         told.append("Each configuration was trained once, with one seed: another seed gives other numbers.")
     return told

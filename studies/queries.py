@@ -104,7 +104,11 @@ def leaderboard(name: str, storage: Place = None) -> list[Row]:
     """The complete trials of study `name`, best first. Raises StudyError where there is no such study."""
     place = registry.storage_of(storage)
     study_id = registry.study_id(name, place)
-    complete = place.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+    return rows_of(place.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,)))
+
+
+def rows_of(complete: Sequence[FrozenTrial]) -> list[Row]:
+    """The same for complete trials that were read already."""
     return [
         Row(
             rank=rank,
@@ -119,7 +123,7 @@ def leaderboard(name: str, storage: Place = None) -> list[Row]:
     ]
 
 
-def _ranked(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+def _ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return sorted(trials, key=lambda trial: (-float(trial.values[0]), trial.number))
 
 

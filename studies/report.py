@@ -30,7 +30,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; mar
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; font-size: 14px; } .wide { overflow-x: auto; }
 th, td { padding: 0.25rem 0.75rem; border-bottom: 1px solid #eee; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } td.text { text-align: left; white-space: normal; }
+th:first-child, td:first-child { text-align: left; } td.text, th.text { text-align: left; white-space: normal; }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px; }
 li.mind { color: #8a3b00; } .quiet { color: #666; } figure { margin: 1.5rem 0; }
 """
@@ -74,7 +74,7 @@ def tell(name: str, storage: Place = None) -> Told:
         definition=definition,
         status=queries.status(name, place),
         findings=findings.findings(trials, definition, data),
-        rows=queries.leaderboard(name, place),
+        rows=queries.rows_of(findings.ranked(trials)),
         environment=_environment(trials, definition, data),
         trials=trials,
         made=datetime.now().astimezone(),
@@ -114,6 +114,7 @@ def _each(values: Iterable[Any]) -> str:
 def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """The leaderboard's titles and cells."""
     names = list(dict.fromkeys(name for row in rows for name in row.params))
+    titles = ["rank", "trial", "accuracy", *names, "epochs", "weights", "seconds"]
     cells = [
         [
             str(row.rank),
@@ -126,7 +127,8 @@ def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         ]
         for row in rows
     ]
-    return ["rank", "trial", "accuracy", *names, "epochs", "weights", "seconds"], cells
+    known = [column for column in range(len(titles)) if any(row[column] for row in cells)]
+    return [titles[column] for column in known], [[row[column] for column in known] for row in cells]
 
 
 def _failed(trials: Sequence[FrozenTrial]) -> list[str]:
@@ -251,6 +253,6 @@ def _list(sentences: Iterable[str], kind: str = "") -> str:
 
 def _html_table(titles: Sequence[str], cells: Sequence[Sequence[str]], text: bool = False) -> str:
     kind = ' class="text"' if text else ""
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    head = "".join(f"<th{kind}>{html.escape(title)}</th>" for title in titles)
     body = "\n".join("<tr>" + "".join(f"<td{kind}>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
