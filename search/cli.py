@@ -13,7 +13,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import optuna
 import typer
@@ -27,16 +27,19 @@ from sqlalchemy.exc import SQLAlchemyError
 from search import checks, devices, display, worker
 from search.devices import Slot, precision_for
 from search.display import Lines, LiveTable, Watcher
-from storage import claims, database
+from storage import artifacts, claims, database
 from storage import settings as environment
 from storage.database import PatientStorage
 from storage.errors import SettingsError, StorageError, TrialyardError
 from storage.settings import Settings
 from storage.workers import Present
 from studies import definition as definitions
-from studies import queries, registry
+from studies import imported, notebook, queries, registry
 from studies.definition import Definition
+from studies.errors import StudyError
 from studies.queries import Row, Status
+from studies.report import SHOWN_ROWS, Told, counts, tell
+from studies.report import report as report_of
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +86,7 @@ WorkersOption = Annotated[
     int | None,
     typer.Option("--workers", min=1, envvar="TRIALYARD_WORKERS", help="So many trials at once here, in all."),
 ]
+Form = Literal["html", "markdown", "table"]
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study in the database.")]
 SourceArgument = Annotated[
     str, typer.Argument(metavar="NAME|FILE", help="A ready definition (see `trialyard catalog`), or a TOML file.")
@@ -233,6 +237,46 @@ def stop(study: StudyArgument, storage: StorageOption = None) -> None:
     """End a study with the trials that it has; those that run go back to the queue and stay there."""
     registry.stop(study, _connected(storage))
     out.print(f"study {study} is stopped: `trialyard leaderboard {study}` shows what it found", markup=False)
+
+
+@app.command("import")
+def import_results(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study in the database, or `notebook`.")],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE.csv]", help="A column a hyperparameter, and `accuracy`.")
+    ] = None,
+    storage: StorageOption = None,
+) -> None:
+    """Put results that were had elsewhere into a study; `import notebook` makes one of the notebook's own."""
+    if file is None:
+        _import_notebook(study, storage)
+        return
+    added = imported.import_trials(study, file, _connected(storage))
+    there = "" if added else "; all were there already"
+    out.print(f"study {study}: {added} trials were imported{there}", markup=False)
+
+
+@app.command()
+def report(
+    study: StudyArgument,
+    storage: StorageOption = None,
+    form: Annotated[Form, typer.Option("--format", help="A page, text, or a table in the terminal.")] = "html",
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Default: STUDY-report.html or .md, here.")
+    ] = None,
+) -> None:
+    """What was found, what made the difference, and what cannot be concluded, in one file."""
+    settings = _settings(storage)
+    place = database.connect(settings.url)
+    if form == "table":
+        if output is not None:
+            raise typer.BadParameter("--format table is for the terminal: --output goes with html or markdown")
+        _print_report(tell(study, place))
+        return
+    text = report_of(study, place, form, settings.artifact_folder)
+    file = output or Path(f"{study}-report.{'html' if form == 'html' else 'md'}")
+    _write(file, text)
+    out.print(f"the report of {study} is in {file}", markup=False)
 
 
 @app.command()
@@ -443,7 +487,7 @@ def _print_best(study: str, trial: FrozenTrial, settings: Settings) -> None:
     judged = "test (the notebook's protocol)" if told.get("protocol") == "test" else "validation"
     out.print(f"best of {study}: trial {trial.number}, {judged} accuracy {trial.values[0]:.4f}", markup=False)
     out.print(f"  hyperparameters  {display.shown(trial.params)}", markup=False)
-    if "epochs" in told:
+    if "best_epoch" in told:
         out.print(
             f"  training         best epoch {told['best_epoch']} of {told['epochs']}, {told['parameters']:,} weights, "
             f"{told['seconds']:.1f} s, {told['images_per_second']:,.0f} images/s in {told['precision']}",
@@ -520,6 +564,36 @@ def _print_served(addresses: list[str], place: PatientStorage) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _import_notebook(study: str, storage: str | None) -> None:
+    if study != notebook.NAME:
+        raise typer.BadParameter(f"a file is missing: `trialyard import {study} results.csv`")
+    new = notebook.create(database.create(_settings(storage).url))
+    told = "has the notebook's 21 results" if new else "stands already, and nothing was added"
+    out.print(f"study {study} {told}: `trialyard leaderboard {study}` shows them", markup=False)
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        with artifacts.written_whole(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StudyError(f"{file} cannot be written ({error.strerror}): give another file with --output") from None
+
+
+def _print_report(told: Told) -> None:
+    out.print(told.definition.name, style="bold", markup=False)
+    out.print(f"  {counts(told.status)}", markup=False)
+    for title, sentences in (
+        ("found", told.findings.found),
+        ("made the difference", told.findings.mattered),
+        ("cannot be concluded", told.findings.cautions),
+    ):
+        for number, sentence in enumerate(sentences):
+            out.print(f"  {title if number == 0 else '':<19}  {sentence}", markup=False)
+    out.print()
+    _print_rows(told.rows[:SHOWN_ROWS])
 
 
 def main() -> None:

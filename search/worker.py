@@ -16,6 +16,7 @@ from search.devices import Slot
 from search.display import Watcher
 from search.objective import Study
 from search.presence import Presence
+from search.publisher import Publisher
 from search.trainer import Trainer
 from storage import claims, workers
 from storage.database import PatientStorage
@@ -45,7 +46,8 @@ def work(
     interrupted = threading.Event()
     errors: list[BaseException] = []
     open_studies = _OpenStudies(names, storage, settings)
-    presence = Presence(watcher, storage, settings.beat_seconds, slots)
+    publisher = Publisher(watcher, storage, open_studies.cached, settings.artifact_folder)
+    presence = Presence(publisher, storage, settings.beat_seconds, slots)
 
     def fill(slot: Slot, trainer: Trainer) -> None:
         try:
@@ -116,7 +118,7 @@ class _OpenStudies:
 
     def __init__(self, names: Sequence[str] | None, storage: PatientStorage, settings: Settings) -> None:
         self._storage, self._settings = storage, settings
-        self._cached = optuna.storages.get_storage(storage)
+        self.cached = optuna.storages.get_storage(storage)
         self._names = names
         self._lock = threading.Lock()  # the slots' threads look one after another
         self._looked = float("-inf")
@@ -160,7 +162,7 @@ class _OpenStudies:
             except TrialyardError as error:
                 log.warning("study %s is left to other workers: %s", name, error)
                 return None
-        return Study(name=name, study_id=study_id, definition=definition, storage=self._storage, cached=self._cached)
+        return Study(name=name, study_id=study_id, definition=definition, storage=self._storage, cached=self.cached)
 
 
 def _is_done(storage: PatientStorage, study_id: int) -> bool:

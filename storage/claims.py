@@ -13,15 +13,18 @@ The statements are our own, on Optuna's tables: its storage has no call for "the
 budget is spent", and its calls are a transaction each.
 """
 
+import hashlib
 import json
 import logging
 import threading
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Literal
 
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import (
@@ -30,6 +33,7 @@ from optuna.storages._rdb.models import (
     TrialHeartbeatModel,
     TrialIntermediateValueModel,
     TrialModel,
+    TrialParamModel,
     TrialSystemAttributeModel,
     TrialUserAttributeModel,
     TrialValueModel,
@@ -45,6 +49,8 @@ from storage.workers import Worker, database_now, server_started
 log = logging.getLogger(__name__)
 
 RETRIES = 3  # how often in a row a trial that took its trainer or worker down is tried again without getting further
+
+IMPORT_KEY = "import_key"  # user attribute of an imported trial: what it is recognised by
 
 Outcome = Literal["finished", "interrupted", "crashed", "lost"]
 State = Literal["open", "paused", "stopped"]
@@ -67,8 +73,23 @@ class Claim:
 class Budget:
     """How much a study may spend, over all its workers."""
 
-    trials: int  # complete, pruned and failed ones count
+    trials: int  # that are run: complete, pruned and failed ones count
     hours: float | None  # since the first trial began; no trial starts later
+    imported: int = 0  # trials that were run elsewhere; they stand beside those above, and take nothing from them
+
+    @property
+    def total(self) -> int:
+        """How many trials the study ends with."""
+        return self.trials + self.imported
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """A complete trial that was run elsewhere."""
+
+    value: float
+    params: Mapping[str, tuple[BaseDistribution, Any]]  # by name: what it was drawn from, and the value
+    attributes: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,18 +114,21 @@ class Counts:
 def set_budget(storage: RDBStorage, study: str, budget: Budget) -> None:
     """Gives `study` its budget, or a larger one. It is the last step of a study's creation.
 
+    What was imported stays beside it, whatever `budget` says of that.
     Raises StorageError if more trials than `budget` have been spent already.
     """
 
     def work(connection: Connection) -> None:
         study_id = _study_id(connection, study)
         finished, running = _spent(connection, study_id)
-        if budget.trials < finished + running:
+        imported = len(_imported(connection, study_id))
+        own = finished + running - imported
+        if budget.trials < own:
             raise StorageError(
-                f"budget.trials = {budget.trials} is fewer than the {finished + running} trials "
+                f"budget.trials = {budget.trials} is fewer than the {own} trials "
                 f"that study {study!r} has already: ask for that many or more"
             )
-        _set_study_attribute(connection, study_id, "budget", asdict(budget))
+        _set_study_attribute(connection, study_id, "budget", asdict(replace(budget, imported=imported)))
 
     write(storage, study, work)
 
@@ -133,6 +157,36 @@ def found(storage: RDBStorage, study: str, attributes: dict[str, Any], points: S
             row = {"trial_id": trial_id, "key": "fixed_params", "value_json": json.dumps(point)}
             connection.execute(insert(TrialSystemAttributeModel).values(row))
         return True
+
+    return write(storage, study, work)
+
+
+def add(storage: RDBStorage, study: str, trials: Sequence[Imported]) -> int:
+    """Puts trials that were run elsewhere into `study`, finished, all or nothing; returns how many were new.
+
+    The budget grows with them: it is what the study may still run, and finished + running stays within it. Each is
+    known by a digest of all that it says, so that the same trials given again (also by a transaction whose answer was
+    lost) add nothing; two trials that say the same are told apart by their order.
+    """
+    seen: Counter[str] = Counter()
+    keyed: dict[str, Imported] = {}
+    for trial in trials:
+        digest = _digest(trial)
+        seen[digest] += 1
+        keyed[f"{digest}-{seen[digest]}"] = trial
+
+    def work(connection: Connection) -> int:
+        study_id = _study_id(connection, study)
+        there = _imported(connection, study_id)
+        new = {key: trial for key, trial in keyed.items() if key not in there}
+        if new:
+            _insert_imported(connection, study_id, new)
+        # Without a budget the study is still being created, and its creation ends with one.
+        limit = _budget(connection, study_id)
+        if new and limit is not None:
+            grown = replace(limit, imported=len(there) + len(new))
+            _set_study_attribute(connection, study_id, "budget", asdict(grown))
+        return len(new)
 
     return write(storage, study, work)
 
@@ -179,22 +233,31 @@ def ended(storage: RDBStorage, study_id: int) -> bool:
             return True
         finished, running = _spent(connection, study_id)
         over = _state(connection, study_id) == "stopped" or _late(connection, study_id, limit)
-        return finished >= limit.trials or (running == 0 and over)
+        return finished >= limit.total or (running == 0 and over)
 
     return read(storage, work)
+
+
+def finished(connection: Connection, study_id: int) -> tuple[int, State]:
+    """How many trials have ended for good, and the study's state: whether there is news since the last look."""
+    return _spent(connection, study_id)[0], _state(connection, study_id)
 
 
 def _late(connection: Connection, study_id: int, limit: Budget) -> bool:
     if limit.hours is None:
         return False
-    # Trial 0 is always the first; its start in Optuna's table is that of its last attempt.
+    # The one with the least number was the first to begin (imported ones have no attempts); its start in Optuna's table
+    # is that of its last attempt.
     first = connection.execute(
-        select(TrialModel.trial_id).where(TrialModel.study_id == study_id, TrialModel.number == 0)
+        select(TrialUserAttributeModel.value_json)
+        .join(TrialModel, TrialModel.trial_id == TrialUserAttributeModel.trial_id)
+        .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == "attempts")
+        .order_by(TrialModel.number)
+        .limit(1)
     ).scalar()
-    attempts = [] if first is None else _attempts(connection, first)
-    if not attempts:
+    if first is None:
         return False
-    return datetime.now(UTC) - datetime.fromisoformat(attempts[0]["began"]) >= timedelta(hours=limit.hours)
+    return datetime.now(UTC) - datetime.fromisoformat(json.loads(first)[0]["began"]) >= timedelta(hours=limit.hours)
 
 
 # --- claim ------------------------------------------------------------------------------------------------
@@ -215,7 +278,7 @@ def claim(storage: RDBStorage, study: str, worker: Worker, grace_seconds: float)
         _take_back(connection, study_id, study, grace_seconds)
         finished, running = _spent(connection, study_id)
         if (
-            finished + running >= limit.trials
+            finished + running >= limit.total
             or _state(connection, study_id) != "open"
             or _late(connection, study_id, limit)
         ):
@@ -364,9 +427,7 @@ def finish(
         attempts[-1] |= _ending("finished")
         _set_attributes(connection, claim.trial_id, attributes | {"attempts": attempts})
         if value is not None:
-            number, kind = TrialValueModel.value_to_stored_repr(value)
-            row = {"trial_id": claim.trial_id, "objective": 0, "value": number, "value_type": kind}
-            connection.execute(insert(TrialValueModel).values(row))
+            connection.execute(insert(TrialValueModel).values(_value_row(claim.trial_id, value)))
         _set_trial(connection, claim.trial_id, state=state, _datetime_complete_utc=_utc())
 
     write(storage, claim.study, work)
@@ -487,8 +548,11 @@ def _problems(connection: Connection) -> list[str]:
         limit, (finished, running) = _budget(connection, study_id), _spent(connection, study_id)
         if limit is None:
             continue  # not one of ours, or its creation was interrupted and `create` will end it
-        if finished + running > limit.trials:
-            problems.append(f"study {name}: {finished + running} trials, over its {limit.trials}")
+        if finished + running > limit.total:
+            problems.append(f"study {name}: {finished + running} trials, over its {limit.total}")
+        imported = len(_imported(connection, study_id))
+        if imported != limit.imported:
+            problems.append(f"study {name}: {imported} imported trials, and its budget says {limit.imported}")
         twice = connection.execute(
             select(TrialModel.number)
             .where(TrialModel.study_id == study_id)
@@ -587,6 +651,52 @@ def _insert_trial(
     (trial_id,) = inserted.inserted_primary_key or (None,)
     assert trial_id is not None
     return int(trial_id)
+
+
+def _insert_imported(connection: Connection, study_id: int, trials: Mapping[str, Imported]) -> None:
+    """Inserts trials by their digest. Table by table, not trial by trial: the study is locked meanwhile."""
+    first = _size(connection, study_id)
+    # Nobody knows when they ran: they are of the moment in which they came.
+    row = {"study_id": study_id, "state": TrialState.COMPLETE, "datetime_start": _utc(), "datetime_complete": _utc()}
+    connection.execute(insert(TrialModel.__table__), [row | {"number": first + index} for index in range(len(trials))])
+    found = select(TrialModel.trial_id).where(TrialModel.study_id == study_id, TrialModel.number >= first)
+    ids = connection.execute(found.order_by(TrialModel.number)).scalars().all()
+    params: list[dict[str, Any]] = []
+    values: list[dict[str, Any]] = []
+    attributes: list[dict[str, Any]] = []
+    for trial_id, (key, trial) in zip(ids, trials.items(), strict=True):
+        for name, (distribution, value) in trial.params.items():
+            internal = {"param_value": distribution.to_internal_repr(value)}
+            told = {"param_name": name, "distribution_json": distribution_to_json(distribution)}
+            params.append({"trial_id": trial_id} | internal | told)
+        values.append(_value_row(trial_id, trial.value))
+        marked = {**trial.attributes, "imported": True, IMPORT_KEY: key}
+        attributes += [{"trial_id": trial_id, "key": k, "value_json": json.dumps(one)} for k, one in marked.items()]
+    if params:
+        connection.execute(insert(TrialParamModel), params)
+    connection.execute(insert(TrialValueModel), values)
+    connection.execute(insert(TrialUserAttributeModel), attributes)
+
+
+def _imported(connection: Connection, study_id: int) -> set[str]:
+    """The digests of the study's imported trials."""
+    found = connection.execute(
+        select(TrialUserAttributeModel.value_json)
+        .join(TrialModel, TrialModel.trial_id == TrialUserAttributeModel.trial_id)
+        .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == IMPORT_KEY)
+    ).scalars()
+    return {json.loads(one) for one in found}
+
+
+def _digest(trial: Imported) -> str:
+    params = {name: value for name, (_, value) in trial.params.items()}
+    told = json.dumps([trial.value, params, dict(trial.attributes)], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _value_row(trial_id: int, value: float) -> dict[str, Any]:
+    number, kind = TrialValueModel.value_to_stored_repr(value)
+    return {"trial_id": trial_id, "objective": 0, "value": number, "value_type": kind}
 
 
 def _set_trial(connection: Connection, trial_id: int, **columns: Any) -> None:

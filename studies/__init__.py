@@ -7,17 +7,23 @@
 {'depth': 3, 'dropout': 0.25}
 """
 
-from studies.queries import Row, Status, best_trial, leaderboard, status, workers
+from studies.imported import import_trials
+from studies.queries import Curve, Row, Status, best_trial, curves, leaderboard, status, workers
 from studies.registry import names, open, pause, resume, stop
+from studies.report import report
 
 __all__ = [
+    "Curve",
     "Row",
     "Status",
     "best_trial",
+    "curves",
+    "import_trials",
     "leaderboard",
     "names",
     "open",
     "pause",
+    "report",
     "resume",
     "status",
     "stop",

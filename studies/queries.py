@@ -1,15 +1,19 @@
 """What came out: the best trial, the leaderboard, the status. Reading never changes anything."""
 
+import json
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialModel
+from optuna.storages._rdb.models import TrialModel, TrialUserAttributeModel
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, select
 
-from storage import claims
+from storage import claims, settings
 from storage import workers as present_workers
 from storage.claims import Holding
 from storage.database import read
@@ -17,6 +21,8 @@ from storage.workers import Present
 from studies import registry
 from studies.errors import StudyError
 from studies.registry import Place
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +50,7 @@ class Status:
     failed: int
     running: int
     waiting: int
-    budget: int  # trials
+    budget: int  # trials, those included that were imported
     state: claims.State  # open, paused or stopped
     ended: bool
     best: float | None  # the best value so far
@@ -52,6 +58,24 @@ class Status:
     seconds_left: float | None  # a guess, from the pace since the first trial began; None before one finished
     workers: tuple[Holding, ...]
     failures: tuple[str, ...]  # why trials failed, as "kind: message", each reason once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One trial, epoch by epoch: the n-th entry of each tuple is epoch n's, and what is not known is empty.
+
+    Losses are mean cross-entropies, accuracies 0 to 1; `loss` and `accuracy` are of the training images.
+    """
+
+    number: int
+    state: str  # complete or pruned
+    value: float | None
+    params: dict[str, Any]
+    loss: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    val_loss: tuple[float, ...]
+    val_accuracy: tuple[float, ...]  # the database has it, also where the others lie on another machine
+    seconds: tuple[float, ...]
 
 
 def best_trial(name: str, storage: Place = None) -> FrozenTrial:
@@ -80,7 +104,11 @@ def leaderboard(name: str, storage: Place = None) -> list[Row]:
     """The complete trials of study `name`, best first. Raises StudyError where there is no such study."""
     place = registry.storage_of(storage)
     study_id = registry.study_id(name, place)
-    complete = place.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+    return rows_of(place.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,)))
+
+
+def rows_of(complete: Sequence[FrozenTrial]) -> list[Row]:
+    """The same for complete trials that were read already."""
     return [
         Row(
             rank=rank,
@@ -95,7 +123,7 @@ def leaderboard(name: str, storage: Place = None) -> list[Row]:
     ]
 
 
-def _ranked(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+def _ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return sorted(trials, key=lambda trial: (-float(trial.values[0]), trial.number))
 
 
@@ -106,7 +134,8 @@ def status(name: str, storage: Place = None) -> Status:
     definition = registry.definition_of(name, place)
     counts = claims.counts(place, study_id)
     budget = claims.budget(place, study_id)
-    trials = budget.trials if budget is not None else definition.trials
+    trials = budget.total if budget is not None else definition.trials
+    imported = 0 if budget is None else budget.imported
     best = _best(place, study_id)
     return Status(
         study=name,
@@ -122,7 +151,7 @@ def status(name: str, storage: Place = None) -> Status:
         ended=claims.ended(place, study_id),
         best=None if best is None else float(best.values[0]),
         best_number=None if best is None else best.number,
-        seconds_left=_seconds_left(place, study_id, counts, trials),
+        seconds_left=_seconds_left(place, study_id, counts, trials, imported),
         workers=tuple(claims.holdings(place, study_id)),
         failures=_failures(place, study_id) if counts.failed else (),
     )
@@ -131,6 +160,61 @@ def status(name: str, storage: Place = None) -> Status:
 def workers(storage: Place = None) -> list[Present]:
     """Every slot of every worker that beats, whatever study it is at, and also those that wait for one."""
     return read(registry.storage_of(storage), present_workers.present)
+
+
+def curves(
+    name: str, storage: Place = None, artifacts: str | Path | None = None, top: int | None = None
+) -> list[Curve]:
+    """The learning curves of study `name`: complete trials, best first, then pruned ones; `top` limits how many.
+
+    They are read below the folder `artifacts`, by default the one that TRIALYARD_ARTIFACTS or TRIALYARD_HOME names.
+    Raises StudyError where there is no such study.
+    """
+    place = registry.storage_of(storage)
+    study_id = registry.study_id(name, place)
+    ended = place.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return curves_of(ended, Path(artifacts) if artifacts is not None else settings.load().artifact_folder, top)
+
+
+def curves_of(trials: Sequence[FrozenTrial], artifacts: Path, top: int | None = None) -> list[Curve]:
+    """The same for trials that were read already."""
+    complete = _ranked([trial for trial in trials if trial.state == TrialState.COMPLETE])
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
+    return [_curve(trial, artifacts) for trial in [*complete, *pruned][:top]]
+
+
+def _curve(trial: FrozenTrial, artifacts: Path) -> Curve:
+    records = _history(trial, artifacts)
+
+    def column(key: str) -> tuple[float, ...]:
+        return tuple(float(record[key]) for record in records)
+
+    steps = sorted(trial.intermediate_values.items())
+    return Curve(
+        number=trial.number,
+        state=trial.state.name.lower(),
+        value=None if trial.values is None else float(trial.values[0]),
+        params=trial.params,
+        loss=column("loss"),
+        accuracy=column("accuracy"),
+        val_loss=column("val_loss"),
+        val_accuracy=column("val_accuracy") or tuple(value for _, value in steps),
+        seconds=column("seconds"),
+    )
+
+
+def _history(trial: FrozenTrial, artifacts: Path) -> list[dict[str, Any]]:
+    """What the training wrote, an epoch a record; nothing where its file lies elsewhere, or is no history."""
+    below = trial.user_attrs.get("history")
+    if below is None:
+        return []
+    try:
+        records = json.loads((artifacts / below).read_text(encoding="utf-8"))
+        keys = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")
+        return [{key: float(record[key]) for key in keys} for record in records]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        log.debug("trial %d has no history here: %s", trial.number, error)
+        return []
 
 
 def _best(storage: RDBStorage, study_id: int) -> FrozenTrial | None:
@@ -147,16 +231,22 @@ def _failures(storage: RDBStorage, study_id: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{reason['kind']}: {reason['message']}" for reason in reasons))
 
 
-def _seconds_left(storage: RDBStorage, study_id: int, counts: claims.Counts, trials: int) -> float | None:
-    left = trials - counts.finished
+def _seconds_left(
+    storage: RDBStorage, study_id: int, counts: claims.Counts, trials: int, imported: int
+) -> float | None:
+    left, ran = trials - counts.finished, counts.finished - imported
     if left <= 0:
         return 0.0
+    query = select(func.min(TrialModel._datetime_start_utc), func.max(TrialModel._datetime_complete_utc)).where(
+        TrialModel.study_id == study_id
+    )
+    if imported:  # they took no time here
+        query = query.join(
+            TrialUserAttributeModel,
+            and_(TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "attempts"),
+        )
     with storage.engine.connect() as connection:
-        began, last = connection.execute(
-            select(func.min(TrialModel._datetime_start_utc), func.max(TrialModel._datetime_complete_utc)).where(
-                TrialModel.study_id == study_id
-            )
-        ).one()
-    if counts.finished == 0 or not isinstance(began, datetime) or not isinstance(last, datetime):
+        began, last = connection.execute(query).one()
+    if ran == 0 or not isinstance(began, datetime) or not isinstance(last, datetime):
         return None
-    return (last - began).total_seconds() / counts.finished * left
+    return (last - began).total_seconds() / ran * left

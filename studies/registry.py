@@ -4,7 +4,8 @@ import builtins
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -39,10 +40,16 @@ def _connected(url: str) -> RDBStorage:
     return database.connect(url)
 
 
-def create(definition: Definition, storage: RDBStorage, data: dict[str, Any]) -> bool:
+def create(
+    definition: Definition,
+    storage: RDBStorage,
+    data: dict[str, Any],
+    results: Sequence[claims.Imported] | None = None,
+) -> bool:
     """Puts a study into the database: its definition, its points in the queue, its budget.
 
-    `data` is what its images are (`fingerprint`, counts), for workers elsewhere to compare theirs with.
+    `data` is what its images are (`fingerprint`, counts), for workers elsewhere to compare theirs with. With
+    `results` the study has these, and nothing is left to be run.
     Returns whether anything is new. A study that stands is left as it is, but for a budget that is now larger.
     A creation that was killed half way is completed.
 
@@ -53,7 +60,8 @@ def create(definition: Definition, storage: RDBStorage, data: dict[str, Any]) ->
     if _id(storage, name) is None:
         with _quiet(), contextlib.suppress(DuplicatedStudyError):  # somebody else was faster
             storage.create_new_study([StudyDirection.MAXIMIZE], name)
-    new = claims.found(storage, name, {"data": data, "definition": definition.to_json()}, definition.queue())
+    queue = definition.queue() if results is None else []
+    new = claims.found(storage, name, {"data": data, "definition": definition.to_json()}, queue)
     if not new:
         attributes = storage.get_study_user_attrs(study_id(name, storage))
         if "definition" not in attributes:
@@ -62,9 +70,11 @@ def create(definition: Definition, storage: RDBStorage, data: dict[str, Any]) ->
             )
         _compare(definitions.from_json(attributes["definition"]), definition)
         check_data(name, storage, data)
-    wanted = claims.Budget(trials=definition.trials, hours=definition.budget.hours)
-    if claims.budget(storage, study_id(name, storage)) == wanted:
-        return False
+    added = claims.add(storage, name, results) if results else 0
+    wanted = claims.Budget(trials=definition.trials if results is None else 0, hours=definition.budget.hours)
+    there = claims.budget(storage, study_id(name, storage))
+    if there is not None and replace(there, imported=0) == wanted:
+        return added > 0
     claims.set_budget(storage, name, wanted)
     return True
 

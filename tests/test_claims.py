@@ -18,7 +18,7 @@ import pytest
 from optuna.trial import TrialState
 
 from storage import claims, database, workers
-from storage.claims import RETRIES, Beating, Budget, Claim
+from storage.claims import RETRIES, Beating, Budget, Claim, Imported
 from storage.database import PatientStorage
 from storage.errors import ClaimLost, StorageError
 from storage.workers import Doing, Worker
@@ -501,3 +501,71 @@ def test_workers_are_listed_with_what_they_do_until_they_leave(
     assert 0 <= mine.silent_seconds < GRACE
     database.write(storage, None, lambda connection: workers.leave(connection, [me, elsewhere]))
     assert database.read(storage, workers.present) == []
+
+
+# --- imported trials --------------------------------------------------------------------------------------
+
+
+def _results(*values: float) -> list[Imported]:
+    rate = optuna.distributions.FloatDistribution(0.0, 0.7)
+    return [Imported(value=value, params={"dropout": (rate, 0.1)}, attributes={"label": "by hand"}) for value in values]
+
+
+def test_imported_trials_stand_beside_the_budget(storage: PatientStorage, study: str, me: Worker) -> None:
+    running = _claim(storage, study, me)
+    assert claims.add(storage, study, _results(0.8, 0.9)) == 2
+    assert claims.budget(storage, running.study_id) == Budget(trials=5, hours=None, imported=2)
+    _finish(storage, running)
+    numbers = []
+    while (claim := claims.claim(storage, study, me, GRACE)) is not None:
+        numbers.append(claim.number)
+        _finish(storage, claim)
+    assert numbers == [3, 4, 5, 6]
+    assert claims.ended(storage, running.study_id)
+    assert claims.counts(storage, running.study_id).complete == 7
+    assert claims.check(storage) == []
+    claims.set_budget(storage, study, Budget(trials=6, hours=None))
+    assert claims.budget(storage, running.study_id) == Budget(trials=6, hours=None, imported=2)
+    with pytest.raises(StorageError, match=r"budget\.trials = 4 is fewer than the 5 trials"):
+        claims.set_budget(storage, study, Budget(trials=4, hours=None))
+
+
+def test_an_import_whose_answer_was_lost_is_not_done_twice(storage: PatientStorage, study: str) -> None:
+    assert claims.add(storage, study, _results(0.8, 0.8, 0.9)) == 3
+    assert claims.add(storage, study, _results(0.8, 0.8, 0.9)) == 0
+    assert claims.counts(storage, registry.study_id(study, storage)).complete == 3
+    assert claims.check(storage) == []
+
+
+def test_optuna_reads_imported_trials_as_its_own(storage: PatientStorage, study: str) -> None:
+    claims.add(storage, study, _results(0.8))
+    (trial,) = optuna.load_study(study_name=study, storage=storage).trials
+    assert (trial.number, trial.state, trial.values) == (0, TrialState.COMPLETE, [0.8])
+    assert trial.params == {"dropout": 0.1}
+    assert (trial.user_attrs["imported"], trial.user_attrs["label"]) == (True, "by hand")
+    assert trial.datetime_start is not None
+    assert trial.duration is not None
+
+
+def test_hours_are_counted_from_the_first_trial_that_ran_here(storage: PatientStorage, study: str, me: Worker) -> None:
+    claims.add(storage, study, _results(0.8))
+    claims.set_budget(storage, study, Budget(trials=5, hours=1.0))
+    study_id = registry.study_id(study, storage)
+    _finish(storage, _claim(storage, study, me))
+    assert not claims.ended(storage, study_id)
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql(
+            'UPDATE trial_user_attributes SET value_json = replace(value_json, \'"began": "20\', \'"began": "19\') '
+            "WHERE key = 'attempts'"
+        )
+    assert claims.ended(storage, study_id)
+    assert claims.claim(storage, study, me, GRACE) is None
+
+
+def test_a_budget_that_forgot_an_import_is_noticed(storage: PatientStorage, study: str) -> None:
+    claims.add(storage, study, _results(0.8))
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql(
+            "UPDATE study_user_attributes SET value_json = '{\"trials\": 5, \"hours\": null}' WHERE key = 'budget'"
+        )
+    assert claims.check(storage) == [f"study {study}: 1 imported trials, and its budget says 0"]

@@ -243,3 +243,51 @@ def test_ctrl_c_outside_of_work_exits_with_130(home: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "interrupted\n")
+
+
+# --- results, in and out ----------------------------------------------------------------------------------
+
+
+def test_import_takes_a_file_whole_or_not_at_all(home: Path, trialyard: Call) -> None:
+    trialyard("create", "digits")
+    (home / "good.csv").write_text("depth,dropout,accuracy\n3,0.1,0.9\n5,0.2,0.95\n", encoding="utf-8")
+    (home / "bad.csv").write_text("depth,dropout,accuracy\n3,0.3,0.9\n4,0.2,0.95\n", encoding="utf-8")
+    assert trialyard("import", "digits", "good.csv") == (0, "study digits: 2 trials were imported\n", "")
+    again = "study digits: 0 trials were imported; all were there already\n"
+    assert trialyard("import", "digits", "good.csv") == (0, again, "")
+    before = _dump(home)
+    code, out, err = trialyard("import", "digits", "bad.csv")
+    assert (code, out) == (1, "")
+    assert err == "error: bad.csv, line 3: depth = '4' must be one of 3, 5, 7, as space.depth says\n"
+    assert _dump(home) == before
+    assert trialyard("import", "digits")[0] == 2
+    # An imported trial can be the best, and has no model.
+    assert trialyard("best", "digits")[1].startswith("best of digits: trial 4, validation accuracy 0.9500\n")
+
+
+def test_import_notebook_makes_its_study_once(home: Path, trialyard: Call) -> None:
+    code, out, _ = trialyard("import", "notebook")
+    assert (code, out.startswith("study notebook has the notebook's 21 results")) == (0, True)
+    before = _dump(home)
+    assert "stands already, and nothing was added" in trialyard("import", "notebook")[1]
+    assert _dump(home) == before
+    assert len(json.loads(trialyard("leaderboard", "notebook", "--json")[1])) == 21
+
+
+def test_report_writes_the_form_that_is_asked_for(home: Path, trialyard: Call) -> None:
+    trialyard("import", "notebook")
+    before = _dump(home)
+    assert trialyard("report", "notebook") == (0, "the report of notebook is in notebook-report.html\n", "")
+    assert (home / "notebook-report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert trialyard("report", "notebook", "--format", "markdown", "--output", "new/n.md")[0] == 0
+    assert (home / "new" / "n.md").read_text(encoding="utf-8").startswith("# notebook\n")
+    code, out, _ = trialyard("report", "notebook", "--format", "table")
+    assert code == 0
+    assert "The best of 21 complete trials is trial 5" in out
+    assert "0.9810" in out
+    assert trialyard("report", "notebook", "--format", "table", "--output", "t")[0] == 2
+    (home / "folder").mkdir()
+    code, _, err = trialyard("report", "notebook", "--output", "folder")
+    assert (code, err) == (1, "error: folder cannot be written (Is a directory): give another file with --output\n")
+    assert sorted(path.name for path in home.iterdir()) == ["folder", "new", "notebook-report.html", "yard"]
+    assert _dump(home) == before

@@ -1,7 +1,5 @@
 """A study is created whole or completed later, and never changed so that its trials cannot be compared."""
 
-from dataclasses import asdict
-
 import optuna
 import pytest
 from optuna.study import StudyDirection
@@ -81,7 +79,7 @@ def test_a_larger_budget_is_taken_and_one_that_is_spent_refused(
     assert registry.create(with_trials(9), storage, DATA)
     found = claims.budget(storage, registry.study_id(study, storage))
     assert found is not None
-    assert asdict(found) == {"trials": 9, "hours": None}
+    assert (found.trials, found.hours) == (9, None)
 
 
 def test_another_definition_under_the_same_name_is_refused(

@@ -54,6 +54,19 @@ def test_importing_studies_imports_no_keras(tmp_path: Path) -> None:
     assert _loaded_by("import studies", tmp_path) == []
 
 
+def test_what_draws_nothing_imports_no_plotly(home: Path) -> None:
+    code = (
+        "import sys, search.cli\n"
+        "sys.argv = ['trialyard', 'create', 'digits']\n"
+        "try:\n    search.cli.main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print(sorted({'plotly', 'optuna_dashboard', 'sklearn.ensemble'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=home, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -63,6 +76,8 @@ def test_importing_studies_imports_no_keras(tmp_path: Path) -> None:
         ["status"],
         ["status", "digits", "--json"],
         ["leaderboard", "digits"],
+        ["import", "notebook"],
+        ["report", "digits"],
         ["storage", "check"],
     ],
 )

@@ -1,0 +1,94 @@
+"""Keeps the notes and figures of optuna-dashboard up to date while a worker works, and never in its way."""
+
+import logging
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial
+
+from search.display import Watcher
+from search.records import Epoch
+from storage.claims import Claim
+from storage.database import PatientStorage
+from studies import notes
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.5
+LEAVE_SECONDS = 10.0  # that the end of the work waits for the last publication
+
+
+class Publisher(Watcher):
+    """Hears what another watcher hears, and publishes the studies whose trials end, from a thread of its own.
+
+    A failure, a slow database included, is logged and nothing else: training and claims never wait for it.
+    """
+
+    def __init__(self, inner: Watcher, storage: PatientStorage, cached: BaseStorage, artifacts: Path) -> None:
+        self._inner, self._storage, self._cached, self._artifacts = inner, storage, cached, artifacts
+        self._due: dict[str, float] = {}  # studies with news, and when to look at them; by `time.monotonic`
+        self._lock = threading.Lock()  # the slots' threads write, the publishing thread reads
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+
+    def __enter__(self) -> "Publisher":
+        self._inner.__enter__()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._inner.__exit__(kind, error, trace)
+        self._done.set()
+        self._thread.join(LEAVE_SECONDS)
+        if self._thread.is_alive():
+            log.warning("the last notes and figures were not written: the database took too long")
+
+    def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
+        """Passes it on."""
+        self._inner.began(claim, point, epochs)
+
+    def epoch(self, claim: Claim, record: Epoch) -> None:
+        """Passes it on."""
+        self._inner.epoch(claim, record)
+
+    def ended(self, claim: Claim, trial: FrozenTrial) -> None:
+        """Remembers that the study has news."""
+        with self._lock:
+            self._due.setdefault(claim.study, time.monotonic())
+        self._inner.ended(claim, trial)
+
+    def tick(self) -> None:
+        """Passes it on."""
+        self._inner.tick()
+
+    def _run(self) -> None:
+        while not self._done.wait(TICK_SECONDS):
+            with self._lock:
+                now = time.monotonic()
+                due = [study for study, when in self._due.items() if when <= now]
+                for study in due:
+                    del self._due[study]
+            for study in due:
+                if not self._published(study, last=False):
+                    with self._lock:
+                        self._due[study] = time.monotonic() + notes.PAUSE_SECONDS
+        with self._lock:
+            left = list(self._due)
+        for study in left:
+            self._published(study, last=True)
+
+    def _published(self, study: str, *, last: bool) -> bool:
+        try:
+            return notes.publish(study, self._storage, self._artifacts, self._cached, last=last)
+        except Exception as error:
+            # Whatever it is, it must not be in the way of training.
+            if not self._storage.leaving.is_set():
+                log.warning("the notes and figures of study %s were not written: %s", study, error)
+                log.debug("the whole error", exc_info=error)
+            return False

@@ -1,0 +1,375 @@
+"""Plotly figures of a study: pure functions from its trials, its definition and its learning curves.
+
+A figure that would be empty is left out (None): there is always data in one. Coordinates are plain lists, and not the
+base-64 arrays of newer Plotly versions, which older dashboards cannot draw. Plotly takes a moment to import: only what
+draws imports this module.
+"""
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import plotly.graph_objects as go
+from optuna.trial import FrozenTrial, TrialState
+from plotly.subplots import make_subplots
+
+from studies import notebook
+from studies.definition import Definition
+from studies.queries import Curve
+from studies.space import Choice
+
+LIMIT = 1000  # points in a plot: a page with 10,000 is slow, and tells no more
+DROPOUTS = ("dropout", "dense_dropout", "conv_dropout")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # told apart by all eyes
+NOTEBOOK = "#888888"
+
+ACCURACY = {"tickformat": ".4~f"}
+
+
+def drawn(trials: Sequence[FrozenTrial], definition: Definition, curves: Sequence[Curve] = ()) -> dict[str, go.Figure]:
+    """All figures that there is data for, by a name that is fit for an HTML id."""
+    figures = {
+        "learning-curves": learning_curves(curves, definition),
+        "dropout": against_hyperparameter(trials, definition),
+        "cost": against_cost(trials, definition),
+        "progress": best_so_far(trials, definition),
+        "notebook": beside_notebook(trials, definition),
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def learning_curves(curves: Sequence[Curve], definition: Definition) -> go.Figure | None:
+    """Training and validation loss by epoch, a colour a trial, as the notebook drew them.
+
+    Where no history is at hand (it lies on another machine), the validation accuracy of the database instead.
+    """
+    traces = []
+    for index, curve in enumerate(curve for curve in curves if curve.loss):
+        for kind, values, dash in (("training", curve.loss, "solid"), ("validation", curve.val_loss, "dash")):
+            traces.append(_line(curve, f"trial {curve.number}, {_of(kind, definition)}", values, index, dash))
+    if traces:
+        return _figure(traces, "Loss by epoch, best trials first", "epoch", "mean cross-entropy")
+    traces = [
+        _line(curve, f"trial {curve.number}", curve.val_accuracy, index, "dash")
+        for index, curve in enumerate(curve for curve in curves if curve.val_accuracy)
+    ]
+    if not traces:
+        return None
+    title = "Accuracy by epoch, best trials first (their losses are not on this machine)"
+    return _figure(traces, title, "epoch", _judged(definition), yaxis=ACCURACY)
+
+
+def against_hyperparameter(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure | None:
+    """Accuracy against dropout where it is searched, else the first numeric hyperparameter, else the first one.
+
+    A colour a depth, where depth is searched; pruned trials are crosses, at the accuracy of their last epoch.
+    """
+    names = _axis(definition)
+    group = "depth" if "depth" in definition.space and "depth" not in names else None
+    placed = [trial for trial in trials if _accuracy(trial) is not None and _at(trial, names) is not None]
+    points: dict[tuple[Any, bool], list[FrozenTrial]] = {}
+    for trial in _thinned(placed):
+        key = (trial.params.get(group) if group else None, trial.state == TrialState.PRUNED)
+        points.setdefault(key, []).append(trial)
+    if not points:
+        return None
+    depths = sorted({depth for depth, _ in points}, key=lambda depth: (str(type(depth)), depth))
+    traces = []
+    for depth, pruned in sorted(points, key=lambda key: (depths.index(key[0]), key[1])):
+        shown = points[depth, pruned]
+        name = ("all trials" if group is None else f"depth {depth}") if not pruned else "pruned"
+        traces.append(
+            _dots(
+                shown,
+                [_at(trial, names) for trial in shown],
+                definition,
+                name=f"depth {depth}, pruned" if pruned and group else name,
+                marker={
+                    "color": COLOURS[depths.index(depth) % len(COLOURS)],
+                    "symbol": "x-thin-open" if pruned else "circle",
+                    "size": 8,
+                    "line": {"width": 2 if pruned else 0, "color": COLOURS[depths.index(depth) % len(COLOURS)]},
+                },
+            )
+        )
+    axis: dict[str, Any] = {}
+    parameter = definition.space[names[0]]
+    if isinstance(parameter, Choice):
+        axis["type"] = "category"
+    elif parameter.log:
+        axis["type"] = "log"
+    told = " or ".join(name.replace("_", " ") for name in names)
+    title = f"Accuracy against {told}{_some([placed])}"
+    return _figure(traces, title, told, _judged(definition), xaxis=axis, yaxis=ACCURACY)
+
+
+def against_cost(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure | None:
+    """Accuracy against the model's parameters and the training's seconds, each with its Pareto front."""
+    complete = _complete(trials)
+    panels = []
+    for cost, title in (("parameters", "weights in the model"), ("seconds", "seconds of training")):
+        known = [trial for trial in complete if isinstance(trial.user_attrs.get(cost), (int, float))]
+        if known:
+            panels.append((cost, title, known))
+    if not panels:
+        return None
+    figure = make_subplots(rows=1, cols=len(panels), shared_yaxes=True, horizontal_spacing=0.06)
+    for column, (cost, title, known) in enumerate(panels, start=1):
+
+        def spent(trial: FrozenTrial, cost: str = cost) -> float:
+            return float(trial.user_attrs[cost])
+
+        front = pareto(known, spent)
+        others = _thinned(known)
+        dots = {"color": COLOURS[5], "size": 7}
+        figure.add_trace(
+            _dots(others, [spent(t) for t in others], definition, "complete trials", dots, show=column == 1), 1, column
+        )
+        line = _dots(
+            front, [spent(t) for t in front], definition, "Pareto front", {"color": COLOURS[1]}, show=column == 1
+        )
+        figure.add_trace(line.update(mode="lines+markers", line={"shape": "hv", "color": COLOURS[1]}), 1, column)
+        figure.update_xaxes(title_text=title, row=1, col=column)
+    figure.update_yaxes(title_text=_judged(definition), col=1)
+    figure.update_yaxes(**ACCURACY)
+    return _styled(figure, f"Accuracy against cost{_some([known for _, _, known in panels])}")
+
+
+def best_so_far(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure | None:
+    """The best accuracy so far, against trials and against wall time since the first one began."""
+    # When an imported trial was run is not known.
+    ended = sorted(
+        (trial for trial in trials if trial.state.is_finished() and not trial.user_attrs.get("imported")),
+        key=lambda trial: (trial.datetime_complete or datetime.max, trial.number),
+    )
+    began = min((trial.datetime_start for trial in ended if trial.datetime_start is not None), default=None)
+    if began is None or not _complete(ended):
+        return None
+    best: FrozenTrial | None = None
+    counts, hours, values, texts = [], [], [], []
+    for count, trial in enumerate(ended, start=1):
+        if trial.state == TrialState.COMPLETE and (best is None or trial.values[0] > best.values[0]):
+            best = trial
+        elif count != len(ended):
+            continue  # a step line needs its steps, and its end
+        if best is not None:
+            counts.append(count)
+            hours.append(((trial.datetime_complete or began) - began).total_seconds() / 3600)
+            values.append(best.values[0])
+            texts.append(_text(best, definition))
+    unit, factor = ("hours", 1.0) if hours[-1] > 2 else ("minutes", 60.0) if hours[-1] > 2 / 60 else ("seconds", 3600.0)
+    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.06)
+    spent = [hour * factor for hour in hours]
+    for column, (x, title) in enumerate(((counts, "finished trials"), (spent, f"{unit} since the first began")), 1):
+        figure.add_trace(
+            go.Scatter(
+                x=x,
+                y=values,
+                text=texts,
+                hoverinfo="text",
+                mode="lines+markers",
+                line={"shape": "hv", "color": COLOURS[0]},
+                name="best so far",
+                showlegend=False,
+            ),
+            1,
+            column,
+        )
+        figure.update_xaxes(title_text=title, rangemode="tozero", row=1, col=column)
+    figure.update_yaxes(title_text=_judged(definition), col=1)
+    figure.update_yaxes(**ACCURACY)
+    return _styled(figure, "Best so far")
+
+
+def beside_notebook(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure | None:
+    """The notebook's own results beside ours, where the study replays one of its experiments; else None."""
+    rows = notebook.beside(definition)
+    if not rows:
+        return None
+    complete = _complete(trials)
+    sweep = next((name for name in rows[0][0] if name.endswith("_dropout")), None)
+    places: list[Any] = [point[sweep] if sweep else html.escape(result.label) for point, result in rows]
+    theirs = go.Scatter(
+        x=places,
+        y=[result.accuracy for _, result in rows],
+        text=[f"the notebook: {html.escape(result.label)}<br>{result.accuracy:.4f}" for _, result in rows],
+        hoverinfo="text",
+        mode="markers",
+        name="the notebook",
+        marker={"color": NOTEBOOK, "symbol": "diamond", "size": 10},
+    )
+    ours = [
+        (trial, place)
+        for trial in complete
+        for place, (point, _) in zip(places, rows, strict=True)
+        if trial.params == point
+    ]
+    shown = _dots(
+        [trial for trial, _ in ours],
+        [place for _, place in ours],
+        definition,
+        "this study",
+        {"color": COLOURS[0], "size": 10, "symbol": "circle"},
+    )
+    title = "The notebook's results and this study's, on the test images"
+    if definition.name.endswith("-labelled") or (sweep and max(places) > 0.5):
+        title += "<br><sup>its labels said 0.0 to 0.7, and it ran with 0.00 to 0.07</sup>"
+    if definition.data.limit is not None or definition.budget.epochs != 20:
+        title += f"<br><sup>this study: {_size(definition)}; the notebook: 20 epochs of 60,000 images</sup>"
+    return _figure(
+        [theirs, shown] if ours else [theirs],
+        title,
+        sweep.replace("_", " ") if sweep else "",
+        "test accuracy",
+        xaxis={} if sweep else {"type": "category"},
+        yaxis=ACCURACY,
+    )
+
+
+def pareto(trials: Sequence[FrozenTrial], cost: Callable[[FrozenTrial], float]) -> list[FrozenTrial]:
+    """The complete trials that no other one beats in both: cheapest first, each more accurate than all before."""
+    front: list[FrozenTrial] = []
+    for trial in sorted(trials, key=lambda trial: (cost(trial), -trial.values[0], trial.number)):
+        if not front or trial.values[0] > front[-1].values[0]:
+            front.append(trial)
+    return front
+
+
+# --- parts ------------------------------------------------------------------------------------------------
+
+
+def _axis(definition: Definition) -> tuple[str, ...]:
+    """The hyperparameters on the horizontal axis; a trial stands at the first of them that it has."""
+    space = definition.space
+    dropouts = tuple(name for name in DROPOUTS if name in space and not isinstance(space[name], Choice))
+    if dropouts:
+        return dropouts
+    numeric = [name for name, parameter in space.items() if not isinstance(parameter, Choice)]
+    listed = [name for name in DROPOUTS if name in space]
+    return ((listed or numeric or list(space))[0] if not numeric else numeric[0],)
+
+
+def _at(trial: FrozenTrial, names: Sequence[str]) -> Any:
+    place = next((trial.params[name] for name in names if name in trial.params), None)
+    if place is None and trial.params.get("dropout_layers") is False:
+        return 0.0  # no dropout layer drops nothing
+    return html.escape(place) if isinstance(place, str) else place
+
+
+def _complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    return [trial for trial in trials if trial.state == TrialState.COMPLETE]
+
+
+def _accuracy(trial: FrozenTrial) -> float | None:
+    if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+        return None
+    if trial.values is not None:
+        return float(trial.values[0])
+    return trial.intermediate_values[trial.last_step] if trial.last_step is not None else None
+
+
+def _thinned(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """At most LIMIT: the better half whole, and evenly many of the others."""
+    if len(trials) <= LIMIT:
+        return list(trials)
+    ranked = sorted(trials, key=lambda trial: (-(_accuracy(trial) or 0.0), trial.number))
+    kept, rest = ranked[: LIMIT // 2], ranked[LIMIT // 2 :]
+    return kept + [rest[index * len(rest) // (LIMIT // 2)] for index in range(LIMIT // 2)]
+
+
+def _some(groups: Sequence[Sequence[FrozenTrial]]) -> str:
+    """For a title: that not all trials are shown, where it is so."""
+    return f" (the better half of {LIMIT}, and a sample)" if any(len(group) > LIMIT for group in groups) else ""
+
+
+def _dots(
+    trials: Sequence[FrozenTrial],
+    x: Sequence[Any],
+    definition: Definition,
+    name: str,
+    marker: Mapping[str, Any],
+    show: bool = True,
+) -> go.Scatter:
+    return go.Scatter(
+        x=list(x),
+        y=[_accuracy(trial) for trial in trials],
+        text=[_text(trial, definition) for trial in trials],
+        hoverinfo="text",
+        mode="markers",
+        name=html.escape(name),
+        legendgroup=html.escape(name),
+        showlegend=show,
+        marker=dict(marker),
+    )
+
+
+def _line(curve: Curve, name: str, values: Sequence[float], index: int, dash: str) -> go.Scatter:
+    return go.Scatter(
+        x=list(range(1, len(values) + 1)),
+        y=list(values),
+        mode="lines+markers",
+        name=name,
+        legendgroup=f"trial {curve.number}",
+        hovertext=_params(curve.params),
+        line={"color": COLOURS[index % len(COLOURS)], "dash": dash},
+        marker={"size": 4},
+    )
+
+
+def _text(trial: FrozenTrial, definition: Definition) -> str:
+    accuracy = _accuracy(trial)
+    told = "" if accuracy is None else f"<br>{_judged(definition)} {accuracy:.4f}"
+    pruned = f", pruned after epoch {trial.last_step}" if trial.state == TrialState.PRUNED else ""
+    label = f"<br>{html.escape(str(trial.user_attrs['label']))}" if "label" in trial.user_attrs else ""
+    return f"trial {trial.number}{pruned}<br>{_params(trial.params)}{told}{label}"
+
+
+def _params(params: Mapping[str, Any]) -> str:
+    told = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())
+    return html.escape(", ".join(told))
+
+
+def _judged(definition: Definition) -> str:
+    return _of("validation", definition) + " accuracy"
+
+
+def _of(kind: str, definition: Definition) -> str:
+    """`kind`, but that a study with the notebook's protocol has no validation images."""
+    return "test" if kind == "validation" and definition.data.validation == "test" else kind
+
+
+def _size(definition: Definition) -> str:
+    images = f"{definition.data.limit:,}" if definition.data.limit is not None else "60,000"
+    return f"{definition.budget.epochs} epochs of {images} images"
+
+
+def _figure(
+    traces: Sequence[go.Scatter],
+    title: str,
+    x: str,
+    y: str,
+    xaxis: Mapping[str, Any] | None = None,
+    yaxis: Mapping[str, Any] | None = None,
+) -> go.Figure:
+    figure = go.Figure(list(traces))
+    figure.update_xaxes(title_text=html.escape(x), **(xaxis or {}))
+    figure.update_yaxes(title_text=html.escape(y), **(yaxis or {}))
+    return _styled(figure, title)
+
+
+def _styled(figure: go.Figure, title: str) -> go.Figure:
+    # The named templates are 7 kB each, which the dashboard would carry at every poll.
+    figure.update_layout(
+        template=go.layout.Template(),
+        title={"text": title, "x": 0.01, "font": {"size": 16}},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        height=420,
+        margin={"l": 70, "r": 20, "t": 70, "b": 55},
+        hovermode="closest",
+    )
+    axis = {"gridcolor": "#e5e5e5", "zeroline": False, "linecolor": "#888888", "showline": True}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    return figure

@@ -1,0 +1,166 @@
+"""Results of trials that were run elsewhere, by hand or by another program, brought into a study."""
+
+import csv
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from storage import claims
+from storage.claims import Imported
+from storage.errors import nearest
+from studies import registry
+from studies.definition import Definition
+from studies.errors import StudyError
+from studies.models import Number, OneOf, Rule
+from studies.registry import Place
+from studies.space import Choice, Int, Parameter, broken_rule, in_order, listed
+
+_SHARE = Number(low=0.0, high=1.0)
+
+# What a row may tell beside its hyperparameters; each but `accuracy` may be missing, and lands in a user attribute.
+COLUMNS: Mapping[str, Rule | None] = {
+    "accuracy": _SHARE,  # of the images that the study judges by; the trial's value
+    "loss": Number(low=0.0),
+    "train_accuracy": _SHARE,
+    "seconds": Number(low=0.0),
+    "parameters": Number(low=0, whole=True),
+    "protocol": OneOf(values=("validation", "test")),
+    "label": None,
+    "source": None,
+}
+
+
+def import_trials(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, storage: Place = None) -> int:
+    """Puts results that were had elsewhere into study `name`, as complete trials; returns how many were new.
+
+    A row has the hyperparameters that the study searches (those that do not apply left out or empty), ``accuracy``
+    from 0 to 1, and perhaps more of `COLUMNS`; `rows` is a sequence of such mappings, or the path of a CSV file with
+    these columns. All rows are taken, or none. They are marked ``imported`` in their user attributes, samplers learn
+    from them, the budget grows with them, and the same rows again add nothing.
+
+    Raises StudyError, in one sentence, where there is no such study or a row does not fit its definition.
+    """
+    place = registry.storage_of(storage)
+    definition = registry.definition_of(name, place)
+    numbered = _read(Path(rows)) if isinstance(rows, (str, Path)) else _listed(rows)
+    trials = [trial_of(row, definition, where) for where, row in numbered]
+    if not trials:
+        raise StudyError(f"there is no row to import into study {name!r}: give at least one")
+    return claims.add(place, name, trials)
+
+
+def trial_of(row: Mapping[str, Any], definition: Definition, where: str) -> Imported:
+    """The trial that a row tells of. Raises StudyError, which begins with `where`."""
+    told = {key: value for key, value in row.items() if value is not None and str(value).strip() != ""}
+    known = [*definition.space, *definition.fixed, *COLUMNS]
+    for key in told:
+        if key not in known:
+            hint = nearest(str(key), known) or f"; known are {', '.join(known)}"
+            raise StudyError(f"{where}: study {definition.name!r} has no column {key!r}{hint}")
+    for key, value in definition.fixed.items():
+        if key in told and _read_as(told[key], Choice(choices=(value,))) != value:
+            raise StudyError(
+                f"{where}: {key} = {_shown(told[key])}, and study {definition.name!r} fixes it at {listed([value])}: "
+                "import it into a study that searches it"
+            )
+    point: dict[str, Any] = {}
+    for key in in_order(definition.space):
+        parameter = definition.space[key]
+        if parameter.applies(point):
+            point[key] = _hyperparameter(key, told.get(key), parameter, where)
+        elif key in told:
+            raise StudyError(
+                f"{where}: {key} = {_shown(told[key])} does not apply there, as space.{key}.when says: leave it empty"
+            )
+    if "accuracy" not in told:
+        raise StudyError(f"{where} lacks its accuracy: give it as a number from 0 to 1")
+    rest = {key: _fact(key, told[key], rule, where) for key, rule in COLUMNS.items() if key in told}
+    accuracy = float(rest.pop("accuracy"))
+    protocol = "test" if definition.data.validation == "test" else "validation"
+    return Imported(
+        value=accuracy,
+        params={key: (definition.space[key].distribution(), value) for key, value in point.items()},
+        attributes={"protocol": protocol, **rest},
+    )
+
+
+def _hyperparameter(key: str, raw: Any, parameter: Parameter, where: str) -> Any:
+    if raw is None:
+        raise StudyError(f"{where} lacks {key!r}, which the study searches there: give its value")
+    value = _read_as(raw, parameter)
+    broken = broken_rule(parameter, value)
+    if broken:
+        raise StudyError(f"{where}: {key} = {_shown(raw)} {broken}, as space.{key} says")
+    return value
+
+
+def _fact(key: str, raw: Any, rule: Rule | None, where: str) -> Any:
+    if rule is None:
+        return str(raw)[:1000]
+    value = _number(raw, whole=isinstance(rule, Number) and rule.whole) if isinstance(rule, Number) else raw
+    broken = rule.broken_by(value)
+    if not broken and isinstance(value, float) and not math.isfinite(value):
+        broken = "must be a finite number"
+    if broken:
+        hint = ": 99.3 % is 0.993" if rule is _SHARE and isinstance(value, (int, float)) and value > 1 else ""
+        raise StudyError(f"{where}: {key} = {_shown(raw)} {broken}{hint}")
+    return value
+
+
+def _read_as(raw: Any, parameter: Parameter) -> Any:
+    """The value that a cell of a table means; the cell itself where it means none."""
+    if hasattr(raw, "item"):  # a number of NumPy's
+        raw = raw.item()
+    if isinstance(parameter, Choice):
+        text = str(raw).strip()
+        same = [choice for choice in parameter.choices if listed([choice]).strip('"') == text or str(choice) == text]
+        if same or not isinstance(raw, (str, int, float)) or isinstance(raw, bool):
+            return same[0] if same else raw
+        number = _number(raw, whole=False)
+        alike = (c for c in parameter.choices if isinstance(c, (int, float)) and not isinstance(c, bool))
+        return next((choice for choice in alike if choice == number), raw)
+    number = _number(raw, whole=isinstance(parameter, Int))
+    # `dropout = 0` means 0.0 where dropout is a real number.
+    return float(number) if type(number) is int and not isinstance(parameter, Int) else number
+
+
+def _number(raw: Any, *, whole: bool) -> Any:
+    if hasattr(raw, "item"):
+        raw = raw.item()
+    if not isinstance(raw, str):
+        return raw
+    try:
+        number = float(raw)
+    except ValueError:
+        return raw
+    return int(number) if whole and number.is_integer() else number
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:90]}..."
+
+
+def _listed(rows: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    for index, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise StudyError(f"row {index} is a {type(row).__name__}, and must be a mapping from columns to values")
+        yield f"row {index}", row
+
+
+def _read(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True, skipinitialspace=True, restkey="(beyond the last column)")
+            columns = [str(column).strip() for column in reader.fieldnames or []]
+            reader.fieldnames = columns
+            twice = next((column for column in columns if columns.count(column) > 1), None)
+            if twice is not None:
+                raise StudyError(f"{path} has the column {twice!r} twice: keep one")
+            return [(f"{path}, line {reader.line_num}", row) for row in reader]
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read ({error.strerror}): give the path of a CSV file") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise StudyError(
+            f"{path} is no CSV file in UTF-8 ({error}): write a line of columns, then a row a line"
+        ) from None

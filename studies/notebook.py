@@ -1,0 +1,212 @@
+"""What the notebook behind the project measured, as data: to compare with, and to import as a study.
+
+Its rates are those that it ran with. The sweeps' labels said ten times as much (0.7 for 0.07). All accuracies are of
+the 10,000 test images of MNIST, by which it also chose: one run each, 20 epochs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.storages import RDBStorage
+
+from studies import definition as definitions
+from studies import imported, registry
+from studies.definition import Definition
+from studies.errors import StudyError
+
+NAME = "notebook"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One row of its tables."""
+
+    source: str  # which table
+    label: str  # as it stood there
+    depth: int
+    conv_dropout: float | None  # rate of the layers after convolutions; None where there was no such layer
+    dense_dropout: float | None  # rate of the layer after Dense 128
+    accuracy: float  # on the test images
+    loss: float | None = None
+    train_accuracy: float | None = None
+    measured: str  # when
+
+
+def _conclusion(
+    label: str, depth: int, dropout: float | None, accuracy: float, loss: float, train: float | None
+) -> Result:
+    return Result(
+        source="conclusion",
+        label=label,
+        depth=depth,
+        conv_dropout=dropout,
+        dense_dropout=dropout if depth == 3 else None,
+        accuracy=accuracy,
+        loss=loss,
+        train_accuracy=train,
+        measured="after epoch 20",
+    )
+
+
+def _sweep(depth: int, train: tuple[float, ...], test: tuple[float, ...]) -> list[Result]:
+    return [
+        Result(
+            source=f"sweep of depth {depth}",
+            label=f"Dropout={step / 10:.1f}",
+            depth=depth,
+            conv_dropout=None if depth == 3 else step / 100,
+            dense_dropout=step / 100 if depth == 3 else None,
+            accuracy=accuracy,
+            train_accuracy=train_accuracy,
+            measured="best of 20 epochs",
+        )
+        for step, (train_accuracy, accuracy) in enumerate(zip(train, test, strict=True))
+    ]
+
+
+CONCLUSION = (
+    _conclusion("3 layers, no dropout", 3, None, 0.9938, 0.02887, 0.9983),
+    _conclusion("3 layers, dropout 0.0", 3, 0.0, 0.9928, 0.03003, 0.9982),
+    _conclusion("5 layers, no dropout", 5, None, 0.9934, 0.02942, 0.9986),
+    _conclusion("7 layers, dropout 0.0", 7, 0.0, 0.9810, 0.08438, None),
+    _conclusion("7 layers, dropout 0.2", 7, 0.2, 0.9919, 0.05175, 0.9981),
+)
+SWEEP_3 = tuple(
+    _sweep(
+        3,
+        train=(0.99913, 0.99910, 0.99882, 0.99883, 0.99878, 0.99910, 0.99915, 0.99865),
+        test=(0.99410, 0.99360, 0.99400, 0.99290, 0.99330, 0.99320, 0.99340, 0.99340),
+    )
+)
+SWEEP_7 = tuple(
+    _sweep(
+        7,
+        train=(0.99800, 0.99852, 0.99865, 0.99782, 0.99820, 0.99792, 0.99817, 0.99783),
+        test=(0.99200, 0.99160, 0.99290, 0.99240, 0.99130, 0.99090, 0.99080, 0.99270),
+    )
+)
+RESULTS = (*CONCLUSION, *SWEEP_3, *SWEEP_7)
+
+# A layer of rate 0 changes nothing, so that the sweep of depth 3, whose only dropout followed Dense 128, has its
+# conv_dropout at 0.
+_DEFINITION = f"""
+name = "{NAME}"
+description = "What the notebook measured: five conclusions, two sweeps of eight, at the rates that it ran with"
+dataset = "mnist"
+model = "convnet"
+
+[data]
+validation = "test"
+
+[budget]
+trials = {len(RESULTS)}
+epochs = 20
+
+[space]
+depth = {{ choices = [3, 5, 7] }}
+dropout_layers = {{ choices = [false, true] }}
+conv_dropout = {{ low = 0.0, high = 0.7, when = {{ dropout_layers = true }} }}
+dense_dropout = {{ low = 0.0, high = 0.7, when = {{ dropout_layers = true, depth = 3 }} }}
+
+[fixed]
+batch_size = 128
+optimizer = "adam"
+learning_rate = 1e-3
+"""
+
+# No fingerprint: its images are not here, only what it said of them.
+DATA = {"fingerprint": "unknown", "train": 60_000, "test": 10_000, "image_shape": [28, 28, 1], "classes": 10}
+
+
+def definition() -> Definition:
+    """What the study of its results searched, if a person's sweeps were a search."""
+    return definitions.parse(_DEFINITION, source=NAME)
+
+
+def create(storage: RDBStorage) -> bool:
+    """Makes the study ``notebook`` of its 21 results, with nothing left to run; returns False where it stands.
+
+    Raises StudyError where a study of that name is another's.
+    """
+    mine = definition()
+    if NAME in registry.names(storage):
+        different = definitions.differences(registry.definition_of(NAME, storage), mine)
+        if different:
+            raise StudyError(
+                f"there is a study {NAME!r} already that is not of the notebook's results ({'; '.join(different)}): "
+                "import them into another database with --storage"
+            )
+    rows = [imported.trial_of(_row(result), mine, result.label) for result in RESULTS]
+    return registry.create(mine, storage, DATA, rows)
+
+
+def _row(result: Result) -> dict[str, Any]:
+    layers = result.conv_dropout is not None or result.dense_dropout is not None
+    return {
+        "depth": result.depth,
+        "dropout_layers": layers,
+        "conv_dropout": result.conv_dropout or 0.0 if layers else None,
+        "dense_dropout": result.dense_dropout if result.depth == 3 else None,
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+        "train_accuracy": result.train_accuracy,
+        "label": result.label,
+        "source": f"the notebook, {result.source}, {result.measured}",
+    }
+
+
+def beside(study: Definition) -> list[tuple[Mapping[str, Any], Result]]:
+    """The notebook's results that belong beside a study's: each with the study's hyperparameters for it.
+
+    A study is one of the notebook's where it searches what one in the catalog does; else the list is empty. A
+    labelled sweep has the results at their labels, which are ten times the rates that they ran with.
+    """
+    ready = definitions.catalog()
+    for name, results in _PLACES.items():
+        if _comparable(study, ready[name]):
+            return [(_point(name, result), result) for result in results]
+    return []
+
+
+def caution(study: Definition) -> list[str]:
+    """What a reader of a study that replays one of the notebook's sweeps, or holds them, must know of their labels."""
+    lie = "The notebook labelled its sweeps 0.0 to 0.7, and ran them with a tenth of that, 0.00 to 0.07 (i * 0.01)"
+    if study.name == NAME and _comparable(study, definition()):
+        return [f"{lie}: they stand here as they ran."]
+    rows = beside(study)
+    if not rows or rows[0][1].source == "conclusion":
+        return []
+    point, _ = rows[-1]
+    if max(point.values()) > 0.5:
+        return [f"{lie}: this study searches the labelled rates, which the notebook never ran."]
+    return [f"{lie}: this study repeats it as it ran."]
+
+
+_PLACES: Mapping[str, tuple[Result, ...]] = {
+    "notebook-conclusion": CONCLUSION,
+    "notebook-dropout-3": SWEEP_3,
+    "notebook-dropout-3-labelled": SWEEP_3,
+    "notebook-dropout-7": SWEEP_7,
+    "notebook-dropout-7-labelled": SWEEP_7,
+}
+
+
+def _comparable(one: Definition, other: Definition) -> bool:
+    # Fewer epochs or images make a smaller study of the same question, which its report says.
+    def question(definition: Definition) -> Any:
+        told = definition.to_json()
+        return [told["dataset"], told["model"], told["data"]["validation"], told["space"], told["fixed"]]
+
+    return bool(question(one) == question(other))
+
+
+def _point(name: str, result: Result) -> dict[str, Any]:
+    if name == "notebook-conclusion":
+        layers = result.conv_dropout is not None
+        dropout = {"dropout": result.conv_dropout} if layers else {}
+        return {"depth": result.depth, "dropout_layers": layers, **dropout}
+    key = "dense_dropout" if result.depth == 3 else "conv_dropout"
+    rate = result.dense_dropout if result.depth == 3 else result.conv_dropout
+    assert rate is not None
+    return {key: round(rate * 10, 1) if name.endswith("-labelled") else rate}

@@ -1,0 +1,521 @@
+"""The report stands alone and says what cannot be concluded; the dashboard's notes come by themselves."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+from optuna_dashboard import get_note, save_note
+from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
+from optuna_dashboard._note import get_note_from_system_attrs
+from optuna_dashboard._serializer import serialize_frozen_trial
+
+from search.display import Watcher
+from search.publisher import Publisher
+from storage import claims, database
+from storage.claims import Claim, Imported
+from storage.database import PatientStorage
+from storage.workers import Worker
+from studies import definition as definitions
+from studies import findings, notebook, notes, registry
+from studies.definition import Definition, parse
+from studies.errors import StudyError
+from studies.report import report, tell
+
+COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
+DATA = {"fingerprint": "0" * 16, "train": 1438, "validation": 359, "image_shape": [8, 8, 1], "classes": 10}
+EVIL = "</script><script src='https://evil.example/x.js'></script> & `<img src=x onerror=alert(1)>` |a|"
+
+
+@pytest.fixture
+def artifacts(home: Path) -> Path:
+    """Where the trials have their histories: the default place."""
+    return home / "yard" / "artifacts"
+
+
+@pytest.fixture
+def run(storage: PatientStorage, me: Worker, artifacts: Path) -> Callable[..., Claim]:
+    """Runs one trial of a study to an end, without training."""
+
+    def end(study: str, params: dict[str, Any], state: TrialState, value: float | None, **told: Any) -> Claim:
+        claim = claims.claim(storage, study, me, 60.0)
+        assert claim is not None
+        space = registry.definition_of(study, storage).space
+        for name, chosen in params.items():
+            distribution = space[name].distribution()
+            storage.set_trial_param(claim.trial_id, name, distribution.to_internal_repr(chosen), distribution)
+        if state == FAIL:
+            claims.finish(storage, claim, state, None, told)
+            return claim
+        claims.resume(storage, claim, {1: 0.5, 2: value or 0.0}, None)
+        history = [
+            {"epoch": e, "loss": 0.5 / e, "accuracy": 0.9, "val_loss": 0.7 / e, "val_accuracy": 0.8, "seconds": 1.0}
+            for e in (1, 2)
+        ]
+        folder = artifacts / study / str(claim.number)
+        folder.mkdir(parents=True)
+        (folder / "history.json").write_text(json.dumps(history), encoding="utf-8")
+        attributes = {
+            "parameters": 668_810,
+            "epochs": 2,
+            "best_epoch": 2,
+            "seconds": 33.25,
+            "images_per_second": 1234.5,
+            "device": "cpu",
+            "slot": "cpu:0",
+            "precision": "float32",
+            "versions": {"keras": "3.15.1"},
+            "history": f"{study}/{claim.number}/history.json",
+            "model": f"{study}/{claim.number}/model.keras",
+        }
+        claims.finish(storage, claim, state, value, attributes | told)
+        return claim
+
+    return end
+
+
+@pytest.fixture
+def digits(storage: PatientStorage, run: Callable[..., Claim]) -> str:
+    """An ended study of 12 trials of `digits`: nine complete, two pruned, one failed."""
+    registry.create(definitions.load("digits"), storage, DATA)
+    for n in range(9):
+        run("digits", {"depth": (3, 5, 7)[n % 3], "dropout": 0.05 * n}, COMPLETE, 0.90 + 0.01 * n)
+    for n in range(2):
+        run("digits", {"depth": 3, "dropout": 0.6 + n / 20}, PRUNED, 0.5)
+    run("digits", {"depth": 7, "dropout": 0.7}, FAIL, None, failure={"kind": "nan", "message": EVIL})
+    return "digits"
+
+
+class _Page(HTMLParser):
+    """What a page would ask others for, what it runs, and what it says."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += data
+
+    def attributes(self, *names: str) -> list[str]:
+        return [value or "" for _, attributes in self.tags for name, value in attributes.items() if name in names]
+
+
+# --- the report -------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_complete_in_itself(storage: PatientStorage, digits: str) -> None:
+    page = _Page(report(digits, storage))
+    # Nothing is loaded from anywhere, and the browser is told to see to it.
+    assert page.attributes("src", "href", "data", "action", "srcset", "poster") == []
+    assert {tag for tag, _ in page.tags} & {"link", "iframe", "img", "object", "embed", "base", "form"} == set()
+    (policy,) = [one["content"] for tag, one in page.tags if tag == "meta" and "http-equiv" in one]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; ")
+    assert "http" not in policy
+    # Plotly itself is there, once, and no style imports anything.
+    assert sum(len(script) > 1_000_000 for script in page.scripts) == 1
+    assert "@import" not in report(digits, storage).partition("<style>")[2].partition("</style>")[0]
+
+
+def test_every_figure_of_the_page_has_data(storage: PatientStorage, digits: str) -> None:
+    page = _Page(report(digits, storage))
+    drawn = [script for script in page.scripts if "Plotly.newPlot(" in script and len(script) < 1_000_000]
+    assert [one["id"] for tag, one in page.tags if tag == "figure"] == [
+        "learning-curves",
+        "dropout",
+        "cost",
+        "progress",
+    ]
+    assert len(drawn) == 4
+    for script in drawn:
+        start = script.index("[", script.index("Plotly.newPlot("))
+        traces, _ = json.JSONDecoder().raw_decode(script[start:])
+        assert traces
+        assert all(len(trace["x"]) == len(trace["y"]) > 0 for trace in traces)
+    (curves,) = [script for script in drawn if "Loss by epoch" in script]
+    assert "trial 8, training" in curves
+
+
+@pytest.mark.parametrize("form", ["html", "markdown"])
+def test_the_report_says_what_was_found_and_what_cannot_be_concluded(
+    storage: PatientStorage, digits: str, form: Any
+) -> None:
+    text = report(digits, storage, form)
+    said = _Page(text).text if form == "html" else text.replace("\\", "")
+    for sentence in (
+        "9 complete, 2 pruned, 1 failed, 0 running, 0 waiting, of a budget of 12",
+        "The best of 9 complete trials is trial 8, with depth 7, dropout 0.4: validation accuracy 0.9800.",
+        # 1.96 * sqrt(0.98 * 0.02 / 359) = 0.01448
+        "On 359 validation images, the 95 % interval of that accuracy is 0.9800 ± 0.0145.",
+        "The runner-up, trial 7 (0.9700), lies within the interval of the best, and with it 1 trial of the 8 others",
+        "Ended early, lagging behind: 2 trials of 12.",
+        "Failed: 1 trial (nan 1).",
+        "with one seed",
+        "668,810",
+        "3.15.1",
+        "float32",
+        "one of 3, 5, 7",
+        '"batch_norm_momentum": 0.9',
+        "fingerprint 0000000000000000",
+    ):
+        assert sentence in said, sentence
+
+
+@pytest.mark.parametrize("form", ["html", "markdown"])
+def test_what_people_wrote_is_text_and_no_markup(storage: PatientStorage, run: Callable[..., Claim], form: Any) -> None:
+    definition = parse(
+        f'name = "evil"\ndescription = {json.dumps(EVIL)}\ndataset = "digits"\nmodel = "a:b"\n[budget]\ntrials = 4\n'
+        f'[space]\nkind = {{ choices = [{json.dumps(EVIL)}, "b"] }}\n[fixed]\nnote = {json.dumps(EVIL)}'
+    )
+    registry.create(definition, storage, DATA)
+    run("evil", {"kind": EVIL}, COMPLETE, 0.9, device=EVIL, label=EVIL)
+    run("evil", {"kind": "b"}, FAIL, None, failure={"kind": EVIL, "message": EVIL})
+    text = report("evil", storage, form)
+    if form == "html":
+        page = _Page(text)
+        assert EVIL in page.text
+        assert page.attributes("src", "onerror") == []
+        assert sum(tag == "script" for tag, _ in page.tags) == len(page.scripts) == text.count("</script>")
+    else:
+        prose = text.partition("```json")[0] + text.rpartition("```")[2]
+        assert "<script" not in prose.replace("\\<", "")
+        assert "<img" not in prose.replace("\\<", "")
+        table = [line for line in text.splitlines() if line.startswith("| ")]
+        assert all(line.replace("\\|", "").count("|") in (3, 7, 8) for line in table), table
+
+
+def test_a_study_without_trials_has_a_report(storage: PatientStorage, home: Path) -> None:
+    registry.create(definitions.load("digits"), storage, DATA)
+    page = _Page(report("digits", storage))
+    assert "No trial is complete: there is nothing to conclude." in page.text
+    assert page.scripts == [""]
+    assert "No trial is complete" in report("digits", storage, "markdown")
+    with pytest.raises(StudyError, match="there is no study 'digist'"):
+        report("digist", storage)
+
+
+def test_one_trial_is_a_report_too(storage: PatientStorage, run: Callable[..., Claim]) -> None:
+    registry.create(definitions.load("digits"), storage, DATA)
+    run("digits", {"depth": 3, "dropout": 0.2}, COMPLETE, 1.0)
+    told = tell("digits", storage).findings
+    # The rule of three, where a binomial interval has no width: 3 / 359.
+    assert "1.0000 ± 0.0084" in told.found[1]
+    assert told.mattered == (
+        "Too few complete trials, or too equal ones, to say which hyperparameter made the difference.",
+    )
+
+
+def test_the_notebook_s_protocol_and_labels_are_warned_of(storage: PatientStorage, home: Path) -> None:
+    notebook.create(storage)
+    told = tell("notebook", storage).findings.cautions
+    assert any("labelled its sweeps 0.0 to 0.7" in sentence and "as they ran" in sentence for sentence in told)
+    assert any("chosen by the test images" in sentence for sentence in told)
+    assert any("Imported, not run here: 21 trials" in sentence for sentence in told)
+    labelled = definitions.load("notebook-dropout-7-labelled")
+    assert any("never ran" in one for one in findings.findings([], labelled, {}).cautions)
+    assert notebook.caution(definitions.load("digits")) == []
+    assert "12 trials of the 20 others" in report("notebook", storage, "markdown")
+
+
+# --- findings ---------------------------------------------------------------------------------------------
+
+
+def _searched(space: str, model: str = "convnet", fixed: str = "") -> Definition:
+    return parse(
+        f'name = "x"\ndataset = "digits"\nmodel = "{model}"\n[budget]\ntrials = 9\n[space]\n{space}\n[fixed]\n{fixed}'
+    )
+
+
+def _best(definition: Definition, **params: Any) -> FrozenTrial:
+    distributions = {name: definition.space[name].distribution() for name in params}
+    return optuna.trial.create_trial(value=0.9, params=params, distributions=distributions)
+
+
+@pytest.mark.parametrize(
+    ("space", "params", "warning"),
+    [
+        ("dropout = { low = 0.0, high = 0.7 }", {"dropout": 0.695}, "dropout = 0.695 lies at the upper end"),
+        ("dropout = { low = 0.1, high = 0.7 }", {"dropout": 0.105}, "dropout = 0.105 lies at the lower end"),
+        ("dropout = { low = 0.0, high = 0.7 }", {"dropout": 0.0}, None),  # no rate is less than 0
+        ("dropout = { low = 0.0, high = 0.7 }", {"dropout": 0.6}, None),
+        ("dropout = { low = 0.0, high = 0.7, step = 0.1 }", {"dropout": 0.7}, "dropout = 0.7 lies at the upper end"),
+        ("dropout = { low = 0.0, high = 0.07, step = 0.01 }", {"dropout": 0.06}, None),
+        # 2e-4 is far from 1e-4 where the range is logarithmic, and near where it is not.
+        ("learning_rate = { low = 1e-4, high = 1e-1, log = true }", {"learning_rate": 2e-4}, None),
+        ("learning_rate = { low = 1e-4, high = 1e-1 }", {"learning_rate": 2e-4}, "learning_rate = 0.0002 lies at"),
+        ("batch_size = { choices = [32, 64, 128] }", {"batch_size": 128}, "batch_size = 128 lies at the upper end"),
+        ("batch_size = { choices = [32, 64, 128] }", {"batch_size": 64}, None),
+        ("optimizer = { choices = ['adam', 'sgd', 'adamw'] }", {"optimizer": "adam"}, None),
+    ],
+)
+def test_the_best_at_an_edge_is_warned_of_where_there_is_a_beyond(
+    space: str, params: dict[str, Any], warning: str | None
+) -> None:
+    definition = _searched(space, fixed="depth = 3")
+    found = findings.edges([_best(definition, **params)], definition)
+    assert len(found) == (warning is not None)
+    assert warning is None or warning in found[0]
+
+
+def test_depth_has_no_beyond() -> None:
+    definition = _searched("depth = { choices = [3, 5, 7] }")
+    assert findings.edges([_best(definition, depth=7)], definition) == []
+
+
+def test_importances_name_what_made_the_difference() -> None:
+    definition = _searched(
+        "dropout = { low = 0.0, high = 0.7 }\nweight_decay = { low = 0.0, high = 1.0 }", fixed="depth = 3"
+    )
+    distributions = {name: parameter.distribution() for name, parameter in definition.space.items()}
+    trials = [
+        optuna.trial.create_trial(
+            value=0.9 - 0.1 * (n / 40),
+            params={"dropout": n * 0.7 / 40, "weight_decay": (n * 17 % 40) / 40},
+            distributions=distributions,
+        )
+        for n in range(40)
+    ]
+    shares = findings.importances(trials)
+    assert next(iter(shares)) == "dropout"
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert findings.importances(trials[:3]) == {}
+    assert findings.importances([trials[0]] * 10) == {}
+
+
+# --- the dashboard's notes and figures --------------------------------------------------------------------
+
+
+@pytest.fixture
+def publish(storage: PatientStorage, artifacts: Path) -> Callable[..., bool]:
+    """Publishes a study, whatever the time."""
+
+    def call(study: str, last: bool = True, place: PatientStorage | None = None) -> bool:
+        place = place or storage
+        return notes.publish(study, place, artifacts, optuna.storages.get_storage(place), last=last)
+
+    return call
+
+
+def _attributes(storage: PatientStorage, study: str) -> dict[str, Any]:
+    return storage.get_study_system_attrs(registry.study_id(study, storage))
+
+
+def _trial_note(storage: PatientStorage, study: str, number: int) -> str:
+    trial = optuna.load_study(study_name=study, storage=storage).trials[number]
+    # As the dashboard's own page reads it.
+    told = serialize_frozen_trial(1, trial, _attributes(storage, study))
+    return str(told["note"]["body"])
+
+
+def test_the_dashboard_reads_what_is_published(
+    storage: PatientStorage, digits: str, publish: Callable[..., bool]
+) -> None:
+    assert publish(digits)
+    study = optuna.load_study(study_name=digits, storage=storage)
+    note = get_note(study).replace("\\", "")
+    for told in ("**12 of 12 trials**", "has ended", "depth", "0 to 0.7", "batch_size", "one of 3, 5, 7", "± 0.0145"):
+        assert told in note
+    graphs = get_plotly_graph_objects(_attributes(storage, digits))
+    assert set(graphs) == {"learning-curves", "dropout", "cost", "progress"}
+    assert all(json.loads(graph)["data"] for graph in graphs.values())
+    complete = _trial_note(storage, digits, 8).replace("\\", "")
+    for told in ("0.9800", "668,810 weights", "cpu (cpu:0) in float32", "1,234 images/s", "33.2 s", "loss 0.2500"):
+        assert told in complete, told
+    assert "lagged behind" in _trial_note(storage, digits, 9)
+    failed = _trial_note(storage, digits, 11)
+    assert "Failed (nan)" in failed
+    assert f"```\n{EVIL}\n```" in failed
+
+
+def test_the_best_at_an_edge_is_in_the_study_s_note(
+    storage: PatientStorage, run: Callable[..., Claim], publish: Callable[..., bool]
+) -> None:
+    registry.create(definitions.load("digits"), storage, DATA)
+    run("digits", {"depth": 3, "dropout": 0.7}, COMPLETE, 0.9)
+    publish("digits")
+    note = get_note(optuna.load_study(study_name="digits", storage=storage))
+    assert "dropout = 0.7 lies at the upper end of what was searched (0 to 0.7)" in note
+
+
+def test_it_is_published_at_most_once_in_ten_seconds_and_only_if_there_is_news(
+    storage: PatientStorage, run: Callable[..., Claim], publish: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.create(definitions.load("digits"), storage, DATA)
+    run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
+    assert publish("digits", last=False)
+    first = _attributes(storage, "digits")
+    assert publish("digits", last=False)  # it stands already
+    assert _attributes(storage, "digits") == first
+    run("digits", {"depth": 3, "dropout": 0.2}, COMPLETE, 0.8)
+    assert not publish("digits", last=False)  # too early
+    assert _attributes(storage, "digits") == first
+    monkeypatch.setattr(notes, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(notes, "SHARE", 1e9)
+    assert publish("digits", last=False)
+    assert _attributes(storage, "digits") != first
+    assert "2 of 12 trials" in get_note(optuna.load_study(study_name="digits", storage=storage))
+
+
+def test_what_was_read_later_is_not_overwritten_by_what_was_read_before(
+    storage: PatientStorage, run: Callable[..., Claim], artifacts: Path, publish: Callable[..., bool]
+) -> None:
+    registry.create(definitions.load("digits"), storage, DATA)
+    run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
+
+    class Slow(optuna.storages.RDBStorage):
+        """Reads the trials, and then another worker ends one and publishes."""
+
+        def __init__(self) -> None:
+            pass
+
+        def get_all_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+            found = storage.get_all_trials(*args, **kwargs)
+            run("digits", {"depth": 3, "dropout": 0.2}, COMPLETE, 0.8)
+            assert publish("digits")
+            return found
+
+    assert not notes.publish("digits", storage, artifacts, Slow(), last=True)
+    assert "2 of 12 trials" in get_note(optuna.load_study(study_name="digits", storage=storage))
+
+
+def test_a_person_s_words_stay(
+    storage: PatientStorage, run: Callable[..., Claim], publish: Callable[..., bool]
+) -> None:
+    registry.create(definitions.load("digits"), storage, DATA)
+    run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
+    publish("digits")
+    study = optuna.load_study(study_name="digits", storage=storage)
+    save_note(study, "Mine, and long: " + "x" * 5000 + "\n\n" + get_note(study))
+    run("digits", {"depth": 3, "dropout": 0.2}, COMPLETE, 0.8)
+    publish("digits")
+    note = get_note(study)
+    assert note.startswith("Mine, and long: xxx")
+    assert "2 of 12 trials" in note
+    assert "1 of 12 trials" not in note
+    assert note.count(notes.MARK) == 1
+    # The dashboard takes an edit only if it is of the version that stands, and so must see that it changed.
+    assert get_note_from_system_attrs(_attributes(storage, "digits"), None)["version"] == 3
+
+
+def test_only_so_many_trials_have_a_note(
+    storage: PatientStorage, home: Path, publish: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notes, "BEST_NOTED", 2)
+    monkeypatch.setattr(notes, "LATEST_NOTED", 3)
+    registry.create(definitions.load("digits"), storage, DATA)
+    rate, depth = (
+        registry.definition_of("digits", storage).space[name].distribution() for name in ("dropout", "depth")
+    )
+
+    def add(*values: float) -> None:
+        claims.add(
+            storage,
+            "digits",
+            [Imported(value=v, params={"depth": (depth, 3), "dropout": (rate, 0.1)}, attributes={}) for v in values],
+        )
+
+    def noted() -> list[int]:
+        trials = optuna.load_study(study_name="digits", storage=storage).trials
+        stored = _attributes(storage, "digits")
+        return [t.number for t in trials if get_note_from_system_attrs(stored, t._trial_id)["body"]]
+
+    add(0.9, 0.8, 0.7, 0.6, 0.5)
+    publish("digits")
+    assert noted() == [3, 4, 5, 6, 7]  # after three points that wait
+    add(0.1, 0.2)
+    publish("digits")
+    assert noted() == [3, 4, 7, 8, 9]
+
+
+def test_publishing_leaves_trials_and_claims_as_they_are(
+    either_url: str, me: Worker, artifacts: Path, trivial: Definition, publish: Callable[..., bool]
+) -> None:
+    place = database.create(either_url)
+    registry.create(trivial, place, DATA)
+    running, done = (claims.claim(place, trivial.name, me, 60.0) for _ in range(2))
+    assert running is not None
+    assert done is not None
+    claims.finish(place, done, COMPLETE, 0.9, {})
+    before = (place.get_all_trials(running.study_id), place.get_study_user_attrs(running.study_id))
+    assert publish(trivial.name, place=place)
+    assert (place.get_all_trials(running.study_id), place.get_study_user_attrs(running.study_id)) == before
+    assert claims.report(place, running, 1, 0.5) == "open"
+    claims.finish(place, running, COMPLETE, 0.8, {})
+    assert claims.check(place) == []
+    assert publish(trivial.name, place=place)
+    assert "2 of 5 trials" in get_note(optuna.load_study(study_name=trivial.name, storage=place))
+    place.engine.dispose()
+
+
+def test_workers_publish_as_trials_end_and_the_last_state_before_they_leave(
+    storage: PatientStorage, run: Callable[..., Claim], artifacts: Path
+) -> None:
+    registry.create(definitions.load("digits"), storage, DATA)
+    publisher = Publisher(Watcher(), storage, optuna.storages.get_storage(storage), artifacts)
+    with publisher:
+        for n in range(3):
+            claim = run("digits", {"depth": 3, "dropout": 0.1 * n}, COMPLETE, 0.9)
+            publisher.ended(claim, storage.get_trial(claim.trial_id))
+    assert "3 of 12 trials" in get_note(optuna.load_study(study_name="digits", storage=storage))
+
+
+def test_a_failure_to_publish_is_logged_and_nothing_else(
+    storage: PatientStorage,
+    run: Callable[..., Claim],
+    artifacts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(*_: Any, **__: Any) -> bool:
+        raise ZeroDivisionError("a figure that cannot be drawn")
+
+    monkeypatch.setattr(notes, "publish", broken)
+    registry.create(definitions.load("digits"), storage, DATA)
+    claim = run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
+    with caplog.at_level(logging.WARNING), Publisher(Watcher(), storage, storage, artifacts) as publisher:
+        publisher.ended(claim, storage.get_trial(claim.trial_id))
+    assert "the notes and figures of study digits were not written: a figure that cannot be drawn" in caplog.text
+
+
+def test_a_slow_database_keeps_nobody_waiting(
+    storage: PatientStorage, run: Callable[..., Claim], artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = threading.Event()
+
+    def slow(name: str, place: PatientStorage, folder: Path, cached: BaseStorage, *, last: bool = False) -> bool:
+        return free.wait(60.0)
+
+    monkeypatch.setattr(notes, "publish", slow)
+    monkeypatch.setattr("search.publisher.LEAVE_SECONDS", 0.1)
+    registry.create(definitions.load("digits"), storage, DATA)
+    claim = run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
+    began = time.monotonic()
+    with Publisher(Watcher(), storage, storage, artifacts) as publisher:
+        for _ in range(100):
+            publisher.ended(claim, storage.get_trial(claim.trial_id))
+    assert time.monotonic() - began < 5.0
+    free.set()
