@@ -1,7 +1,8 @@
 """The ``trialyard`` command: parses, calls one function, prints.
 
 Progress and logs go to standard error, results to standard output. Exit codes: 0 done, 1 a user's mistake or a failed
-check, 2 wrong usage, 130 interrupted. No command imports Keras.
+check, 2 wrong usage, 130 interrupted. No command imports Keras, and what only training needs is imported where it is
+used: `trialyard status` is asked again and again.
 """
 
 import dataclasses
@@ -13,19 +14,17 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import optuna
 import typer
 from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
-from search import checks, devices, display, worker
-from search.devices import Slot, precision_for
+from search import display
 from search.display import Lines, LiveTable, Watcher
 from storage import claims, database
 from storage import settings as environment
@@ -37,6 +36,9 @@ from studies import definition as definitions
 from studies import queries, registry
 from studies.definition import Definition
 from studies.queries import Row, Status
+
+if TYPE_CHECKING:
+    from search.devices import Slot
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +106,12 @@ def options(
 ) -> None:
     """Hyperparameter search for Keras image classifiers, on Optuna."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    handler: logging.Handler = logging.StreamHandler()
     # Beside the live table a line must be printed by rich; elsewhere rich would break it at 80 columns.
-    handler: logging.Handler = (
-        RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S")
-        if err.is_terminal
-        else logging.StreamHandler()
-    )
+    if err.is_terminal:
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S")
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler], format="%(message)s")
     for noisy in ("filelock", "alembic", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -132,6 +134,8 @@ def check(
     file: SourceArgument, trials: TrialsOption = None, epochs: EpochsOption = None, limit: LimitOption = None
 ) -> None:
     """Is this definition right, and do its data and model fit?"""
+    from search import checks
+
     definition = definitions.load(file, trials=trials, epochs=epochs, limit=limit)
     data = checks.check(definition, environment.load())
     judged = "test" if definition.data.validation == "test" else "validation"
@@ -177,6 +181,8 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Create a study unless it stands, work on it here, and print the result."""
+    from search import devices
+
     settings = _settings(storage)
     slots = devices.slots(chosen_devices, per_device, workers)
     definition = definitions.load(source, name=name, trials=trials, epochs=epochs, limit=limit)
@@ -195,6 +201,8 @@ def work(
     forever: Annotated[bool, typer.Option("--forever", help="Wait for studies to come, until told to stop.")] = False,
 ) -> None:
     """Be a worker machine: fill every slot with trials, the oldest study first, until nothing is left."""
+    from search import checks, devices
+
     if studies and forever:
         raise typer.BadParameter("with --forever it takes from all studies: name none")
     settings = _settings(storage)
@@ -276,7 +284,7 @@ def leaderboard(
     as_json: JsonOption = False,
 ) -> None:
     """Trials as a table, best first."""
-    rows = queries.leaderboard(study, _connected(storage))[:top]
+    rows = queries.leaderboard(study, _connected(storage), top)
     if as_json:
         _print_json([dataclasses.asdict(row) for row in rows])
     else:
@@ -336,14 +344,19 @@ def _connected(storage: str | None) -> PatientStorage:
 
 
 def _create(definition: Definition, settings: Settings, patience: float = 0.0) -> tuple[PatientStorage, bool]:
+    from search import checks
+
     # Everything is checked before the database is touched, the data and a user's own model included.
     data = checks.check(definition, settings)
     place = database.create(settings.url, patience)
     return place, registry.create(definition, place, data)
 
 
-def _work(names: list[str] | None, place: PatientStorage, settings: Settings, slots: list[Slot]) -> None:
+def _work(names: list[str] | None, place: PatientStorage, settings: Settings, slots: "list[Slot]") -> None:
     """Works on the studies here, showing progress. Exits with 130 when a signal ended it."""
+    from search import worker
+    from search.devices import precision_for
+
     if names is not None and all(queries.status(name, place).ended for name in names):
         return
     for name in names or []:
@@ -360,7 +373,7 @@ def _work(names: list[str] | None, place: PatientStorage, settings: Settings, sl
             err.print(f"study {name} is paused: `trialyard resume {name}`, and the same command goes on", markup=False)
 
 
-def _told(slots: list[Slot]) -> str:
+def _told(slots: "list[Slot]") -> str:
     """For the first line: the slots, and the threads of each."""
     threads = f" of {slots[0].threads} threads" if slots[0].threads > 1 else ""
     return f"on {', '.join(slot.name for slot in slots)}{threads}"

@@ -1,22 +1,30 @@
 """What came out: the best trial, the leaderboard, the status. Reading never changes anything."""
 
+import json
+from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
+from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialModel
+from optuna.storages._rdb.models import TrialModel, TrialParamModel, TrialUserAttributeModel
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import func, select
+from sqlalchemy import Connection, Select, and_, func, select
 
 from storage import claims
 from storage import workers as present_workers
 from storage.claims import Holding
 from storage.database import read
+from storage.standings import ranked
 from storage.workers import Present
 from studies import registry
 from studies.errors import StudyError
 from studies.registry import Place
+
+NAMED = 500  # trials that one statement names
+TOLD = ("epochs", "parameters", "seconds")  # user attributes that a leaderboard shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,59 +63,114 @@ class Status:
 
 
 def best_trial(name: str, storage: Place = None) -> FrozenTrial:
-    """The complete trial with the highest validation accuracy; of equals, the first. Pruned and failed never win.
+    """The complete trial with the highest validation accuracy; of equals, the first.
+
+    Pruned and failed trials never win, nor those with a violated constraint.
+
+    >>> trial = studies.best_trial("digits")
+    >>> trial.state.name, sorted(trial.params)
+    ('COMPLETE', ['depth', 'dropout'])
+    >>> 0 <= trial.value <= 1
+    True
 
     Raises StudyError where there is no such study, or no complete trial yet.
     """
     place = registry.storage_of(storage)
     study_id = registry.study_id(name, place)
-    complete = place.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
-    if not complete:
-        counts = claims.counts(place, study_id)
-        if claims.ended(place, study_id):
-            raise StudyError(
-                f"study {name!r} has ended without a complete trial ({counts.failed} failed, {counts.pruned} pruned): "
-                f"`trialyard status {name}` says why; correct its definition and give it another name"
-            )
-        raise StudyError(
-            f"study {name!r} has no complete trial yet: `trialyard run {name}` works on it, "
-            f"`trialyard status {name}` shows how far it is"
+    best = read(place, lambda connection: ranked(connection, study_id, top=1))
+    if not best:
+        raise StudyError(_why_none(name, place, study_id))
+    return place.get_trial(best[0].trial_id)
+
+
+def _why_none(name: str, place: RDBStorage, study_id: int) -> str:
+    counts = claims.counts(place, study_id)
+    if counts.complete:
+        return (
+            f"all {counts.complete} complete trials of study {name!r} violate a constraint, so none is the best: "
+            "loosen the constraints, or search further"
         )
-    return _ranked(complete)[0]
+    if claims.ended(place, study_id):
+        return (
+            f"study {name!r} has ended without a complete trial ({counts.failed} failed, {counts.pruned} pruned): "
+            f"`trialyard status {name}` says why; correct its definition and give it another name"
+        )
+    return (
+        f"study {name!r} has no complete trial yet: `trialyard run {name}` works on it, "
+        f"`trialyard status {name}` shows how far it is"
+    )
 
 
-def leaderboard(name: str, storage: Place = None) -> list[Row]:
-    """The complete trials of study `name`, best first. Raises StudyError where there is no such study."""
+def leaderboard(name: str, storage: Place = None, top: int | None = None) -> list[Row]:
+    """The complete and feasible trials of study `name`, best first, or only the `top` of them.
+
+    >>> for row in studies.leaderboard("digits"):
+    ...     print(row.rank, row.params["depth"], row.epochs, row.parameters)
+    1 ... 1 ...
+    2 ... 1 ...
+
+    Raises StudyError where there is no such study.
+    """
     place = registry.storage_of(storage)
     study_id = registry.study_id(name, place)
-    complete = place.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+    return read(place, lambda connection: _rows(connection, study_id, top))
+
+
+def _rows(connection: Connection, study_id: int, top: int | None) -> list[Row]:
+    standings = ranked(connection, study_id, top)
+    # A few trials are named; of many, the study's whole tables are read, since a statement's length has a limit.
+    some = [standing.trial_id for standing in standings] if len(standings) <= NAMED else None
+
+    def of(stored: type[TrialParamModel] | type[TrialUserAttributeModel], *columns: Any) -> Select[Any]:
+        chosen = select(stored.trial_id, *columns)
+        if some is not None:
+            return chosen.where(stored.trial_id.in_(some))
+        complete = (TrialModel.study_id == study_id, TrialModel.state == TrialState.COMPLETE)
+        return chosen.join(TrialModel, TrialModel.trial_id == stored.trial_id).where(*complete)
+
+    params: dict[int, dict[str, Any]] = defaultdict(dict)
+    stored = TrialParamModel
+    columns = (stored.param_name, stored.param_value, stored.distribution_json)
+    for trial_id, name, value, distribution in connection.execute(of(stored, *columns).order_by(stored.param_id)):
+        params[trial_id][name] = _distribution(distribution).to_external_repr(value)
+    told: dict[int, dict[str, Any]] = defaultdict(dict)
+    attribute = TrialUserAttributeModel
+    wanted = of(attribute, attribute.key, attribute.value_json).where(attribute.key.in_(TOLD))
+    for trial_id, key, value_json in connection.execute(wanted):
+        told[trial_id][key] = json.loads(value_json)
     return [
         Row(
             rank=rank,
-            number=trial.number,
-            value=float(trial.values[0]),
-            params=trial.params,
-            epochs=trial.user_attrs.get("epochs"),
-            parameters=trial.user_attrs.get("parameters"),
-            seconds=trial.user_attrs.get("seconds"),
+            number=standing.number,
+            value=standing.value,
+            params=params[standing.trial_id],
+            **{key: told[standing.trial_id].get(key) for key in TOLD},
         )
-        for rank, trial in enumerate(_ranked(complete), start=1)
+        for rank, standing in enumerate(standings, start=1)
     ]
 
 
-def _ranked(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    return sorted(trials, key=lambda trial: (-float(trial.values[0]), trial.number))
+@cache
+def _distribution(as_json: str) -> BaseDistribution:
+    return json_to_distribution(as_json)  # a study has few of them, and each of its trials names them again
 
 
 def status(name: str, storage: Place = None) -> Status:
-    """Where study `name` stands. Raises StudyError where there is no such study."""
+    """Where study `name` stands.
+
+    >>> state = studies.status("digits")
+    >>> state.complete, state.budget, state.ended, state.workers
+    (2, 2, True, ())
+
+    Raises StudyError where there is no such study.
+    """
     place = registry.storage_of(storage)
     study_id = registry.study_id(name, place)
     definition = registry.definition_of(name, place)
     counts = claims.counts(place, study_id)
     budget = claims.budget(place, study_id)
     trials = budget.trials if budget is not None else definition.trials
-    best = _best(place, study_id)
+    best = read(place, lambda connection: ranked(connection, study_id, top=1))
     return Status(
         study=name,
         description=definition.description,
@@ -120,8 +183,8 @@ def status(name: str, storage: Place = None) -> Status:
         budget=trials,
         state=claims.state(place, study_id),
         ended=claims.ended(place, study_id),
-        best=None if best is None else float(best.values[0]),
-        best_number=None if best is None else best.number,
+        best=best[0].value if best else None,
+        best_number=best[0].number if best else None,
         seconds_left=_seconds_left(place, study_id, counts, trials),
         workers=tuple(claims.holdings(place, study_id)),
         failures=_failures(place, study_id) if counts.failed else (),
@@ -129,21 +192,31 @@ def status(name: str, storage: Place = None) -> Status:
 
 
 def workers(storage: Place = None) -> list[Present]:
-    """Every slot of every worker that beats, whatever study it is at, and also those that wait for one."""
+    """Every slot of every worker that beats, whatever study it is at, and also those that wait for one.
+
+    >>> [slot.device for slot in studies.workers()]
+    []
+    """
     return read(registry.storage_of(storage), present_workers.present)
 
 
-def _best(storage: RDBStorage, study_id: int) -> FrozenTrial | None:
-    try:
-        return storage.get_best_trial(study_id)
-    except ValueError:  # Optuna's word for: nothing is complete
-        return None
-
-
 def _failures(storage: RDBStorage, study_id: int) -> tuple[str, ...]:
-    failed = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.FAIL,))
+    told = and_(TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "failure")
+
+    def work(connection: Connection) -> list[str | None]:
+        return list(
+            connection.execute(
+                select(TrialUserAttributeModel.value_json)
+                .select_from(TrialModel)
+                .outerjoin(TrialUserAttributeModel, told)
+                .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.FAIL)
+                .order_by(TrialModel.number)
+            ).scalars()
+        )
+
     # A trial that plain Optuna failed has no reason.
-    reasons = (trial.user_attrs.get("failure", {"kind": "unknown", "message": "no reason"}) for trial in failed)
+    unknown = '{"kind": "unknown", "message": "no reason"}'
+    reasons = (json.loads(one or unknown) for one in dict.fromkeys(read(storage, work)))
     return tuple(dict.fromkeys(f"{reason['kind']}: {reason['message']}" for reason in reasons))
 
 
