@@ -26,14 +26,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search import display
 from search.display import Lines, LiveTable, Watcher
-from storage import claims, database
+from storage import claims, database, retention
 from storage import settings as environment
 from storage.database import PatientStorage
 from storage.errors import SettingsError, StorageError, TrialyardError
 from storage.settings import Settings
 from storage.workers import Present
 from studies import definition as definitions
-from studies import queries, registry
+from studies import exports, queries, registry
 from studies.definition import Definition
 from studies.queries import Row, Status
 
@@ -85,6 +85,7 @@ WorkersOption = Annotated[
     int | None,
     typer.Option("--workers", min=1, envvar="TRIALYARD_WORKERS", help="So many trials at once here, in all."),
 ]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study in the database.")]
 SourceArgument = Annotated[
     str, typer.Argument(metavar="NAME|FILE", help="A ready definition (see `trialyard catalog`), or a TOML file.")
@@ -216,7 +217,7 @@ def work(
     for name in unended:
         registry.check_data(name, place, checks.check_data(registry.definition_of(name, place), settings))
     _work(unended, place, settings, slots)
-    for name in names:
+    for name in _standing(names, place):
         out.print(display.progress(queries.status(name, place)), markup=False)
     if not names:
         out.print("there is no study to work on: `trialyard create digits` makes one", markup=False)
@@ -241,6 +242,32 @@ def stop(study: StudyArgument, storage: StorageOption = None) -> None:
     """End a study with the trials that it has; those that run go back to the queue and stay there."""
     registry.stop(study, _connected(storage))
     out.print(f"study {study} is stopped: `trialyard leaderboard {study}` shows what it found", markup=False)
+
+
+@app.command()
+def export(
+    study: StudyArgument,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet.")],
+    form: Annotated[
+        str | None,
+        typer.Option("--format", metavar="tflite|onnx|savedmodel", help="The model in this format, too."),
+    ] = None,
+    storage: StorageOption = None,
+) -> None:
+    """Take the best trial away: its model, history and definition, and a README that uses them."""
+    target = exports.export(study, folder, None if form is None else exports.format_of(form), _connected(storage))
+    out.print(f"the best of {study} is in {target}", markup=False)
+
+
+@app.command()
+def delete(study: StudyArgument, storage: StorageOption = None, yes: YesOption = False) -> None:
+    """Remove a study with all its trials, models and histories; asks first."""
+    place = _connected(storage)
+    found = queries.status(study, place)
+    done = found.complete + found.pruned + found.failed
+    _ask(f"Remove study {study} with its {done} finished trials, and their models and histories?", yes)
+    freed = registry.delete(study, place)
+    out.print(f"study {study} is gone, and {_bytes(freed)} are free", markup=False)
 
 
 @app.command()
@@ -327,6 +354,20 @@ def storage_backup(
     out.print(f"{trials} trials are in {file}: `--storage sqlite:///{file}` reads them", markup=False)
 
 
+@storage_app.command("prune")
+def storage_prune(storage: StorageOption = None, yes: YesOption = False) -> None:
+    """Remove files that no trial of this database needs; lists them, and asks first."""
+    settings = _settings(storage)
+    place, keep = database.connect(settings.url), settings.keep_models
+    files = retention.superfluous(place, settings.artifact_folder, keep)
+    for file in files:
+        err.print(f"{file.path}: {_bytes(file.size)}, {file.why}", markup=False, highlight=False, soft_wrap=True)
+    if files:
+        _ask(f"Remove these {len(files)} files, {_bytes(sum(file.size for file in files))}?", yes)
+    freed = retention.remove(place, settings.artifact_folder, keep, files)
+    out.print(f"{_bytes(freed)} are free, below {settings.artifact_folder}", markup=False)
+
+
 # --- what several commands do -----------------------------------------------------------------------------
 
 
@@ -368,9 +409,15 @@ def _work(names: list[str] | None, place: PatientStorage, settings: Settings, sl
         again = "the same command goes on where it stopped"
         err.print(f"interrupted: what ran is back in the queue; {again}", markup=False, soft_wrap=True)
         raise typer.Exit(130)
-    for name in names or []:
+    for name in _standing(names or [], place):
         if queries.status(name, place).state == "paused":
             err.print(f"study {name} is paused: `trialyard resume {name}`, and the same command goes on", markup=False)
+
+
+def _standing(names: list[str], place: PatientStorage) -> list[str]:
+    """Those that were not deleted meanwhile."""
+    there = registry.names(place)
+    return [name for name in names if name in there]
 
 
 def _told(slots: "list[Slot]") -> str:
@@ -410,7 +457,8 @@ def _record(study: str, trial: FrozenTrial, settings: Settings) -> dict[str, Any
         "value": trial.values[0],
         "params": trial.params,
         "user_attrs": trial.user_attrs,
-        "model": _path(trial, "model", settings),
+        # A model may be on another machine.
+        "model": model if (model := _path(trial, "model", settings)) and Path(model).is_file() else None,
         "history": _path(trial, "history", settings),
         "began": _time(trial.datetime_start),
         "ended": _time(trial.datetime_complete),
@@ -444,7 +492,8 @@ def _print_best(study: str, trial: FrozenTrial, settings: Settings) -> None:
         )
     model = _path(trial, "model", settings)
     if model is not None:
-        out.print(f"  model            {model}", markup=False)
+        where = "" if Path(model).is_file() else " (not on this machine)"
+        out.print(f"  model            {model}{where}", markup=False)
 
 
 def _print_rows(rows: list[Row]) -> None:
@@ -503,6 +552,26 @@ def _print_status(found: Status) -> None:
             f"{one.silent_seconds:.0f} s ago",
             markup=False,
         )
+
+
+def _ask(question: str, yes: bool) -> None:
+    """Exits with 1 unless the answer is yes."""
+    if yes:
+        return
+    # On standard error, unlike typer's own prompt: standard output is for results.
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        sys.stderr.write("nothing was removed\n")
+        raise typer.Exit(1)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ class Settings(BaseSettings):
     patience_seconds: float = Field(default=600.0, ge=0)  # how long a worker waits for a database that is away
     memory_growth: float = Field(default=0.15, gt=0)  # share by which a trainer may grow before it is replaced
 
+    keep_models: int = Field(default=5, ge=1)  # of a study, the models of so many best trials; histories always stay
+
     @field_validator("data", mode="before")
     @classmethod
     def _folders(cls, value: Any) -> Any:

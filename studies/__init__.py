@@ -1,19 +1,25 @@
 """What is searched for, and what came out. Importing it never imports Keras.
 
 >>> import studies
->>> studies.names()                                   # doctest: +SKIP
+>>> studies.names()
 ['digits']
->>> studies.best_trial("digits").params               # doctest: +SKIP
-{'depth': 3, 'dropout': 0.25}
+>>> studies.best_trial("digits").params
+{'depth': ..., 'dropout': ...}
+
+The examples of these docstrings are run as tests, on a study `digits` of two trials.
 """
 
-from studies.queries import Row, Status, best_trial, leaderboard, status, workers
-from studies.registry import names, open, pause, resume, stop
+from studies.exports import export
+from studies.queries import Row, Status, best_model, best_trial, leaderboard, status, workers
+from studies.registry import delete, names, open, pause, resume, stop
 
 __all__ = [
     "Row",
     "Status",
+    "best_model",
     "best_trial",
+    "delete",
+    "export",
     "leaderboard",
     "names",
     "open",

@@ -1,11 +1,15 @@
 """What came out: the best trial, the leaderboard, the status. Reading never changes anything."""
 
+import contextlib
+import importlib
 import json
+import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
@@ -13,7 +17,7 @@ from optuna.storages._rdb.models import TrialModel, TrialParamModel, TrialUserAt
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Select, and_, func, select
 
-from storage import claims
+from storage import claims, settings
 from storage import workers as present_workers
 from storage.claims import Holding
 from storage.database import read
@@ -22,6 +26,9 @@ from storage.workers import Present
 from studies import registry
 from studies.errors import StudyError
 from studies.registry import Place
+
+if TYPE_CHECKING:
+    import keras
 
 NAMED = 500  # trials that one statement names
 TOLD = ("epochs", "parameters", "seconds")  # user attributes that a leaderboard shows
@@ -99,6 +106,59 @@ def _why_none(name: str, place: RDBStorage, study_id: int) -> str:
         f"study {name!r} has no complete trial yet: `trialyard run {name}` works on it, "
         f"`trialyard status {name}` shows how far it is"
     )
+
+
+def best_model(name: str, storage: Place = None) -> "keras.Model":
+    """The trained model of the best trial, with the weights of its best epoch, ready to predict.
+
+    It takes images as they are stored, (n, height, width, channels) on 0 to 255, and gives class probabilities of
+    (n, classes), float32: on a processor the same, to the bit, as at the end of its training. It is not compiled.
+
+    >>> model = studies.best_model("digits")
+    >>> model.predict(np.zeros((5, 28, 28, 1)), verbose=0).shape
+    (5, 10)
+
+    It imports Keras. Where the study's model is a function of one's own, the function's module is imported first, so
+    that layers which it registers with Keras are known.
+
+    Raises StudyError where `best_trial` does, where the file is not on this machine, and where Keras cannot load it.
+    """
+    place = registry.storage_of(storage)
+    trial = best_trial(name, place)
+    path = file_of(name, trial, "model")
+    import keras
+
+    function = registry.definition_of(name, place).model
+    if ":" in function:
+        with contextlib.suppress(ImportError):  # the model may be of Keras's own layers, and need no module
+            importlib.import_module(function.partition(":")[0])
+    try:
+        return keras.models.load_model(path, compile=False)
+    except (TypeError, ValueError, OSError, ImportError, AttributeError, KeyError, zipfile.BadZipFile) as error:
+        raise StudyError(
+            f"the model of trial {trial.number} of study {name!r}, {path}, cannot be loaded "
+            f"({' '.join(str(error).split())[:300]}): where its layers are your own, have "
+            "@keras.saving.register_keras_serializable() above each and import their module first, or call "
+            "keras.models.load_model(file, custom_objects={...}) yourself"
+        ) from error
+
+
+def file_of(name: str, trial: FrozenTrial, artifact: Literal["model", "history"]) -> Path:
+    """Where this machine has the trial's `artifact`. Raises StudyError where it has none."""
+    below = trial.user_attrs.get(artifact)
+    if below is None:
+        raise StudyError(
+            f"trial {trial.number} of study {name!r} names no {artifact}: it was not trained by Trialyard; train its "
+            "hyperparameters as a point of a study of your own"
+        )
+    path = settings.load().artifact_folder / str(below)
+    if not path.is_file():
+        host = (trial.user_attrs.get("attempts") or [{}])[-1].get("host", "another machine")
+        raise StudyError(
+            f"the {artifact} of trial {trial.number} of study {name!r} is not on this machine ({path} does not exist; "
+            f"it was trained on {host}): set TRIALYARD_ARTIFACTS to the folder that it was written to, or copy it there"
+        )
+    return path
 
 
 def leaderboard(name: str, storage: Place = None, top: int | None = None) -> list[Row]:
