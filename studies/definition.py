@@ -43,7 +43,8 @@ PrunerKind = Literal["hyperband", "asha", "median", "wilcoxon", "none"]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Built at first use: most queries need no definition, and a command should not wait for it.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Data(_Table):

@@ -226,15 +226,15 @@ def status(name: str, storage: Place = None) -> Status:
     """
     place = registry.storage_of(storage)
     study_id = registry.study_id(name, place)
-    definition = registry.definition_of(name, place)
+    stored = registry.stored_definition(name, place)  # unread: reading takes longer than all that follows
     counts = claims.counts(place, study_id)
     budget = claims.budget(place, study_id)
-    trials = budget.trials if budget is not None else definition.trials
+    trials = budget.trials if budget is not None else registry.definition_of(name, place).trials
     best = read(place, lambda connection: ranked(connection, study_id, top=1))
     return Status(
         study=name,
-        description=definition.description,
-        protocol="test" if definition.data.validation == "test" else "validation",
+        description=stored["description"],
+        protocol="test" if stored["data"]["validation"] == "test" else "validation",
         complete=counts.complete,
         pruned=counts.pruned,
         failed=counts.failed,

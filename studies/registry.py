@@ -187,10 +187,16 @@ def study_id(name: str, storage: RDBStorage) -> int:
 
 def definition_of(name: str, storage: RDBStorage) -> Definition:
     """The definition of study `name`. Raises StudyError where there is none."""
+    return definitions.from_json(stored_definition(name, storage))
+
+
+def stored_definition(name: str, storage: RDBStorage) -> dict[str, Any]:
+    """The same as it is stored: the checked JSON. Raises StudyError where there is none."""
     attributes = storage.get_study_user_attrs(study_id(name, storage))
     if "definition" not in attributes:
         raise StudyError(f"study {name!r} is not one of Trialyard's, it has no definition: open it with plain Optuna")
-    return definitions.from_json(attributes["definition"])
+    stored: dict[str, Any] = attributes["definition"]
+    return stored
 
 
 def _id(storage: RDBStorage, name: str) -> int | None:
