@@ -1,7 +1,8 @@
 """The ``trialyard`` command: parses, calls one function, prints.
 
 Progress and logs go to standard error, results to standard output. Exit codes: 0 done, 1 a user's mistake or a failed
-check, 2 wrong usage, 130 interrupted. No command imports Keras.
+check, 2 wrong usage, 130 interrupted. No command imports Keras, and what only training needs is imported where it is
+used: `trialyard status` is asked again and again.
 """
 
 import dataclasses
@@ -13,33 +14,34 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import optuna
 import typer
 from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
-from search import checks, devices, display, worker
-from search.devices import Slot, precision_for
+from search import display
 from search.display import Lines, LiveTable, Watcher
-from storage import artifacts, claims, database
+from storage import artifacts, claims, database, retention
 from storage import settings as environment
 from storage.database import PatientStorage
 from storage.errors import SettingsError, StorageError, TrialyardError
 from storage.settings import Settings
 from storage.workers import Present
 from studies import definition as definitions
-from studies import imported, notebook, queries, registry
+from studies import exports, imported, notebook, queries, registry
 from studies.definition import Definition
 from studies.errors import StudyError
 from studies.queries import Row, Status
 from studies.report import SHOWN_ROWS, Told, counts, tell
 from studies.report import report as report_of
+
+if TYPE_CHECKING:
+    from search.devices import Slot
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ WorkersOption = Annotated[
     typer.Option("--workers", min=1, envvar="TRIALYARD_WORKERS", help="So many trials at once here, in all."),
 ]
 Form = Literal["html", "markdown", "table"]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study in the database.")]
 SourceArgument = Annotated[
     str, typer.Argument(metavar="NAME|FILE", help="A ready definition (see `trialyard catalog`), or a TOML file.")
@@ -108,12 +111,12 @@ def options(
 ) -> None:
     """Hyperparameter search for Keras image classifiers, on Optuna."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    handler: logging.Handler = logging.StreamHandler()
     # Beside the live table a line must be printed by rich; elsewhere rich would break it at 80 columns.
-    handler: logging.Handler = (
-        RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S")
-        if err.is_terminal
-        else logging.StreamHandler()
-    )
+    if err.is_terminal:
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S")
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler], format="%(message)s")
     for noisy in ("filelock", "alembic", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -136,6 +139,8 @@ def check(
     file: SourceArgument, trials: TrialsOption = None, epochs: EpochsOption = None, limit: LimitOption = None
 ) -> None:
     """Is this definition right, and do its data and model fit?"""
+    from search import checks
+
     definition = definitions.load(file, trials=trials, epochs=epochs, limit=limit)
     data = checks.check(definition, environment.load())
     judged = "test" if definition.data.validation == "test" else "validation"
@@ -181,6 +186,8 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Create a study unless it stands, work on it here, and print the result."""
+    from search import devices
+
     settings = _settings(storage)
     slots = devices.slots(chosen_devices, per_device, workers)
     definition = definitions.load(source, name=name, trials=trials, epochs=epochs, limit=limit)
@@ -199,6 +206,8 @@ def work(
     forever: Annotated[bool, typer.Option("--forever", help="Wait for studies to come, until told to stop.")] = False,
 ) -> None:
     """Be a worker machine: fill every slot with trials, the oldest study first, until nothing is left."""
+    from search import checks, devices
+
     if studies and forever:
         raise typer.BadParameter("with --forever it takes from all studies: name none")
     settings = _settings(storage)
@@ -212,7 +221,7 @@ def work(
     for name in unended:
         registry.check_data(name, place, checks.check_data(registry.definition_of(name, place), settings))
     _work(unended, place, settings, slots)
-    for name in names:
+    for name in _standing(names, place):
         out.print(display.progress(queries.status(name, place)), markup=False)
     if not names:
         out.print("there is no study to work on: `trialyard create digits` makes one", markup=False)
@@ -300,6 +309,32 @@ def dashboard(
 
 
 @app.command()
+def export(
+    study: StudyArgument,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet.")],
+    form: Annotated[
+        str | None,
+        typer.Option("--format", metavar="tflite|onnx|savedmodel", help="The model in this format, too."),
+    ] = None,
+    storage: StorageOption = None,
+) -> None:
+    """Take the best trial away: its model, history and definition, and a README that uses them."""
+    target = exports.export(study, folder, None if form is None else exports.format_of(form), _connected(storage))
+    out.print(f"the best of {study} is in {target}", markup=False)
+
+
+@app.command()
+def delete(study: StudyArgument, storage: StorageOption = None, yes: YesOption = False) -> None:
+    """Remove a study with all its trials, models and histories; asks first."""
+    place = _connected(storage)
+    found = queries.status(study, place)
+    done = found.complete + found.pruned + found.failed
+    _ask(f"Remove study {study} with its {done} finished trials, and their models and histories?", yes)
+    freed = registry.delete(study, place)
+    out.print(f"study {study} is gone, and {_bytes(freed)} are free", markup=False)
+
+
+@app.command()
 def status(
     study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="Default: all of them.")] = None,
     storage: StorageOption = None,
@@ -340,7 +375,7 @@ def leaderboard(
     as_json: JsonOption = False,
 ) -> None:
     """Trials as a table, best first."""
-    rows = queries.leaderboard(study, _connected(storage))[:top]
+    rows = queries.leaderboard(study, _connected(storage), top)
     if as_json:
         _print_json([dataclasses.asdict(row) for row in rows])
     else:
@@ -383,6 +418,20 @@ def storage_backup(
     out.print(f"{trials} trials are in {file}: `--storage sqlite:///{file}` reads them", markup=False)
 
 
+@storage_app.command("prune")
+def storage_prune(storage: StorageOption = None, yes: YesOption = False) -> None:
+    """Remove files that no trial of this database needs; lists them, and asks first."""
+    settings = _settings(storage)
+    place, keep = database.connect(settings.url), settings.keep_models
+    files = retention.superfluous(place, settings.artifact_folder, keep)
+    for file in files:
+        err.print(f"{file.path}: {_bytes(file.size)}, {file.why}", markup=False, highlight=False, soft_wrap=True)
+    if files:
+        _ask(f"Remove these {len(files)} files, {_bytes(sum(file.size for file in files))}?", yes)
+    freed = retention.remove(place, settings.artifact_folder, keep, files)
+    out.print(f"{_bytes(freed)} are free, below {settings.artifact_folder}", markup=False)
+
+
 # --- what several commands do -----------------------------------------------------------------------------
 
 
@@ -400,14 +449,19 @@ def _connected(storage: str | None) -> PatientStorage:
 
 
 def _create(definition: Definition, settings: Settings, patience: float = 0.0) -> tuple[PatientStorage, bool]:
+    from search import checks
+
     # Everything is checked before the database is touched, the data and a user's own model included.
     data = checks.check(definition, settings)
     place = database.create(settings.url, patience)
     return place, registry.create(definition, place, data)
 
 
-def _work(names: list[str] | None, place: PatientStorage, settings: Settings, slots: list[Slot]) -> None:
+def _work(names: list[str] | None, place: PatientStorage, settings: Settings, slots: "list[Slot]") -> None:
     """Works on the studies here, showing progress. Exits with 130 when a signal ended it."""
+    from search import worker
+    from search.devices import precision_for
+
     if names is not None and all(queries.status(name, place).ended for name in names):
         return
     for name in names or []:
@@ -419,12 +473,18 @@ def _work(names: list[str] | None, place: PatientStorage, settings: Settings, sl
         again = "the same command goes on where it stopped"
         err.print(f"interrupted: what ran is back in the queue; {again}", markup=False, soft_wrap=True)
         raise typer.Exit(130)
-    for name in names or []:
+    for name in _standing(names or [], place):
         if queries.status(name, place).state == "paused":
             err.print(f"study {name} is paused: `trialyard resume {name}`, and the same command goes on", markup=False)
 
 
-def _told(slots: list[Slot]) -> str:
+def _standing(names: list[str], place: PatientStorage) -> list[str]:
+    """Those that were not deleted meanwhile."""
+    there = registry.names(place)
+    return [name for name in names if name in there]
+
+
+def _told(slots: "list[Slot]") -> str:
     """For the first line: the slots, and the threads of each."""
     threads = f" of {slots[0].threads} threads" if slots[0].threads > 1 else ""
     return f"on {', '.join(slot.name for slot in slots)}{threads}"
@@ -461,7 +521,8 @@ def _record(study: str, trial: FrozenTrial, settings: Settings) -> dict[str, Any
         "value": trial.values[0],
         "params": trial.params,
         "user_attrs": trial.user_attrs,
-        "model": _path(trial, "model", settings),
+        # A model may be on another machine.
+        "model": model if (model := _path(trial, "model", settings)) and Path(model).is_file() else None,
         "history": _path(trial, "history", settings),
         "began": _time(trial.datetime_start),
         "ended": _time(trial.datetime_complete),
@@ -495,7 +556,8 @@ def _print_best(study: str, trial: FrozenTrial, settings: Settings) -> None:
         )
     model = _path(trial, "model", settings)
     if model is not None:
-        out.print(f"  model            {model}", markup=False)
+        where = "" if Path(model).is_file() else " (not on this machine)"
+        out.print(f"  model            {model}{where}", markup=False)
 
 
 def _print_rows(rows: list[Row]) -> None:
@@ -594,6 +656,26 @@ def _print_report(told: Told) -> None:
             out.print(f"  {title if number == 0 else '':<19}  {sentence}", markup=False)
     out.print()
     _print_rows(told.rows[:SHOWN_ROWS])
+
+
+def _ask(question: str, yes: bool) -> None:
+    """Exits with 1 unless the answer is yes."""
+    if yes:
+        return
+    # On standard error, unlike typer's own prompt: standard output is for results.
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        sys.stderr.write("nothing was removed\n")
+        raise typer.Exit(1)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """What people see while a worker works: a live table in a terminal, plain lines elsewhere, or nothing."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from search.records import Epoch
 from storage.claims import Claim
+from studies.errors import StudyError
 from studies.queries import Status
 
 STATUS_SECONDS = 2.0  # how often the live table asks the database
@@ -38,6 +40,9 @@ class Watcher:
 
     def ended(self, claim: Claim, trial: FrozenTrial) -> None:
         """It is over, or back in the queue."""
+
+    def gone(self, claim: Claim) -> None:
+        """Its study was deleted, and it with it."""
 
     def tick(self) -> None:
         """Called now and then, by a thread that may wait for the database."""
@@ -66,10 +71,18 @@ class Lines(Watcher):
 
     def ended(self, claim: Claim, trial: FrozenTrial) -> None:
         """Prints how it ended, and where the study stands."""
-        status = self._status(claim.study)
+        try:
+            status = self._status(claim.study)
+        except StudyError:  # it was deleted a moment ago
+            self.gone(claim)
+            return
         best = "none yet" if status.best is None else f"{status.best:.4f} (trial {status.best_number})"
         done = status.complete + status.pruned + status.failed
         self._print(f"{claim.study} trial {claim.number} {ending(trial)}; {done} of {status.budget} done, best {best}")
+
+    def gone(self, claim: Claim) -> None:
+        """Prints it."""
+        self._print(f"study {claim.study} was deleted, and its trial {claim.number} with it")
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -127,6 +140,14 @@ class LiveTable(Watcher):
         line = f"{claim.study} trial {claim.number} {ending(trial)}  {shown(trial.params)}"
         self._console.print(line, markup=False, highlight=False)
 
+    def gone(self, claim: Claim) -> None:
+        """Leaves a line above the table, and empties the slot's row."""
+        with self._lock:
+            self._slots[claim.worker.slot] = None
+            self._asked = 0.0
+        line = f"study {claim.study} was deleted, and its trial {claim.number} with it"
+        self._console.print(line, markup=False, highlight=False)
+
     def tick(self) -> None:
         """Asks the database where the studies stand, now and then."""
         if time.monotonic() - self._asked < STATUS_SECONDS:
@@ -134,7 +155,10 @@ class LiveTable(Watcher):
         with self._lock:
             at_work = [slot.claim.study for slot in self._slots.values() if slot is not None]
         studies = self._studies if self._studies is not None else list(dict.fromkeys(at_work))
-        statuses = {study: self._status(study) for study in studies}
+        statuses = {}
+        for study in studies:
+            with contextlib.suppress(StudyError):  # it was deleted
+                statuses[study] = self._status(study)
         with self._lock:
             self._statuses, self._asked = statuses, time.monotonic()
 

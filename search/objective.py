@@ -14,9 +14,9 @@ from optuna.trial import TrialState
 from search.display import Watcher
 from search.records import Epoch, Resumed, Trained
 from search.trainer import Failed, Job, Trainer, TrainerDied
-from storage import artifacts, claims
+from storage import artifacts, claims, retention
 from storage.claims import Beating, Claim, State
-from storage.errors import ClaimLost
+from storage.errors import ClaimLost, StudyGone
 from storage.settings import Settings
 from studies import sampling
 from studies.definition import Definition
@@ -33,6 +33,7 @@ class Study:
 
     name: str
     study_id: int
+    founded: str | None = None  # tells it from another one that later has its name and number
     definition: Definition
     storage: RDBStorage
     cached: BaseStorage  # the same with Optuna's cache of finished trials, for samplers and pruners
@@ -64,7 +65,7 @@ def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watche
     """Runs the claimed trial to its end, whatever that is, and writes it down.
 
     The trial ends complete, pruned or failed; or goes back to the queue when `interrupted` is set, the study is paused
-    or stopped, or its trainer dies. Where the claim is lost meanwhile, nothing more is written.
+    or stopped, or its trainer dies. Where the claim is lost meanwhile, or the study deleted, nothing more is written.
     """
     storage = study.storage
     try:
@@ -79,9 +80,10 @@ def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watche
         elif end.trained is not None and not end.trained.stopped:
             attributes = _attributes(study, claim, trainer, end.trained)
             claims.finish(storage, claim, TrialState.COMPLETE, end.trained.value, attributes)
+            retention.trim(storage, claim, settings.artifact_folder, settings.keep_models)
         else:
             claims.requeue(storage, claim, "interrupted", end.why)
-            watcher.ended(claim, storage.get_trial(claim.trial_id))
+            _ended(study, claim, watcher)
             return
         # Only now: had the database stayed away, the trial would go on from it.
         artifacts.remove(_folder(settings, claim) / artifacts.CHECKPOINT)
@@ -94,7 +96,21 @@ def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watche
     except ClaimLost as lost:
         log.warning("%s", lost)
         trainer.kill()  # somebody else trains this trial now
-    watcher.ended(claim, storage.get_trial(claim.trial_id))
+    except (KeyError, StudyGone) as error:  # KeyError is Optuna's word for a row that is not there
+        if claims.stands(storage, claim):
+            raise
+        log.debug("what met it", exc_info=error)
+        trainer.kill()
+    _ended(study, claim, watcher)
+
+
+def _ended(study: Study, claim: Claim, watcher: Watcher) -> None:
+    try:
+        trial = study.storage.get_trial(claim.trial_id)
+    except KeyError:
+        watcher.gone(claim)
+    else:
+        watcher.ended(claim, trial)
 
 
 def _train(

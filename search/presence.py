@@ -72,6 +72,11 @@ class Presence(Watcher):
         self._doing[claim.worker] = Doing()
         self._inner.ended(claim, trial)
 
+    def gone(self, claim: Claim) -> None:
+        """Forgets the trial."""
+        self._doing[claim.worker] = Doing()
+        self._inner.gone(claim)
+
     def _run(self) -> None:
         beaten = float("-inf")
         while not self._done.is_set():

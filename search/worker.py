@@ -20,9 +20,10 @@ from search.publisher import Publisher
 from search.trainer import Trainer
 from storage import claims, workers
 from storage.database import PatientStorage
-from storage.errors import StorageError, TrialyardError
+from storage.errors import StorageError, StudyGone, TrialyardError
 from storage.settings import Settings
 from studies import registry
+from studies.errors import StudyError
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,10 @@ def _fill(
     """One slot's loop."""
     while not interrupted.is_set():
         for study in open_studies.now():
-            claim = claims.claim(study.storage, study.name, me, settings.grace_seconds)
+            try:
+                claim = claims.claim(study.storage, study.name, me, settings.grace_seconds, study.founded)
+            except StudyGone:
+                continue  # deleted a moment ago; the next look will not find it
             if claim is not None:
                 objective.run(study, claim, trainer, settings, watcher, interrupted)
                 break
@@ -123,7 +127,8 @@ class _OpenStudies:
         self._lock = threading.Lock()  # the slots' threads look one after another
         self._looked = float("-inf")
         self._studies: list[Study] = []
-        self._admitted: dict[int, Study | None] = {}  # by the database's number; None: refused
+        self._admitted: dict[tuple[int, str | None], Study | None] = {}  # None: refused
+        self._gone: set[str] = set()  # of those that were named, which were deleted
 
     def now(self) -> list[Study]:
         """Those that may have something to do."""
@@ -142,16 +147,28 @@ class _OpenStudies:
 
     def _look(self) -> list[Study]:
         found = []
-        for name in registry.names(self._storage) if self._names is None else self._names:
-            study_id = registry.study_id(name, self._storage)
-            if study_id not in self._admitted:
-                self._admitted[study_id] = self._admit(name, study_id)
-            study = self._admitted[study_id]
+        standing = registry.names(self._storage)
+        for name in standing if self._names is None else self._names:
+            if name not in standing:
+                if name not in self._gone:
+                    log.warning("study %s was deleted: this worker goes on with the others", name)
+                self._gone.add(name)
+                continue
+            try:
+                study_id = registry.study_id(name, self._storage)
+                founded = claims.founded(self._storage, study_id)
+                if (study_id, founded) not in self._admitted:
+                    self._admitted[study_id, founded] = self._admit(name, study_id, founded)
+            except (StudyError, KeyError):
+                if name in registry.names(self._storage):
+                    raise
+                continue  # deleted while it was looked at
+            study = self._admitted[study_id, founded]
             if study is not None and not _is_done(self._storage, study_id):
                 found.append(study)
         return found
 
-    def _admit(self, name: str, study_id: int) -> Study | None:
+    def _admit(self, name: str, study_id: int, founded: str | None) -> Study | None:
         definition = registry.definition_of(name, self._storage)
         if self._names is None and not _is_done(self._storage, study_id):
             # One study that this machine cannot serve must not keep it from the others.
@@ -162,7 +179,15 @@ class _OpenStudies:
             except TrialyardError as error:
                 log.warning("study %s is left to other workers: %s", name, error)
                 return None
-        return Study(name=name, study_id=study_id, definition=definition, storage=self._storage, cached=self.cached)
+        return Study(
+            name=name,
+            study_id=study_id,
+            founded=founded,
+            definition=definition,
+            storage=self._storage,
+            # One each: Optuna's would give the finished trials of a deleted study that had the same number.
+            cached=optuna.storages.get_storage(self._storage),
+        )
 
 
 def _is_done(storage: PatientStorage, study_id: int) -> bool:

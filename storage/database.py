@@ -14,20 +14,24 @@ import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import filelock
+import optuna.storages._rdb
 import sqlalchemy
-import tenacity
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import BaseModel
-from sqlalchemy import URL, Connection, Engine, text
+from optuna.storages._rdb.storage import _VersionManager
+from sqlalchemy import URL, Connection, Engine, orm, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from storage.artifacts import written_whole
 from storage.errors import StorageError
 from storage.workers import table as workers_table
+
+if TYPE_CHECKING:  # imported where they are used: reading needs neither, and they bring asyncio along
+    import filelock
+    import tenacity
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,13 @@ INDEXES = (
 )
 
 
+class _Versions(_VersionManager):
+    """Optuna's, for tables that stand: it does not look at them before it is asked."""
+
+    def __init__(self, url: str, engine: Engine, sessions: orm.scoped_session[orm.Session]) -> None:
+        self.url, self.engine, self.scoped_session = url, engine, sessions
+
+
 class PatientStorage(RDBStorage):
     """Optuna's storage, each of whose calls is tried again while the database is away.
 
@@ -55,6 +66,31 @@ class PatientStorage(RDBStorage):
     def __init__(self, url: str, *, patience: float, **options: Any) -> None:
         self.patience, self.leaving = patience, threading.Event()
         super().__init__(url, **options)
+
+    @classmethod
+    def on_current_tables(cls, url: str, engine_kwargs: dict[str, Any]) -> "PatientStorage":
+        """The same on tables that are known to be of this very version of Optuna.
+
+        Optuna's own constructor looks for itself, with Alembic, whose import takes as long as the rest of a query.
+        """
+        storage = cls.__new__(cls)
+        engine = sqlalchemy.create_engine(url, **engine_kwargs)
+        sessions = orm.scoped_session(orm.sessionmaker(bind=engine))
+        vars(storage).update(
+            patience=0.0,
+            leaving=threading.Event(),
+            engine_kwargs=engine_kwargs,
+            url=url,
+            skip_compatibility_check=False,
+            heartbeat_interval=None,
+            grace_period=None,
+            heartbeat_stale_trial_callback=None,
+            failed_trial_callback=None,
+            engine=engine,
+            scoped_session=sessions,
+            _version_manager=_Versions(url, engine, sessions),
+        )
+        return storage
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "leaving"}
@@ -67,6 +103,8 @@ class PatientStorage(RDBStorage):
         """What `call` gives, tried again as long as the database is away. It may be done twice."""
         if self.patience <= 0:
             return call()
+        import tenacity
+
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_transient),
             # The jitter keeps a hundred workers from knocking all at once when the database is back.
@@ -87,7 +125,7 @@ class PatientStorage(RDBStorage):
                 "run the command again; what was trained is in the checkpoints"
             ) from cause
 
-    def _told(self, state: tenacity.RetryCallState) -> None:
+    def _told(self, state: "tenacity.RetryCallState") -> None:
         assert state.outcome is not None
         error = state.outcome.exception()
         if error is not None and state.attempt_number == 1:
@@ -164,7 +202,10 @@ def connect(url: str, patience: float = 0.0) -> PatientStorage:
     lacking = _lacking(parsed)
     if lacking:
         raise StorageError(f"the database {redact(url)} {lacking}")
-    storage = _storage(parsed)
+    if _revision(parsed) == _head():
+        storage = PatientStorage.on_current_tables(_rendered(parsed), _settings(parsed))
+    else:
+        storage = _storage(parsed)  # which says what is wrong
     storage.patience = patience
     return storage
 
@@ -260,6 +301,25 @@ def _lacking(url: URL) -> str | None:
     if workers_table.name not in tables:
         return "was made by an older Trialyard or by plain Optuna: run `trialyard storage upgrade`"
     return None
+
+
+def _revision(url: URL) -> str | None:
+    """The version of the tables at `url`, in Optuna's words; None where that cannot be told."""
+    engine = _engine(url)
+    try:
+        with engine.connect() as connection:
+            found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+            return found
+    except SQLAlchemyError:
+        return None
+    finally:
+        engine.dispose()
+
+
+def _head() -> str:
+    """The version of the tables that this Optuna makes: that of the last of its migrations, which its name tells."""
+    migrations = Path(optuna.storages._rdb.__path__[0]) / "alembic" / "versions"
+    return max((file.stem.rstrip("_") for file in migrations.glob("v*.py")), default="")
 
 
 def _engine(url: URL) -> Engine:
@@ -441,6 +501,8 @@ def _study_lock(path: Path, study: str) -> Iterator[None]:
 
     The kernel lets go of it when its holder dies.
     """
+    import filelock
+
     try:
         with _lock_file(path, f"study-{urllib.parse.quote(study, safe='')}"):
             yield
@@ -451,7 +513,9 @@ def _study_lock(path: Path, study: str) -> Iterator[None]:
         ) from None
 
 
-def _lock_file(path: Path, name: str) -> filelock.BaseFileLock:
+def _lock_file(path: Path, name: str) -> "filelock.BaseFileLock":
+    import filelock
+
     folder = path.with_name(f"{path.name}.locks")
     folder.mkdir(exist_ok=True)
     return filelock.FileLock(

@@ -3,6 +3,7 @@
 TrialyardError
 ├── SettingsError      a TRIALYARD_* variable does not fit
 ├── StorageError       the database cannot be reached, opened or written
+│   └── StudyGone      the study was deleted meanwhile
 ├── ClaimLost          another worker holds this trial now (never shown to a user: the result is dropped)
 ├── DefinitionError    (studies) a definition breaks a rule
 ├── StudyError         (studies) no such study, or it stands with another definition
@@ -26,6 +27,10 @@ class SettingsError(TrialyardError):
 
 class StorageError(TrialyardError):
     """The database cannot be reached, opened or written."""
+
+
+class StudyGone(StorageError):  # noqa: N818 - it is an event, not a mistake
+    """The study is no longer in the database; a worker goes on with the others."""
 
 
 class ClaimLost(TrialyardError):  # noqa: N818 - it is an event, not a mistake

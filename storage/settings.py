@@ -34,6 +34,8 @@ class Settings(BaseSettings):
     dashboard_password: SecretStr | None = None  # asked for by the dashboard, which else serves this machine alone
     dashboard_password_file: Path | None = None  # a file that holds it
 
+    keep_models: int = Field(default=5, ge=1)  # of a study, the models of so many best trials; histories always stay
+
     @field_validator("data", mode="before")
     @classmethod
     def _folders(cls, value: Any) -> Any:

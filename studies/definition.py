@@ -6,6 +6,7 @@ rule and the way out.
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -42,7 +43,8 @@ PrunerKind = Literal["hyperband", "asha", "median", "wilcoxon", "none"]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Built at first use: most queries need no definition, and a command should not wait for it.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Data(_Table):
@@ -185,6 +187,39 @@ def parse(text: str, *, source: str = "the definition", folder: Path | None = No
 def from_json(raw: Mapping[str, Any]) -> Definition:
     """The definition that the database holds. Raises DefinitionError where this version cannot read it."""
     return _checked(raw, f"the stored definition of {raw.get('name')!r}")
+
+
+def to_toml(definition: Definition) -> str:
+    """`definition` as a file says it, without what is the default; `parse` gives an equal one back."""
+    # `type` is a default, too: `parse` tells it from the numbers, whose own types are kept.
+    raw = definition.model_dump(mode="json", exclude_defaults=True)
+    lines = [f"{key} = {_toml(value)}" for key, value in raw.items() if key == "name" or not _is_table(value)]
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{key}]", *(f"{_toml_key(name)} = {_toml(one)}" for name, one in value.items())]
+    for point in raw.get("points", []):
+        lines += ["", "[[points]]", *(f"{_toml_key(name)} = {_toml(one)}" for name, one in point.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, (dict, list))
+
+
+def _toml(value: Any) -> str:
+    """A value on one line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_toml_key(name)} = {_toml(one)}" for name, one in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL, which TOML does not take as it is, and halves of a character.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)  # numbers and truth are written alike
+
+
+def _toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
 
 
 def differences(one: Definition, other: Definition) -> list[str]:
@@ -536,4 +571,5 @@ __all__ = [
     "from_json",
     "load",
     "parse",
+    "to_toml",
 ]

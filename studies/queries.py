@@ -1,28 +1,41 @@
 """What came out: the best trial, the leaderboard, the status. Reading never changes anything."""
 
+import contextlib
+import importlib
 import json
 import logging
+import zipfile
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialModel, TrialUserAttributeModel
+from optuna.storages._rdb.models import TrialModel, TrialParamModel, TrialUserAttributeModel
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import and_, func, select
+from sqlalchemy import Connection, Select, and_, func, select
 
 from storage import claims, settings
 from storage import workers as present_workers
 from storage.claims import Holding
 from storage.database import read
+from storage.standings import ranked
 from storage.workers import Present
 from studies import registry
 from studies.errors import StudyError
 from studies.registry import Place
 
+if TYPE_CHECKING:
+    import keras
+
 log = logging.getLogger(__name__)
+
+NAMED = 500  # trials that one statement names
+TOLD = ("epochs", "parameters", "seconds")  # user attributes that a leaderboard shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,68 +92,172 @@ class Curve:
 
 
 def best_trial(name: str, storage: Place = None) -> FrozenTrial:
-    """The complete trial with the highest validation accuracy; of equals, the first. Pruned and failed never win.
+    """The complete trial with the highest validation accuracy; of equals, the first.
+
+    Pruned and failed trials never win, nor those with a violated constraint.
+
+    >>> trial = studies.best_trial("digits")
+    >>> trial.state.name, sorted(trial.params)
+    ('COMPLETE', ['depth', 'dropout'])
+    >>> 0 <= trial.value <= 1
+    True
 
     Raises StudyError where there is no such study, or no complete trial yet.
     """
     place = registry.storage_of(storage)
     study_id = registry.study_id(name, place)
-    complete = place.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
-    if not complete:
-        counts = claims.counts(place, study_id)
-        if claims.ended(place, study_id):
-            raise StudyError(
-                f"study {name!r} has ended without a complete trial ({counts.failed} failed, {counts.pruned} pruned): "
-                f"`trialyard status {name}` says why; correct its definition and give it another name"
-            )
-        raise StudyError(
-            f"study {name!r} has no complete trial yet: `trialyard run {name}` works on it, "
-            f"`trialyard status {name}` shows how far it is"
+    best = read(place, lambda connection: ranked(connection, study_id, top=1))
+    if not best:
+        raise StudyError(_why_none(name, place, study_id))
+    return place.get_trial(best[0].trial_id)
+
+
+def _why_none(name: str, place: RDBStorage, study_id: int) -> str:
+    counts = claims.counts(place, study_id)
+    if counts.complete:
+        return (
+            f"all {counts.complete} complete trials of study {name!r} violate a constraint, so none is the best: "
+            "loosen the constraints, or search further"
         )
-    return _ranked(complete)[0]
+    if claims.ended(place, study_id):
+        return (
+            f"study {name!r} has ended without a complete trial ({counts.failed} failed, {counts.pruned} pruned): "
+            f"`trialyard status {name}` says why; correct its definition and give it another name"
+        )
+    return (
+        f"study {name!r} has no complete trial yet: `trialyard run {name}` works on it, "
+        f"`trialyard status {name}` shows how far it is"
+    )
 
 
-def leaderboard(name: str, storage: Place = None) -> list[Row]:
-    """The complete trials of study `name`, best first. Raises StudyError where there is no such study."""
+def best_model(name: str, storage: Place = None) -> "keras.Model":
+    """The trained model of the best trial, with the weights of its best epoch, ready to predict.
+
+    It takes images as they are stored, (n, height, width, channels) on 0 to 255, and gives class probabilities of
+    (n, classes), float32: on a processor the same, to the bit, as at the end of its training. It is not compiled.
+
+    >>> model = studies.best_model("digits")
+    >>> model.predict(np.zeros((5, 28, 28, 1)), verbose=0).shape
+    (5, 10)
+
+    It imports Keras. Where the study's model is a function of one's own, the function's module is imported first, so
+    that layers which it registers with Keras are known.
+
+    Raises StudyError where `best_trial` does, where the file is not on this machine, and where Keras cannot load it.
+    """
+    place = registry.storage_of(storage)
+    trial = best_trial(name, place)
+    path = file_of(name, trial, "model")
+    import keras
+
+    function = registry.definition_of(name, place).model
+    if ":" in function:
+        with contextlib.suppress(ImportError):  # the model may be of Keras's own layers, and need no module
+            importlib.import_module(function.partition(":")[0])
+    try:
+        return keras.models.load_model(path, compile=False)
+    except (TypeError, ValueError, OSError, ImportError, AttributeError, KeyError, zipfile.BadZipFile) as error:
+        raise StudyError(
+            f"the model of trial {trial.number} of study {name!r}, {path}, cannot be loaded "
+            f"({' '.join(str(error).split())[:300]}): where its layers are your own, have "
+            "@keras.saving.register_keras_serializable() above each and import their module first, or call "
+            "keras.models.load_model(file, custom_objects={...}) yourself"
+        ) from error
+
+
+def file_of(name: str, trial: FrozenTrial, artifact: Literal["model", "history"]) -> Path:
+    """Where this machine has the trial's `artifact`. Raises StudyError where it has none."""
+    below = trial.user_attrs.get(artifact)
+    if below is None:
+        raise StudyError(
+            f"trial {trial.number} of study {name!r} names no {artifact}: it was not trained by Trialyard; train its "
+            "hyperparameters as a point of a study of your own"
+        )
+    path = settings.load().artifact_folder / str(below)
+    if not path.is_file():
+        host = (trial.user_attrs.get("attempts") or [{}])[-1].get("host", "another machine")
+        raise StudyError(
+            f"the {artifact} of trial {trial.number} of study {name!r} is not on this machine ({path} does not exist; "
+            f"it was trained on {host}): set TRIALYARD_ARTIFACTS to the folder that it was written to, or copy it there"
+        )
+    return path
+
+
+def leaderboard(name: str, storage: Place = None, top: int | None = None) -> list[Row]:
+    """The complete and feasible trials of study `name`, best first, or only the `top` of them.
+
+    >>> for row in studies.leaderboard("digits"):
+    ...     print(row.rank, row.params["depth"], row.epochs, row.parameters)
+    1 ... 1 ...
+    2 ... 1 ...
+
+    Raises StudyError where there is no such study.
+    """
     place = registry.storage_of(storage)
     study_id = registry.study_id(name, place)
-    return rows_of(place.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,)))
+    return read(place, lambda connection: _rows(connection, study_id, top))
 
 
-def rows_of(complete: Sequence[FrozenTrial]) -> list[Row]:
-    """The same for complete trials that were read already."""
+def _rows(connection: Connection, study_id: int, top: int | None) -> list[Row]:
+    standings = ranked(connection, study_id, top)
+    # A few trials are named; of many, the study's whole tables are read, since a statement's length has a limit.
+    some = [standing.trial_id for standing in standings] if len(standings) <= NAMED else None
+
+    def of(stored: type[TrialParamModel] | type[TrialUserAttributeModel], *columns: Any) -> Select[Any]:
+        chosen = select(stored.trial_id, *columns)
+        if some is not None:
+            return chosen.where(stored.trial_id.in_(some))
+        complete = (TrialModel.study_id == study_id, TrialModel.state == TrialState.COMPLETE)
+        return chosen.join(TrialModel, TrialModel.trial_id == stored.trial_id).where(*complete)
+
+    params: dict[int, dict[str, Any]] = defaultdict(dict)
+    stored = TrialParamModel
+    columns = (stored.param_name, stored.param_value, stored.distribution_json)
+    for trial_id, name, value, distribution in connection.execute(of(stored, *columns).order_by(stored.param_id)):
+        params[trial_id][name] = _distribution(distribution).to_external_repr(value)
+    told: dict[int, dict[str, Any]] = defaultdict(dict)
+    attribute = TrialUserAttributeModel
+    wanted = of(attribute, attribute.key, attribute.value_json).where(attribute.key.in_(TOLD))
+    for trial_id, key, value_json in connection.execute(wanted):
+        told[trial_id][key] = json.loads(value_json)
     return [
         Row(
             rank=rank,
-            number=trial.number,
-            value=float(trial.values[0]),
-            params=trial.params,
-            epochs=trial.user_attrs.get("epochs"),
-            parameters=trial.user_attrs.get("parameters"),
-            seconds=trial.user_attrs.get("seconds"),
+            number=standing.number,
+            value=standing.value,
+            params=params[standing.trial_id],
+            **{key: told[standing.trial_id].get(key) for key in TOLD},
         )
-        for rank, trial in enumerate(_ranked(complete), start=1)
+        for rank, standing in enumerate(standings, start=1)
     ]
 
 
-def _ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    return sorted(trials, key=lambda trial: (-float(trial.values[0]), trial.number))
+@cache
+def _distribution(as_json: str) -> BaseDistribution:
+    return json_to_distribution(as_json)  # a study has few of them, and each of its trials names them again
 
 
 def status(name: str, storage: Place = None) -> Status:
-    """Where study `name` stands. Raises StudyError where there is no such study."""
+    """Where study `name` stands.
+
+    >>> state = studies.status("digits")
+    >>> state.complete, state.budget, state.ended, state.workers
+    (2, 2, True, ())
+
+    Raises StudyError where there is no such study.
+    """
     place = registry.storage_of(storage)
     study_id = registry.study_id(name, place)
-    definition = registry.definition_of(name, place)
+    stored = registry.stored_definition(name, place)  # unread: reading takes longer than all that follows
     counts = claims.counts(place, study_id)
     budget = claims.budget(place, study_id)
-    trials = budget.total if budget is not None else definition.trials
+    trials = budget.total if budget is not None else registry.definition_of(name, place).trials
     imported = 0 if budget is None else budget.imported
-    best = _best(place, study_id)
+    best = read(place, lambda connection: ranked(connection, study_id, top=1))
     return Status(
         study=name,
-        description=definition.description,
-        protocol="test" if definition.data.validation == "test" else "validation",
+        description=stored["description"],
+        protocol="test" if stored["data"]["validation"] == "test" else "validation",
         complete=counts.complete,
         pruned=counts.pruned,
         failed=counts.failed,
@@ -149,8 +266,8 @@ def status(name: str, storage: Place = None) -> Status:
         budget=trials,
         state=claims.state(place, study_id),
         ended=claims.ended(place, study_id),
-        best=None if best is None else float(best.values[0]),
-        best_number=None if best is None else best.number,
+        best=best[0].value if best else None,
+        best_number=best[0].number if best else None,
         seconds_left=_seconds_left(place, study_id, counts, trials, imported),
         workers=tuple(claims.holdings(place, study_id)),
         failures=_failures(place, study_id) if counts.failed else (),
@@ -158,7 +275,11 @@ def status(name: str, storage: Place = None) -> Status:
 
 
 def workers(storage: Place = None) -> list[Present]:
-    """Every slot of every worker that beats, whatever study it is at, and also those that wait for one."""
+    """Every slot of every worker that beats, whatever study it is at, and also those that wait for one.
+
+    >>> [slot.device for slot in studies.workers()]
+    []
+    """
     return read(registry.storage_of(storage), present_workers.present)
 
 
@@ -178,7 +299,10 @@ def curves(
 
 def curves_of(trials: Sequence[FrozenTrial], artifacts: Path, top: int | None = None) -> list[Curve]:
     """The same for trials that were read already."""
-    complete = _ranked([trial for trial in trials if trial.state == TrialState.COMPLETE])
+    complete = sorted(
+        (trial for trial in trials if trial.state == TrialState.COMPLETE),
+        key=lambda trial: (-float(trial.values[0]), trial.number),
+    )
     pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
     return [_curve(trial, artifacts) for trial in [*complete, *pruned][:top]]
 
@@ -217,17 +341,23 @@ def _history(trial: FrozenTrial, artifacts: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _best(storage: RDBStorage, study_id: int) -> FrozenTrial | None:
-    try:
-        return storage.get_best_trial(study_id)
-    except ValueError:  # Optuna's word for: nothing is complete
-        return None
-
-
 def _failures(storage: RDBStorage, study_id: int) -> tuple[str, ...]:
-    failed = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.FAIL,))
+    told = and_(TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "failure")
+
+    def work(connection: Connection) -> list[str | None]:
+        return list(
+            connection.execute(
+                select(TrialUserAttributeModel.value_json)
+                .select_from(TrialModel)
+                .outerjoin(TrialUserAttributeModel, told)
+                .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.FAIL)
+                .order_by(TrialModel.number)
+            ).scalars()
+        )
+
     # A trial that plain Optuna failed has no reason.
-    reasons = (trial.user_attrs.get("failure", {"kind": "unknown", "message": "no reason"}) for trial in failed)
+    unknown = '{"kind": "unknown", "message": "no reason"}'
+    reasons = (json.loads(one or unknown) for one in dict.fromkeys(read(storage, work)))
     return tuple(dict.fromkeys(f"{reason['kind']}: {reason['message']}" for reason in reasons))
 
 

@@ -1,4 +1,4 @@
-"""The studies in a database: create, open, list."""
+"""The studies in a database: create, open, list, delete."""
 
 import builtins
 import contextlib
@@ -16,7 +16,7 @@ from optuna.storages._rdb.models import StudyModel, StudyUserAttributeModel
 from optuna.study import StudyDirection
 from sqlalchemy import select
 
-from storage import claims, database, settings
+from storage import claims, database, retention, settings
 from storage.errors import nearest
 from studies import definition as definitions
 from studies import sampling
@@ -82,22 +82,57 @@ def create(
 def pause(name: str, storage: Place = None) -> None:
     """No trial of study `name` starts, and those that run go back to the queue, until it is resumed.
 
-    All its workers act within an epoch or a beat (10 s), whichever is sooner. Raises StudyError where there is none.
+    All its workers act within an epoch or a beat (10 s), whichever is sooner.
+
+    >>> studies.pause("digits")
+    >>> studies.status("digits").state
+    'paused'
+
+    Raises StudyError where there is none.
     """
     _set_state(name, storage, "paused")
 
 
 def resume(name: str, storage: Place = None) -> None:
-    """Lets the workers go on with a study that was paused or stopped. Raises StudyError where there is none."""
+    """Lets the workers go on with a study that was paused or stopped.
+
+    >>> studies.resume("digits")
+    >>> studies.status("digits").state
+    'open'
+
+    Raises StudyError where there is none.
+    """
     _set_state(name, storage, "open")
 
 
 def stop(name: str, storage: Place = None) -> None:
     """Ends study `name` with the trials that it has finished, as `pause` does but for good.
 
+    >>> studies.stop("digits")
+    >>> studies.status("digits").state
+    'stopped'
+
     Raises StudyError where there is none.
     """
     _set_state(name, storage, "stopped")
+
+
+def delete(name: str, storage: Place = None) -> int:
+    """Removes study `name` with all its trials from the database, and its files; returns the bytes that these took.
+
+    Killed in the middle it leaves at most files, which `trialyard storage prune` removes.
+
+    >>> freed = studies.delete("digits")
+    >>> studies.names(), freed > 100_000
+    ([], True)
+
+    Raises StudyError where there is none, and StorageError while a worker runs a trial of it, unless it was stopped.
+    """
+    place, here = storage_of(storage), settings.load()
+    study_id(name, place)
+    claims.delete(place, name, here.grace_seconds)
+    leftovers = retention.superfluous(place, here.artifact_folder, here.keep_models, study=name)
+    return retention.remove(place, here.artifact_folder, here.keep_models, leftovers)
 
 
 def _set_state(name: str, storage: Place, state: claims.State) -> None:
@@ -110,6 +145,11 @@ def open(name: str, storage: Place = None) -> optuna.Study:
     """The study `name`, as Optuna's own object, with the sampler and pruner of its definition.
 
     `storage` is a database's URL, or None for the one that TRIALYARD_STORAGE or TRIALYARD_HOME names.
+
+    >>> study = studies.open("digits")
+    >>> study.direction.name, study.best_trial.number == studies.best_trial("digits").number
+    ('MAXIMIZE', True)
+
     Raises StudyError where there is none of that name.
     """
     place = storage_of(storage)
@@ -124,7 +164,11 @@ def open(name: str, storage: Place = None) -> optuna.Study:
 
 
 def names(storage: Place = None) -> list[str]:
-    """The studies that Trialyard made, oldest first."""
+    """The studies that Trialyard made, oldest first.
+
+    >>> studies.names()
+    ['digits']
+    """
     with storage_of(storage).engine.connect() as connection:
         return list(
             connection.execute(
@@ -153,10 +197,16 @@ def study_id(name: str, storage: RDBStorage) -> int:
 
 def definition_of(name: str, storage: RDBStorage) -> Definition:
     """The definition of study `name`. Raises StudyError where there is none."""
+    return definitions.from_json(stored_definition(name, storage))
+
+
+def stored_definition(name: str, storage: RDBStorage) -> dict[str, Any]:
+    """The same as it is stored: the checked JSON. Raises StudyError where there is none."""
     attributes = storage.get_study_user_attrs(study_id(name, storage))
     if "definition" not in attributes:
         raise StudyError(f"study {name!r} is not one of Trialyard's, it has no definition: open it with plain Optuna")
-    return definitions.from_json(attributes["definition"])
+    stored: dict[str, Any] = attributes["definition"]
+    return stored
 
 
 def _id(storage: RDBStorage, name: str) -> int | None:

@@ -39,7 +39,7 @@ GRID_LIMIT = 100_000
 
 
 class _Parameter(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     when: Condition = {}
 

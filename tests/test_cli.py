@@ -1,5 +1,6 @@
 """The command: results on standard output, one line and exit code 1 for a mistake, 2 for wrong usage."""
 
+import io
 import json
 import signal
 import subprocess
@@ -291,3 +292,63 @@ def test_report_writes_the_form_that_is_asked_for(home: Path, trialyard: Call) -
     assert (code, err) == (1, "error: folder cannot be written (Is a directory): give another file with --output\n")
     assert sorted(path.name for path in home.iterdir()) == ["folder", "new", "notebook-report.html", "yard"]
     assert _dump(home) == before
+
+
+# --- taking away, and removing ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_model_that_is_elsewhere_is_told(home: Path, trialyard: Call) -> None:
+    storage = database.connect(f"sqlite:///{home}/yard/studies.db")
+    claim = claims.claim(storage, "digits", workers.worker("cpu:0"), 60.0)
+    assert claim is not None
+    claims.finish(storage, claim, TrialState.COMPLETE, 0.95, {"model": "digits/3/model.keras"})
+    path = home / "yard" / "artifacts" / "digits" / "3" / "model.keras"
+    assert f"  model            {path} (not on this machine)\n" in trialyard("best", "digits")[1]
+    assert json.loads(trialyard("best", "digits", "--json")[1])["model"] is None
+    code, out, err = trialyard("export", "digits", "there")
+    assert (code, out) == (1, "")
+    assert "set TRIALYARD_ARTIFACTS" in err
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert json.loads(trialyard("best", "digits", "--json")[1])["model"] == str(path)
+    assert trialyard("export", "digits", "there", "--format", "pt")[2] == (
+        "error: format = 'pt' must be one of tflite, onnx, savedmodel\n"
+    )
+
+
+def _answer(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+@pytest.mark.usefixtures("finished")
+def test_delete_asks_first(home: Path, trialyard: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    trialyard("create", "digits", "--name", "other")
+    before = _dump(home)
+    for answer in ("n\n", "\n", ""):
+        _answer(monkeypatch, answer)
+        code, out, err = trialyard("delete", "digits")
+        assert (code, out) == (1, "")
+        assert "Remove study digits with its 3 finished trials, and their models and histories?" in err
+        assert _dump(home) == before
+    _answer(monkeypatch, "y\n")
+    assert trialyard("delete", "digits")[:2] == (0, "study digits is gone, and 0 B are free\n")
+    assert trialyard("delete", "other", "--yes")[:2] == (0, "study other is gone, and 0 B are free\n")
+    assert "there is no study 'other'" in trialyard("delete", "other", "--yes")[2]
+
+
+@pytest.mark.usefixtures("finished")
+def test_storage_prune_lists_asks_and_removes(home: Path, trialyard: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = home / "yard" / "artifacts" / "digits" / "0" / "checkpoint.npz"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x" * 1500)
+    _answer(monkeypatch, "n\n")
+    code, out, err = trialyard("storage", "prune")
+    assert (code, out) == (1, "")
+    assert f"{path}: 1.5 kB, the checkpoint of a finished trial\n" in err
+    assert "Remove these 1 files, 1.5 kB?" in err
+    assert path.exists()
+    code, out, _ = trialyard("storage", "prune", "--yes")
+    assert (code, out) == (0, f"1.5 kB are free, below {home}/yard/artifacts\n")
+    assert not path.exists()
+    assert trialyard("storage", "prune")[:2] == (0, f"0 B are free, below {home}/yard/artifacts\n")

@@ -312,3 +312,23 @@ def test_what_was_asked_wrongly_is_not_tried_again(both: PatientStorage) -> None
     with pytest.raises(SQLAlchemyError):
         database.read(both, work)
     assert len(tries) == 1
+
+
+def test_the_quick_connection_is_what_optuna_s_constructor_makes(sqlite_url: str) -> None:
+    quick = database.create(sqlite_url)
+    slow = database._storage(database._parsed(sqlite_url))
+    assert vars(quick).keys() == vars(slow).keys()
+    same = [name for name in vars(slow) if name not in ("leaving", "engine", "scoped_session", "_version_manager")]
+    assert {name: repr(vars(quick)[name]) for name in same if name != "engine_kwargs"} == {
+        name: repr(vars(slow)[name]) for name in same if name != "engine_kwargs"
+    }
+    assert vars(quick._version_manager).keys() == vars(slow._version_manager).keys()
+    assert database._head() == slow.get_head_version() == quick.get_head_version() == quick.get_current_version()
+
+
+def test_tables_of_another_version_are_not_taken_for_this_one_s(sqlite_url: str) -> None:
+    made = database.create(sqlite_url)
+    with made.engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE alembic_version SET version_num = 'v3.0.0.d'"))
+    with pytest.raises(StorageError, match="trialyard storage upgrade"):
+        database.connect(sqlite_url)

@@ -1,5 +1,6 @@
 """The best trial is the best complete one; the counts are exact; reading changes nothing."""
 
+import optuna
 import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
@@ -39,6 +40,59 @@ def test_without_a_complete_trial_there_is_no_best(storage: RDBStorage, study: s
     _end(storage, study, me, *[(FAIL, None)] * 4, (PRUNED, 0.5))
     with pytest.raises(StudyError, match=r"ended without a complete trial \(4 failed, 1 pruned\)"):
         queries.best_trial(study, storage)
+
+
+def test_a_violated_constraint_never_wins(storage: RDBStorage, study: str, me: Worker) -> None:
+    # As a study of somebody's own with constraints has them: in Optuna 5's form, and in the one before.
+    told = ({"constraints:size": 1.5}, {"constraints:size": -1.0}, {"constraints": [-1.0, 2.0]}, {"constraints": None})
+    for value, constraints in zip((0.99, 0.7, 0.98, 0.8), told, strict=True):
+        claim = claims.claim(storage, study, me, 60.0)
+        assert claim is not None
+        for key, constraint in constraints.items():
+            storage.set_trial_system_attr(claim.trial_id, key, constraint)
+        claims.finish(storage, claim, COMPLETE, value, {})
+    assert queries.best_trial(study, storage).number == 3
+    assert [row.number for row in queries.leaderboard(study, storage)] == [3, 1]
+    assert [row.number for row in queries.leaderboard(study, storage, top=1)] == [3]
+    assert (queries.status(study, storage).best, queries.status(study, storage).best_number) == (0.8, 3)
+    assert registry.open(study, storage).best_trial.number == 3  # Optuna's own judgement
+
+
+def test_a_constraint_that_all_violate_is_named(storage: RDBStorage, study: str, me: Worker) -> None:
+    claim = claims.claim(storage, study, me, 60.0)
+    assert claim is not None
+    storage.set_trial_system_attr(claim.trial_id, "constraints:size", 1.5)
+    claims.finish(storage, claim, COMPLETE, 0.9, {})
+    assert queries.status(study, storage).best is None
+    with pytest.raises(StudyError, match="all 1 complete trials of study 'trivial' violate a constraint"):
+        queries.best_trial(study, storage)
+
+
+def test_infinite_values_stand_where_optuna_puts_them(storage: RDBStorage, study: str, me: Worker) -> None:
+    _end(storage, study, me, (COMPLETE, float("-inf")), (COMPLETE, 0.5), (COMPLETE, float("inf")))
+    assert [row.value for row in queries.leaderboard(study, storage)] == [float("inf"), 0.5, float("-inf")]
+    assert registry.open(study, storage).best_trial.number == queries.best_trial(study, storage).number == 2
+
+
+def test_a_leaderboard_is_the_same_however_many_trials_are_named(
+    storage: RDBStorage, study: str, me: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in (0.7, 0.9, 0.8):
+        claim = claims.claim(storage, study, me, 60.0)
+        assert claim is not None
+        opened = registry.open(study, storage)
+        assert len(opened.trials) > claim.number  # Optuna's cache must have seen it
+        optuna.Trial(opened, claim.trial_id).suggest_float("dropout", 0.0, 0.7)
+        claims.finish(storage, claim, COMPLETE, value, {"epochs": 2, "parameters": 9, "seconds": 1.5})
+    named = queries.leaderboard(study, storage)
+    assert [set(row.params) for row in named] == [{"dropout"}] * 3
+    assert [(row.epochs, row.parameters, row.seconds) for row in named] == [(2, 9, 1.5)] * 3
+    monkeypatch.setattr(queries, "NAMED", 1)
+    assert queries.leaderboard(study, storage) == named
+    assert queries.leaderboard(study, storage, top=2) == named[:2]
+    assert [trial.params for trial in registry.open(study, storage).trials] == [
+        row.params for row in sorted(named, key=lambda row: row.number)
+    ]
 
 
 def test_status_counts_exactly(storage: RDBStorage, study: str, me: Worker) -> None:

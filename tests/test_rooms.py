@@ -34,10 +34,15 @@ def test_a_room_imports_only_those_below_it(room: str) -> None:
     assert wrong == {}
 
 
+# Who asks for a model wants Keras. (That no import of a module imports it is seen below.)
+MAY_NAME_KERAS = {"studies/queries.py", "studies/convert.py"}
+
+
 def test_storage_and_studies_never_name_keras() -> None:
     for room in ("storage", "studies"):
         for path in (ROOT / room).rglob("*.py"):
-            assert not _imports(path) & set(HEAVY), path
+            if str(path.relative_to(ROOT)) not in MAY_NAME_KERAS:
+                assert not _imports(path) & set(HEAVY), path
 
 
 def _loaded_by(code: str, folder: Path) -> list[str]:
@@ -79,6 +84,8 @@ def test_what_draws_nothing_imports_no_plotly(home: Path) -> None:
         ["import", "notebook"],
         ["report", "digits"],
         ["storage", "check"],
+        ["storage", "prune"],
+        ["delete", "digits", "--yes"],
     ],
 )
 def test_a_command_imports_no_keras(home: Path, command: list[str]) -> None:

@@ -471,3 +471,36 @@ def test_a_study_that_this_machine_cannot_serve_is_left_to_others(
     _, err = _ended(worker, code=130)
     assert "study other is left to other workers: study 'other' began with other images" in err
     assert claims.counts(storage, registry.study_id("other", storage)).finished == 0
+
+
+def test_a_worker_goes_on_with_the_others_when_a_study_is_deleted(
+    home: Path, write_small: Write, start: Command
+) -> None:
+    file = str(write_small(trials=50, epochs=50))
+    _ended(start("create", file, "--name", "long"))
+    _ended(start("create", file, "--trials", "2", "--epochs", "1"))
+    process = start("work", "long", "small")
+    _until(process, "long trial 0 epoch 2/50")
+    refused = _ended(start("delete", "long", "--yes"), 1)[1]
+    assert "`trialyard stop long` first" in refused
+    claims.set_state(_storage(home), "long", "stopped")
+    claims.delete(_storage(home), "long", 60.0)  # at once: the trial is still in its trainer
+    out, err = _ended(process)
+    assert "study long was deleted, and its trial 0 with it" in err
+    assert "small: 2 of 2 trials" in out
+    assert "long:" not in out
+    _assert_spent(home, 2)
+    assert registry.names(_storage(home)) == ["small"]
+    assert "Traceback" not in err
+
+
+def test_only_the_best_models_are_left_when_a_study_has_ended(
+    home: Path, write_small: Write, start: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIALYARD_KEEP_MODELS", "2")
+    _ended(start("run", str(write_small(trials=4, epochs=1))))
+    ranks = [row.number for row in studies.leaderboard("small", f"sqlite:///{home}/yard/studies.db")]
+    folder = home / "yard" / "artifacts" / "small"
+    assert {int(path.parent.name) for path in folder.rglob("model.keras")} == set(ranks[:2])
+    assert len(list(folder.rglob("history.json"))) == 4
+    assert list(folder.rglob("checkpoint.npz")) == []

@@ -1,0 +1,33 @@
+"""Writes a saved model in another format, through Keras: ``python -m studies.convert model.keras tflite FILE``.
+
+A program of its own, because Keras takes seconds to import and holds its memory for the life of a process. What is
+missing or cannot be done is said in its last line on standard error.
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+
+# Keras's names for the formats.
+FORMATS = {"tflite": "litert", "onnx": "onnx", "savedmodel": "tf_saved_model"}
+
+
+def main(model: str, format: str, target: str, module: str = "") -> None:
+    """Writes the model of the file `model` to `target`, a file or, for a savedmodel, a folder.
+
+    `module` is where layers of one's own are; it is imported first.
+    """
+    import keras
+
+    if module:
+        sys.path.insert(0, os.getcwd())
+        with contextlib.suppress(ImportError):  # the model may be of Keras's own layers, and need none
+            importlib.import_module(module)
+    net = keras.models.load_model(model, compile=False)
+    net(keras.ops.zeros([size or 1 for size in net.input_shape]))  # some formats refuse one that was never called
+    net.export(target, format=FORMATS[format], verbose=False)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

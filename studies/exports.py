@@ -1,0 +1,171 @@
+"""Takes the best trial out of the database: a folder with its model, and all that tells where it came from."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import uuid
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from optuna.trial import FrozenTrial
+
+from storage.artifacts import HISTORY, MODEL
+from storage.errors import nearest
+from studies import definition as definitions
+from studies import queries, registry
+from studies.definition import Definition
+from studies.errors import StudyError
+from studies.registry import Place
+
+Format = Literal["tflite", "onnx", "savedmodel"]
+
+FILES: dict[Format, str] = {"tflite": "model.tflite", "onnx": "model.onnx", "savedmodel": "saved_model"}
+PACKAGES: dict[Format, tuple[str, ...]] = {
+    "tflite": ("tensorflow",),
+    "onnx": ("onnx", "tf2onnx"),
+    "savedmodel": ("tensorflow",),
+}
+CONVERT_SECONDS = 600
+METRICS = ("best_epoch", "epochs", "parameters", "seconds", "images_per_second")
+
+README = """\
+# The best model of the study {study}
+
+Trial {number}: {protocol} accuracy {value:.4f}. It takes images as they are stored, (n, height, width, channels) on
+0 to 255, and gives class probabilities. Keras loads it; Trialyard is not needed. In this folder:
+
+```python
+import keras
+import numpy as np
+model = keras.models.load_model("model.keras")
+images = np.zeros((1, *model.input_shape[1:]))  # yours
+probabilities = model.predict(images)
+print(probabilities.argmax(axis=1))
+```
+
+- `model.keras`: the model, with the weights of its best epoch
+- `history.json`: losses and accuracies of every epoch
+- `definition.toml`: what was searched; `trialyard run definition.toml` searches it again
+- `trial.json`: hyperparameters, metrics, seed, software, and the fingerprint of the data
+{others}"""
+
+OWN = """
+Its layers may be your own: import the module of `{model}` first.
+"""
+
+
+def export(name: str, folder: str | os.PathLike[str], format: Format | None = None, storage: Place = None) -> Path:
+    """Writes the best trial of study `name` to `folder`, which must not be there yet; returns its path.
+
+    The folder has `model.keras`, `history.json`, `definition.toml`, `trial.json`, and a README.md that loads and uses
+    the model; and the model as `format` (tflite, onnx or savedmodel), made by Keras in a process of its own. It is
+    there whole or not at all.
+
+    >>> folder = studies.export("digits", "best-digits")
+    >>> sorted(os.listdir(folder))
+    ['README.md', 'definition.toml', 'history.json', 'model.keras', 'trial.json']
+
+    Raises StudyError where `best_model` does, where the folder stands already or cannot be written, and where Keras
+    cannot make the format.
+    """
+    if format is not None:
+        format_of(format)
+    target, place = Path(folder).absolute(), registry.storage_of(storage)
+    if os.path.lexists(target):
+        raise StudyError(f"{target} stands already: name a folder that is not there yet")
+    trial = queries.best_trial(name, place)
+    model, history = (queries.file_of(name, trial, artifact) for artifact in ("model", "history"))
+    definition = registry.definition_of(name, place)
+    draft = target.with_name(f".{uuid.uuid4().hex}-{target.name}")
+    try:
+        draft.mkdir(parents=True)
+        shutil.copyfile(model, draft / MODEL)
+        shutil.copyfile(history, draft / HISTORY)
+        (draft / "definition.toml").write_text(definitions.to_toml(definition), encoding="utf-8")
+        told = json.dumps(_record(name, trial, definition), indent=2)
+        (draft / "trial.json").write_text(told + "\n", encoding="utf-8")
+        (draft / "README.md").write_text(_readme(name, trial, definition, format), encoding="utf-8")
+        if format is not None:
+            _convert(draft / MODEL, format, draft / FILES[format], definition)
+        draft.rename(target)
+    except OSError as error:
+        raise StudyError(
+            f"{target} cannot be written ({error.strerror or error}): name a new folder where you may write"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def format_of(word: str) -> Format:
+    """The format that is called `word`. Raises StudyError where there is none."""
+    for known in FILES:
+        if word == known:
+            return known
+    raise StudyError(f"format = {word!r} must be one of {', '.join(FILES)}{nearest(word, FILES)}")
+
+
+def _record(name: str, trial: FrozenTrial, definition: Definition) -> dict[str, Any]:
+    told = trial.user_attrs
+    moments = {"began": trial.datetime_start, "ended": trial.datetime_complete}
+    return {
+        "study": name,
+        "number": trial.number,
+        "protocol": told.get("protocol"),
+        "hyperparameters": {**definition.fixed, **trial.params},
+        "searched": list(trial.params),
+        "metrics": {"val_accuracy": trial.values[0]} | {key: told.get(key) for key in METRICS},
+        "seed": told.get("seed"),
+        "data": {"dataset": definition.dataset, "fingerprint": told.get("data_fingerprint")},
+        "precision": told.get("precision"),
+        "precision_reason": told.get("precision_reason"),
+        "device": told.get("device"),
+        "versions": told.get("versions"),  # that it was trained with
+        "software": {  # that exported it
+            "trialyard": version("trialyard"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        # Optuna gives naive local time; a reader elsewhere needs the offset.
+        **{key: at and at.astimezone().isoformat(timespec="seconds") for key, at in moments.items()},
+    }
+
+
+def _readme(name: str, trial: FrozenTrial, definition: Definition, format: Format | None) -> str:
+    others = "" if format is None else f"- `{FILES[format]}`: the same model for {format}\n"
+    return README.format(
+        study=name,
+        number=trial.number,
+        protocol=trial.user_attrs.get("protocol", "validation"),
+        value=trial.values[0],
+        others=others + (OWN.format(model=definition.model) if ":" in definition.model else ""),
+    )
+
+
+def _convert(model: Path, format: Format, target: Path, definition: Definition) -> None:
+    module = definition.model.partition(":")[0] if ":" in definition.model else ""
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "studies.convert", str(model), format, str(target), *([module] if module else [])],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=CONVERT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise StudyError(f"Keras did not make {target.name} within {CONVERT_SECONDS} s: try another --format") from None
+    if result.returncode == 0 and target.exists():
+        return
+    reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+    needed = " ".join(PACKAGES[format])
+    if "ModuleNotFoundError" in result.stderr or "ImportError" in result.stderr:
+        raise StudyError(
+            f"the format {format} needs a package that is not installed ({reason[:200]}): `pip install {needed}`, or "
+            "leave --format out"
+        )
+    raise StudyError(f"Keras cannot write this model as {format} ({reason[:300]}): leave --format out, or try another")

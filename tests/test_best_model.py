@@ -1,0 +1,155 @@
+"""The best model predicts as its training left it, and says what to do where it cannot be had."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+import studies
+from search import data, training
+from search.training import train
+from storage import artifacts, claims, database, workers
+from studies import registry
+from studies.definition import parse
+from studies.errors import StudyError
+
+DEFINITION = """
+name = "{name}"
+dataset = "{dataset}"
+model = "{model}"
+budget.trials = 1
+space.dropout = {{ low = 0.0, high = 0.7 }}
+"""
+
+OWN = """
+import keras
+
+@keras.saving.register_keras_serializable()
+class Twice(keras.layers.Layer):
+    def call(self, inputs):
+        return 2 * inputs
+
+def build(hyperparameters, image_shape, classes):
+    return keras.Sequential(
+        [keras.Input(image_shape), Twice(), keras.layers.Flatten(), keras.layers.Dense(classes, activation="softmax")]
+    )
+"""
+
+
+@pytest.fixture
+def place(home: Path) -> RDBStorage:
+    """The database that the settings name."""
+    return database.create(f"sqlite:///{home}/yard/studies.db")
+
+
+def _ended(
+    place: RDBStorage, name: str, told: dict[str, Any], model: str = "mnist_cnn", dataset: str = "d.npz"
+) -> Path:
+    """A study with one complete trial; returns the trial's folder."""
+    fixed = "fixed.depth = 3" if model == "convnet" else ""
+    definition = parse(DEFINITION.format(name=name, model=model, dataset=dataset) + fixed)
+    registry.create(definition, place, {"fingerprint": "0" * 16})
+    claim = claims.claim(place, name, workers.worker("cpu:0"), 60.0)
+    assert claim is not None
+    claims.finish(place, claim, TrialState.COMPLETE, 0.9, told)
+    return artifacts.folder(Path("yard/artifacts").absolute(), name, 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "hyperparameters", "precision"),
+    [
+        ("mnist_cnn", {"width": 0.1, "dropout": 0.2}, "float32"),
+        ("convnet", {"depth": 3, "width": 0.1, "dropout": 0.2}, "float32"),
+        ("convnet", {"depth": 3, "width": 0.1, "dropout": 0.2, "batch_norm": True}, "mixed_bfloat16"),
+    ],
+)
+def test_it_predicts_to_the_bit_as_at_the_end_of_its_training(
+    place: RDBStorage,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    hyperparameters: dict[str, Any],
+    precision: str,
+) -> None:
+    dataset = data.load("digits", parse(DEFINITION.format(name="n", dataset="digits", model="mnist_cnn")).data, [])
+    images = dataset.x_validation[:64]
+    predicted: list[Any] = []
+    write = training._write_model
+
+    def spy(path: Path, net: keras.Model, weights: Any, *others: Any) -> None:
+        net.set_weights(weights)  # the best epoch's, in the very model that was trained
+        predicted.append(net.predict(images, verbose=0))
+        write(path, net, weights, *others)
+
+    monkeypatch.setattr(training, "_write_model", spy)
+    folder = _ended(place, "mine", {"model": "mine/0/model.keras"}, model, "digits")
+    train(
+        model=model,
+        hyperparameters=hyperparameters | {"batch_size": 64},
+        dataset=dataset,
+        epochs=2,
+        seed=1,
+        precision=(precision, "the test asks for it"),
+        folder=folder,
+        on_epoch=lambda epoch: None,
+        stopping=lambda: None,
+    )
+    keras.backend.clear_session()
+    keras.config.set_dtype_policy("float32")  # as a fresh process has it
+    best = studies.best_model("mine")
+    np.testing.assert_array_equal(best.predict(images, verbose=0), predicted[0])
+    assert len(np.unique(predicted[0])) > 10
+
+
+def test_a_file_that_is_elsewhere_is_named_with_the_way_out(place: RDBStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _ended(place, "mine", {"model": "mine/0/model.keras"})
+    with pytest.raises(StudyError, match=r"is not on this machine \(.*mine/0/model.keras .*set TRIALYARD_ARTIFACTS"):
+        studies.best_model("mine")
+    artifacts_elsewhere = folder.parents[2] / "elsewhere"
+    (artifacts_elsewhere / "mine" / "0").mkdir(parents=True)
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)]).save(
+        artifacts_elsewhere / "mine" / "0" / "model.keras"
+    )
+    monkeypatch.setenv("TRIALYARD_ARTIFACTS", str(artifacts_elsewhere))
+    assert studies.best_model("mine").output_shape == (None, 3)
+
+
+def test_a_trial_without_a_model_says_so(place: RDBStorage) -> None:
+    _ended(place, "mine", {})
+    with pytest.raises(StudyError, match="trial 0 of study 'mine' names no model"):
+        studies.best_model("mine")
+
+
+def test_one_s_own_layers_are_known_by_their_module(
+    place: RDBStorage, write_module: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    write_module("mine_own", OWN)
+    monkeypatch.syspath_prepend(str(home))
+    import mine_own  # type: ignore[import-not-found]
+
+    folder = _ended(place, "mine", {"model": "mine/0/model.keras"}, "mine_own:build")
+    folder.mkdir(parents=True)
+    net = mine_own.build({}, (2, 2, 1), 3)
+    net.save(folder / "model.keras")
+    images = np.arange(8.0).reshape(2, 2, 2, 1)
+    wanted = net.predict(images, verbose=0)
+    registered = "Custom>Twice"
+    keras.saving.get_custom_objects().pop(registered)
+    monkeypatch.delitem(__import__("sys").modules, "mine_own")
+    np.testing.assert_array_equal(studies.best_model("mine").predict(images, verbose=0), wanted)
+
+    keras.saving.get_custom_objects().pop(registered)  # and now it is imported already, so nothing registers it
+    with pytest.raises(StudyError, match=r"cannot be loaded \(.*register_keras_serializable.*import their module"):
+        studies.best_model("mine")
+
+
+def test_a_damaged_file_is_one_sentence(place: RDBStorage) -> None:
+    folder = _ended(place, "mine", {"model": "mine/0/model.keras"})
+    folder.mkdir(parents=True)
+    (folder / "model.keras").write_bytes(b"no model")
+    with pytest.raises(StudyError, match="cannot be loaded"):
+        studies.best_model("mine")

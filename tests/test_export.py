@@ -1,0 +1,203 @@
+"""What is exported is whole, tells where it came from, and is used without Trialyard."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+import studies
+from storage import artifacts, claims, database, workers
+from studies import definition as definitions
+from studies import exports, registry
+from studies.definition import Definition, parse, to_toml
+from studies.errors import StudyError
+
+FILES = ["README.md", "definition.toml", "history.json", "model.keras", "trial.json"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of every kind of layer that ours have, saved."""
+    net = keras.Sequential(
+        [
+            keras.Input((8, 8, 1), name="images"),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Conv2D(4, 3, activation="relu"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.2),
+            keras.layers.MaxPooling2D(2),
+            keras.layers.Flatten(),
+            keras.layers.Dense(10),
+            keras.layers.Activation("softmax", dtype="float32"),
+        ]
+    )
+    path = tmp_path_factory.mktemp("saved") / "model.keras"
+    net.save(path)
+    return path
+
+
+@pytest.fixture
+def finished(home: Path, trivial: Definition, saved: Path) -> RDBStorage:
+    """The study `trivial` with trial 0 at 0.7 and trial 1 at 0.9, whose files are there."""
+    storage = database.create(f"sqlite:///{home}/yard/studies.db")
+    registry.create(trivial, storage, {"fingerprint": "0" * 16})
+    for value in (0.7, 0.9):
+        claim = claims.claim(storage, trivial.name, workers.worker("cpu:0"), 60.0)
+        assert claim is not None
+        folder = artifacts.folder(home / "yard" / "artifacts", trivial.name, claim.number)
+        folder.mkdir(parents=True)
+        shutil.copy(saved, folder / "model.keras")
+        (folder / "history.json").write_text(f'[{{"epoch": 1, "val_accuracy": {value}}}]', encoding="utf-8")
+        told: dict[str, Any] = {"epochs": 2, "best_epoch": 1, "seed": 5, "versions": {"keras": keras.__version__}}
+        told |= {name: f"trivial/{claim.number}/{file}" for name, file in (("model", "model.keras"),)}
+        told |= {"history": f"trivial/{claim.number}/history.json", "data_fingerprint": "f" * 16}
+        claims.finish(storage, claim, TrialState.COMPLETE, value, told)
+    return storage
+
+
+def test_an_export_has_all_and_its_readme_is_true(finished: RDBStorage, home: Path) -> None:
+    folder = studies.export("trivial", home / "new" / "best", storage=finished)
+    assert sorted(os.listdir(folder)) == FILES
+    assert parse((folder / "definition.toml").read_text(encoding="utf-8")) == registry.definition_of(
+        "trivial", finished
+    )
+    assert json.loads((folder / "history.json").read_text(encoding="utf-8")) == [{"epoch": 1, "val_accuracy": 0.9}]
+    told = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
+    assert (told["study"], told["number"], told["seed"]) == ("trivial", 1, 5)
+    assert told["metrics"]["val_accuracy"] == 0.9
+    assert told["hyperparameters"] == {"depth": 3}
+    assert told["versions"] == {"keras": keras.__version__}
+    assert told["data"] == {"dataset": "digits", "fingerprint": "f" * 16}
+    assert set(told["software"]) == {"trialyard", "python", "platform"}
+
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(code.splitlines()) == 6
+    # Somebody who has the folder and Keras, and nothing of ours on the path.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"\[\d\]", result.stdout.splitlines()[-1])
+
+
+def test_it_refuses_to_overwrite(finished: RDBStorage, home: Path) -> None:
+    (home / "there").mkdir()
+    (home / "link").symlink_to("nowhere")
+    for name in ("there", "link", "yard/studies.db"):
+        with pytest.raises(StudyError, match="stands already: name a folder that is not there yet"):
+            studies.export("trivial", home / name, storage=finished)
+    assert list((home / "there").iterdir()) == []
+
+
+def test_it_is_written_whole_or_not_at_all(finished: RDBStorage, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*arguments: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exports, "_readme", die)
+        with pytest.raises(KeyboardInterrupt):
+            studies.export("trivial", home / "best", storage=finished)
+    assert sorted(os.listdir(home)) == ["yard"]
+    (home / "file").write_text("", encoding="utf-8")
+    with pytest.raises(StudyError, match=r"file/best cannot be written \(Not a directory\)"):
+        studies.export("trivial", home / "file" / "best", storage=finished)
+
+
+def test_a_history_that_is_elsewhere_is_named(finished: RDBStorage, home: Path) -> None:
+    (home / "yard" / "artifacts" / "trivial" / "1" / "history.json").unlink()
+    with pytest.raises(StudyError, match=r"the history of trial 1 of study 'trivial' is not on this machine"):
+        studies.export("trivial", home / "best", storage=finished)
+
+
+def test_formats_give_the_same_predictions(finished: RDBStorage, home: Path, saved: Path) -> None:
+    import tensorflow as tf
+
+    images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1)).astype(np.float32)
+    wanted = keras.models.load_model(saved).predict(images, verbose=0)
+
+    folder = studies.export("trivial", home / "lite", "tflite", finished)
+    assert sorted(os.listdir(folder)) == sorted([*FILES, "model.tflite"])
+    lite = tf.lite.Interpreter(str(folder / "model.tflite"))
+    lite.allocate_tensors()
+    lite.set_tensor(lite.get_input_details()[0]["index"], images)
+    lite.invoke()
+    np.testing.assert_allclose(lite.get_tensor(lite.get_output_details()[0]["index"]), wanted, atol=1e-5)
+
+    folder = studies.export("trivial", home / "saved", "savedmodel", finished)
+    served = tf.saved_model.load(str(folder / "saved_model"))
+    np.testing.assert_allclose(served.serve(images), wanted, atol=1e-5)
+    assert "`saved_model`" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_format_whose_package_is_missing_says_which(
+    finished: RDBStorage, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As where it is not installed: a module of that name that cannot be imported, first on the path.
+    (home / "onnx.py").write_text("raise ModuleNotFoundError(\"No module named 'onnx'\")", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(home), os.environ.get("PYTHONPATH", str(Path.cwd()))]))
+    with pytest.raises(StudyError, match=r"format onnx needs a package .*'onnx'\): `pip install onnx tf2onnx`"):
+        studies.export("trivial", home / "best", "onnx", finished)
+    assert not (home / "best").exists()
+    with pytest.raises(StudyError, match=r"format = 'tflit' must be one of .*did you mean 'tflite'"):
+        exports.format_of("tflit")
+
+
+# --- definition.toml --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", definitions.catalog())
+def test_a_ready_definition_reads_back_the_same(name: str) -> None:
+    ready = definitions.catalog()[name]
+    again = parse(to_toml(ready))
+    assert again == ready
+    assert json.dumps(again.to_json()) == json.dumps(ready.to_json())  # as text: to Python, true is 1
+
+
+_SCALARS = (
+    st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+)
+
+
+@given(
+    description=st.text(st.characters(exclude_categories=["Cs"]), max_size=50),
+    choices=st.lists(_SCALARS, min_size=1, max_size=5, unique_by=lambda value: value),
+    fixed=st.dictionaries(st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,9}", fullmatch=True), _SCALARS, max_size=4),
+    ends=st.tuples(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9)).filter(lambda ends: ends[0] < ends[1]),
+    whole=st.tuples(st.integers(-1000, 0), st.integers(1, 1000)),
+)
+def test_any_definition_reads_back_the_same(
+    description: str, choices: list[Any], fixed: dict[str, Any], ends: tuple[float, float], whole: tuple[int, int]
+) -> None:
+    made = definitions.from_json(
+        {
+            "name": "n",
+            "description": description,
+            "dataset": "digits",
+            "model": "mine:build",
+            "budget": {"trials": 3},
+            "space": {
+                "choice": {"choices": choices},
+                "real": {"type": "float", "low": ends[0], "high": ends[1], "when": {"choice": choices[:1]}},
+                "whole": {"type": "int", "low": whole[0], "high": whole[1]},
+            },
+            "fixed": {f"fixed_{key}"[:64]: value for key, value in fixed.items()},
+            "points": [{"choice": value} for value in choices[1:]],
+        }
+    )
+    again = parse(to_toml(made))
+    assert json.dumps(again.to_json()) == json.dumps(made.to_json())

@@ -1,0 +1,328 @@
+"""The best models stay, all histories stay, and nothing that a trial needs is ever removed."""
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import BaseModel
+from optuna.trial import TrialState
+from sqlalchemy import func, select
+
+import studies
+from storage import artifacts, claims, database, retention, workers
+from storage.artifacts import CHECKPOINT, HISTORY, MODEL
+from storage.claims import Budget, Claim
+from storage.database import PatientStorage
+from storage.errors import ClaimLost, StorageError, StudyGone
+from storage.workers import Worker
+from studies import registry
+from studies.definition import Definition
+
+COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
+TEMPORARY = f".{'0' * 32}-{MODEL}"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The artifacts' folder."""
+    return tmp_path / "artifacts"
+
+
+def _write(root: Path, study: str, number: int, *names: str) -> None:
+    folder = artifacts.folder(root, study, number)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"x" * 100)
+
+
+def _claim(storage: RDBStorage, study: str, me: Worker) -> Claim:
+    claim = claims.claim(storage, study, me, 60.0)
+    assert claim is not None
+    return claim
+
+
+def _end(storage: RDBStorage, root: Path, claim: Claim, state: TrialState, value: float | None) -> None:
+    """As a worker ends a trial, its files written before."""
+    files = artifacts.folder(Path(), claim.study, claim.number)
+    told: dict[str, Any] = {"history": str(files / HISTORY)}
+    _write(root, claim.study, claim.number, HISTORY)
+    if state == COMPLETE:
+        told["model"] = str(files / MODEL)
+        _write(root, claim.study, claim.number, MODEL)
+    claims.finish(storage, claim, state, value, told)
+
+
+def _trial(storage: RDBStorage, root: Path, study: str, me: Worker, value: float, keep: int = 2) -> Claim:
+    claim = _claim(storage, study, me)
+    _end(storage, root, claim, COMPLETE, value)
+    retention.trim(storage, claim, root, keep)
+    return claim
+
+
+def _files(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def _models(root: Path) -> set[int]:
+    return {int(path.parent.name) for path in root.rglob(MODEL)}
+
+
+# --- while workers work -----------------------------------------------------------------------------------
+
+
+@examples(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.lists(st.sampled_from([0.1, 0.5, 0.5, 0.7, 0.9]), min_size=1, max_size=8), keep=st.integers(1, 4))
+def test_just_the_best_models_and_all_histories_are_left(
+    storage: RDBStorage, trivial: Definition, root: Path, me: Worker, values: list[float], keep: int
+) -> None:
+    name = f"s{time.monotonic_ns()}"
+    registry.create(trivial.model_copy(update={"name": name}), storage, {"fingerprint": "0" * 16})
+    claims.set_budget(storage, name, Budget(trials=100, hours=None))
+    for value in values:
+        _trial(storage, root, name, me, value, keep)
+    best = sorted(range(len(values)), key=lambda number: (-values[number], number))[:keep]
+    assert _models(root / name) == set(best)
+    assert {int(path.parent.name) for path in (root / name).rglob(HISTORY)} == set(range(len(values)))
+
+
+def _race(url: str, root: Path, study: str, slot: int, trials: int) -> None:
+    storage, me = database.connect(url, patience=60.0), workers.worker(f"cpu:{slot}")
+    for _ in range(trials):
+        claim = _claim(storage, study, me)
+        _trial_value = (claim.number * 7919 % 101) / 101
+        _end(storage, root, claim, COMPLETE, _trial_value)
+        retention.trim(storage, claim, root, 3)
+
+
+def test_many_workers_at_once_leave_the_best(either_url: str, trivial: Definition, root: Path) -> None:
+    storage = database.create(either_url)
+    registry.create(trivial, storage, {"fingerprint": "0" * 16})
+    claims.set_budget(storage, trivial.name, Budget(trials=100, hours=None))
+    context = multiprocessing.get_context("spawn")
+    racers = [context.Process(target=_race, args=(either_url, root, trivial.name, slot, 10)) for slot in range(4)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+        assert racer.exitcode == 0
+    values = {number: (number * 7919 % 101) / 101 for number in range(40)}
+    assert _models(root) == set(sorted(values, key=lambda number: -values[number])[:3])
+    assert len(list(root.rglob(HISTORY))) == 40
+    storage.engine.dispose()
+
+
+def test_what_a_worker_left_that_was_killed_goes_with_the_next_trial(
+    storage: RDBStorage, study: str, root: Path, me: Worker
+) -> None:
+    for value in (0.1, 0.3, 0.2):
+        _end(storage, root, _claim(storage, study, me), COMPLETE, value)  # and no trim
+    _trial(storage, root, study, me, 0.9)
+    assert _models(root) == {1, 3}
+
+
+def test_the_model_of_a_running_trial_stays(storage: RDBStorage, study: str, root: Path, me: Worker) -> None:
+    running = _claim(storage, study, me)
+    _write(root, study, running.number, MODEL, HISTORY)  # written, and not yet told
+    for value in (0.7, 0.8, 0.9):
+        _trial(storage, root, study, me, value, keep=1)
+    assert _models(root) == {running.number, 3}
+
+
+def test_an_infeasible_trial_s_model_makes_room(storage: RDBStorage, study: str, root: Path, me: Worker) -> None:
+    claim = _claim(storage, study, me)
+    storage.set_trial_system_attr(claim.trial_id, "constraints:size", 1.0)
+    _end(storage, root, claim, COMPLETE, 0.99)
+    retention.trim(storage, claim, root, 2)
+    assert _models(root) == set()
+
+
+def test_a_worker_that_slept_through_a_deletion_removes_nothing_of_the_study_that_came_after(
+    storage: RDBStorage, trivial: Definition, study: str, root: Path, me: Worker
+) -> None:
+    old = _claim(storage, study, me)
+    _end(storage, root, old, COMPLETE, 0.1)
+    claims.delete(storage, study, 60.0)
+    registry.create(trivial, storage, {"fingerprint": "0" * 16})
+    new = _claim(storage, study, me)
+    assert (new.study_id, new.trial_id) == (old.study_id, old.trial_id)  # the numbers are used again
+    _write(root, study, new.number, MODEL)
+    retention.trim(storage, old, root, 1)
+    assert _models(root) == {new.number}
+
+
+# --- prune ------------------------------------------------------------------------------------------------
+
+
+def _backdate(path: Path) -> None:
+    long_ago = time.time() - retention.OLD_SECONDS - 60
+    os.utime(path, (long_ago, long_ago))
+
+
+def test_prune_removes_what_no_trial_needs_and_nothing_else(
+    storage: RDBStorage, study: str, root: Path, me: Worker
+) -> None:
+    for value in (0.1, 0.3, 0.2):  # trials 0, 1, 2
+        _end(storage, root, _claim(storage, study, me), COMPLETE, value)
+    running, waiting = _claim(storage, study, me), _claim(storage, study, me)
+    claims.requeue(storage, waiting, "interrupted", "")
+    for number in range(5):
+        _write(root, study, number, CHECKPOINT)
+    _write(root, study, running.number, MODEL, HISTORY)
+    _write(root, study, 9, MODEL, HISTORY)  # no such trial
+    _write(root, "gone", 0, MODEL, HISTORY, CHECKPOINT)
+    _write(root, study, 1, TEMPORARY)
+    _write(root, study, 2, TEMPORARY, "notes.txt")
+    _backdate(root / study / "1" / TEMPORARY)
+    _write(root, "photos", 0, "holiday.jpg")  # somebody's own, in a folder of such a name
+    (root / "photos" / "x").mkdir()
+    (root / "photos" / "x" / MODEL).write_bytes(b"y")
+    (root / MODEL).write_bytes(b"y")
+
+    listed = retention.superfluous(storage, root, 2)
+    told = {str(file.path.relative_to(root)): file.why for file in listed}
+    assert told == {
+        **{f"{study}/{number}/{CHECKPOINT}": "the checkpoint of a finished trial" for number in (0, 1, 2)},
+        f"{study}/0/{MODEL}": "not among the best 2",
+        f"{study}/1/{TEMPORARY}": "half written, long ago",
+        **{f"{study}/9/{name}": "its trial is gone" for name in (MODEL, HISTORY)},
+        **{f"gone/0/{name}": "its study is gone" for name in (MODEL, HISTORY, CHECKPOINT)},
+    }
+    before = set(_files(root))
+    assert retention.remove(storage, root, 2, listed) == 100 * len(listed)
+    assert before - set(_files(root)) == set(told)
+    assert not (root / "gone").exists()
+    assert not (root / study / "9").exists()
+    assert retention.superfluous(storage, root, 2) == []
+
+
+def test_what_was_listed_is_looked_at_again_before_it_is_removed(
+    storage: RDBStorage, trivial: Definition, root: Path, me: Worker
+) -> None:
+    _write(root, trivial.name, 0, CHECKPOINT, HISTORY)
+    listed = retention.superfluous(storage, root, 5)
+    assert len(listed) == 2
+    registry.create(trivial, storage, {"fingerprint": "0" * 16})  # while somebody thought about the answer
+    _claim(storage, trivial.name, me)
+    assert retention.remove(storage, root, 5, listed) == 0
+    assert len(_files(root)) == 2
+
+
+def test_files_that_a_copy_of_the_study_names_stay(storage: RDBStorage, study: str, root: Path, me: Worker) -> None:
+    _end(storage, root, _claim(storage, study, me), COMPLETE, 0.9)
+    optuna.copy_study(from_study_name=study, from_storage=storage, to_storage=storage, to_study_name="copy")
+    claims.delete(storage, study, 60.0)
+    assert retention.superfluous(storage, root, 5) == []
+
+
+def test_without_an_artifacts_folder_there_is_nothing_to_prune(storage: RDBStorage, root: Path) -> None:
+    assert retention.superfluous(storage, root, 5) == []
+
+
+# --- delete -----------------------------------------------------------------------------------------------
+
+
+def _rows(storage: RDBStorage) -> dict[str, int]:
+    with storage.engine.connect() as connection:
+        return {
+            table.name: int(connection.execute(select(func.count()).select_from(table)).scalar_one())
+            for table in BaseModel.metadata.sorted_tables
+            if table.name != "version_info"
+        }
+
+
+def test_deletion_leaves_no_row_of_the_study_and_all_of_the_others(
+    either_url: str, trivial: Definition, root: Path, me: Worker
+) -> None:
+    storage = database.create(either_url)
+    other = trivial.model_copy(update={"name": "other"})
+    registry.create(other, storage, {"fingerprint": "0" * 16})
+    _end(storage, root, _claim(storage, "other", me), COMPLETE, 0.5)
+    before = _rows(storage)
+    registry.create(trivial, storage, {"fingerprint": "0" * 16})
+    opened = registry.open(trivial.name, storage)
+    for state, value in ((COMPLETE, 0.9), (FAIL, None), (PRUNED, 0.4)):
+        claim = _claim(storage, trivial.name, me)
+        assert len(opened.trials) > claim.number  # Optuna's cache must have seen it
+        optuna.Trial(opened, claim.trial_id).suggest_float("dropout", 0.0, 0.7)
+        storage.set_trial_system_attr(claim.trial_id, "key", 1)
+        claims.report(storage, claim, 1, 0.3)
+        _end(storage, root, claim, state, value)
+    storage.set_study_system_attr(registry.study_id(trivial.name, storage), "dashboard:note", "a note")
+    full = _rows(storage)
+    assert all(full[name] > before[name] for name in full), full  # so each table had something to be forgotten
+    claims.delete(storage, trivial.name, 60.0)
+    assert _rows(storage) == before
+    assert registry.names(storage) == ["other"]
+    assert database.check(storage) == []
+    storage.engine.dispose()
+
+
+def test_a_study_that_is_worked_on_is_deleted_only_when_it_was_stopped(
+    storage: RDBStorage, study: str, me: Worker
+) -> None:
+    claim = _claim(storage, study, me)
+    before = _rows(storage)
+    with pytest.raises(StorageError, match=r"has 1 running trials: `trialyard stop trivial` first"):
+        claims.delete(storage, study, 60.0)
+    assert _rows(storage) == before
+    claims.set_state(storage, study, "stopped")
+    claims.delete(storage, study, 60.0)
+    with pytest.raises(ClaimLost):
+        claims.beat(storage, claim)
+    with pytest.raises(StudyGone, match="study 'trivial' is gone"):
+        claims.claim(storage, study, me, 60.0)
+
+
+def test_a_trial_whose_worker_is_gone_keeps_no_study_from_its_deletion(
+    storage: RDBStorage, study: str, me: Worker
+) -> None:
+    _claim(storage, study, Worker(machine=me.machine, host=me.host, pid=me.pid, born=1.0, slot="cpu:1"))
+    claims.delete(storage, study, 60.0)
+    assert registry.names(storage) == []
+
+
+def test_a_claim_for_a_study_that_was_deleted_is_none_for_its_successor(
+    storage: RDBStorage, trivial: Definition, study: str, me: Worker
+) -> None:
+    founded = claims.founded(storage, registry.study_id(study, storage))
+    assert founded is not None
+    assert claims.claim(storage, study, me, 60.0, founded) is not None
+    claims.set_state(storage, study, "stopped")
+    claims.delete(storage, study, 60.0)
+    registry.create(trivial, storage, {"fingerprint": "0" * 16})
+    with pytest.raises(StudyGone, match="was deleted, and another one made"):
+        claims.claim(storage, study, me, 60.0, founded)
+
+
+def test_delete_removes_the_files_too_and_a_crash_before_leaves_only_files(
+    home: Path, trivial: Definition, me: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage: PatientStorage = database.create(f"sqlite:///{home}/yard/studies.db")
+    root = home / "yard" / "artifacts"
+    for name in ("one", "two"):
+        registry.create(trivial.model_copy(update={"name": name}), storage, {"fingerprint": "0" * 16})
+        _end(storage, root, _claim(storage, name, me), COMPLETE, 0.9)
+        _write(root, name, 0, CHECKPOINT)
+    assert studies.delete("one") == 300
+    assert studies.names() == ["two"]
+    assert {path.split("/")[0] for path in _files(root)} == {"two"}
+
+    def die(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retention, "superfluous", die)
+        with pytest.raises(KeyboardInterrupt):
+            studies.delete("two")
+    assert registry.names(storage) == []
+    left = retention.superfluous(storage, root, 5)
+    assert retention.remove(storage, root, 5, left) == 300
+    assert _files(root) == []
