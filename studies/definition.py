@@ -150,7 +150,7 @@ def load(name_or_file: str, **overrides: Any) -> Definition:
     if name_or_file in ready:
         text = (folder / f"{name_or_file}.toml").read_text(encoding="utf-8")
         return parse(text, source=name_or_file, **overrides)
-    path, told = Path(name_or_file), _told(name_or_file)
+    path, told = Path(name_or_file), _told(name_or_file, 300)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -540,10 +540,10 @@ def _path(parts: Iterable[Any]) -> str:
     return text or "the definition"
 
 
-def _told(name: object) -> str:
+def _told(name: object, limit: int = 80) -> str:
     """A key or a path, on part of a line and without what would break it."""
     text = str(name) if str(name).isprintable() else ascii(str(name))[1:-1]
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _shown(value: object) -> str:

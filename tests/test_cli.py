@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 from optuna.trial import TrialState
 
@@ -240,7 +241,11 @@ def test_ctrl_c_outside_of_work_exits_with_130(home: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "search.cli", "create", "slow.toml"], cwd=home, stderr=subprocess.PIPE, text=True
     )
-    time.sleep(4)  # to pass the imports, whose Ctrl-C is Python's own
+    # Past the imports, whose Ctrl-C is Python's own, once it has had the function imported in another process.
+    deadline = time.monotonic() + 120
+    while not psutil.Process(process.pid).children():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "interrupted\n")

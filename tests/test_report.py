@@ -472,8 +472,9 @@ def test_publishing_leaves_trials_and_claims_as_they_are(
 
 
 def test_workers_publish_as_trials_end_and_the_last_state_before_they_leave(
-    storage: PatientStorage, run: Callable[..., Claim], artifacts: Path
+    storage: PatientStorage, run: Callable[..., Claim], artifacts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("search.publisher.LEAVE_SECONDS", 120.0)  # a busy machine imports Plotly meanwhile
     registry.create(definitions.load("digits"), storage, DATA)
     publisher = Publisher(Watcher(), storage, optuna.storages.get_storage(storage), artifacts)
     with publisher:
@@ -507,7 +508,7 @@ def test_a_slow_database_keeps_nobody_waiting(
     free = threading.Event()
 
     def slow(name: str, place: PatientStorage, folder: Path, cached: BaseStorage, *, last: bool = False) -> bool:
-        return free.wait(60.0)
+        return free.wait(240.0)
 
     monkeypatch.setattr(notes, "publish", slow)
     monkeypatch.setattr("search.publisher.LEAVE_SECONDS", 0.1)
@@ -517,5 +518,5 @@ def test_a_slow_database_keeps_nobody_waiting(
     with Publisher(Watcher(), storage, storage, artifacts) as publisher:
         for _ in range(100):
             publisher.ended(claim, storage.get_trial(claim.trial_id))
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 120.0, "it waited for the database"
     free.set()
