@@ -1,6 +1,6 @@
 """Trials an hour on this machine's processor: one slot of all its threads, one slot a core, and the notebook's loop.
 
-    python bench/slots.py [--trials 4] [--rounds 2] [--epochs 2] [--depth 7]
+    python bench/slots.py [--trials 4] [--rounds 2] [--epochs 4] [--depth 5]
 
 All train the same models on scikit-learn's digits (28x28), each at another dropout rate: Trialyard through its worker,
 its trainer processes and a SQLite file; the notebook's loop as it was, one plain float32 model after the other in one
@@ -102,7 +102,7 @@ def notebook(trials: int, epochs: int, depth: int) -> float:
 def main() -> None:
     """Runs the rounds and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("trials", 4), ("rounds", 2), ("epochs", 2), ("depth", 7)):
+    for name, default in (("trials", 4), ("rounds", 2), ("epochs", 4), ("depth", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     asked = arguments.trials, arguments.epochs, arguments.depth

@@ -39,6 +39,9 @@ def import_trials(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, sto
     these columns. All rows are taken, or none. They are marked ``imported`` in their user attributes, samplers learn
     from them, the budget grows with them, and the same rows again add nothing.
 
+    >>> studies.import_trials("digits", [{"depth": 3, "dropout": 0.2, "accuracy": 0.97}])
+    1
+
     Raises StudyError, in one sentence, where there is no such study or a row does not fit its definition.
     """
     place = registry.storage_of(storage)

@@ -289,6 +289,11 @@ def curves(
     """The learning curves of study `name`: complete trials, best first, then pruned ones; `top` limits how many.
 
     They are read below the folder `artifacts`, by default the one that TRIALYARD_ARTIFACTS or TRIALYARD_HOME names.
+
+    >>> curve = studies.curves("digits", top=1)[0]
+    >>> len(curve.loss) == len(curve.val_accuracy) == 1
+    True
+
     Raises StudyError where there is no such study.
     """
     place = registry.storage_of(storage)

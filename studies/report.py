@@ -53,8 +53,12 @@ def report(name: str, storage: Place = None, format: Format = "html", artifacts:
     """The report of study `name`: what was found, what made the difference, and what cannot be concluded.
 
     As ``html`` it is one page with figures that opens without a network; as ``markdown`` it has no figures. Learning
-    curves are read below the folder `artifacts`, by default the one of the settings. Raises StudyError where there is
-    no such study.
+    curves are read below the folder `artifacts`, by default the one of the settings.
+
+    >>> print(studies.report("digits", format="markdown")[:8])
+    # digits
+
+    Raises StudyError where there is no such study.
     """
     told = tell(name, storage)
     if format == "markdown":
