@@ -487,7 +487,7 @@ def test_a_worker_goes_on_with_the_others_when_a_study_is_deleted(
     claims.set_state(_storage(home), "long", "stopped")
     claims.delete(_storage(home), "long", 60.0)  # at once: the trial is still in its trainer
     out, err = _ended(process)
-    assert "study long was deleted, and its trial 0 with it" in err
+    assert "study long was deleted" in err  # while its trial ran, or just after it was put back
     assert "small: 2 of 2 trials" in out
     assert "long:" not in out
     _assert_spent(home, 2)

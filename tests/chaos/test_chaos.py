@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 from storage import claims, database
 
 TRIALS, EPOCHS, WORKERS, SLOTS, KILLS = 30, 10, 2, 2, 6
-SECONDS = 240.0  # after which the test gives up
+SECONDS = 900.0  # after which the test gives up
 AWAY_SECONDS = 20.0
 
 DEFINITION = f"""
