@@ -237,7 +237,7 @@ def pages(storage: PatientStorage, artifact_folder: Path) -> Any:
     app = optuna_dashboard.wsgi(cached, artifact_store=TrialFiles(storage, artifact_folder))
     for route in app.routes:
         if (route.method, route.rule) == DETAIL:
-            route.callback = json_api_view(StudyDetail(cached, route.callback).answer)
+            route.callback = json_api_view(StudyDetail(cached, artifact_folder, route.callback).answer)
             route.reset()
         if (route.method, route.rule) == RENAME:
             route.callback = json_api_view(_not_renamed)
@@ -327,7 +327,8 @@ class _Seen:
     settled: int = 0  # so many trials from the first on are finished, and in `space`
     last: FrozenTrial | None = None  # the last of them
     # By trial: the trial, its own attributes as they are stored, and the JSON that they make.
-    lines: dict[int, tuple[FrozenTrial, list[tuple[str, str]], bytes]] = field(default_factory=dict)
+    # And the model that it offers, if any: retention may take that from a finished trial.
+    lines: dict[int, tuple[FrozenTrial, list[tuple[str, str]], Path | None, bytes]] = field(default_factory=dict)
 
 
 class StudyDetail:
@@ -337,8 +338,8 @@ class StudyDetail:
     which at 10,000 trials with notes takes minutes (optuna-dashboard 0.21).
     """
 
-    def __init__(self, storage: RememberingStorage, stock: Callable[[int], Any]) -> None:
-        self._storage, self._stock = storage, stock
+    def __init__(self, storage: RememberingStorage, artifact_folder: Path, stock: Callable[[int], Any]) -> None:
+        self._storage, self._folder, self._stock = storage, artifact_folder, stock
         self._seen: dict[int, _Seen] = {}
         self._lock = threading.Lock()
 
@@ -432,13 +433,24 @@ class StudyDetail:
         own = of_trials.get(trial._trial_id, [])
         known = seen.lines.get(trial._trial_id)
         # A finished trial is the same object as long as it is the same trial; its note may change.
-        if known is not None and known[0] is trial and known[1] == own:
-            return known[2]
+        if known is not None and known[0] is trial and known[1] == own and (known[2] is None or known[2].is_file()):
+            return known[3]
         attributes = {key: json.loads(value) for key, value in own}
-        line = json.dumps(serialize_frozen_trial(study._study_id, trial, attributes)).encode()
+        told: dict[str, Any] = serialize_frozen_trial(study._study_id, trial, attributes)
+        model = self._offered_model(trial, told)
+        if model is not None and not model.is_file():
+            told["artifacts"] = [one for one in told["artifacts"] if one["filename"] != artifacts.MODEL]
+            model = None
+        line = json.dumps(told).encode()
         if trial.state.is_finished():
-            seen.lines[trial._trial_id] = (trial, own, line)
+            seen.lines[trial._trial_id] = (trial, own, model, line)
         return line
+
+    def _offered_model(self, trial: FrozenTrial, told: dict[str, Any]) -> Path | None:
+        """Where the model should be that the page would offer, where its worker said so."""
+        below = trial.user_attrs.get("model")
+        offered = any(one["filename"] == artifacts.MODEL for one in told["artifacts"])
+        return self._folder / str(below) if offered and below is not None else None
 
 
 def _best(trials: list[FrozenTrial], direction: StudyDirection) -> list[FrozenTrial]:
@@ -474,7 +486,7 @@ class TrialFiles:
         for path in self._paths(artifact_id):
             if path.resolve().is_relative_to(self._folder.resolve()) and path.is_file():
                 return path.open("rb")
-        raise HTTPError(404, "this file is not kept any more")
+        raise HTTPError(404, "this file is not kept any more, or lies on another machine")
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         """Refused with 403: a trial's files are written by its worker."""

@@ -74,15 +74,14 @@ def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watche
         if isinstance(end, Failed):
             claims.finish(storage, claim, TrialState.FAIL, None, {"failure": asdict(end)})
         elif end.pruned:
-            claims.finish(
-                storage, claim, TrialState.PRUNED, end.last_value, _attributes(study, claim, trainer, end.trained)
-            )
+            attributes = _attributes(study, claim, trainer, end.trained)
+            claims.finish(storage, claim, TrialState.PRUNED, end.last_value, attributes, _left(end.trained))
         elif end.trained is not None and not end.trained.stopped:
             attributes = _attributes(study, claim, trainer, end.trained)
-            claims.finish(storage, claim, TrialState.COMPLETE, end.trained.value, attributes)
+            claims.finish(storage, claim, TrialState.COMPLETE, end.trained.value, attributes, _left(end.trained))
             retention.trim(storage, claim, settings.artifact_folder, settings.keep_models)
         else:
-            claims.requeue(storage, claim, "interrupted", end.why)
+            claims.requeue(storage, claim, "interrupted", end.why, _files(settings, claim))
             _ended(study, claim, watcher)
             return
         # Only now: had the database stayed away, the trial would go on from it.
@@ -91,8 +90,9 @@ def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watche
         log.warning("study %s: trial %d: %s", claim.study, claim.number, died)
         if died.out_of_memory:  # the same would happen again
             claims.finish(storage, claim, TrialState.FAIL, None, {"failure": {"kind": "memory", "message": str(died)}})
+            artifacts.remove(_folder(settings, claim) / artifacts.CHECKPOINT)
         else:
-            claims.requeue(storage, claim, "crashed", str(died))
+            claims.requeue(storage, claim, "crashed", str(died), _files(settings, claim))
     except ClaimLost as lost:
         log.warning("%s", lost)
         trainer.kill()  # somebody else trains this trial now
@@ -148,6 +148,19 @@ def _folder(settings: Settings, claim: Claim) -> Path:
     return artifacts.folder(settings.artifact_folder, claim.study, claim.number)
 
 
+def _left(trained: Trained | None) -> list[str]:
+    """The names of the files that a training leaves to a finished trial."""
+    if trained is None:
+        return []
+    return [artifacts.HISTORY] if trained.stopped else [artifacts.MODEL, artifacts.HISTORY]
+
+
+def _files(settings: Settings, claim: Claim) -> list[str]:
+    """The names of the trial's files that are there, of those that the dashboard offers."""
+    folder = _folder(settings, claim)
+    return [name for name in artifacts.LISTED if (folder / name).is_file()]
+
+
 def _follow(
     study: Study,
     opened: optuna.Study,
@@ -163,6 +176,7 @@ def _follow(
     kill_at = time.monotonic() + budget.trial_minutes * 60 if budget.trial_minutes else float("inf")
     stop_by = float("inf")  # when a trainer that was told to stop is killed
     pruned, why, last = False, "", None
+    listed: list[str] = []
     while True:
         message = trainer.receive(POLL_SECONDS)
         if beating.lost:
@@ -174,11 +188,15 @@ def _follow(
             return _End(trained=message, pruned=pruned, last_value=last, why=why)
         if isinstance(message, Resumed):
             values = {epoch.epoch: epoch.val_accuracy for epoch in message.history}
-            wanted = claims.resume(study.storage, claim, values, max(values))
+            listed = _files(settings, claim)
+            wanted = claims.resume(study.storage, claim, values, max(values), listed)
             last = values[max(values)]
             watcher.epoch(claim, message.history[-1])
         if isinstance(message, Epoch):
-            wanted = claims.report(study.storage, claim, message.epoch, message.val_accuracy)
+            # The trainer writes a checkpoint after it has told of an epoch: one is listed with the next.
+            there = _files(settings, claim)
+            news, listed = (None if there == listed else there), there
+            wanted = claims.report(study.storage, claim, message.epoch, message.val_accuracy, news)
             last = message.val_accuracy
             watcher.epoch(claim, message)
             # After its last epoch a trial is complete, and a pruner has nothing to save.

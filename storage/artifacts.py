@@ -1,5 +1,7 @@
 """A trial's files (model, history, checkpoint), on a disk, written whole or not at all."""
 
+import json
+import mimetypes
 import os
 import uuid
 from collections.abc import Iterator
@@ -9,11 +11,31 @@ from pathlib import Path
 MODEL = "model.keras"
 HISTORY = "history.json"
 CHECKPOINT = "checkpoint.npz"
+LISTED = (MODEL, HISTORY, CHECKPOINT)  # those that optuna-dashboard offers while they are there
+
+_NAMES = uuid.UUID("6f0ed9c4-6bb5-4a55-9a0e-8f5d3f1d3c52")  # of our artifacts' ids
 
 
 def folder(root: Path, study: str, number: int) -> Path:
     """Where trial `number` of `study` has its files: ``<root>/<study>/<number>``."""
     return root / study / str(number)
+
+
+def listing(study: str, number: int, name: str) -> tuple[str, str]:
+    """The system attribute, key and value, by which optuna-dashboard offers the file `name` of a trial.
+
+    It is the one that ``optuna.artifacts.upload_artifact`` writes. But the id follows from where the file is: written
+    again it is the same, and what removes a file knows it.
+    """
+    artifact_id = str(uuid.uuid5(_NAMES, f"{study}/{number}/{name}"))
+    kind, encoding = mimetypes.guess_type(name)
+    told = {
+        "artifact_id": artifact_id,
+        "filename": name,
+        "mimetype": kind or "application/octet-stream",
+        "encoding": encoding,
+    }
+    return f"artifacts:{artifact_id}", json.dumps(told)
 
 
 @contextmanager

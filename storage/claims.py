@@ -44,6 +44,7 @@ from sqlalchemy import Connection, and_, func, insert, select, update
 from sqlalchemy import delete as delete_rows
 from sqlalchemy.exc import SQLAlchemyError
 
+from storage import artifacts
 from storage.database import read, write
 from storage.errors import ClaimLost, StorageError, StudyGone
 from storage.workers import Worker, database_now, server_started
@@ -422,18 +423,25 @@ def beat(storage: RDBStorage, claim: Claim) -> State:
     return write(storage, None, work)
 
 
-def report(storage: RDBStorage, claim: Claim, step: int, value: float) -> State:
+def report(storage: RDBStorage, claim: Claim, step: int, value: float, files: Sequence[str] | None = None) -> State:
     """Writes the intermediate `value` of epoch `step` (from 1), and returns what is wanted of the study.
 
-    Written again after a restart, a step's value replaces the earlier one. Raises ClaimLost.
+    Written again after a restart, a step's value replaces the earlier one. `files` are the names of those that the
+    trial now has, of `artifacts.LISTED`; None: the same as before. Raises ClaimLost.
     """
-    return resume(storage, claim, {step: value}, None)
+    return resume(storage, claim, {step: value}, None, files)
 
 
-def resume(storage: RDBStorage, claim: Claim, values: dict[int, float], epoch: int | None) -> State:
+def resume(
+    storage: RDBStorage,
+    claim: Claim,
+    values: dict[int, float],
+    epoch: int | None,
+    files: Sequence[str] | None = None,
+) -> State:
     """Writes intermediate `values` by step, all at once, and that the attempt went on after `epoch`.
 
-    They are those of a checkpoint, some of which the database may lack. Raises ClaimLost.
+    They are those of a checkpoint, some of which the database may lack; `files` as for `report`. Raises ClaimLost.
     """
 
     def work(connection: Connection) -> State:
@@ -449,6 +457,8 @@ def resume(storage: RDBStorage, claim: Claim, values: dict[int, float], epoch: i
         if epoch is not None:
             attempts[-1]["resumed_after"] = epoch
             _set_attributes(connection, claim.trial_id, {"attempts": attempts})
+        if files is not None:
+            _list_files(connection, claim, files)
         return _state(connection, claim.study_id)
 
     return write(storage, claim.study, work)
@@ -460,8 +470,11 @@ def finish(
     state: TrialState,
     value: float | None,
     attributes: dict[str, Any],
+    files: Sequence[str] = (),
 ) -> None:
     """Ends the trial for good, with its `attributes` as user attributes. Raises ClaimLost.
+
+    `files` are the names of those that it leaves, of `artifacts.LISTED`: optuna-dashboard offers them.
 
     Optuna's samplers that Trialyard offers do nothing in `after_trial` for one objective without constraints, so
     the state is set directly, under the lock.
@@ -475,16 +488,27 @@ def finish(
         _set_attributes(connection, claim.trial_id, attributes | {"attempts": attempts})
         if value is not None:
             connection.execute(insert(TrialValueModel).values(_value_row(claim.trial_id, value)))
+        _list_files(connection, claim, files)
         _set_trial(connection, claim.trial_id, state=state, _datetime_complete_utc=_utc())
 
     write(storage, claim.study, work)
 
 
-def requeue(storage: RDBStorage, claim: Claim, outcome: Literal["interrupted", "crashed"], why: str) -> None:
-    """Gives the trial back to the queue. A trial that keeps crashing fails for good. Raises ClaimLost."""
+def requeue(
+    storage: RDBStorage,
+    claim: Claim,
+    outcome: Literal["interrupted", "crashed"],
+    why: str,
+    files: Sequence[str] = (),
+) -> None:
+    """Gives the trial back to the queue, with its `files` as for `report`. Raises ClaimLost.
+
+    A trial that keeps crashing fails for good.
+    """
 
     def work(connection: Connection) -> None:
         _put_back(connection, claim.trial_id, _compare(connection, claim), outcome, why)
+        _list_files(connection, claim, files)
 
     write(storage, claim.study, work)
 
@@ -773,6 +797,18 @@ def _set_attributes(connection: Connection, trial_id: int, attributes: dict[str,
     connection.execute(delete_rows(stored).where(stored.trial_id == trial_id, stored.key.in_(attributes)))
     rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(one)} for key, one in attributes.items()]
     connection.execute(insert(stored), rows)
+
+
+def _list_files(connection: Connection, claim: Claim, names: Sequence[str]) -> None:
+    """Has optuna-dashboard offer just the files `names` of the trial, of those that its worker writes."""
+    stored = TrialSystemAttributeModel
+    listed = {name: artifacts.listing(claim.study, claim.number, name) for name in artifacts.LISTED}
+    keys = [key for key, _ in listed.values()]
+    connection.execute(delete_rows(stored).where(stored.trial_id == claim.trial_id, stored.key.in_(keys)))
+    there = [listed[name] for name in names]
+    rows = [{"trial_id": claim.trial_id, "key": key, "value_json": json.dumps(told)} for key, told in there]
+    if rows:
+        connection.execute(insert(stored), rows)
 
 
 def _beat(connection: Connection, trial_id: int) -> None:

@@ -1,7 +1,8 @@
 """Which files stay: what a trial that runs or waits has, all histories, and the models of a study's best trials.
 
 What is superfluous is decided by what the database says *now*, under the study's lock, and never by what was listed
-before. Nobody but a finished trial's own rank makes its model superfluous, and a rank never rises.
+before. Nobody but a finished trial's own rank makes its model superfluous, and a rank never rises. With a file goes the
+trial's entry of it, by which optuna-dashboard offers it.
 """
 
 import contextlib
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import StudyModel, TrialModel, TrialUserAttributeModel
+from optuna.storages._rdb.models import StudyModel, TrialModel, TrialSystemAttributeModel, TrialUserAttributeModel
 from optuna.trial import TrialState
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, delete, select
 
 from storage import artifacts
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL
@@ -66,6 +67,7 @@ def trim(storage: RDBStorage, claim: Claim, root: Path, keep: int) -> None:
     def remove_all(connection: Connection) -> None:
         for path in beyond(connection):
             artifacts.remove(path)
+            _unlist(connection, claim.study, int(path.parent.name), MODEL)
 
     # Most often there is nothing to do, and the lock is others' to have.
     if read(storage, beyond):
@@ -97,6 +99,7 @@ def remove(storage: RDBStorage, root: Path, keep: int, listed: Sequence[Superflu
                 gone = _superfluous(connection, root, keep, part)
                 for file in gone:
                     artifacts.remove(file.path)
+                    _unlist(connection, file.study, file.number, file.path.name)
                     if file.why in (STUDY_GONE, TRIAL_GONE):
                         _remove_empty(file.path.parent)
                     if file.why == STUDY_GONE:
@@ -169,6 +172,16 @@ def _named(connection: Connection, keep: int) -> set[str]:
         best = [standing.trial_id for standing in ranked(connection, study_id, keep)]
         named |= _told(connection, "model", best)
     return named
+
+
+def _unlist(connection: Connection, study: str, number: int, name: str) -> None:
+    """Takes the entry of a file that is gone from its trial, where there is one."""
+    trial = select(TrialModel.trial_id).where(
+        TrialModel.study_id == select(StudyModel.study_id).where(StudyModel.study_name == study).scalar_subquery(),
+        TrialModel.number == number,
+    )
+    stored, key = TrialSystemAttributeModel, artifacts.listing(study, number, name)[0]
+    connection.execute(delete(stored).where(stored.trial_id.in_(trial), stored.key == key))
 
 
 def _told(connection: Connection, key: str, trial_ids: Sequence[int] | None) -> set[str]:

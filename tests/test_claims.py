@@ -1,5 +1,6 @@
 """Trials change hands exactly: no budget overshot, no trial run by two, none left behind."""
 
+import json
 import logging
 import multiprocessing
 import os
@@ -15,9 +16,11 @@ from multiprocessing.synchronize import Event
 import optuna
 import psutil
 import pytest
+from optuna.artifacts import get_all_artifact_meta
 from optuna.trial import TrialState
 
 from storage import claims, database, workers
+from storage.artifacts import CHECKPOINT, HISTORY, MODEL
 from storage.claims import RETRIES, Beating, Budget, Claim, Imported
 from storage.database import PatientStorage
 from storage.errors import ClaimLost, StorageError
@@ -26,6 +29,7 @@ from studies import registry
 from studies.definition import Definition
 
 GRACE = 60.0
+OWN_ARTIFACT = {"artifact_id": "own", "filename": "own.txt", "mimetype": "text/plain", "encoding": None}
 
 
 @pytest.fixture
@@ -486,6 +490,35 @@ def test_a_finish_that_came_through_unheard_is_done_once(storage: PatientStorage
 
 
 # --- the workers that are there ---------------------------------------------------------------------------
+
+
+def _offered(storage: PatientStorage, claim: Claim) -> list[str]:
+    """The trial's files, as Optuna itself lists its artifacts."""
+    trial = storage.get_trial(claim.trial_id)
+    return sorted(one.filename for one in get_all_artifact_meta(study_or_trial=trial, storage=storage))
+
+
+def test_a_trial_s_files_are_optuna_s_artifacts_while_they_are_there(
+    storage: PatientStorage, study: str, me: Worker, dead: Worker
+) -> None:
+    claim = _claim(storage, study, dead)
+    storage.set_trial_system_attr(claim.trial_id, "artifacts:own", json.dumps(OWN_ARTIFACT))
+    claims.report(storage, claim, 1, 0.5, [CHECKPOINT])
+    assert _offered(storage, claim) == [CHECKPOINT, "own.txt"]
+    claims.report(storage, claim, 2, 0.6)
+    claim = _claim(storage, study, me)  # after the death
+    assert (claim.number, claim.attempt) == (0, 2)
+    assert _offered(storage, claim) == [CHECKPOINT, "own.txt"]
+    claims.requeue(storage, claim, "interrupted", "", [CHECKPOINT, HISTORY])
+    assert _offered(storage, claim) == [CHECKPOINT, HISTORY, "own.txt"]
+    claim = _claim(storage, study, me)
+    claims.resume(storage, claim, {1: 0.5}, 1, [CHECKPOINT])
+    claims.finish(storage, claim, TrialState.COMPLETE, 0.7, {}, [MODEL, HISTORY])
+    assert _offered(storage, claim) == [HISTORY, MODEL, "own.txt"]
+    other = _claim(storage, study, me)
+    claims.report(storage, other, 1, 0.5, [CHECKPOINT])
+    claims.finish(storage, other, TrialState.FAIL, None, {})
+    assert _offered(storage, other) == []
 
 
 def test_workers_are_listed_with_what_they_do_until_they_leave(

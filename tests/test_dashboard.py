@@ -28,7 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search import dashboard
 from search.errors import DashboardError
-from storage import claims, database, settings
+from storage import artifacts, claims, database, retention, settings
 from storage.database import PatientStorage
 from storage.errors import SettingsError
 from storage.workers import Worker
@@ -444,6 +444,35 @@ def test_a_trial_s_file_is_downloaded_from_where_it_is(home: Path, serve: Callab
     assert answer.headers["content-security-policy"] == "sandbox"
     (home / "yard" / "artifacts" / "trivial" / "0" / "model.keras").unlink()
     assert Answer(app, "GET", f"/artifacts/1/1/{listed['artifact_id']}").status == 404
+
+
+def test_a_model_that_retention_took_is_offered_no_more(
+    home: Path, place: PatientStorage, serve: Callable[..., Any], me: Worker
+) -> None:
+    """By a dashboard that had read the finished trial before."""
+    claims.set_budget(place, "trivial", claims.Budget(trials=7, hours=None))
+    root = home / "yard" / "artifacts"
+    app = serve()
+
+    def offered(number: int) -> list[str]:
+        told = Answer(app, "GET", "/api/studies/1").json["trials"][number]["artifacts"]
+        for one in told:
+            assert Answer(app, "GET", f"/artifacts/1/{number + 1}/{one['artifact_id']}").body == b"the file"
+        return sorted(one["filename"] for one in told)
+
+    for number, value in ((5, 0.97), (6, 0.98)):
+        claim = claims.claim(place, "trivial", me, 60.0)
+        assert claim is not None
+        folder = artifacts.folder(root, "trivial", number)
+        folder.mkdir(parents=True)
+        for name in (artifacts.MODEL, artifacts.HISTORY):
+            (folder / name).write_bytes(b"the file")
+        told = {"model": f"trivial/{number}/{artifacts.MODEL}"}
+        claims.finish(place, claim, TrialState.COMPLETE, value, told, [artifacts.MODEL, artifacts.HISTORY])
+        assert offered(number) == ["history.json", "model.keras"]
+        retention.trim(place, claim, root, keep=1)
+    assert offered(5) == ["history.json"]
+    assert offered(6) == ["history.json", "model.keras"]
 
 
 def test_a_file_in_the_folder_of_optuna_s_own_store_is_found(

@@ -57,7 +57,7 @@ def _end(storage: RDBStorage, root: Path, claim: Claim, state: TrialState, value
     if state == COMPLETE:
         told["model"] = str(files / MODEL)
         _write(root, claim.study, claim.number, MODEL)
-    claims.finish(storage, claim, state, value, told)
+    claims.finish(storage, claim, state, value, told, [MODEL, HISTORY] if state == COMPLETE else [HISTORY])
 
 
 def _trial(storage: RDBStorage, root: Path, study: str, me: Worker, value: float, keep: int = 2) -> Claim:
@@ -69,6 +69,16 @@ def _trial(storage: RDBStorage, root: Path, study: str, me: Worker, value: float
 
 def _files(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def _offered(storage: RDBStorage, study: str, name: str) -> set[int]:
+    """The trials of which optuna-dashboard offers the file `name`."""
+    return {
+        trial.number
+        for trial in storage.get_all_trials(registry.study_id(study, storage))
+        for one in optuna.artifacts.get_all_artifact_meta(study_or_trial=trial, storage=storage)
+        if one.filename == name
+    }
 
 
 def _models(root: Path) -> set[int]:
@@ -90,6 +100,8 @@ def test_just_the_best_models_and_all_histories_are_left(
         _trial(storage, root, name, me, value, keep)
     best = sorted(range(len(values)), key=lambda number: (-values[number], number))[:keep]
     assert _models(root / name) == set(best)
+    assert _offered(storage, name, MODEL) == set(best)
+    assert _offered(storage, name, HISTORY) == set(range(len(values)))
     assert {int(path.parent.name) for path in (root / name).rglob(HISTORY)} == set(range(len(values)))
 
 
@@ -114,7 +126,8 @@ def test_many_workers_at_once_leave_the_best(either_url: str, trivial: Definitio
         racer.join()
         assert racer.exitcode == 0
     values = {number: (number * 7919 % 101) / 101 for number in range(40)}
-    assert _models(root) == set(sorted(values, key=lambda number: -values[number])[:3])
+    best = set(sorted(values, key=lambda number: -values[number])[:3])
+    assert _models(root) == _offered(storage, trivial.name, MODEL) == best
     assert len(list(root.rglob(HISTORY))) == 40
     storage.engine.dispose()
 
@@ -172,7 +185,8 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
     for value in (0.1, 0.3, 0.2):  # trials 0, 1, 2
         _end(storage, root, _claim(storage, study, me), COMPLETE, value)
     running, waiting = _claim(storage, study, me), _claim(storage, study, me)
-    claims.requeue(storage, waiting, "interrupted", "")
+    claims.requeue(storage, waiting, "interrupted", "", [CHECKPOINT])
+    claims.report(storage, running, 1, 0.5, [CHECKPOINT])
     for number in range(5):
         _write(root, study, number, CHECKPOINT)
     _write(root, study, running.number, MODEL, HISTORY)
@@ -196,7 +210,11 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
         **{f"gone/0/{name}": "its study is gone" for name in (MODEL, HISTORY, CHECKPOINT)},
     }
     before = set(_files(root))
+    assert _offered(storage, study, MODEL) == {0, 1, 2}
     assert retention.remove(storage, root, 2, listed) == 100 * len(listed)
+    assert _offered(storage, study, MODEL) == {1, 2}
+    assert _offered(storage, study, CHECKPOINT) == {running.number, waiting.number}
+    assert _offered(storage, study, HISTORY) == {0, 1, 2}
     assert before - set(_files(root)) == set(told)
     assert not (root / "gone").exists()
     assert not (root / study / "9").exists()

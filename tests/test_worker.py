@@ -71,6 +71,14 @@ def _trials(home: Path) -> list[FrozenTrial]:
     return optuna.load_study(study_name="small", storage=f"sqlite:///{home}/yard/studies.db").trials
 
 
+def _offered(home: Path, trial: FrozenTrial) -> set[str]:
+    """The trial's files that optuna-dashboard offers, which must be there."""
+    listed = optuna.artifacts.get_all_artifact_meta(study_or_trial=trial, storage=_storage(home))
+    names = {one.filename for one in listed}
+    assert all((home / "yard" / "artifacts" / "small" / str(trial.number) / name).is_file() for name in names)
+    return names
+
+
 def _until(process: subprocess.Popen[str], *words: str) -> None:
     """Reads the command's progress up to the line that has all these words."""
     assert process.stderr is not None
@@ -195,6 +203,7 @@ def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
         assert "interrupted: what ran is back in the queue; the same command goes on where it stopped" in err
         (trial,) = _trials(home)
         assert trial.state == TrialState.WAITING
+        assert _offered(home, trial) == {"checkpoint.npz", "history.json"}
         drawn.append(trial.params)
     _ended(start("run", file))
     _assert_spent(home, 1)
@@ -207,6 +216,7 @@ def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
         assert after["resumed_after"] == before["epoch"] >= 2
     assert list(trial.intermediate_values) == list(range(1, 61))
     assert not (home / "yard" / "artifacts" / "small" / "0" / "checkpoint.npz").exists()
+    assert _offered(home, trial) == {"model.keras", "history.json"}
 
 
 def test_a_second_signal_leaves_at_once_and_still_loses_nothing(home: Path, write_small: Write, start: Command) -> None:
