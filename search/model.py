@@ -65,6 +65,29 @@ def build(
     return model
 
 
+def summary(model: keras.Model) -> str:
+    """A line a layer: its kind, what it gives for one image, its weights.
+
+    Keras's own ``model.summary`` draws a table with lines between the lines, ten times as long, which a page that lists
+    hundreds of trials would carry at every poll.
+    """
+    rows = [("layer", "output", "weights")]
+    for layer in model.layers:
+        rows.append((type(layer).__name__, _output(layer), f"{layer.count_params():,}" if layer.built else "?"))
+    rows.append(("all", "", f"{model.count_params():,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{kind:<{widths[0]}}  {output:<{widths[1]}}  {count:>{widths[2]}}" for kind, output, count in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _output(layer: layers.Layer) -> str:
+    try:
+        shapes = [tensor.shape for tensor in keras.tree.flatten(layer.output)]
+    except (AttributeError, ValueError):  # called more than once, or in a model that is a class of one's own
+        return "?"
+    return " and ".join("x".join("?" if size is None else str(size) for size in shape[1:]) for shape in shapes)
+
+
 def _convnet(h: Hyperparameters, batch_norm: Any, dropout: Any) -> list[layers.Layer]:
     """The notebook's ConvNets of depth 3, 5 and 7: everything between the rescaling and the last Dense."""
     depth = h["depth"]

@@ -16,9 +16,9 @@ import numpy as np
 from search import checkpoint
 from search.data import Array, Dataset
 from search.errors import DataError
-from search.model import BATCH_SIZE, Hyperparameters, build
+from search.model import BATCH_SIZE, Hyperparameters, build, summary
 from search.records import Epoch, Trained
-from storage.artifacts import CHECKPOINT, HISTORY, MODEL, written_whole
+from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, written_whole
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ def train(
     on_resume: Callable[[list[Epoch]], None] = lambda history: None,
     checkpoint_seconds: float = 30.0,
 ) -> Trained:
-    """Builds `model` and trains it; writes its history, and the best epoch's weights as a whole model, to `folder`.
+    """Builds `model` and trains it; writes its history and its layers' summary, and the best epoch's weights as a whole
+    model, to `folder`.
 
     Where `folder` has a checkpoint of this very training, it goes on from there, and tells `on_resume` of the epochs
     that it has already. It writes one at the end of an epoch, at most every `checkpoint_seconds`.
@@ -125,6 +126,8 @@ def train(
         checkpoint.write(folder / CHECKPOINT, unwritten, identity)
     best = max(history, key=lambda past: past.val_accuracy, default=None)  # the first of equals
     _write_history(folder / HISTORY, history)
+    with written_whole(folder / SUMMARY) as temporary:
+        temporary.write_text(summary(net), encoding="utf-8")
     if not stop.stopped:
         _write_model(folder / MODEL, net, best_weights, model, hyperparameters, dataset)
     speeds = [past.images_per_second for past in history[1:] or history]

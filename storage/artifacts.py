@@ -1,4 +1,4 @@
-"""A trial's files (model, history, checkpoint), on a disk, written whole or not at all."""
+"""A trial's files (model, history, summary, checkpoint), on a disk, written whole or not at all."""
 
 import json
 import mimetypes
@@ -10,6 +10,7 @@ from pathlib import Path
 
 MODEL = "model.keras"
 HISTORY = "history.json"
+SUMMARY = "summary.txt"  # of the model's layers, beside its history
 CHECKPOINT = "checkpoint.npz"
 LISTED = (MODEL, HISTORY, CHECKPOINT)  # those that optuna-dashboard offers while they are there
 

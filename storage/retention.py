@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Connection, delete, select
 
 from storage import artifacts
-from storage.artifacts import CHECKPOINT, HISTORY, MODEL
+from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
 from storage.claims import Claim
 from storage.database import read, write
 from storage.standings import ranked
@@ -31,7 +31,7 @@ OLD_SECONDS = 24 * 3600.0  # a temporary file that is older was left by a proces
 PART = 100  # files that are removed under one hold of the lock
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 # No other file is ever touched, wherever the settings point.
-_OURS = re.compile(rf"(\.[0-9a-f]{{32}}-)?({re.escape(MODEL)}|{re.escape(HISTORY)}|{re.escape(CHECKPOINT)})")
+_OURS = re.compile(rf"(\.[0-9a-f]{{32}}-)?({'|'.join(map(re.escape, (MODEL, HISTORY, SUMMARY, CHECKPOINT)))})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,8 @@ def _why(name: str, state: TrialState, is_best: bool, keep: int) -> str | None:
 
 def _named(connection: Connection, keep: int) -> set[str]:
     """The paths, below the artifacts' folder, that trials of any study name, but for models beyond the best `keep`."""
-    named = _told(connection, "history", None)
+    histories = _told(connection, "history", None)
+    named = histories | {str(Path(history).with_name(SUMMARY)) for history in histories}
     for study_id in connection.execute(select(StudyModel.study_id)).scalars().all():
         best = [standing.trial_id for standing in ranked(connection, study_id, keep)]
         named |= _told(connection, "model", best)

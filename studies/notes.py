@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, delete, insert, or_, select
 
 from storage import claims
+from storage.artifacts import SUMMARY
 from storage.database import write
 from storage.workers import database_now
 from studies import findings, queries, registry
@@ -32,6 +33,7 @@ PAUSE_SECONDS = 10.0  # between two publications of a study, whoever makes them
 SHARE = 0.05  # of one core that publishing may take, where a study is large
 BEST_NOTED, LATEST_NOTED = 50, 250  # trials with a note
 CURVES = 5  # trials in the figure of learning curves
+LAYERS = 40  # lines of a model's summary that a note has, at most
 
 MARK = "*Written by Trialyard, and anew as trials end: what you write above this line stays.*"
 STATE = "trialyard:published"  # system attribute: what stands there, and since when
@@ -81,7 +83,8 @@ def publish(name: str, storage: RDBStorage, artifacts: Path, cached: BaseStorage
         for key, trial in noted.items():
             # A finished trial's note never changes; ours is one piece, until a person edits it.
             if MARK not in str(stored.get(f"{key}0")) and MARK not in _body(stored, key):
-                wanted[key] = trial_note(trial, definition, queries.curves_of([trial], artifacts))
+                curves = queries.curves_of([trial], artifacts)
+                wanted[key] = trial_note(trial, definition, curves, _summary(trial, artifacts))
         changes = _changes(stored, wanted, keep=noted)
         now = _published_at(connection)
         spent = round(time.monotonic() - began, 3)
@@ -125,8 +128,10 @@ def study_note(
     return _paragraphs(line for line in lines if line)
 
 
-def trial_note(trial: FrozenTrial, definition: Definition, curves: Sequence[queries.Curve]) -> str:
-    """Markdown: the last epoch, the model, device and speed; or why the trial failed."""
+def trial_note(
+    trial: FrozenTrial, definition: Definition, curves: Sequence[queries.Curve], summary: Sequence[str] = ()
+) -> str:
+    """Markdown: the last epoch, the model and the lines of its `summary`, device and speed; or why the trial failed."""
     told = trial.user_attrs
     lines = [f"**Trial {trial.number}**: {escaped(findings.shown(trial.params)) or 'no hyperparameters'}"]
     if trial.state == TrialState.FAIL:
@@ -154,6 +159,9 @@ def trial_note(trial: FrozenTrial, definition: Definition, curves: Sequence[quer
         )
     if isinstance(told.get("parameters"), int):
         lines.append(f"- model: {escaped(definition.model)} of {told['parameters']:,} weights")
+        if len(summary) > LAYERS:
+            summary = [*summary[: LAYERS - 1], "...", summary[-1]]
+        lines += [fenced("\n".join(summary))] if summary else []
     if "device" in told:
         lines.append(
             escaped(
@@ -164,6 +172,17 @@ def trial_note(trial: FrozenTrial, definition: Definition, curves: Sequence[quer
     if "model" in told:
         lines.append(f"- files, below the artifacts' folder: `{told['model']}`, `{told.get('history')}`")
     return _paragraphs(lines)
+
+
+def _summary(trial: FrozenTrial, artifacts: Path) -> list[str]:
+    """The lines of the model's summary; none where its file lies on another machine, or there is none."""
+    history = trial.user_attrs.get("history")
+    if history is None:
+        return []
+    try:
+        return (artifacts / str(history)).with_name(SUMMARY).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
 
 
 def as_json(definition: Definition) -> str:

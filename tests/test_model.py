@@ -9,7 +9,7 @@ import pytest
 
 from search import layers
 from search.errors import ModelError
-from search.model import build
+from search.model import build, summary
 from studies import models
 
 MNIST = (28, 28, 1)
@@ -38,6 +38,37 @@ def test_the_notebook_s_values_give_the_notebook_s_models(
     model = build(name, hyperparameters, MNIST, 10, plain=plain)
     assert model.count_params() == parameters
     assert sum(int(np.prod(weight.shape)) for weight in model.non_trainable_weights) == not_trained
+
+
+def test_a_summary_tells_each_layer_and_all_weights() -> None:
+    lines = summary(build("convnet", {"depth": 5, "dropout": 0.1}, MNIST, 10)).splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["layer", "output", "weights"],
+        ["Rescaling", "28x28x1", "0"],
+        ["Conv2D", "26x26x32", "320"],
+    ]
+    assert ["BatchNormalization", "8x8x32", "128"] in [line.split() for line in lines]
+    assert lines[-1].split() == ["all", "154,186"]
+    assert len(set(map(len, lines))) == 1
+
+
+def test_a_summary_of_an_own_kind_of_model_says_what_is_known() -> None:
+    class Own(keras.Model):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat, self.dense, self.idle = (
+                keras.layers.Flatten(),
+                keras.layers.Dense(10),
+                keras.layers.Dense(10),
+            )
+
+        def call(self, images: Any) -> Any:
+            return self.dense(self.flat(images))
+
+    model = Own()
+    model(np.zeros((1, 8, 8, 1)))
+    found = [tuple(line.split()) for line in summary(model).splitlines()]
+    assert sorted(found[1:]) == [("Dense", "?", "650"), ("Dense", "?", "?"), ("Flatten", "?", "0"), ("all", "650")]
 
 
 def _rates(hyperparameters: dict[str, Any], name: str = "convnet") -> list[tuple[str, float]]:

@@ -63,6 +63,7 @@ def run(storage: PatientStorage, me: Worker, artifacts: Path) -> Callable[..., C
         folder = artifacts / study / str(claim.number)
         folder.mkdir(parents=True)
         (folder / "history.json").write_text(json.dumps(history), encoding="utf-8")
+        (folder / "summary.txt").write_text("layer  weights\nDense      650\n", encoding="utf-8")
         attributes = {
             "parameters": 668_810,
             "epochs": 2,
@@ -345,6 +346,7 @@ def test_the_dashboard_reads_what_is_published(
     complete = _trial_note(storage, digits, 8).replace("\\", "")
     for told in ("0.9800", "668,810 weights", "cpu (cpu:0) in float32", "1,234 images/s", "33.2 s", "loss 0.2500"):
         assert told in complete, told
+    assert "```\nlayer  weights\nDense      650\n```" in complete
     assert "lagged behind" in _trial_note(storage, digits, 9)
     failed = _trial_note(storage, digits, 11)
     assert "Failed (nan)" in failed

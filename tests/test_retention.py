@@ -18,7 +18,7 @@ from sqlalchemy import func, select
 
 import studies
 from storage import artifacts, claims, database, retention, workers
-from storage.artifacts import CHECKPOINT, HISTORY, MODEL
+from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
 from storage.claims import Budget, Claim
 from storage.database import PatientStorage
 from storage.errors import ClaimLost, StorageError, StudyGone
@@ -235,6 +235,7 @@ def test_what_was_listed_is_looked_at_again_before_it_is_removed(
 
 def test_files_that_a_copy_of_the_study_names_stay(storage: RDBStorage, study: str, root: Path, me: Worker) -> None:
     _end(storage, root, _claim(storage, study, me), COMPLETE, 0.9)
+    _write(root, study, 0, SUMMARY)
     optuna.copy_study(from_study_name=study, from_storage=storage, to_storage=storage, to_study_name="copy")
     claims.delete(storage, study, 60.0)
     assert retention.superfluous(storage, root, 5) == []
@@ -328,8 +329,8 @@ def test_delete_removes_the_files_too_and_a_crash_before_leaves_only_files(
     for name in ("one", "two"):
         registry.create(trivial.model_copy(update={"name": name}), storage, {"fingerprint": "0" * 16})
         _end(storage, root, _claim(storage, name, me), COMPLETE, 0.9)
-        _write(root, name, 0, CHECKPOINT)
-    assert studies.delete("one") == 300
+        _write(root, name, 0, CHECKPOINT, SUMMARY)
+    assert studies.delete("one") == 400
     assert studies.names() == ["two"]
     assert {path.split("/")[0] for path in _files(root)} == {"two"}
 
@@ -342,5 +343,5 @@ def test_delete_removes_the_files_too_and_a_crash_before_leaves_only_files(
             studies.delete("two")
     assert registry.names(storage) == []
     left = retention.superfluous(storage, root, 5)
-    assert retention.remove(storage, root, 5, left) == 300
+    assert retention.remove(storage, root, 5, left) == 400
     assert _files(root) == []

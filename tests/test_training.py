@@ -19,7 +19,7 @@ from search.data import Dataset
 from search.errors import DataError
 from search.records import Epoch, Trained
 from search.training import NotANumber, train
-from storage.artifacts import CHECKPOINT, HISTORY, MODEL
+from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
 from studies.definition import Data
 
 HYPERPARAMETERS = {"width": 0.1, "batch_size": 20, "learning_rate": 1e-2, "dropout": 0.2}
@@ -70,6 +70,7 @@ def test_every_epoch_is_told_and_written_down(dataset: Dataset, tmp_path: Path) 
     trained, records = _train(dataset, tmp_path)
     assert [record.epoch for record in records] == [1, 2, 3]
     assert json.loads((tmp_path / HISTORY).read_text(encoding="utf-8")) == [vars(record) for record in records]
+    assert f"{trained.parameters:,}" in (tmp_path / SUMMARY).read_text(encoding="utf-8")
     for record in records:
         assert record.images_per_second == pytest.approx(240 / record.seconds)
     assert trained.seconds == pytest.approx(sum(record.seconds for record in records))
