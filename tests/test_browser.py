@@ -1,16 +1,21 @@
-"""A person sees the dashboard: Debian's Chromium, headless, on the real command and a finished study."""
+"""A person sees the dashboard and a report: Debian's Chromium, headless, on the real command and a study that our own
+worker trained.
+"""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ARTIFACT
 from playwright.sync_api import BrowserContext, Error, Page, expect, sync_playwright
 
+import studies
+
+ROOT = str(Path(__file__).parents[1])
 PASSWORD = "trustno1"
 ARGUMENTS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -22,13 +27,30 @@ PATIENCE = 60 * SECONDS  # the page is 7 MB of JavaScript, and CI's machine may 
 Open = Callable[..., Page]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, chromium: str) -> Path:
+    """A folder with the yard of a study `digits`, searched by the command: three trials of two epochs."""
+    folder = tmp_path_factory.mktemp("searched")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRIALYARD_")}
+    command = [sys.executable, "-m", "search.cli", "run", "digits", "--trials", "3", "--epochs", "2", "--limit", "200"]
+    subprocess.run(command, cwd=folder, env=environment | {"PYTHONPATH": ROOT}, check=True, timeout=280)
+    return folder
+
+
 @pytest.fixture
-def address(home: Path, finished_study: str) -> Iterator[str]:
-    """Where the command serves, with a password."""
+def searched(trained: Path, home: Path) -> Path:
+    """The home's folder, with that study in its yard."""
+    shutil.copytree(trained / "yard", home / "yard")
+    return home
+
+
+@pytest.fixture
+def address(searched: Path) -> Iterator[str]:
+    """Where the command serves it, with a password."""
     process = subprocess.Popen(
         [sys.executable, "-m", "search.cli", "dashboard", "--port", "0"],
-        cwd=home,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TRIALYARD_DASHBOARD_PASSWORD": PASSWORD},
+        cwd=searched,
+        env=os.environ | {"PYTHONPATH": ROOT, "TRIALYARD_DASHBOARD_PASSWORD": PASSWORD},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -68,50 +90,102 @@ def browse(chromium: str, tmp_path: Path) -> Iterator[Open]:
         yield open_page
         for context in contexts:
             context.close()
-        foreign = {url for url in asked if not url.startswith(("http://127.0.0.1:", "data:", "blob:", "about:"))}
+        foreign = {
+            url for url in asked if not url.startswith(("http://127.0.0.1:", "file:", "data:", "blob:", "about:"))
+        }
         assert not foreign
 
 
-def _shot(page: Page, name: str) -> None:
+def _shot(page: Page, name: str, whole: bool = False) -> None:
     """Keeps a picture where SCREENSHOTS names a folder, for a person to look at."""
     folder = os.environ.get("SCREENSHOTS")
     if folder:
-        page.screenshot(path=Path(folder) / f"{name}.png")
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=whole)
 
 
-def test_the_list_the_study_and_a_trial(address: str, browse: Open) -> None:
+FIGURES = (
+    "Loss by epoch, best trials first",
+    "Accuracy against dropout",
+    "Accuracy against cost",
+    "Best so far",
+)
+# For each graph of the page: the traces, and of each how many points it has.
+POINTS = """() => [...document.querySelectorAll(".js-plotly-plot")].map(
+    graph => graph.data.map(trace => Math.min((trace.x || []).length, (trace.y || []).length))
+)"""
+
+
+def test_the_list_the_study_and_a_trial_with_its_files(searched: Path, address: str, browse: Open) -> None:
     page = browse(address, PASSWORD)
-    expect(page.get_by_text("trivial").first).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("digits").first).to_be_visible(timeout=PATIENCE)
     _shot(page, "studies")
-    page.get_by_text("trivial").first.click()
+    page.get_by_text("digits").first.click()
     page.wait_for_url("**/studies/1**")
 
-    # Our own figure, drawn: Plotly has made its title and its line of it.
-    expect(page.get_by_text("Accuracy by epoch").first).to_be_visible(timeout=PATIENCE)
-    expect(page.locator("#curves path.js-line, .js-plotly-plot path.js-line").first).to_be_attached(timeout=PATIENCE)
+    # Our own figures, drawn: Plotly has made their titles, and lines and dots of their numbers.
+    for title in FIGURES:
+        shown = page.locator(".js-plotly-plot", has=page.get_by_text(title))
+        expect(shown).to_have_count(1, timeout=PATIENCE)
+        expect(shown.locator("path.js-line, path.point").first).to_be_attached(timeout=PATIENCE)
     expect(page.get_by_text("Failed to fetch")).to_have_count(0)
     _shot(page, "study")
 
     page.goto(f"{address}/dashboard/studies/1/note")
-    expect(page.get_by_text("What is searched")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("3 of 3 trials")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("Searched", exact=True)).to_be_visible()
     _shot(page, "note")
 
-    page.goto(f"{address}/dashboard/studies/1/trials?numbers=0")
-    expect(page.get_by_text("after 2 epochs").first).to_be_visible(timeout=PATIENCE)
-    expect(page.get_by_text("model.keras").first).to_be_visible()
+    best = studies.best_trial("digits", f"sqlite:///{searched}/yard/studies.db")
+    page.goto(f"{address}/dashboard/studies/1/trials?numbers={best.number}")
+    expect(page.get_by_text(f"validation accuracy {best.value:.4f}").first).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text(re.compile(r"Conv2D +\d+x\d+x\d+ +[\d,]+")).first).to_be_visible()
     _shot(page, "trial")
-    with page.expect_download() as download:
-        page.locator(f'a[href*="{ARTIFACT}"]').first.click()
-    assert download.value.path().read_bytes() == b"the model"
+    for name in ("model.keras", "history.json"):
+        expect(page.get_by_text(name, exact=True).first).to_be_visible()
+        with page.expect_download() as download:
+            page.locator(f'a[download="{name}"]').first.click()
+        assert download.value.suggested_filename == name
+        written = searched / "yard" / "artifacts" / "digits" / str(best.number) / name
+        assert download.value.path().read_bytes() == written.read_bytes()
+
+
+def test_the_report_opens_from_a_disk_and_asks_no_host(searched: Path, home: Path, browse: Open) -> None:
+    file = home / "digits-report.html"
+    file.write_text(
+        studies.report("digits", f"sqlite:///{searched}/yard/studies.db", artifacts=searched / "yard" / "artifacts"),
+        encoding="utf-8",
+    )
+    asked: list[str] = []
+    page = browse("about:blank")
+    page.on("request", lambda request: asked.append(request.url))
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.goto(file.as_uri())
+    graphs = page.locator(".js-plotly-plot")
+    expect(graphs).to_have_count(len(FIGURES), timeout=PATIENCE)
+    for title in FIGURES:
+        expect(page.locator(".js-plotly-plot", has=page.get_by_text(title))).to_have_count(1)
+    points = page.evaluate(POINTS)
+    assert len(points) == len(FIGURES)
+    assert all(graph and min(graph) > 0 for graph in points), points
+    for index in range(len(FIGURES)):
+        graphs.nth(index).scroll_into_view_if_needed()
+    _shot(page, "report", whole=True)
+    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [file.as_uri()]
+    assert wrong == []
 
 
 def test_a_note_is_changed_in_the_browser(address: str, browse: Open) -> None:
     """The guard against other sites lets the dashboard's own page through."""
     page = browse(f"{address}/dashboard", PASSWORD)
     status = page.evaluate(
-        """async () => (await fetch("/api/studies/1/note", {
-            method: "PUT", headers: {"Content-Type": "application/json"}, body: '{"version": 2, "body": "changed"}'
-        })).status"""
+        """async () => {
+            const note = (await (await fetch("/api/studies/1")).json()).note;
+            const body = JSON.stringify({version: note.version + 1, body: "changed"});
+            const headers = {"Content-Type": "application/json"};
+            return (await fetch("/api/studies/1/note", {method: "PUT", headers, body})).status;
+        }"""
     )
     assert status == 204
     page.goto(f"{address}/dashboard/studies/1/note")
