@@ -6,7 +6,8 @@ draws imports this module.
 """
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -17,14 +18,12 @@ from plotly.subplots import make_subplots
 from studies import notebook
 from studies.definition import Definition
 from studies.queries import Curve
-from studies.space import Choice
+from studies.space import Choice, Parameter
 
 LIMIT = 1000  # points in a plot: a page with 10,000 is slow, and tells no more
 DROPOUTS = ("dropout", "dense_dropout", "conv_dropout")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # told apart by all eyes
 NOTEBOOK = "#888888"
-
-ACCURACY = {"tickformat": ".4~f"}
 
 
 def drawn(trials: Sequence[FrozenTrial], definition: Definition, curves: Sequence[Curve] = ()) -> dict[str, go.Figure]:
@@ -48,8 +47,9 @@ def learning_curves(curves: Sequence[Curve], definition: Definition) -> go.Figur
     for index, curve in enumerate(curve for curve in curves if curve.loss):
         for kind, values, dash in (("training", curve.loss, "solid"), ("validation", curve.val_loss, "dash")):
             traces.append(_line(curve, f"trial {curve.number}, {_of(kind, definition)}", values, index, dash))
+    epochs = _counted(max((len(curve.val_accuracy) for curve in curves), default=0))
     if traces:
-        return _figure(traces, "Loss by epoch, best trials first", "epoch", "mean cross-entropy")
+        return _figure(traces, "Loss by epoch, best trials first", "epoch", "mean cross-entropy", xaxis=epochs)
     traces = [
         _line(curve, f"trial {curve.number}", curve.val_accuracy, index, "dash")
         for index, curve in enumerate(curve for curve in curves if curve.val_accuracy)
@@ -57,7 +57,8 @@ def learning_curves(curves: Sequence[Curve], definition: Definition) -> go.Figur
     if not traces:
         return None
     title = "Accuracy by epoch, best trials first (their losses are not on this machine)"
-    return _figure(traces, title, "epoch", _judged(definition), yaxis=ACCURACY)
+    accuracies = _accuracies(value for curve in curves for value in curve.val_accuracy)
+    return _figure(traces, title, "epoch", _judged(definition), xaxis=epochs, yaxis=accuracies)
 
 
 def against_hyperparameter(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure | None:
@@ -97,11 +98,12 @@ def against_hyperparameter(trials: Sequence[FrozenTrial], definition: Definition
     parameter = definition.space[names[0]]
     if isinstance(parameter, Choice):
         axis["type"] = "category"
-    elif parameter.log:
-        axis["type"] = "log"
+    else:
+        # All that is searched: a corner in which no trial stands is seen as one.
+        axis = _span([definition.space[name] for name in names], [_at(trial, names) for trial in placed], parameter.log)
     told = " or ".join(name.replace("_", " ") for name in names)
     title = f"Accuracy against {told}{_some([placed])}"
-    return _figure(traces, title, told, _judged(definition), xaxis=axis, yaxis=ACCURACY)
+    return _figure(traces, title, told, _judged(definition), xaxis=axis, yaxis=_accuracies(map(_accuracy, placed)))
 
 
 def against_cost(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure | None:
@@ -132,7 +134,7 @@ def against_cost(trials: Sequence[FrozenTrial], definition: Definition) -> go.Fi
         figure.add_trace(line.update(mode="lines+markers", line={"shape": "hv", "color": COLOURS[1]}), 1, column)
         figure.update_xaxes(title_text=title, row=1, col=column)
     figure.update_yaxes(title_text=_judged(definition), col=1)
-    figure.update_yaxes(**ACCURACY)
+    figure.update_yaxes(**_accuracies(map(_accuracy, complete)))
     return _styled(figure, f"Accuracy against cost{_some([known for _, _, known in panels])}")
 
 
@@ -177,8 +179,9 @@ def best_so_far(trials: Sequence[FrozenTrial], definition: Definition) -> go.Fig
             column,
         )
         figure.update_xaxes(title_text=title, rangemode="tozero", row=1, col=column)
+    figure.update_xaxes(**_counted(len(ended)), col=1)
     figure.update_yaxes(title_text=_judged(definition), col=1)
-    figure.update_yaxes(**ACCURACY)
+    figure.update_yaxes(**_accuracies(values))
     return _styled(figure, "Best so far")
 
 
@@ -223,7 +226,7 @@ def beside_notebook(trials: Sequence[FrozenTrial], definition: Definition) -> go
         sweep.replace("_", " ") if sweep else "",
         "test accuracy",
         xaxis={} if sweep else {"type": "category"},
-        yaxis=ACCURACY,
+        yaxis=_accuracies([result.accuracy for _, result in rows] + [trial.values[0] for trial, _ in ours]),
     )
 
 
@@ -267,6 +270,29 @@ def _accuracy(trial: FrozenTrial) -> float | None:
     if trial.values is not None:
         return float(trial.values[0])
     return trial.intermediate_values[trial.last_step] if trial.last_step is not None else None
+
+
+def _counted(last: int) -> dict[str, Any]:
+    """An axis of whole numbers up to `last`, which few of them would not keep Plotly from halving."""
+    return {"tick0": 0, "dtick": 1} if last <= 10 else {}
+
+
+def _accuracies(values: Iterable[float | None]) -> dict[str, Any]:
+    """An axis of these; where they are all the same, Plotly would let it go from one below to one above."""
+    different = set(values)
+    value = next(iter(different), None)
+    same = len(different) == 1 and value is not None
+    return {"tickformat": ".4~f"} | ({"range": [value - 0.05, value + 0.05]} if same and value is not None else {})
+
+
+def _span(parameters: Sequence[Parameter], places: Sequence[float], log: bool) -> dict[str, Any]:
+    """An axis from the lowest to the highest that any of them may be, or is, and a little beyond."""
+    bounds = [end for one in parameters if not isinstance(one, Choice) for end in (one.low, one.high)]
+    low, high = (float(end([one for one in (*bounds, *places) if one > 0 or not log])) for end in (min, max))
+    if log:  # Plotly wants the range of such an axis in powers of ten
+        low, high = math.log10(low), math.log10(high)
+    beyond = 0.04 * (high - low) or 0.5
+    return {"range": [low - beyond, high + beyond]} | ({"type": "log"} if log else {})
 
 
 def _thinned(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:

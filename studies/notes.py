@@ -25,7 +25,7 @@ from storage.artifacts import SUMMARY
 from storage.database import write
 from storage.workers import database_now
 from studies import findings, queries, registry
-from studies.definition import Definition
+from studies.definition import Definition, to_toml
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def study_note(
         ),
         *([] if definition.fixed else ["nothing: all else has its default"]),
         "### Definition",
-        fenced(as_json(definition), "json"),
+        fenced(to_toml(definition).rstrip(), "toml"),
     ]
     return _paragraphs(line for line in lines if line)
 
@@ -183,11 +183,6 @@ def _summary(trial: FrozenTrial, artifacts: Path) -> list[str]:
         return (artifacts / str(history)).with_name(SUMMARY).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return []
-
-
-def as_json(definition: Definition) -> str:
-    """The definition as it was written: without what was left at its default."""
-    return json.dumps(definition.model_dump(mode="json", exclude_defaults=True), indent=2)
 
 
 def escaped(text: str) -> str:

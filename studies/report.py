@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage import settings
 from studies import findings, notes, queries, registry
-from studies.definition import Definition
+from studies.definition import Definition, to_toml
 from studies.findings import Findings
 from studies.queries import Row, Status
 from studies.registry import Place
@@ -170,7 +170,7 @@ def _markdown(told: Told) -> str:
         "## Searched",
         _rows(["hyperparameter", "over"], [[name, span] for name, span in findings.searched(definition).items()]),
         "## Definition",
-        notes.fenced(notes.as_json(definition), "json"),
+        notes.fenced(to_toml(definition).rstrip(), "toml"),
         "## Environment",
         _rows(["what", "which"], [[key, value] for key, value in told.environment.items()]),
     ]
@@ -242,7 +242,7 @@ def _html(told: Told, curves: Sequence[queries.Curve]) -> str:
 <h2>Searched and fixed</h2>
 {_html_table(["hyperparameter", "over"], searched, text=True)}
 <h2>Definition</h2>
-<pre>{html.escape(notes.as_json(definition))}</pre>
+<pre>{html.escape(to_toml(definition).rstrip())}</pre>
 <h2>Environment</h2>
 {_html_table(["what", "which"], [[key, value] for key, value in told.environment.items()], text=True)}
 </body>

@@ -128,6 +128,7 @@ def test_the_list_the_study_and_a_trial_with_its_files(searched: Path, address: 
         expect(shown).to_have_count(1, timeout=PATIENCE)
         expect(shown.locator("path.js-line, path.point").first).to_be_attached(timeout=PATIENCE)
     expect(page.get_by_text("Failed to fetch")).to_have_count(0)
+    page.set_viewport_size({"width": 1280, "height": 2600})
     _shot(page, "study")
 
     page.goto(f"{address}/dashboard/studies/1/note")

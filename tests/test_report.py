@@ -180,7 +180,7 @@ def test_the_report_says_what_was_found_and_what_cannot_be_concluded(
         "3.15.1",
         "float32",
         "one of 3, 5, 7",
-        '"batch_norm_momentum": 0.9',
+        "batch_norm_momentum = 0.9",
         "fingerprint 0000000000000000",
     ):
         assert sentence in said, sentence
@@ -202,7 +202,7 @@ def test_what_people_wrote_is_text_and_no_markup(storage: PatientStorage, run: C
         assert page.attributes("src", "onerror") == []
         assert sum(tag == "script" for tag, _ in page.tags) == len(page.scripts) == text.count("</script>")
     else:
-        prose = text.partition("```json")[0] + text.rpartition("```")[2]
+        prose = text.partition("```toml")[0] + text.rpartition("```")[2]
         assert "<script" not in prose.replace("\\<", "")
         assert "<img" not in prose.replace("\\<", "")
         table = [line for line in text.splitlines() if line.startswith("| ")]
