@@ -21,7 +21,6 @@ import typer
 from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial
 from rich.console import Console
-from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
 from search import display
@@ -37,7 +36,7 @@ from studies import exports, imported, notebook, queries, registry
 from studies.definition import Definition
 from studies.errors import StudyError
 from studies.queries import Row, Status
-from studies.report import SHOWN_ROWS, Told, counts, tell
+from studies.report import SHOWN_ROWS, Told, counts, table, tell
 from studies.report import report as report_of
 
 if TYPE_CHECKING:
@@ -561,25 +560,15 @@ def _print_best(study: str, trial: FrozenTrial, settings: Settings) -> None:
 
 
 def _print_rows(rows: list[Row]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row.params))
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("rank", "trial", "accuracy", *names, "epochs", "weights", "seconds"):
-        table.add_column(title, justify="right", header_style="bold")
-    for row in rows:
-        told = [
-            display.shown({name: row.params[name]}).partition(" ")[2] if name in row.params else "" for name in names
-        ]
-        table.add_row(
-            str(row.rank),
-            str(row.number),
-            f"{row.value:.4f}",
-            *told,
-            "" if row.epochs is None else str(row.epochs),
-            "" if row.parameters is None else f"{row.parameters:,}",
-            "" if row.seconds is None else f"{row.seconds:.1f}",
-        )
-    # Where there is no terminal the table keeps its own width: a pipe must not cut columns.
-    Console(highlight=False, width=None if out.is_terminal else 200).print(table)
+    if not rows:
+        out.print("no trial is complete yet", markup=False)
+        return
+    titles, cells = table(rows)
+    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    head, *lines = ("  ".join(map(str.rjust, line, widths)) for line in (titles, *cells))
+    out.print(head, style="bold", markup=False)
+    # Not as a table of rich's, which takes a millisecond a row.
+    out.file.writelines(f"{line}\n" for line in lines)
 
 
 def _print_workers(workers: list[Present]) -> None:

@@ -115,8 +115,8 @@ def _each(values: Iterable[Any]) -> str:
     return ", ".join(f"{value} ({count} trials)" for value, count in counted.most_common())
 
 
-def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """The leaderboard's titles and cells."""
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The leaderboard's titles and cells, without columns of which nothing is known."""
     names = list(dict.fromkeys(name for row in rows for name in row.params))
     titles = ["rank", "trial", "accuracy", *names, "epochs", "weights", "seconds"]
     cells = [
@@ -152,7 +152,7 @@ def _left_out(rows: Sequence[Row]) -> str:
 
 def _markdown(told: Told) -> str:
     definition, escaped = told.definition, notes.escaped
-    titles, cells = _table(told.rows[:SHOWN_ROWS])
+    titles, cells = table(told.rows[:SHOWN_ROWS])
     lines = [
         f"# {escaped(definition.name)}",
         escaped(definition.description),
@@ -207,7 +207,7 @@ def _html(told: Told, curves: Sequence[queries.Curve]) -> str:
         + "</figure>\n"
         for name, figure in drawn.items()
     )
-    titles, cells = _table(told.rows[:SHOWN_ROWS])
+    titles, cells = table(told.rows[:SHOWN_ROWS])
     searched = [[name, span] for name, span in findings.searched(definition).items()]
     searched += [[name, f"fixed: {findings.value_text(value)}"] for name, value in definition.fixed.items()]
     name = html.escape(definition.name)

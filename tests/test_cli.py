@@ -224,6 +224,11 @@ def test_best_and_leaderboard(home: Path, trialyard: Call) -> None:
     title, row = table.splitlines()
     assert title.split() == ["rank", "trial", "accuracy", "depth", "dropout", "epochs", "weights", "seconds"]
     assert row.split() == ["1", "2", "0.9000", "7", "0.25", "8", "668,810", "12.3"]
+    lines = trialyard("leaderboard", "digits")[1].splitlines()
+    assert len(lines) == 3
+    assert len(set(map(len, lines))) == 1
+    trialyard("create", "digits", "--name", "empty")
+    assert trialyard("leaderboard", "empty") == (0, "no trial is complete yet\n", "")
 
 
 def test_commands_without_a_study_say_how_to_make_one(trialyard: Call) -> None:
