@@ -13,9 +13,12 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import re
+import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,6 +58,9 @@ log = logging.getLogger(__name__)
 
 THREADS = 8
 MAX_BODY = 10 * 2**20  # bytes; the largest thing that the page sends is a note
+TRIES, TRY_SECONDS = 10, 6.0  # wrong passwords from one address: at once, and then one in so many seconds
+ADDRESSES = 10_000  # that are remembered for it
+KNOWN = "trialyard"  # the cookie of a browser that had the right password
 GZIP_FROM = 2**16  # bytes: below it, packing costs more than it spares
 READING = ("GET", "HEAD")
 DETAIL = ("GET", "/api/studies/<study_id:int>")
@@ -144,11 +150,13 @@ def guarded(app: WSGIApplication, *, local: bool, password: SecretStr | None, re
     """`app`, reached only by requests that may reach it.
 
     With a `password`, HTTP Basic asks for it, with any user name: the browser itself has the dialog for it, and there
-    is no log-in page, session or cookie that could be forged, stolen or forgotten. `local` says that the server listens
-    on this machine alone.
+    is no log-in page or session that could be forged, stolen or forgotten. An address that has sent too many wrong ones
+    is answered 429 for a while, whatever it sends, but for browsers that had the right one before: a cookie tells them
+    apart, which opens nothing by itself. `local` says that the server listens on this machine alone.
     """
     # Digests are of one length: comparing them does not even tell the password's.
     expected = None if password is None else _digest(password.get_secret_value().encode())
+    guesses, known = _Guesses(), secrets.token_urlsafe()
 
     def guard(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         # The application, and whatever it logs, never sees the password.
@@ -157,9 +165,15 @@ def guarded(app: WSGIApplication, *, local: bool, password: SecretStr | None, re
         if local and not _names_this_machine(environ.get("HTTP_HOST", "")):
             # A foreign site whose name was made to resolve to 127.0.0.1 reads and writes as its own.
             return _refused(start, "403 Forbidden", "open the dashboard as localhost or 127.0.0.1")
+        address = environ.get("REMOTE_ADDR", "")
+        stranger = expected is not None and not hmac.compare_digest(_known_in(environ.pop("HTTP_COOKIE", "")), known)
+        if stranger and given and (seconds := guesses.wait(address)):
+            again = ("Retry-After", str(seconds))
+            return _refused(start, "429 Too Many Requests", f"too many wrong passwords: wait {seconds} s", again)
         if expected is not None and not hmac.compare_digest(_digest(_password_in(given)), expected):
             if given:
-                log.warning("a wrong password came from %s", environ.get("REMOTE_ADDR"))
+                log.warning("a wrong password came from %s", address)
+                guesses.wrong(address)
             asking = ("WWW-Authenticate", 'Basic realm="Trialyard", charset="UTF-8"')
             return _refused(start, "401 Unauthorized", "the password is needed, with any user name", asking)
         if environ["REQUEST_METHOD"] not in READING:
@@ -174,11 +188,53 @@ def guarded(app: WSGIApplication, *, local: bool, password: SecretStr | None, re
             if environ["PATH_INFO"].startswith("/artifacts/"):
                 # A file of a user's own must not run as a page of this server.
                 kept.append(("Content-Security-Policy", "sandbox"))
+            if stranger:
+                kept.append(("Set-Cookie", f"{KNOWN}={known}; Path=/; HttpOnly; SameSite=Strict"))
             return start(status, [*kept, *HEADERS], *error)
 
         return app(environ, started)
 
     return guard
+
+
+class _Guesses:
+    """How many wrong passwords each address may still send: TRIES at once, and then one in TRY_SECONDS.
+
+    Only wrong ones count. Kept in memory: a restart forgives.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # requests are answered by several threads
+        self._until: dict[str, float] = {}  # when all is forgiven, by `time.monotonic`
+
+    def wait(self, address: str) -> int:
+        """Whole seconds until the next one of `address` is looked at; 0: now."""
+        with self._lock:
+            owed = self._until.get(_network(address), 0.0) - time.monotonic()
+        return max(0, math.ceil(owed - (TRIES - 1) * TRY_SECONDS))
+
+    def wrong(self, address: str) -> None:
+        """Counts a wrong one."""
+        now, network = time.monotonic(), _network(address)
+        with self._lock:
+            if len(self._until) >= ADDRESSES:
+                self._until = {key: until for key, until in self._until.items() if until > now}
+            self._until[network] = max(now, self._until.pop(network, now)) + TRY_SECONDS
+            if len(self._until) > ADDRESSES:
+                del self._until[next(iter(self._until))]
+
+
+def _network(address: str) -> str:
+    # Whoever has one address of IPv6 has 2**64 of them.
+    try:
+        return str(ipaddress.ip_network((address, 64), strict=False)) if ":" in address else address
+    except ValueError:
+        return address
+
+
+def _known_in(cookies: str) -> str:
+    found = re.search(rf"(?:^|;) *{KNOWN}=([\w-]*)", cookies, re.ASCII)
+    return found[1] if found else ""
 
 
 def _digest(password: bytes) -> bytes:

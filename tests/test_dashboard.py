@@ -58,7 +58,9 @@ BODY = {
 class Answer:
     """One answer of a WSGI application: `status`, `headers` by lower-case name, `body`."""
 
-    def __init__(self, app: Any, method: str, path: str, body: Any = None, /, **headers: str) -> None:
+    def __init__(
+        self, app: Any, method: str, path: str, body: Any = None, address: str = "127.0.0.1", /, **headers: str
+    ) -> None:
         data = b"" if body is None else json.dumps(body).encode()
         path, _, query = path.partition("?")
         environ: dict[str, Any] = {
@@ -66,7 +68,7 @@ class Answer:
             "PATH_INFO": path,
             "QUERY_STRING": query,
             "HTTP_HOST": "127.0.0.1:8080",
-            "REMOTE_ADDR": "127.0.0.1",
+            "REMOTE_ADDR": address,
             "CONTENT_TYPE": "application/json",
             "CONTENT_LENGTH": str(len(data)),
             "wsgi.input": io.BytesIO(data),
@@ -176,6 +178,67 @@ def test_only_the_right_password_opens(
     assert ("a wrong password came from 127.0.0.1" in caplog.text) == (status == 401)
     assert PASSWORD not in caplog.text
     assert base64.b64encode(PASSWORD.encode()).decode()[:8] not in caplog.text
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets the dashboard's time, which stands still, pass by so many seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(dashboard.time, "monotonic", lambda: now[0])
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    return passes
+
+
+def test_guessing_passwords_is_slow_and_the_right_one_is_not_kept_out_for_long(
+    serve: Callable[..., Any], clock: Callable[[float], None]
+) -> None:
+    app = serve(password=SecretStr(PASSWORD), host="0.0.0.0")
+
+    def status(password: str | None, address: str = "192.0.2.7", **headers: str) -> int:
+        given = {} if password is None else {"authorization": _basic(password)}
+        return Answer(app, "GET", "/api/studies", None, address, **given, **headers).status
+
+    cookie = Answer(app, "GET", "/api/studies", None, "192.0.2.7", authorization=_basic(PASSWORD)).headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    known = cookie.partition(";")[0]
+    for _ in range(20):
+        assert status(PASSWORD) == 200  # the right one never counts
+        assert status(None) == 401  # nor does what a browser sends before it asks
+    assert [status("wrong") for _ in range(12)] == [401] * 10 + [429] * 2
+    refused = Answer(app, "GET", "/api/studies", None, "192.0.2.7", authorization=_basic(PASSWORD))
+    assert (refused.status, refused.headers["retry-after"]) == (429, "6")
+    assert "wait 6 s" in refused.json["reason"]
+    # Others, and whoever was in before, behind the same address too, do not notice.
+    assert status(PASSWORD, "192.0.2.8") == 200
+    assert status(PASSWORD, cookie=f"other=1; {known}") == 200
+    assert status("wrong", cookie=known) == 401  # it is no key
+    assert status(None, cookie=known) == 401
+    assert status(PASSWORD, cookie=known[:-1]) == 429
+    clock(12.1)
+    assert status(PASSWORD) == 200
+    assert [status("wrong") for _ in range(2)] == [401, 429]  # one in six seconds, no ten again
+    clock(60.1)
+    assert [status("wrong") for _ in range(11)] == [401] * 10 + [429]
+
+
+def test_addresses_of_one_network_guess_as_one_and_their_memory_is_bounded(
+    serve: Callable[..., Any], clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "ADDRESSES", 3)
+    app = serve(password=SecretStr(PASSWORD), host="::")
+
+    def status(address: str) -> int:
+        return Answer(app, "GET", "/", None, address, authorization=_basic("wrong")).status
+
+    assert [status(f"2001:db8::{number:x}") for number in range(11)] == [401] * 10 + [429]
+    assert status("2001:db8:0:1::1") == 401
+    for number in range(3):
+        assert status(f"192.0.2.{number}") == 401
+    assert status("2001:db8::1") == 401  # forgotten
 
 
 def test_another_address_needs_a_password(serve: Callable[..., Any]) -> None:
