@@ -32,7 +32,7 @@ from storage.errors import SettingsError, StorageError, TrialyardError
 from storage.settings import Settings
 from storage.workers import Present
 from studies import definition as definitions
-from studies import exports, imported, notebook, queries, registry
+from studies import exports, imported, notebook, notes, queries, registry
 from studies.definition import Definition
 from studies.errors import StudyError
 from studies.queries import Row, Status
@@ -259,7 +259,10 @@ def import_results(
     if file is None:
         _import_notebook(study, storage)
         return
-    added = imported.import_trials(study, file, _connected(storage))
+    settings = _settings(storage)
+    place = database.connect(settings.url)
+    added = imported.import_trials(study, file, place)
+    _publish(study, place, settings)
     there = "" if added else "; all were there already"
     out.print(f"study {study}: {added} trials were imported{there}", markup=False)
 
@@ -620,9 +623,17 @@ def _print_served(addresses: list[str], place: PatientStorage) -> None:
 def _import_notebook(study: str, storage: str | None) -> None:
     if study != notebook.NAME:
         raise typer.BadParameter(f"a file is missing: `trialyard import {study} results.csv`")
-    new = notebook.create(database.create(_settings(storage).url))
+    settings = _settings(storage)
+    place = database.create(settings.url)
+    new = notebook.create(place)
+    _publish(study, place, settings)
     told = "has the notebook's 21 results" if new else "stands already, and nothing was added"
     out.print(f"study {study} {told}: `trialyard leaderboard {study}` shows them", markup=False)
+
+
+def _publish(study: str, place: PatientStorage, settings: Settings) -> None:
+    """Writes the notes and figures of a study that no worker may ever work on."""
+    notes.publish(study, place, settings.artifact_folder, optuna.storages.get_storage(place), last=True)
 
 
 def _write(file: Path, text: str) -> None:

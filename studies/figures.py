@@ -6,7 +6,6 @@ draws imports this module.
 """
 
 import html
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -18,7 +17,7 @@ from plotly.subplots import make_subplots
 from studies import notebook
 from studies.definition import Definition
 from studies.queries import Curve
-from studies.space import Choice, Parameter
+from studies.space import Choice
 
 LIMIT = 1000  # points in a plot: a page with 10,000 is slow, and tells no more
 DROPOUTS = ("dropout", "dense_dropout", "conv_dropout")
@@ -26,14 +25,19 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 NOTEBOOK = "#888888"
 
 
-def drawn(trials: Sequence[FrozenTrial], definition: Definition, curves: Sequence[Curve] = ()) -> dict[str, go.Figure]:
+def drawn(
+    trials: Sequence[FrozenTrial],
+    definition: Definition,
+    curves: Sequence[Curve] = (),
+    replays: Sequence[notebook.Replay] = (),
+) -> dict[str, go.Figure]:
     """All figures that there is data for, by a name that is fit for an HTML id."""
     figures = {
         "learning-curves": learning_curves(curves, definition),
         "dropout": against_hyperparameter(trials, definition),
         "cost": against_cost(trials, definition),
         "progress": best_so_far(trials, definition),
-        "notebook": beside_notebook(trials, definition),
+        "notebook": beside_notebook(trials, definition) or beside_replays(replays),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -98,9 +102,12 @@ def against_hyperparameter(trials: Sequence[FrozenTrial], definition: Definition
     parameter = definition.space[names[0]]
     if isinstance(parameter, Choice):
         axis["type"] = "category"
-    else:
-        # All that is searched: a corner in which no trial stands is seen as one.
-        axis = _span([definition.space[name] for name in names], [_at(trial, names) for trial in placed], parameter.log)
+    elif parameter.log:
+        axis["type"] = "log"
+    elif len({_at(trial, names) for trial in placed}) == 1:
+        # Plotly would let it go from one below to one above, which no dropout is.
+        beyond = 0.04 * (parameter.high - parameter.low)
+        axis["range"] = [parameter.low - beyond, parameter.high + beyond]
     told = " or ".join(name.replace("_", " ") for name in names)
     title = f"Accuracy against {told}{_some([placed])}"
     return _figure(traces, title, told, _judged(definition), xaxis=axis, yaxis=_accuracies(map(_accuracy, placed)))
@@ -230,6 +237,56 @@ def beside_notebook(trials: Sequence[FrozenTrial], definition: Definition) -> go
     )
 
 
+def beside_replays(replays: Sequence[notebook.Replay]) -> go.Figure | None:
+    """All that the notebook measured, and what studies that ran its rows again got; None without such a study."""
+    if not replays:
+        return None
+    places = {result: _row(result) for result in notebook.RESULTS}
+    theirs = go.Scatter(
+        x=list(places.values()),
+        y=[result.accuracy for result in places],
+        text=[f"the notebook: {html.escape(result.label)}<br>{result.accuracy:.4f}" for result in places],
+        hoverinfo="text",
+        mode="markers",
+        name="the notebook",
+        marker={"color": NOTEBOOK, "symbol": "diamond", "size": 10},
+    )
+    ours = [
+        _dots(
+            [trial for _, trial in replay.trials],
+            [places[result] for result, _ in replay.trials],
+            replay.definition,
+            f"{replay.definition.name}, {_size(replay.definition)}",
+            {"color": COLOURS[index % len(COLOURS)], "size": 10},
+        )
+        for index, replay in enumerate(replays)
+    ]
+    values = [result.accuracy for result in places] + [t.values[0] for replay in replays for _, t in replay.trials]
+    figure = _figure(
+        [theirs, *ours],
+        "The notebook's results and their replays here, on the test images<br><sup>the notebook: 20 epochs of 60,000 "
+        "images; the sweeps' best of 20 epochs, the conclusions after the last</sup>",
+        "",
+        "test accuracy",
+        xaxis={"type": "category", "tickangle": -60, "automargin": True},
+        yaxis=_accuracies(values),
+    )
+    # Long names beside the plot would leave it no room: they stand in lines above it.
+    return figure.update_layout(
+        height=600,
+        margin={"t": 160},
+        title={"y": 0.98, "yanchor": "top"},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+    )
+
+
+def _row(result: notebook.Result) -> str:
+    if result.source == "conclusion":
+        return html.escape(result.label)
+    rate = result.dense_dropout if result.depth == 3 else result.conv_dropout
+    return f"{result.depth} layers, sweep at {rate:.2f}"
+
+
 def pareto(trials: Sequence[FrozenTrial], cost: Callable[[FrozenTrial], float]) -> list[FrozenTrial]:
     """The complete trials that no other one beats in both: cheapest first, each more accurate than all before."""
     front: list[FrozenTrial] = []
@@ -283,16 +340,6 @@ def _accuracies(values: Iterable[float | None]) -> dict[str, Any]:
     value = next(iter(different), None)
     same = len(different) == 1 and value is not None
     return {"tickformat": ".4~f"} | ({"range": [value - 0.05, value + 0.05]} if same and value is not None else {})
-
-
-def _span(parameters: Sequence[Parameter], places: Sequence[float], log: bool) -> dict[str, Any]:
-    """An axis from the lowest to the highest that any of them may be, or is, and a little beyond."""
-    bounds = [end for one in parameters if not isinstance(one, Choice) for end in (one.low, one.high)]
-    low, high = (float(end([one for one in (*bounds, *places) if one > 0 or not log])) for end in (min, max))
-    if log:  # Plotly wants the range of such an axis in powers of ten
-        low, high = math.log10(low), math.log10(high)
-    beyond = 0.04 * (high - low) or 0.5
-    return {"range": [low - beyond, high + beyond]} | ({"type": "log"} if log else {})
 
 
 def _thinned(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:

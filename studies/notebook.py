@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
 
 from studies import definition as definitions
 from studies import imported, registry
@@ -169,16 +170,52 @@ def beside(study: Definition) -> list[tuple[Mapping[str, Any], Result]]:
     return []
 
 
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """A study that ran rows of the notebook again, at the rates that they ran with."""
+
+    definition: Definition
+    trials: tuple[tuple[Result, FrozenTrial], ...]  # complete ones, each with the row that it repeats
+
+
+def replays(study: Definition, storage: RDBStorage) -> list[Replay]:
+    """What in the database repeats the notebook's own results, where `study` is the study of them; else nothing."""
+    found: list[Replay] = []
+    for name in registry.names(storage) if is_own(study) else ():
+        definition = registry.definition_of(name, storage)
+        rows = beside(definition)
+        if rows and not _labelled(rows):
+            study_id = registry.study_id(name, storage)
+            complete = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+            pairs = [(result, trial) for trial in complete for point, result in rows if trial.params == point]
+            found += [Replay(definition=definition, trials=tuple(pairs))] if pairs else []
+    return found
+
+
+def is_own(study: Definition) -> bool:
+    """Whether it is the study of the notebook's own results."""
+    return study.name == NAME and _comparable(study, definition())
+
+
+def _labelled(rows: list[tuple[Mapping[str, Any], Result]]) -> bool:
+    """Whether they stand at the rates that the notebook's labels said."""
+    point, result = rows[-1]
+    return result.source != "conclusion" and max(point.values()) > 0.5
+
+
 def caution(study: Definition) -> list[str]:
     """What a reader of a study that replays one of the notebook's sweeps, or holds them, must know of their labels."""
     lie = "The notebook labelled its sweeps 0.0 to 0.7, and ran them with a tenth of that, 0.00 to 0.07 (i * 0.01)"
-    if study.name == NAME and _comparable(study, definition()):
-        return [f"{lie}: they stand here as they ran."]
+    if is_own(study):
+        runs = ", ".join(f"`trialyard run {name}`" for name in _PLACES if not name.endswith("-labelled"))
+        return [
+            f"{lie}: they stand here as they ran.",
+            f"Each was measured once, by the notebook. {runs} run them again: then a figure here shows both.",
+        ]
     rows = beside(study)
     if not rows or rows[0][1].source == "conclusion":
         return []
-    point, _ = rows[-1]
-    if max(point.values()) > 0.5:
+    if _labelled(rows):
         return [f"{lie}: this study searches the labelled rates, which the notebook never ran."]
     return [f"{lie}: this study repeats it as it ran."]
 

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb.models import StudySystemAttributeModel
 from optuna.trial import FrozenTrial, TrialState
@@ -24,7 +25,7 @@ from storage import claims
 from storage.artifacts import SUMMARY
 from storage.database import write
 from storage.workers import database_now
-from studies import findings, queries, registry
+from studies import findings, notebook, queries, registry
 from studies.definition import Definition, to_toml
 
 log = logging.getLogger(__name__)
@@ -47,15 +48,18 @@ class _Published:
     seconds: float = 0.0  # that it took
 
 
-def publish(name: str, storage: RDBStorage, artifacts: Path, cached: BaseStorage, *, last: bool = False) -> bool:
+def publish(
+    name: str, storage: RDBStorage, artifacts: Path, cached: BaseStorage, *, last: bool = False, anew: bool = False
+) -> bool:
     """Writes the notes and figures of study `name`, unless they stand or were written a moment ago.
 
     `cached` is the same storage with Optuna's cache of finished trials. `last` waits for no pause: nothing more will
-    come from this worker. Returns whether what stands is up to date, as far as this caller knows.
+    come from this worker. `anew` writes them also where they stand: something beside the study has changed.
+    Returns whether what stands is up to date, as far as this caller knows.
     """
     study_id = registry.study_id(name, storage)
     lock = f"{name} (notes)"  # a lock of its own: a claim must not wait for it
-    if not write(storage, lock, lambda connection: _take_turn(connection, study_id, last)):
+    if not write(storage, lock, lambda connection: _take_turn(connection, study_id, last)) and not anew:
         return _is_current(storage, study_id)
     # Plotly takes a moment to import, which no command should spend that draws nothing.
     from studies import figures
@@ -66,7 +70,8 @@ def publish(name: str, storage: RDBStorage, artifacts: Path, cached: BaseStorage
     state, budget = claims.state(storage, study_id), claims.budget(storage, study_id)
     trials = cached.get_all_trials(study_id, deepcopy=False)
     total = definition.trials if budget is None else budget.total
-    drawn = figures.drawn(trials, definition, queries.curves_of(trials, artifacts, CURVES))
+    curves = queries.curves_of(trials, artifacts, CURVES)
+    drawn = figures.drawn(trials, definition, curves, notebook.replays(definition, storage))
     attributes = {
         **{f"{_plot_prefix()}{name}:": figure.to_json() for name, figure in drawn.items()},
         _note_key(None): study_note(trials, definition, data, state=state, budget=total),
@@ -83,8 +88,8 @@ def publish(name: str, storage: RDBStorage, artifacts: Path, cached: BaseStorage
         for key, trial in noted.items():
             # A finished trial's note never changes; ours is one piece, until a person edits it.
             if MARK not in str(stored.get(f"{key}0")) and MARK not in _body(stored, key):
-                curves = queries.curves_of([trial], artifacts)
-                wanted[key] = trial_note(trial, definition, curves, _summary(trial, artifacts))
+                curve = queries.curves_of([trial], artifacts)
+                wanted[key] = trial_note(trial, definition, curve, _summary(trial, artifacts))
         changes = _changes(stored, wanted, keep=noted)
         now = _published_at(connection)
         spent = round(time.monotonic() - began, 3)
@@ -92,7 +97,12 @@ def publish(name: str, storage: RDBStorage, artifacts: Path, cached: BaseStorage
         _apply(connection, study_id, changes)
         return True
 
-    return write(storage, lock, work)
+    written = write(storage, lock, work)
+    ended = sum(trial.state.is_finished() for trial in trials) >= total
+    # A replay of the notebook is shown beside the notebook's own study, too.
+    if ended and notebook.beside(definition) and notebook.NAME in registry.names(storage):
+        publish(notebook.NAME, storage, artifacts, optuna.storages.get_storage(storage), anew=True)
+    return written
 
 
 # --- the notes --------------------------------------------------------------------------------------------

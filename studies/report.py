@@ -12,7 +12,7 @@ from typing import Any, Literal
 from optuna.trial import FrozenTrial, TrialState
 
 from storage import settings
-from studies import findings, notes, queries, registry
+from studies import findings, notebook, notes, queries, registry
 from studies.definition import Definition, to_toml
 from studies.findings import Findings
 from studies.queries import Row, Status
@@ -46,6 +46,7 @@ class Told:
     rows: list[Row]  # complete trials, best first
     environment: dict[str, str]  # what the trials ran on: each value once, with its number of trials where they differ
     trials: Sequence[FrozenTrial]
+    replays: Sequence[notebook.Replay]  # where it is the study of the notebook's own results
     made: datetime
 
 
@@ -81,6 +82,7 @@ def tell(name: str, storage: Place = None) -> Told:
         rows=queries.leaderboard(name, place),
         environment=_environment(trials, definition, data),
         trials=trials,
+        replays=notebook.replays(definition, place),
         made=datetime.now().astimezone(),
     )
 
@@ -199,7 +201,7 @@ def _html(told: Told, curves: Sequence[queries.Curve]) -> str:
     from studies import figures
 
     definition = told.definition
-    drawn = figures.drawn(told.trials, definition, curves)
+    drawn = figures.drawn(told.trials, definition, curves, told.replays)
     config = {"displaylogo": False}
     shown = "".join(
         f'<figure id="{name}">'

@@ -453,6 +453,41 @@ def test_only_so_many_trials_have_a_note(
     assert noted() == [3, 4, 7, 8, 9]
 
 
+def test_the_notebook_s_own_study_shows_its_replays_once_they_have_ended(
+    storage: PatientStorage, run: Callable[..., Claim], publish: Callable[..., bool]
+) -> None:
+    notebook.create(storage)
+    publish("notebook")
+
+    def graphs() -> dict[str, Any]:
+        return get_plotly_graph_objects(_attributes(storage, "notebook"))
+
+    assert set(graphs()) == {"dropout"}
+    note = get_note(optuna.load_study(study_name="notebook", storage=storage))
+    assert "run notebook-dropout-3" in note.replace("\\", "")
+    # At the rates of its labels it is another question, and no replay.
+    for name, shift in (("notebook-dropout-3", 0.01), ("notebook-dropout-3-labelled", 0.1)):
+        replay = definitions.load(name, epochs=2, limit=4000, name=f"my-{name}")
+        registry.create(replay, storage, DATA)
+        for step in range(8):
+            assert len(replay.queue()) == 8
+            run(replay.name, {"dense_dropout": replay.queue()[step]["dense_dropout"]}, COMPLETE, 0.97 + step / 1000)
+            assert replay.queue()[step]["dense_dropout"] == pytest.approx(step * shift)
+            if step == 3:
+                publish(replay.name)
+                assert ("notebook" in graphs()) == (name != "notebook-dropout-3")
+        publish(replay.name)
+    theirs, ours = json.loads(graphs()["notebook"])["data"]
+    assert (len(theirs["x"]), len(ours["x"])) == (21, 8)
+    assert ours["name"] == "my-notebook-dropout-3, 2 epochs of 4,000 images"
+    places = dict(zip(theirs["x"], theirs["y"], strict=True))
+    for step, (place, value) in enumerate(zip(ours["x"], ours["y"], strict=True)):
+        assert value == 0.97 + step / 1000
+        assert places[place] == notebook.SWEEP_3[step].accuracy
+    # And so does its report.
+    assert 'id="figure-notebook"' in report("notebook", storage)
+
+
 def test_publishing_leaves_trials_and_claims_as_they_are(
     either_url: str, me: Worker, artifacts: Path, trivial: Definition, publish: Callable[..., bool]
 ) -> None:
