@@ -48,6 +48,42 @@ class Watcher:
         """Called now and then, by a thread that may wait for the database."""
 
 
+class Relay(Watcher):
+    """Passes on to another watcher whatever it hears: what listens in between overrides what it wants to hear."""
+
+    def __init__(self, inner: Watcher) -> None:
+        self._inner = inner
+
+    def __enter__(self) -> "Relay":
+        self._inner.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._inner.__exit__(kind, error, trace)
+
+    def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
+        """Passes it on."""
+        self._inner.began(claim, point, epochs)
+
+    def epoch(self, claim: Claim, record: Epoch) -> None:
+        """Passes it on."""
+        self._inner.epoch(claim, record)
+
+    def ended(self, claim: Claim, trial: FrozenTrial) -> None:
+        """Passes it on."""
+        self._inner.ended(claim, trial)
+
+    def gone(self, claim: Claim) -> None:
+        """Passes it on."""
+        self._inner.gone(claim)
+
+    def tick(self) -> None:
+        """Passes it on."""
+        self._inner.tick()
+
+
 class Lines(Watcher):
     """A plain line an event, for logs and pipes."""
 

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.devices import Slot
-from search.display import Watcher
+from search.display import Relay, Watcher
 from search.records import Epoch
 from storage import workers
 from storage.claims import Claim
@@ -26,7 +26,7 @@ TICK_SECONDS = 0.2
 LEAVE_SECONDS = 2.0
 
 
-class Presence(Watcher):
+class Presence(Relay):
     """Hears what another watcher hears, and beats for all slots while the ``with`` block runs.
 
     It also gives the other its ticks, from a thread of its own: whoever looks into the database may have to wait,
@@ -34,7 +34,8 @@ class Presence(Watcher):
     """
 
     def __init__(self, inner: Watcher, storage: PatientStorage, seconds: float, slots: Sequence[Slot]) -> None:
-        self._inner, self._storage, self._seconds = inner, storage, seconds
+        super().__init__(inner)
+        self._storage, self._seconds = storage, seconds
         self._slots = {workers.worker(slot.name): slot.device.name for slot in slots}
         self._doing: dict[Worker, Doing] = {}
         self._done = threading.Event()
@@ -45,7 +46,7 @@ class Presence(Watcher):
         return next(worker for worker in self._slots if worker.slot == slot.name)
 
     def __enter__(self) -> "Presence":
-        self._inner.__enter__()
+        super().__enter__()
         self._thread.start()
         return self
 
@@ -55,27 +56,27 @@ class Presence(Watcher):
         self._done.set()
         # It may be waiting for a database that is away.
         self._thread.join(LEAVE_SECONDS)
-        self._inner.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
 
     def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
         """Remembers the slot's trial."""
         self._doing[claim.worker] = Doing(study=claim.study, trial=claim.number, epoch=0)
-        self._inner.began(claim, point, epochs)
+        super().began(claim, point, epochs)
 
     def epoch(self, claim: Claim, record: Epoch) -> None:
         """Remembers the epoch."""
         self._doing[claim.worker] = Doing(study=claim.study, trial=claim.number, epoch=record.epoch)
-        self._inner.epoch(claim, record)
+        super().epoch(claim, record)
 
     def ended(self, claim: Claim, trial: FrozenTrial) -> None:
         """Forgets the trial."""
         self._doing[claim.worker] = Doing()
-        self._inner.ended(claim, trial)
+        super().ended(claim, trial)
 
     def gone(self, claim: Claim) -> None:
         """Forgets the trial."""
         self._doing[claim.worker] = Doing()
-        self._inner.gone(claim)
+        super().gone(claim)
 
     def _run(self) -> None:
         beaten = float("-inf")

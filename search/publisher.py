@@ -5,13 +5,11 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
-from search.display import Watcher
-from search.records import Epoch
+from search.display import Relay, Watcher
 from storage.claims import Claim
 from storage.database import PatientStorage
 from studies import notes
@@ -22,50 +20,39 @@ TICK_SECONDS = 0.5
 LEAVE_SECONDS = 10.0  # that the end of the work waits for the last publication
 
 
-class Publisher(Watcher):
+class Publisher(Relay):
     """Hears what another watcher hears, and publishes the studies whose trials end, from a thread of its own.
 
     A failure, a slow database included, is logged and nothing else: training and claims never wait for it.
     """
 
     def __init__(self, inner: Watcher, storage: PatientStorage, cached: BaseStorage, artifacts: Path) -> None:
-        self._inner, self._storage, self._cached, self._artifacts = inner, storage, cached, artifacts
+        super().__init__(inner)
+        self._storage, self._cached, self._artifacts = storage, cached, artifacts
         self._due: dict[str, float] = {}  # studies with news, and when to look at them; by `time.monotonic`
         self._lock = threading.Lock()  # the slots' threads write, the publishing thread reads
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
 
     def __enter__(self) -> "Publisher":
-        self._inner.__enter__()
+        super().__enter__()
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._inner.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # the terminal is free while the last publication is waited for
         self._done.set()
         self._thread.join(LEAVE_SECONDS)
         if self._thread.is_alive():
             log.warning("the last notes and figures were not written: the database took too long")
 
-    def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
-        """Passes it on."""
-        self._inner.began(claim, point, epochs)
-
-    def epoch(self, claim: Claim, record: Epoch) -> None:
-        """Passes it on."""
-        self._inner.epoch(claim, record)
-
     def ended(self, claim: Claim, trial: FrozenTrial) -> None:
         """Remembers that the study has news."""
         with self._lock:
             self._due.setdefault(claim.study, time.monotonic())
-        self._inner.ended(claim, trial)
-
-    def tick(self) -> None:
-        """Passes it on."""
-        self._inner.tick()
+        super().ended(claim, trial)
 
     def _run(self) -> None:
         while not self._done.wait(TICK_SECONDS):

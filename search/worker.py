@@ -128,6 +128,7 @@ class _OpenStudies:
         self._looked = float("-inf")
         self._studies: list[Study] = []
         self._admitted: dict[tuple[int, str | None], Study | None] = {}  # None: refused
+        self._ended: set[claims.Entry] = set()  # whose budget is spent: a larger one makes another entry
         self._gone: set[str] = set()  # of those that were named, which were deleted
 
     def now(self) -> list[Study]:
@@ -143,20 +144,22 @@ class _OpenStudies:
         if self._names is None:
             return False
         with self._lock:
-            return all(_is_done(self._storage, study.study_id) for study in self._look())
+            return not self._look()
 
     def _look(self) -> list[Study]:
         found = []
-        standing = registry.names(self._storage)
+        standing = {entry.name: entry for entry in claims.entries(self._storage)}
         for name in standing if self._names is None else self._names:
             if name not in standing:
                 if name not in self._gone:
                     log.warning("study %s was deleted: this worker goes on with the others", name)
                 self._gone.add(name)
                 continue
+            entry = standing[name]
+            if entry.state != "open" or self._has_ended(entry):
+                continue
+            study_id, founded = entry.study_id, entry.founded
             try:
-                study_id = registry.study_id(name, self._storage)
-                founded = claims.founded(self._storage, study_id)
                 if (study_id, founded) not in self._admitted:
                     self._admitted[study_id, founded] = self._admit(name, study_id, founded)
             except (StudyError, KeyError):
@@ -164,9 +167,18 @@ class _OpenStudies:
                     raise
                 continue  # deleted while it was looked at
             study = self._admitted[study_id, founded]
-            if study is not None and not _is_done(self._storage, study_id):
+            if study is not None:
                 found.append(study)
         return found
+
+    def _has_ended(self, entry: claims.Entry) -> bool:
+        if entry in self._ended:
+            return True
+        ended = claims.ended(self._storage, entry.study_id)
+        # It may have been stopped since the entry was read, and can be resumed; what is spent stays spent.
+        if ended and claims.counts(self._storage, entry.study_id).finished >= entry.budget.total:
+            self._ended.add(entry)
+        return ended
 
     def _admit(self, name: str, study_id: int, founded: str | None) -> Study | None:
         definition = registry.definition_of(name, self._storage)

@@ -555,6 +555,46 @@ class Beating:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A study as somebody sees it who looks for work."""
+
+    name: str
+    study_id: int
+    founded: str | None
+    budget: Budget
+    state: State
+
+
+def entries(storage: RDBStorage) -> list[Entry]:
+    """All studies that were made whole, oldest first, in one query."""
+
+    def work(connection: Connection) -> list[Entry]:
+        stored = StudyUserAttributeModel
+        rows = connection.execute(
+            select(StudyModel.study_id, StudyModel.study_name, stored.key, stored.value_json)
+            .join(stored, stored.study_id == StudyModel.study_id)
+            .where(stored.key.in_(("budget", "founded", "state")))
+            .order_by(StudyModel.study_id)
+        )
+        found: dict[tuple[int, str], dict[str, Any]] = {}
+        for study_id, name, key, value_json in rows:
+            found.setdefault((study_id, name), {})[key] = json.loads(value_json)
+        return [
+            Entry(
+                name=name,
+                study_id=study_id,
+                founded=told.get("founded"),
+                budget=Budget(**told["budget"]),
+                state=told.get("state") or "open",
+            )
+            for (study_id, name), told in found.items()
+            if "budget" in told
+        ]
+
+    return read(storage, work)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Holding:
     """A RUNNING trial and who runs it."""
 

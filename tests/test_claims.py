@@ -16,6 +16,7 @@ from multiprocessing.synchronize import Event
 import optuna
 import psutil
 import pytest
+import sqlalchemy
 from optuna.artifacts import get_all_artifact_meta
 from optuna.trial import TrialState
 
@@ -26,9 +27,20 @@ from storage.database import PatientStorage
 from storage.errors import ClaimLost, StorageError
 from storage.workers import Doing, Worker
 from studies import registry
-from studies.definition import Definition
+from studies.definition import Definition, parse
 
 GRACE = 60.0
+OTHER = """
+name = "other"
+dataset = "digits"
+model = "mnist_cnn"
+
+[budget]
+trials = 2
+
+[space]
+width = { low = 1, high = 2 }
+"""
 OWN_ARTIFACT = {"artifact_id": "own", "filename": "own.txt", "mimetype": "text/plain", "encoding": None}
 
 
@@ -519,6 +531,23 @@ def test_a_trial_s_files_are_optuna_s_artifacts_while_they_are_there(
     claims.report(storage, other, 1, 0.5, [CHECKPOINT])
     claims.finish(storage, other, TrialState.FAIL, None, {})
     assert _offered(storage, other) == []
+
+
+def test_all_studies_are_seen_in_one_query(storage: PatientStorage, study: str, me: Worker) -> None:
+    optuna.create_study(storage=storage, study_name="somebody's own")
+    registry.create(parse(OTHER), storage, {"fingerprint": "1" * 16})
+    claims.set_state(storage, "other", "paused")
+    texts: list[str] = []
+    sqlalchemy.event.listen(storage.engine, "before_cursor_execute", lambda *told: texts.append(told[2]))
+    first, second = claims.entries(storage)
+    assert len([text for text in texts if text.startswith("SELECT")]) == 1
+    assert (first.name, first.budget.trials, first.state) == (study, 5, "open")
+    assert (second.name, second.budget.trials, second.state) == ("other", 2, "paused")
+    for entry in (first, second):
+        assert entry.study_id == registry.study_id(entry.name, storage)
+        assert entry.founded == claims.founded(storage, entry.study_id)
+    claims.set_budget(storage, study, Budget(trials=6, hours=None))
+    assert claims.entries(storage)[0] != first
 
 
 def test_workers_are_listed_with_what_they_do_until_they_leave(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -9,10 +11,13 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
 
-from search.display import Lines, LiveTable, ending, progress, shown
+from search.display import Lines, LiveTable, Relay, Watcher, ending, progress, shown
+from search.presence import Presence
+from search.publisher import Publisher
 from search.records import Epoch
 from storage import claims
 from storage.claims import Claim
+from storage.database import PatientStorage
 from storage.workers import Worker
 from studies import queries
 
@@ -113,3 +118,24 @@ def test_hyperparameters_are_short() -> None:
     assert shown({"depth": 3, "learning_rate": 0.000123456, "optimizer": "adam", "batch_norm": True}) == (
         "depth 3, learning_rate 0.0001235, optimizer adam, batch_norm True"
     )
+
+
+def test_what_listens_in_between_passes_all_on(storage: PatientStorage, claim: Claim) -> None:
+    heard: list[str] = []
+
+    class Ear(Watcher):
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("began", "epoch", "ended", "gone", "tick"):
+                heard.append(name)
+            return super().__getattribute__(name)
+
+    trial = storage.get_trial(claim.trial_id)
+    publisher = Publisher(Ear(), storage, storage, Path("nowhere"))
+    for relay in (Relay(Ear()), publisher, Presence(Ear(), storage, 60.0, [])):
+        heard.clear()
+        relay.began(claim, {}, 1)
+        relay.epoch(claim, RECORD)
+        relay.ended(claim, trial)
+        relay.gone(claim)
+        relay.tick()
+        assert heard == ["began", "epoch", "ended", "gone", "tick"], relay
