@@ -8,6 +8,10 @@ import contextlib
 import importlib
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import keras
 
 # Keras's names for the formats.
 FORMATS = {"tflite": "litert", "onnx": "onnx", "savedmodel": "tf_saved_model"}
@@ -25,8 +29,26 @@ def main(model: str, format: str, target: str, module: str = "") -> None:
         with contextlib.suppress(ImportError):  # the model may be of Keras's own layers, and need none
             importlib.import_module(module)
     net = keras.models.load_model(model, compile=False)
+    if format != "savedmodel" and any(layer.compute_dtype != "float32" for layer in net.layers):
+        net = _in_float32(net)
     net(keras.ops.zeros([size or 1 for size in net.input_shape]))  # some formats refuse one that was never called
     net.export(target, format=FORMATS[format], verbose=False)
+
+
+def _in_float32(net: "keras.Model") -> "keras.Model":
+    """The same model, computing in float32, which its weights are.
+
+    Of one that computes in bfloat16, Keras 3.15 writes an ONNX file that ONNX Runtime does not load, and a tflite file
+    with operations that its interpreter does not have.
+    """
+    from keras.models import clone_model
+
+    def cloned(layer: Any) -> Any:
+        return type(layer).from_config(layer.get_config() | {"dtype": "float32"})
+
+    same = clone_model(net, clone_function=cloned)
+    same.set_weights(net.get_weights())
+    return same
 
 
 if __name__ == "__main__":

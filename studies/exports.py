@@ -162,7 +162,8 @@ def _convert(model: Path, format: Format, target: Path, definition: Definition) 
     if result.returncode == 0 and target.exists():
         return
     reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-    needed = " ".join(PACKAGES[format])
+    on_jax = format == "onnx" and os.environ.get("KERAS_BACKEND") == "jax"
+    needed = "jax2onnx" if on_jax else " ".join(PACKAGES[format])
     if "ModuleNotFoundError" in result.stderr or "ImportError" in result.stderr:
         raise StudyError(
             f"the format {format} needs a package that is not installed ({reason[:200]}): `pip install {needed}`, or "

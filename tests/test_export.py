@@ -141,6 +141,28 @@ def test_formats_give_the_same_predictions(finished: RDBStorage, home: Path, sav
     assert "`saved_model`" in (folder / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_model_in_bfloat16_is_converted_in_float32(finished: RDBStorage, home: Path, saved: Path) -> None:
+    """Its interpreters have no bfloat16, in which `precision = "auto"` trains where the machine has it."""
+    import tensorflow as tf
+
+    def in_bfloat16(layer: Any) -> Any:
+        return type(layer).from_config(layer.get_config() | {"dtype": "mixed_bfloat16"})
+
+    net = keras.models.load_model(saved)
+    half = keras.models.clone_model(net, clone_function=in_bfloat16)
+    half.set_weights(net.get_weights())
+    assert half.layers[1].compute_dtype == "bfloat16"
+    half.save(home / "yard" / "artifacts" / "trivial" / "1" / "model.keras")
+    images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1)).astype(np.float32)
+    folder = studies.export("trivial", home / "lite", "tflite", finished)
+    lite = tf.lite.Interpreter(str(folder / "model.tflite"))
+    lite.allocate_tensors()
+    lite.set_tensor(lite.get_input_details()[0]["index"], images)
+    lite.invoke()
+    found = lite.get_tensor(lite.get_output_details()[0]["index"])
+    np.testing.assert_allclose(found, net.predict(images, verbose=0), atol=1e-5)
+
+
 def test_a_format_whose_package_is_missing_says_which(
     finished: RDBStorage, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +172,11 @@ def test_a_format_whose_package_is_missing_says_which(
     with pytest.raises(StudyError, match=r"format onnx needs a package .*'onnx'\): `pip install onnx tf2onnx`"):
         studies.export("trivial", home / "best", "onnx", finished)
     assert not (home / "best").exists()
+    # Keras on JAX writes it with another package, which is not installed here.
+    (home / "jax2onnx.py").write_text("raise ModuleNotFoundError(\"No module named 'jax2onnx'\")", encoding="utf-8")
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    with pytest.raises(StudyError, match=r"format onnx needs a package .*: `pip install jax2onnx`"):
+        studies.export("trivial", home / "best", "onnx", finished)
     with pytest.raises(StudyError, match=r"format = 'tflit' must be one of .*did you mean 'tflite'"):
         exports.format_of("tflit")
 
