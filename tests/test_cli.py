@@ -25,7 +25,7 @@ Call = Callable[..., Result]
 @pytest.fixture
 def trialyard(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
     """Runs the command here: exit code, standard output, standard error."""
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["trialyard", *arguments])
@@ -36,7 +36,8 @@ def trialyard(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         return 0, *capsys.readouterr()
 
     yield call
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _dump(home: Path) -> list[str]:
