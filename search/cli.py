@@ -26,8 +26,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search import display
 from search.display import Lines, LiveTable, Watcher
+from search.errors import WorkerError
 from storage import artifacts, claims, database, retention
 from storage import settings as environment
+from storage import workers as workers_list
 from storage.database import PatientStorage
 from storage.errors import SettingsError, StorageError, TrialyardError
 from storage.settings import Settings
@@ -354,6 +356,21 @@ def status(
     if not found:
         out.print("there is no study yet: `trialyard create digits` makes one", markup=False)
     _print_workers(workers)
+
+
+@app.command()
+def alive(storage: StorageOption = None) -> None:
+    """Does a worker of this machine work? For health checks: exit code 1, and why, where none does."""
+    settings = _settings(storage)
+    silent = database.read(database.connect(settings.url), workers_list.silence)
+    if silent is None:
+        raise WorkerError("there is no worker on this machine that the database knows of: `trialyard work` is one")
+    if silent > settings.grace_seconds:
+        raise WorkerError(
+            f"the last sign of this machine's worker is {silent:.0f} s old, more than TRIALYARD_GRACE_SECONDS = "
+            f"{settings.grace_seconds:g}: see what it printed, and start it again"
+        )
+    out.print(f"a worker of this machine gave its last sign {silent:.0f} s ago", markup=False)
 
 
 @app.command()

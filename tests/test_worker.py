@@ -430,7 +430,9 @@ def test_a_worker_that_waits_takes_what_comes_and_obeys(
         found: list[dict[str, Any]] = json.loads(_ended(start("status", "--json"))[0])["workers"]
         return found
 
+    assert "there is no worker on this machine" in _ended(start("alive"), code=1)[1]
     slots = _when(workers)
+    assert "a worker of this machine gave its last sign" in _ended(start("alive"))[0]
     assert [slot["slot"] for slot in slots] == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]
     assert all(slot["pid"] == began.pid and slot["study"] is None and slot["silent_seconds"] < 60 for slot in slots)
 
@@ -458,6 +460,7 @@ def test_a_worker_that_waits_takes_what_comes_and_obeys(
     _, err = _ended(began, code=130)
     assert "waiting for studies, on cpu:0, cpu:1, cpu:2, cpu:3" in err
     assert workers() == []
+    assert "there is no worker on this machine" in _ended(start("alive"), code=1)[1]
 
 
 def test_a_study_that_this_machine_cannot_serve_is_left_to_others(
