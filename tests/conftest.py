@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-deploy",
         action="store_true",
-        help="fail, rather than skip, without docker-compose or systemd-analyze",
+        help="fail, rather than skip, without docker-compose or systemd",
     )
 
 

@@ -44,7 +44,7 @@ def settings(env_file: Path) -> dict[str, str]:
 
 
 def resolved(project: Path, program: str | None, *profiles: str) -> dict[str, Any]:
-    """docker-compose.yml in the folder `project`, with the values of `.env` there; by `docker-compose`, or else here."""
+    """docker-compose.yml in the folder `project`, with `.env`'s values; read by `docker-compose`, or else here."""
     if program is None:
         known = settings(project / ".env")
 
@@ -87,6 +87,7 @@ class Service:
     health: tuple[str, ...]  # empty: the image's own
     grace: float  # seconds
     stop_signal: str
+    profiles: tuple[str, ...]  # empty: it is started always
 
 
 def services(project: Path, read: Mapping[str, Any]) -> dict[str, Service]:
@@ -123,6 +124,7 @@ def _service(project: Path, read: Mapping[str, Any], name: str) -> Service:
         health=tuple(_words(told.get("healthcheck", {}).get("test"))),
         grace=seconds(told.get("stop_grace_period", "10s")),
         stop_signal=told.get("stop_signal", "SIGTERM"),
+        profiles=tuple(told.get("profiles", [])),
     )
 
 
@@ -198,7 +200,7 @@ def copied(source: str) -> list[Path]:
 
 
 class Image:
-    """One target of the Dockerfile, its steps run in a fresh virtual environment in place of the base image's Python."""
+    """A target of the Dockerfile, its steps run in a fresh virtual environment in place of the base image's Python."""
 
     def __init__(self, target: str, folder: Path) -> None:
         self.target, self.folder = target, folder
@@ -222,7 +224,7 @@ class Image:
         return tuple(json.loads(rest[rest.index("[") :]))
 
     def build(self) -> list[str]:
-        """Does what COPY says and what RUN has pip do, in order; returns the latter. What else RUN does needs an engine.
+        """Does what COPY says and what RUN has pip do; returns the latter. What else RUN does needs an engine.
 
         pip may use its cache: whether it keeps one is a matter of the layers' size.
         """
@@ -345,6 +347,8 @@ class Stack:
     def __init__(self, project: Path, read: Mapping[str, Any], image: Image, database: str) -> None:
         self.project, self.image = project, image
         self.services = services(project, read)
+        built = [one for one in read["services"].values() if one.get("build", {}).get("target") == image.target]
+        (self._image_name,) = {one["image"] for one in built}
         self.running: list[Running] = []
         self._database_name, self._database = database, Database(project / "server")
         self._ports = {port: free_port() for one in self.services.values() for _, port in one.ports}
@@ -372,8 +376,10 @@ class Stack:
         return f"http://127.0.0.1:{self._ports[port]}"
 
     def up(self, scale: Mapping[str, int]) -> None:
-        """Starts all services, `scale` times where it says so, each when those that it waits for are as it demands."""
+        """Starts the services of no profile, `scale` times where it says so, each once those before it are ready."""
         for service in self.services.values():
+            if service.profiles:
+                continue
             for other, condition in service.waits_for.items():
                 self._await(other, condition)
             for _ in range(scale.get(service.name, 1)):
@@ -392,6 +398,7 @@ class Stack:
         environment = self._environment(service, place)
         if service.name == self._database_name:
             return Running(service=service, process=self._database.start(environment, log), log=log)
+        assert service.image == self._image_name, f"{service.image} was not built"
         words = command or service.command or self.image.words("CMD")
         with log.open("wb") as output:
             process = subprocess.Popen(

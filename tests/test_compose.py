@@ -77,7 +77,17 @@ def test_the_file_as_read_here_is_as_compose_reads_it(tmp_path: Path, docker_com
     )
     assert ours.keys() == theirs.keys()
     for name, one in ours.items():
-        for field in ("image", "command", "environment", "ports", "waits_for", "health", "grace", "stop_signal"):
+        for field in (
+            "image",
+            "command",
+            "environment",
+            "ports",
+            "waits_for",
+            "health",
+            "grace",
+            "stop_signal",
+            "profiles",
+        ):
             assert getattr(one, field) == getattr(theirs[name], field), f"{name}: {field}"
         assert {target: file.resolve() for target, file in one.secrets.items()} == theirs[name].secrets
         assert one.volumes.keys() == theirs[name].volumes.keys()
@@ -190,9 +200,9 @@ def _asked(url: str, password: str | None) -> tuple[int, Any]:
 def _typed(pattern: str) -> list[str]:
     """The lines that the README has a newcomer type."""
     section = README.partition("### From one machine to many")[2].partition("\n### ")[0]
-    found = re.findall(rf"^({pattern})(?:  +#.*)?$", section, re.MULTILINE)
+    found = re.findall(rf"^{pattern}", section, re.MULTILINE)
     assert found, pattern
-    return [line.strip() for line in found]
+    return [str(line) for line in found]
 
 
 @pytest.mark.timeout(int(containers.INSTALL_SECONDS) + 1200)
@@ -220,7 +230,7 @@ def _works(stack: Stack, passwords: dict[str, str]) -> None:
     for one in [*stack.of("dashboard"), *stack.of("worker")]:
         containers.until(lambda one=one: stack.healthy(one), f"{one.service.name} is healthy", 2.0)
 
-    (line,) = _typed("docker compose run .*create.*")
+    (line,) = _typed("docker compose run .*create [a-z]+")
     service, *command = shlex.split(line.partition("--rm ")[2])
     # A newcomer's study, but small.
     assert "6 trials" in stack.run(service, *command, "--trials", "6", "--epochs", "2", "--limit", "400")
@@ -232,11 +242,15 @@ def _works(stack: Stack, passwords: dict[str, str]) -> None:
     assert status == 200
     ((study_id, name),) = [(one["study_id"], one["study_name"]) for one in listed["study_summaries"]]
 
-    def trials() -> list[Any]:
-        found = _asked(f"{url}/api/studies/{study_id}?after=0", password)[1]["trials"]
-        return found if len(found) == 6 and all(one["state"] in ("Complete", "Pruned") for one in found) else []
+    def trials(study: int, *states: str) -> list[Any]:
+        found = _asked(f"{url}/api/studies/{study}?after=0", password)[1]["trials"]
+        return [one for one in found if one["state"] in states]
 
-    finished = containers.until(trials, "the study's end", 2.0)
+    def ended() -> list[Any]:
+        found = trials(study_id, "Complete", "Pruned")
+        return found if len(found) == 6 else []
+
+    finished = containers.until(ended, "the study's end", 2.0)
     complete = [one for one in finished if one["state"] == "Complete"]
     assert complete
     assert all(0.0 < one["values"][0] <= 1.0 for one in complete)
@@ -252,7 +266,17 @@ def _works(stack: Stack, passwords: dict[str, str]) -> None:
     assert best["value"] == max(one["values"][0] for one in complete)
     _beside_it(stack, passwords["database_password"], name, best["value"])
 
+    # In the middle of a trial each, the workers are told to stop.
+    stack.run(service, *command, "--name", "long", "--epochs", "100000", "--limit", "400")
+    (long_id,) = {one["study_id"] for one in _asked(f"{url}/api/studies", password)[1]["study_summaries"]} - {study_id}
+
+    def under_way() -> bool:
+        return len([one for one in trials(long_id, "Running") if one["intermediate_values"]]) == 2
+
+    containers.until(under_way, "two trials under way")
     codes = stack.down()
+    checkpoints = list((stack.project / "volumes" / "artifacts" / "long").glob("*/checkpoint.npz"))
+    assert len(checkpoints) == 2
     assert codes["worker"] == [130, 130]
     assert codes["storage"] == codes["database"] == [0]
     assert codes["dashboard"] == [0]

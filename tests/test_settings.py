@@ -76,5 +76,5 @@ def test_a_password_s_file_that_is_missing_or_empty_is_named(
     if text is not None:
         (home / "password").write_text(text, encoding="utf-8")
     monkeypatch.setenv("TRIALYARD_STORAGE_PASSWORD_FILE", "password")
-    with pytest.raises(SettingsError, match="TRIALYARD_STORAGE_PASSWORD_FILE = 'password' .*write the database's pass"):
+    with pytest.raises(SettingsError, match=r"_STORAGE_PASSWORD_FILE = 'password' .*: write the database's password"):
         _ = settings.load(storage="postgresql://me@server/trialyard").url
