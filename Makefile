@@ -27,12 +27,14 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.lock
 	touch $@
 
-# Renews both locks from pyproject.toml; needs uv. No index is named in them, so any mirror serves.
+# Renews the locks from pyproject.toml; needs uv. No index is named in them, so any mirror serves. The second and third
+# have the versions of the first.
+LOCKED := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
+	pyproject.toml --group build
 lock:
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
-		pyproject.toml --group build -o requirements.lock
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
-		pyproject.toml --group build --group dev -c requirements.lock -o requirements-dev.lock
+	$(LOCKED) -o requirements.lock
+	$(LOCKED) --group dev -c requirements.lock -o requirements-dev.lock
+	$(LOCKED) --extra gpu -c requirements.lock -o requirements-gpu.lock
 
 clean:
 	rm -rf .venv yard

@@ -1,6 +1,9 @@
 """Is this definition right, for these data and this model? Asked before anything enters the database."""
 
+import json
+import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,28 @@ def check_data(definition: Definition, settings: Settings) -> dict[str, Any]:
     dataset = data.load(definition.dataset, definition.data, settings.data_folders)
     _check_sizes(definition, dataset)
     return dataset.summary()
+
+
+def software() -> dict[str, str]:
+    """The software of this machine that decides a study's numbers, as far as it matters: no patch levels.
+
+    ``{"trialyard": "0.1", "keras": "3.15", "backend": "tensorflow"}``. A minor version may change what a layer does or
+    how it begins; backends draw other random numbers.
+    """
+    return {name: ".".join(version(name).split(".")[:2]) for name in ("trialyard", "keras")} | {"backend": _backend()}
+
+
+def _backend() -> str:
+    """What Keras will choose, by its own rule (`keras/src/backend/config.py`): this process must not import it."""
+    if os.environ.get("KERAS_BACKEND"):
+        return os.environ["KERAS_BACKEND"]
+    above = Path.home() if os.access(Path.home(), os.W_OK) else Path("/tmp")
+    folder = Path(os.environ.get("KERAS_HOME", above / ".keras")).expanduser()
+    try:
+        found = json.loads((folder / "keras.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "tensorflow"
+    return str(found.get("backend", "tensorflow"))
 
 
 def check_with_keras(definition: Definition, dataset: Dataset) -> None:

@@ -25,8 +25,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search import display
 from search.display import Lines, LiveTable, Watcher
+from search.errors import WorkerError
 from storage import artifacts, claims, database, retention
 from storage import settings as environment
+from storage import workers as workers_list
 from storage.database import PatientStorage
 from storage.errors import SettingsError, StorageError, TrialyardError
 from storage.settings import Settings
@@ -185,12 +187,14 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Create a study unless it stands, work on it here, and print the result."""
-    from search import devices
+    from search import checks, devices
 
     settings = _settings(storage)
     slots = devices.slots(chosen_devices, per_device, workers)
     definition = definitions.load(source, name=name, trials=trials, epochs=epochs, limit=limit)
     place, _ = _create(definition, settings, settings.patience_seconds)
+    if not queries.status(definition.name, place).ended:
+        registry.check_software(definition.name, place, checks.software())
     _work([definition.name], place, settings, slots)
     _print_result(definition.name, place, settings, as_json)
 
@@ -205,21 +209,19 @@ def work(
     forever: Annotated[bool, typer.Option("--forever", help="Wait for studies to come, until told to stop.")] = False,
 ) -> None:
     """Be a worker machine: fill every slot with trials, the oldest study first, until nothing is left."""
-    from search import checks, devices
+    from search import devices
 
     if studies and forever:
         raise typer.BadParameter("with --forever it takes from all studies: name none")
     settings = _settings(storage)
     slots = devices.slots(chosen_devices, per_device, workers)
-    place = database.connect(settings.url, settings.patience_seconds)
+    place = database.connect_patiently(settings.url, settings.patience_seconds)
     if forever:
         _work(None, place, settings, slots)
         return
     names = list(dict.fromkeys(studies or registry.names(place)))
     unended = [name for name in names if not queries.status(name, place).ended]
-    for name in unended:
-        registry.check_data(name, place, checks.check_data(registry.definition_of(name, place), settings))
-    _work(unended, place, settings, slots)
+    _work(_fitting(unended, place, settings, named=bool(studies)), place, settings, slots)
     for name in _standing(names, place):
         out.print(display.progress(queries.status(name, place)), markup=False)
     if not names:
@@ -359,6 +361,21 @@ def status(
 
 
 @app.command()
+def alive(storage: StorageOption = None) -> None:
+    """Does a worker of this machine work? For health checks: exit code 1, and why, where none does."""
+    settings = _settings(storage)
+    silent = database.read(database.connect(settings.url), workers_list.silence)
+    if silent is None:
+        raise WorkerError("there is no worker on this machine that the database knows of: `trialyard work` is one")
+    if silent > settings.grace_seconds:
+        raise WorkerError(
+            f"the last sign of this machine's worker is {silent:.0f} s old, more than TRIALYARD_GRACE_SECONDS = "
+            f"{settings.grace_seconds:g}: see what it printed, and start it again"
+        )
+    out.print(f"a worker of this machine gave its last sign {silent:.0f} s ago", markup=False)
+
+
+@app.command()
 def best(study: StudyArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
     """The best trial: value, hyperparameters, where its model lies."""
     settings = _settings(storage)
@@ -457,6 +474,25 @@ def _create(definition: Definition, settings: Settings, patience: float = 0.0) -
     data = checks.check(definition, settings)
     place = database.create(settings.url, patience)
     return place, registry.create(definition, place, data)
+
+
+def _fitting(names: list[str], place: PatientStorage, settings: Settings, *, named: bool) -> list[str]:
+    """Those that this machine can serve. Where they were `named`, one that it cannot is a mistake."""
+    from search import worker
+
+    found = []
+    for name in names:
+        try:
+            worker.check_fit(name, place, settings)
+        except StorageError:
+            raise
+        except TrialyardError as error:
+            if named:
+                raise
+            log.warning("study %s is left to other workers: %s", name, error)
+        else:
+            found.append(name)
+    return found
 
 
 def _work(names: list[str] | None, place: PatientStorage, settings: Settings, slots: "list[Slot]") -> None:
@@ -680,8 +716,10 @@ def _bytes(size: float) -> str:
 
 def main() -> None:
     """The program's entry: a user's mistake is one line, and never a traceback."""
-    # While a worker works it has a handler of its own; else Ctrl-C ends the command, and nothing is half done.
-    signal.signal(signal.SIGINT, _interrupted)
+    # While a worker works it has a handler of its own; else Ctrl-C ends the command, and nothing is half done. SIGTERM,
+    # too: the first process of a container would not hear it otherwise.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupted)
     try:
         app(prog_name="trialyard")
     except TrialyardError as error:

@@ -19,3 +19,7 @@ class DeviceError(TrialyardError):
 
 class DashboardError(TrialyardError):
     """The dashboard cannot be served at this address, or not without a password."""
+
+
+class WorkerError(TrialyardError):
+    """No worker of this machine works."""

@@ -87,6 +87,13 @@ def work(
     return not interrupted.is_set()
 
 
+def check_fit(name: str, storage: PatientStorage, settings: Settings) -> None:
+    """Raises a TrialyardError that says why, unless this machine has the data and the software of study `name`."""
+    data = checks.check_data(registry.definition_of(name, storage), settings)
+    registry.check_data(name, storage, data)
+    registry.check_software(name, storage, checks.software())
+
+
 def _trainer(slot: Slot, settings: Settings) -> Trainer:
     log_file = settings.log_folder / f"trainer-{slot.name.replace(':', '-')}-{os.getpid()}.log"
     return Trainer(slot, log_file, settings.memory_growth)
@@ -162,7 +169,7 @@ class _OpenStudies:
             try:
                 if (study_id, founded) not in self._admitted:
                     self._admitted[study_id, founded] = self._admit(name, study_id, founded)
-            except (StudyError, KeyError):
+            except (StudyError, StudyGone, KeyError):
                 if name in registry.names(self._storage):
                     raise
                 continue  # deleted while it was looked at
@@ -181,16 +188,19 @@ class _OpenStudies:
         return ended
 
     def _admit(self, name: str, study_id: int, founded: str | None) -> Study | None:
-        definition = registry.definition_of(name, self._storage)
-        if self._names is None and not _is_done(self._storage, study_id):
-            # One study that this machine cannot serve must not keep it from the others.
-            try:
-                registry.check_data(name, self._storage, checks.check_data(definition, self._settings))
-            except StorageError:
-                raise
-            except TrialyardError as error:
-                log.warning("study %s is left to other workers: %s", name, error)
-                return None
+        # One study that this machine cannot serve must not keep it from the others: its definition may be of a later
+        # version. Those that were named have been looked at already.
+        try:
+            definition = registry.definition_of(name, self._storage)
+            if self._names is None and not _is_done(self._storage, study_id):
+                check_fit(name, self._storage, self._settings)
+        except StorageError:
+            raise
+        except TrialyardError as error:
+            if name not in registry.names(self._storage):
+                raise  # deleted a moment ago
+            log.warning("study %s is left to other workers: %s", name, error)
+            return None
         return Study(
             name=name,
             study_id=study_id,

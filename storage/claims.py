@@ -200,6 +200,23 @@ def founded(storage: RDBStorage, study_id: int) -> str | None:
     return found
 
 
+def software(storage: RDBStorage, study: str, here: dict[str, str]) -> dict[str, str]:
+    """The software that `study` began with: what is recorded, and where nothing is `here`, which is recorded then.
+
+    Under the lock, so that of two first workers with different software one finds the other's.
+    Raises StudyGone where the study was deleted.
+    """
+
+    def work(connection: Connection) -> dict[str, str]:
+        study_id = _study_id(connection, study)
+        there: dict[str, str] | None = _study_attribute(connection, study_id, "software")
+        if there is None:
+            _set_study_attribute(connection, study_id, "software", here)
+        return there or here
+
+    return write(storage, study, work)
+
+
 def set_state(storage: RDBStorage, study: str, state: State) -> None:
     """Opens, pauses or stops `study`. Its workers see it at their next beat or epoch, and give their trials back."""
     write(

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import re
 import sqlite3
 import threading
 import urllib.parse
@@ -113,7 +114,7 @@ class PatientStorage(RDBStorage):
                 tenacity.stop_after_delay(self.patience), tenacity.stop_when_event_set(self.leaving)
             ),
             sleep=tenacity.sleep_using_event(self.leaving),
-            before_sleep=self._told,
+            before_sleep=_told,
         )
         try:
             return retrying(call)
@@ -125,11 +126,12 @@ class PatientStorage(RDBStorage):
                 "run the command again; what was trained is in the checkpoints"
             ) from cause
 
-    def _told(self, state: "tenacity.RetryCallState") -> None:
-        assert state.outcome is not None
-        error = state.outcome.exception()
-        if error is not None and state.attempt_number == 1:
-            log.warning("the database is away, to be tried again: %s", cause_of(error))
+
+def _told(state: "tenacity.RetryCallState") -> None:
+    assert state.outcome is not None
+    error = state.outcome.exception()
+    if error is not None and state.attempt_number == 1:
+        log.warning("the database is away, to be tried again: %s", cause_of(error))
 
 
 def _patient(name: str) -> Callable[..., Any]:
@@ -189,7 +191,8 @@ def has_password(url: str) -> bool:
 def connect(url: str, patience: float = 0.0) -> PatientStorage:
     """Optuna's storage on the database at `url`, which must stand already (see `create`).
 
-    `patience` is how many seconds a call waits for a database that is away; connecting itself is tried once.
+    `patience` is how many seconds a call waits for a database that is away; connecting itself is tried once (but see
+    `connect_patiently`).
     Raises StorageError where the URL does not parse, is of no known kind, or there is no database of ours there.
     """
     parsed = _parsed(url)
@@ -208,6 +211,36 @@ def connect(url: str, patience: float = 0.0) -> PatientStorage:
         storage = _storage(parsed)  # which says what is wrong
     storage.patience = patience
     return storage
+
+
+def connect_patiently(url: str, patience: float) -> PatientStorage:
+    """As `connect`, but tried again for `patience` seconds while the server is away: workers start before it does.
+
+    Raises StorageError as `connect` does: at once where waiting would not help, as with a wrong password, a database
+    that is not there or was never made ours, and at the end of the patience.
+    """
+    import tenacity
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_away),
+        wait=tenacity.wait_random_exponential(multiplier=0.25, max=5.0),
+        stop=tenacity.stop_after_delay(patience),
+        before_sleep=_told,
+        reraise=True,
+    )
+    return retrying(connect, url, patience)
+
+
+# What a server that is there says of a connection that it will never accept. Nothing else tells it from one that is
+# just starting: libpq gives no error code before the connection stands (psycopg 3.3).
+REFUSALS = re.compile(
+    r"authentication failed|no password supplied|no pg_hba\.conf entry|does not exist|not permitted to log in"
+    r"|permission denied"
+)
+
+
+def _is_away(error: BaseException) -> bool:
+    return is_transient(error) and REFUSALS.search(cause_of(error)) is None
 
 
 def create(url: str, patience: float = 0.0) -> PatientStorage:

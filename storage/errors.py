@@ -10,7 +10,8 @@ TrialyardError
 ├── DataError          (search) images or labels cannot be loaded or do not fit
 ├── ModelError         (search) a model cannot be imported or built
 ├── DeviceError        (search) there is no such GPU
-└── DashboardError     (search) the dashboard cannot be served so
+├── DashboardError     (search) the dashboard cannot be served so
+└── WorkerError        (search) no worker of this machine works
 """
 
 import difflib

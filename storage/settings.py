@@ -5,8 +5,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
+import sqlalchemy
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy.exc import ArgumentError
 
 from storage.errors import SettingsError
 
@@ -22,6 +24,7 @@ class Settings(BaseSettings):
     home: Path = Path("yard")
     storage: str | None = None  # the database's URL; sqlite:///<home>/studies.db without it
     storage_file: Path | None = None  # a file that holds the URL, so that its password stands in no process list
+    storage_password_file: Path | None = None  # a file that holds the password of a URL that has none
     artifacts: Path | None = None  # folder of models and histories; <home>/artifacts without it
     data: Annotated[tuple[Path, ...], NoDecode] = ()  # folders with <name>.npz, separated as PATH is
     beat_seconds: float = Field(default=10.0, gt=0)  # how often a running trial is beaten for
@@ -43,12 +46,21 @@ class Settings(BaseSettings):
 
     @cached_property
     def url(self) -> str:
-        """The database's URL. Raises SettingsError where the file that holds it cannot be read."""
+        """The database's URL, password and all.
+
+        Raises SettingsError where a file that holds it, or its password, cannot be read, or the password is empty.
+        """
         if self.storage is not None:
-            return self.storage
-        if self.storage_file is None:
+            found = self.storage
+        elif self.storage_file is not None:
+            found = _read("TRIALYARD_STORAGE_FILE", self.storage_file, "the database's URL")
+        else:
             return f"sqlite:///{self.home.absolute() / 'studies.db'}"
-        return _read("TRIALYARD_STORAGE_FILE", self.storage_file, "the database's URL")
+        if self.storage_password_file is None:
+            return found
+        return _with_password(
+            found, _secret("TRIALYARD_STORAGE_PASSWORD_FILE", self.storage_password_file, "the database's password")
+        )
 
     @cached_property
     def password(self) -> SecretStr | None:
@@ -58,12 +70,10 @@ class Settings(BaseSettings):
         """
         if self.dashboard_password is not None or self.dashboard_password_file is None:
             return self.dashboard_password
-        name = "TRIALYARD_DASHBOARD_PASSWORD_FILE"
-        found = _read(name, self.dashboard_password_file, "the dashboard's password")
-        if not found:
-            # An empty file must not open the dashboard to everybody.
-            raise SettingsError(f"{name} = {str(self.dashboard_password_file)!r} is empty: write the password into it")
-        return SecretStr(found)
+        # An empty file must not open the dashboard to everybody.
+        return SecretStr(
+            _secret("TRIALYARD_DASHBOARD_PASSWORD_FILE", self.dashboard_password_file, "the dashboard's password")
+        )
 
     @cached_property
     def artifact_folder(self) -> Path:
@@ -89,6 +99,23 @@ def _read(name: str, path: Path, what: str) -> str:
             f"{name} = {str(path)!r} cannot be read ({getattr(error, 'strerror', None) or 'it is no text'}): "
             f"write {what} into it"
         ) from None
+
+
+def _secret(name: str, path: Path, what: str) -> str:
+    found = _read(name, path, what)
+    if not found:
+        raise SettingsError(f"{name} = {str(path)!r} is empty: write {what} into it")
+    return found
+
+
+def _with_password(url: str, password: str) -> str:
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except (ArgumentError, ValueError):
+        return url  # whoever opens it says what is wrong
+    if not parsed.drivername.startswith("postgres") or parsed.password is not None:
+        return url
+    return parsed.set(password=password).render_as_string(hide_password=False)
 
 
 def load(**overrides: Any) -> Settings:

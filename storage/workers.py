@@ -145,6 +145,15 @@ def present(connection: Connection) -> list[Present]:
     ]
 
 
+def silence(connection: Connection) -> float | None:
+    """Seconds since the last beat of a worker of this very machine, or container; None where there is none."""
+    mine = [column for column in table.c if column.name in ("machine", "host", "pid", "born", "slot", "beaten")]
+    rows = connection.execute(select(*mine).where(table.c.machine == _machine())).mappings().all()
+    now = database_now(connection)
+    living = [row for row in rows if not Worker(**{name: row[name] for name in row if name != "beaten"}).gone()]
+    return min((max(0.0, (now - row["beaten"]).total_seconds()) for row in living), default=None)
+
+
 def database_now(connection: Connection) -> datetime:
     """The database's clock, naive UTC: it wrote the beats, so it is the one to compare them with."""
     if connection.dialect.name == "sqlite":

