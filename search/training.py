@@ -68,6 +68,8 @@ def train(
     y_train, y_validation = (
         keras.utils.to_categorical(y, dataset.classes) for y in (dataset.y_train, dataset.y_validation)
     )
+    if ":" not in model:  # one's own may measure otherwise
+        _make_state(net, y_train[:1])
     stop = _StopAtBatch(stopping)
     identity = {
         "model": model,
@@ -144,6 +146,16 @@ def train(
         data_fingerprint=dataset.fingerprint,
         versions=versions(),
     )
+
+
+def _make_state(net: keras.Model, y: Array) -> None:
+    """Makes the variables of the optimizer and of the metrics, which Keras leaves to the first batch.
+
+    TensorFlow traces a function that made variables a second time: half a second of each trial.
+    """
+    net.optimizer.build(net.trainable_variables)
+    net.compute_metrics(None, y, keras.ops.convert_to_tensor(y))
+    net.reset_metrics()
 
 
 def _resumed(net: keras.Model, path: Path, identity: dict[str, Any]) -> tuple[list[Epoch], list[Array]]:

@@ -66,6 +66,20 @@ def test_it_learns(dataset: Dataset, tmp_path: Path) -> None:
     assert trained.value > 0.7
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="other backends trace in other ways")
+def test_a_training_step_is_traced_once(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[object] = []
+    step = keras.Model.train_step
+
+    def counted(model: keras.Model, batch: object) -> object:
+        traced.append(batch)
+        return step(model, batch)
+
+    monkeypatch.setattr(keras.Model, "train_step", counted)
+    _train(dataset, tmp_path)
+    assert len(traced) == 1
+
+
 def test_every_epoch_is_told_and_written_down(dataset: Dataset, tmp_path: Path) -> None:
     trained, records = _train(dataset, tmp_path)
     assert [record.epoch for record in records] == [1, 2, 3]
