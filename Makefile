@@ -9,7 +9,7 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/chaos $(PYTEST)
-	$(BIN)/python -m pytest tests/chaos $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/chaos $(PYTEST)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
