@@ -151,7 +151,7 @@ def train(
 def _make_state(net: keras.Model, y: Array) -> None:
     """Makes the variables of the optimizer and of the metrics, which Keras leaves to the first batch.
 
-    TensorFlow traces a function that made variables a second time: half a second of each trial.
+    TensorFlow traces a function that made variables a second time: a second or more of each trial's start at depth 5.
     """
     net.optimizer.build(net.trainable_variables)
     net.compute_metrics(None, y, keras.ops.convert_to_tensor(y))
