@@ -434,13 +434,13 @@ def test_a_worker_that_waits_takes_what_comes_and_obeys(
     monkeypatch.setenv("TRIALYARD_BEAT_SECONDS", "0.5")
     database.create(f"sqlite:///{home}/yard/studies.db").engine.dispose()
     monkeypatch.delenv("TRIALYARD_WORKERS", raising=False)
+    assert "there is no worker on this machine" in _ended(start("alive"), code=1)[1]
     began = start("work", "--forever", "--devices", "cpu", "--workers", "4")
 
     def workers() -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(_ended(start("status", "--json"))[0])["workers"]
         return found
 
-    assert "there is no worker on this machine" in _ended(start("alive"), code=1)[1]
     slots = _when(workers)
     assert "a worker of this machine gave its last sign" in _ended(start("alive"))[0]
     assert [slot["slot"] for slot in slots] == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]
