@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 from storage import claims, database
 
 TRIALS, EPOCHS, WORKERS, SLOTS = 30, 6, 2, 2
-KILLS = ("trainer", "trainer", "trainer", "worker", "worker")  # in an order that the seed decides
+KILLS = ("trainer", "trainer", "worker", "worker")  # in an order that the seed decides
 SECONDS = 900.0  # after which the test gives up
 AWAY_SECONDS = 20.0
 
