@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 from search import checkpoint
+from search.batches import batches
 from search.data import Array, Dataset
 from search.errors import DataError
 from search.model import BATCH_SIZE, Hyperparameters, build, summary
@@ -87,21 +88,14 @@ def train(
         # An order that only the seed and the epoch decide: a training that goes on at epoch n meets the same.
         order = np.random.default_rng([seed, epoch]).permutation(len(y_train))
         began = time.perf_counter()
-        fitted = net.fit(
-            dataset.x_train[order],
-            y_train[order],
-            batch_size=batch_size,
-            shuffle=False,
-            verbose=0,
-            callbacks=[stop],
-        )
+        images = batches(dataset.x_train[order], y_train[order], batch_size)
+        fitted = net.fit(**images, shuffle=False, verbose=0, callbacks=[stop])
         seconds = time.perf_counter() - began
         if stop.stopped:
             break
         loss, accuracy = fitted.history["loss"][0], fitted.history["accuracy"][0]
-        val_loss, val_accuracy = net.evaluate(
-            dataset.x_validation, y_validation, batch_size=_evaluation_batch(batch_size), verbose=0
-        )[:2]
+        images = batches(dataset.x_validation, y_validation, _evaluation_batch(batch_size))
+        val_loss, val_accuracy = net.evaluate(**images, verbose=0)[:2]
         if not math.isfinite(loss):
             raise NotANumber(f"the training loss became {loss} in epoch {epoch}")
         if not math.isfinite(val_loss):

@@ -1,0 +1,26 @@
+"""Images reach Keras whole, in their order, and nobody waits for a tuner at an epoch's end."""
+
+import keras
+import numpy as np
+import pytest
+
+from search.batches import batches
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="other backends take the arrays themselves"
+)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+def test_batches_are_the_images_in_their_order(kind: str) -> None:
+    x, y = np.arange(28).reshape(7, 2, 2, 1).astype(kind), np.eye(7)
+    given = list(batches(x, y, 3)["x"])
+    assert [len(images) for images, _ in given] == [3, 3, 1]
+    assert np.array_equal(np.concatenate([images for images, _ in given]), x)
+    assert np.array_equal(np.concatenate([targets for _, targets in given]), y)
+    assert all(images.dtype == kind and targets.dtype == "float32" for images, targets in given)
+
+
+def test_nothing_is_tuned_while_they_are_read() -> None:
+    dataset = batches(np.zeros((4, 2, 2, 1), np.uint8), np.eye(4), 2)["x"]
+    assert dataset.options().autotune.enabled is False
