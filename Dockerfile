@@ -13,6 +13,9 @@ ENV PIP_NO_CACHE_DIR=1 \
 RUN useradd --uid 1000 --create-home trialyard \
     && install --directory --owner=trialyard --group=trialyard /yard /artifacts /data
 WORKDIR /source
+# Of both images, in which the command is.
+HEALTHCHECK --interval=60s --timeout=30s --start-period=60s CMD ["trialyard", "alive"]
+CMD ["trialyard", "work", "--forever"]
 
 FROM base AS gpu-packages
 # Docker's GPU runtime gives a container what these ask for; `utility` is NVML, by which the cards are found.
@@ -33,8 +36,6 @@ COPY search search
 RUN pip install --no-deps --no-build-isolation .
 USER 1000:1000
 WORKDIR /yard
-HEALTHCHECK --interval=60s --timeout=30s --start-period=60s CMD ["trialyard", "alive"]
-CMD ["trialyard", "work", "--forever"]
 
 FROM cpu-packages AS cpu
 COPY pyproject.toml README.md LICENSE ./
@@ -44,5 +45,3 @@ COPY search search
 RUN pip install --no-deps --no-build-isolation .
 USER 1000:1000
 WORKDIR /yard
-HEALTHCHECK --interval=60s --timeout=30s --start-period=60s CMD ["trialyard", "alive"]
-CMD ["trialyard", "work", "--forever"]
