@@ -4,8 +4,9 @@ BIN := .venv/bin
 
 .PHONY: demo test lint lock clean
 
+# On the processor, as on every machine: the locked packages have no CUDA libraries.
 demo: .venv/installed
-	TRIALYARD_HOME=yard $(BIN)/trialyard run digits
+	TRIALYARD_HOME=yard $(BIN)/trialyard run digits --devices cpu
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/chaos $(PYTEST)

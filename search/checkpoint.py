@@ -20,7 +20,7 @@ from keras.src.random.seed_generator import global_seed_generator  # that of lay
 
 from search.data import Array
 from search.records import Epoch
-from storage.artifacts import written_whole
+from storage.artifacts import stored
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def write(path: Path, checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     arrays = {"told": np.array(json.dumps(told))}
     for name in ("variables", "optimizer", "best_weights"):
         arrays |= {f"{name}-{at}": _storable(value) for at, value in enumerate(getattr(checkpoint, name))}
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    with stored(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 

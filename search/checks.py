@@ -67,12 +67,18 @@ def _backend() -> str:
 
 
 def check_with_keras(definition: Definition, dataset: Dataset) -> None:
-    """The same where Keras may be imported: a user's own model is built once, with its first hyperparameters."""
+    """The same where Keras may be imported: a user's own model is built once, with its first hyperparameters, and
+    judged by one image.
+    """
     _check_sizes(definition, dataset)
     if ":" in definition.model:
-        from search.model import build
+        import keras
 
-        build(definition.model, first_point(definition), dataset.image_shape, dataset.classes)
+        from search.model import accuracy_of, build
+
+        net = build(definition.model, first_point(definition), dataset.image_shape, dataset.classes)
+        y = keras.utils.to_categorical(dataset.y_validation[:1], dataset.classes)
+        accuracy_of(net.evaluate(dataset.x_validation[:1], y, verbose=0, return_dict=True), definition.model)
 
 
 def first_point(definition: Definition) -> dict[str, Any]:

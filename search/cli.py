@@ -508,8 +508,9 @@ def _work(names: list[str] | None, place: PatientStorage, settings: Settings, sl
     if names is None:
         err.print(f"waiting for studies, {_told(slots)}", markup=False, highlight=False, soft_wrap=True)
     if not worker.work(names, place, settings, slots, _watcher(names, [slot.name for slot in slots], place)):
+        left = "is taken back by the next worker" if place.leaving.is_set() else "is back in the queue"
         again = "the same command goes on where it stopped"
-        err.print(f"interrupted: what ran is back in the queue; {again}", markup=False, soft_wrap=True)
+        err.print(f"interrupted: what ran {left}; {again}", markup=False, soft_wrap=True)
         raise typer.Exit(130)
     for name in _standing(names or [], place):
         if queries.status(name, place).state == "paused":

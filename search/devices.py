@@ -1,16 +1,20 @@
 """What this machine can train on: its devices, the slots on them, and the precision. Found without importing Keras."""
 
+import logging
 import os
 import platform
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pynvml
 
 from search.errors import DeviceError
 from studies.definition import Precision
+
+log = logging.getLogger(__name__)
 
 # Processor flags of units that multiply bfloat16 (Linux's names; Intel's AMX and the AVX-512 extension).
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
@@ -72,11 +76,15 @@ class Slot:
 def pin(slot: Slot) -> None:
     """In the trainer process, before Keras computes anything: TensorFlow's threads and its share of a GPU.
 
-    What the other frameworks need is in the slot's environment. TensorFlow takes these settings once, and a process
-    has one slot for its life: asked again, it does nothing.
+    What JAX needs is in the slot's environment; PyTorch shares a GPU as it likes. TensorFlow takes these settings once,
+    and a process has one slot for its life: asked again, it does nothing.
+
+    Raises DeviceError where the framework does not see the slot's GPU: it would train on the processor without a word.
     """
     import keras
 
+    if slot.device.kind == "gpu":
+        _check_gpu(slot, keras.backend.backend())
     if keras.backend.backend() != "tensorflow":
         return
     import tensorflow as tf
@@ -90,11 +98,31 @@ def pin(slot: Slot) -> None:
         tf.config.set_logical_device_configuration(gpu, [limit])
 
 
+def _check_gpu(slot: Slot, backend: str) -> None:
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        seen = len(tf.config.list_physical_devices("GPU"))
+    elif backend == "jax":
+        import jax
+
+        seen = sum(device.platform == "gpu" for device in jax.devices())
+    else:
+        import torch
+
+        seen = torch.cuda.device_count()
+    if seen != 1:
+        raise DeviceError(
+            f"the driver names {slot.name} ({slot.device.name}), but {backend} sees {seen or 'no'} GPUs there: install "
+            "its CUDA libraries (for TensorFlow, `pip install 'trialyard[gpu]'`), or give --devices cpu"
+        )
+
+
 def slots(devices: str = "auto", per_device: int | None = None, workers: int | None = None) -> list[Slot]:
     """The slots of this machine.
 
     `devices`: "auto" for all GPUs, or the processor where there is none; "cpu"; or the driver's numbers of GPUs, as
-    "0,2". `per_device` slots share each device; else `workers` slots are spread over them, as evenly as can be; else
+    "0,2". `workers` slots are spread over them, as evenly as can be; else `per_device` slots share each; else
     a GPU has one, and the processor one a core, as `bench/slots.py` found best, as far as memory goes.
 
     Raises DeviceError where there is no such GPU.
@@ -130,12 +158,24 @@ def _chosen(devices: str) -> list[Device]:
 
 
 def cores() -> int:
-    """The processor's cores that this process may use."""
-    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
+    """The processor's cores that this process may use: its affinity, and its control group's quota."""
+    import joblib  # which takes a moment
+
+    return int(joblib.cpu_count())
+
+
+def memory(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that are to be had, of the machine's memory and of what its control group (a container) leaves."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((folder / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        return free  # no such group, or "max"
 
 
 def _slots_on_cpu() -> int:
-    return max(1, min(cores(), psutil.virtual_memory().available // MEMORY_A_SLOT))
+    return max(1, min(cores(), memory() // MEMORY_A_SLOT))
 
 
 def _threads(device: Device, sharing: int) -> int:
@@ -144,10 +184,18 @@ def _threads(device: Device, sharing: int) -> int:
 
 
 def gpus() -> list[Device]:
-    """The GPUs that NVIDIA's driver names, of those that CUDA_VISIBLE_DEVICES leaves; none without a driver."""
+    """The GPUs that NVIDIA's driver names, of those that CUDA_VISIBLE_DEVICES leaves; none without a driver.
+
+    Raises DeviceError where that names parts of one.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
         return []
+    if visible is not None and "MIG-" in visible:
+        raise DeviceError(
+            f"CUDA_VISIBLE_DEVICES = {visible} names a MIG instance, and slots are whole GPUs: name its GPU, or give "
+            "--devices cpu"
+        )
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -155,16 +203,22 @@ def gpus() -> list[Device]:
     try:
         found = []
         for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            if visible is not None and not _is_visible(index, str(pynvml.nvmlDeviceGetUUID(handle)), visible):
-                continue
-            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-            memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-            name = str(pynvml.nvmlDeviceGetName(handle))
-            found.append(Device(kind="gpu", name=name, index=index, capability=(major, minor), memory=memory))
+            try:
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                if visible is None or _is_visible(index, str(pynvml.nvmlDeviceGetUUID(handle)), visible):
+                    found.append(_gpu(index, handle))
+            except pynvml.NVMLError as error:
+                log.warning("GPU %d is left out: %s", index, error)
         return found
     finally:
         pynvml.nvmlShutdown()
+
+
+def _gpu(index: int, handle: Any) -> Device:
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    name = str(pynvml.nvmlDeviceGetName(handle))
+    return Device(kind="gpu", name=name, index=index, capability=(major, minor), memory=total)
 
 
 def _is_visible(index: int, uuid: str, visible: str) -> bool:

@@ -65,6 +65,16 @@ def build(
     return model
 
 
+def accuracy_of(measured: Mapping[str, Any], name: str) -> Any:
+    """What Keras measured as the accuracy of the model `name`. Raises ModelError where it has no such metric."""
+    if "accuracy" not in measured:
+        raise ModelError(
+            f"{name} is compiled with the metrics {', '.join(measured)}, and trials are judged by one named accuracy: "
+            "compile it with metrics=['accuracy'] among them, or leave compiling to Trialyard"
+        )
+    return measured["accuracy"]
+
+
 def summary(model: keras.Model) -> str:
     """A line a layer: its kind, what it gives for one image, its weights.
 

@@ -2,21 +2,25 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
 
 from search.display import Watcher
+from search.errors import DeviceError
 from search.records import Epoch, Resumed, Trained
 from search.trainer import Failed, Job, Trainer, TrainerDied
 from storage import artifacts, claims, retention
 from storage.claims import Beating, Claim, State
-from storage.errors import ClaimLost, StudyGone
+from storage.errors import ClaimLost, StorageError, StudyGone, TrialyardError
 from storage.settings import Settings
 from studies import sampling
 from studies.definition import Definition
@@ -24,6 +28,7 @@ from studies.space import Point, suggest
 
 log = logging.getLogger(__name__)
 
+_MACHINE: dict[str, type[TrialyardError]] = {"disk": StorageError, "device": DeviceError}
 POLL_SECONDS = 0.2  # how soon a stop or a lost claim is noticed between epochs
 
 
@@ -66,42 +71,74 @@ def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watche
 
     The trial ends complete, pruned or failed; or goes back to the queue when `interrupted` is set, the study is paused
     or stopped, or its trainer dies. Where the claim is lost meanwhile, or the study deleted, nothing more is written.
+    Raises StorageError or DeviceError where this machine can train nothing, the trial back in the queue.
     """
-    storage = study.storage
     try:
-        with Beating(storage, claim, settings.beat_seconds) as beating:
-            end = _train(study, claim, trainer, settings, watcher, beating, interrupted)
-        if isinstance(end, Failed):
-            claims.finish(storage, claim, TrialState.FAIL, None, {"failure": asdict(end)})
-        elif end.pruned:
-            attributes = _attributes(study, claim, trainer, end.trained)
-            claims.finish(storage, claim, TrialState.PRUNED, end.last_value, attributes, _left(end.trained))
-        elif end.trained is not None and not end.trained.stopped:
-            attributes = _attributes(study, claim, trainer, end.trained)
-            claims.finish(storage, claim, TrialState.COMPLETE, end.trained.value, attributes, _left(end.trained))
-            retention.trim(storage, claim, settings.artifact_folder, settings.keep_models)
+        try:
+            with Beating(study.storage, claim, settings.beat_seconds) as beating:
+                end = _train(study, claim, trainer, settings, watcher, beating, interrupted)
+        except TrainerDied as died:
+            _give_up(study, claim, settings, died)
         else:
-            claims.requeue(storage, claim, "interrupted", end.why, _files(settings, claim))
-            _ended(study, claim, watcher)
-            return
-        # Only now: had the database stayed away, the trial would go on from it.
-        artifacts.remove(_folder(settings, claim) / artifacts.CHECKPOINT)
-    except TrainerDied as died:
-        log.warning("study %s: trial %d: %s", claim.study, claim.number, died)
-        if died.out_of_memory:  # the same would happen again
-            claims.finish(storage, claim, TrialState.FAIL, None, {"failure": {"kind": "memory", "message": str(died)}})
-            artifacts.remove(_folder(settings, claim) / artifacts.CHECKPOINT)
-        else:
-            claims.requeue(storage, claim, "crashed", str(died), _files(settings, claim))
+            _write_down(study, claim, trainer, settings, end)
     except ClaimLost as lost:
         log.warning("%s", lost)
         trainer.kill()  # somebody else trains this trial now
     except (KeyError, StudyGone) as error:  # KeyError is Optuna's word for a row that is not there
-        if claims.stands(storage, claim):
+        if claims.stands(study.storage, claim):
             raise
         log.debug("what met it", exc_info=error)
         trainer.kill()
     _ended(study, claim, watcher)
+
+
+def _write_down(study: Study, claim: Claim, trainer: Trainer, settings: Settings, end: "_End | Failed") -> None:
+    """The end of a job, however it ended. Raises ClaimLost; StorageError and DeviceError as `run` does."""
+    storage = study.storage
+    if isinstance(end, Failed) and end.kind in _MACHINE:
+        # The machine's fault, which would cost the study one trial after the other.
+        claims.requeue(storage, claim, "interrupted", end.message, _files(settings, claim))
+        raise _MACHINE[end.kind](end.message)
+    if isinstance(end, Failed):
+        claims.finish(storage, claim, TrialState.FAIL, None, {"failure": asdict(end)})
+    elif end.pruned and (end.trained is None or end.trained.stopped):  # else it was at its end when that was decided
+        attributes = _attributes(study, claim, trainer, end.trained)
+        claims.finish(storage, claim, TrialState.PRUNED, end.last_value, attributes, _left(end.trained))
+    elif end.trained is not None and not end.trained.stopped:
+        attributes = _attributes(study, claim, trainer, end.trained)
+        claims.finish(storage, claim, TrialState.COMPLETE, end.trained.value, attributes, _left(end.trained))
+        with _unremoved(claim):
+            retention.trim(storage, claim, settings.artifact_folder, settings.keep_models)
+    else:
+        claims.requeue(storage, claim, "interrupted", end.why, _files(settings, claim))
+        return
+    # Only now: had the database stayed away, the trial would go on from it.
+    _remove_checkpoint(settings, claim)
+
+
+def _give_up(study: Study, claim: Claim, settings: Settings, died: TrainerDied) -> None:
+    """The end of a trainer in mid-job. Raises ClaimLost."""
+    log.warning("study %s: trial %d: %s", claim.study, claim.number, died)
+    if died.out_of_memory:  # the same would happen again
+        failure = {"kind": "memory", "message": str(died)}
+        claims.finish(study.storage, claim, TrialState.FAIL, None, {"failure": failure})
+        _remove_checkpoint(settings, claim)
+    else:
+        claims.requeue(study.storage, claim, "crashed", str(died), _files(settings, claim))
+
+
+def _remove_checkpoint(settings: Settings, claim: Claim) -> None:
+    with _unremoved(claim):
+        artifacts.remove(_folder(settings, claim) / artifacts.CHECKPOINT)
+
+
+@contextmanager
+def _unremoved(claim: Claim) -> Iterator[None]:
+    """A file that cannot be removed costs a place on the disk, and `storage prune` finds it: no reason to end."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("study %s: a file of trial %d stays: %s", claim.study, claim.number, error)
 
 
 def _ended(study: Study, claim: Claim, watcher: Watcher) -> None:
@@ -221,7 +258,10 @@ def _hopeless(study: Study, opened: optuna.Study, claim: Claim, epoch: int) -> b
     trial = study.storage.get_trial(claim.trial_id)
     # A trial that runs again from its first epoch still has later values of its last attempt.
     trial.intermediate_values = {step: value for step, value in trial.intermediate_values.items() if step <= epoch}
-    return opened.pruner.prune(opened, trial)
+    try:
+        return opened.pruner.prune(opened, trial)
+    except UpdateFinishedTrialError as error:  # some keep their state in the trial
+        raise ClaimLost(f"study {claim.study}: trial {claim.number} was ended by somebody else meanwhile") from error
 
 
 def _seed(study: Study, claim: Claim) -> int:

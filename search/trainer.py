@@ -29,7 +29,7 @@ import psutil
 from search import devices
 from search.devices import Slot, precision_for
 from search.records import Epoch, Resumed, Trained
-from storage.errors import TrialyardError
+from storage.errors import StorageError, TrialyardError
 from studies.definition import Definition
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Checked:
 class Failed:
     """A job that ended in an error of its own: it would do so again."""
 
-    kind: str  # "nan", "memory", "data", "model" or "error"
+    kind: str  # "nan", "memory", "data", "model" or "error"; "disk" or "device": any job would, on this machine
     message: str
 
 
@@ -267,10 +267,14 @@ def _give_back_memory() -> None:
 def _run(
     job: Job, connection: "Connection[Any, Any]", stops: "list[Stop]", datasets: "dict[Any, Dataset]"
 ) -> Trained | Checked | Failed:
-    from search.errors import DataError, ModelError
+    from search.errors import DataError, DeviceError, ModelError
 
     try:
         return _trained(job, connection, stops, datasets)
+    except StorageError as error:
+        return Failed(kind="disk", message=str(error))
+    except DeviceError as error:
+        return Failed(kind="device", message=str(error))
     except DataError as error:
         return Failed(kind="data", message=str(error))
     except ModelError as error:

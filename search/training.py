@@ -17,9 +17,9 @@ from search import checkpoint
 from search.batches import batches
 from search.data import Array, Dataset
 from search.errors import DataError
-from search.model import BATCH_SIZE, Hyperparameters, build, summary
+from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary
 from search.records import Epoch, Trained
-from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, written_whole
+from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, stored
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ def train(
     of the last whole epoch, "drop" does not. The same arguments give the same numbers on the same kind of processor
     with the same software, interrupted or not.
 
-    Raises NotANumber, DataError (a batch larger than the data) and ModelError.
+    Raises NotANumber, DataError (a batch larger than the data), ModelError, and StorageError where a file cannot be
+    written.
     """
     batch_size = int(hyperparameters.get("batch_size", BATCH_SIZE))
     if batch_size > len(dataset.y_train):
@@ -93,9 +94,10 @@ def train(
         seconds = time.perf_counter() - began
         if stop.stopped:
             break
-        loss, accuracy = fitted.history["loss"][0], fitted.history["accuracy"][0]
+        loss, accuracy = fitted.history["loss"][0], accuracy_of(fitted.history, model)[0]
         images = batches(dataset.x_validation, y_validation, _evaluation_batch(batch_size))
-        val_loss, val_accuracy = net.evaluate(**images, verbose=0)[:2]
+        validated = net.evaluate(**images, verbose=0, return_dict=True)
+        val_loss, val_accuracy = validated["loss"], accuracy_of(validated, model)
         if not math.isfinite(loss):
             raise NotANumber(f"the training loss became {loss} in epoch {epoch}")
         if not math.isfinite(val_loss):
@@ -122,7 +124,7 @@ def train(
         checkpoint.write(folder / CHECKPOINT, unwritten, identity)
     best = max(history, key=lambda past: past.val_accuracy, default=None)  # the first of equals
     _write_history(folder / HISTORY, history)
-    with written_whole(folder / SUMMARY) as temporary:
+    with stored(folder / SUMMARY) as temporary:
         temporary.write_text(summary(net), encoding="utf-8")
     if not stop.stopped:
         _write_model(folder / MODEL, net, best_weights, model, hyperparameters, dataset)
@@ -178,7 +180,7 @@ def _evaluation_batch(batch_size: int) -> int:
 
 
 def _write_history(path: Path, history: list[Epoch]) -> None:
-    with written_whole(path) as temporary:
+    with stored(path) as temporary:
         temporary.write_text(json.dumps([asdict(epoch) for epoch in history], indent=1), encoding="utf-8")
 
 
@@ -189,7 +191,7 @@ def _write_model(
     if ":" not in model:
         net = build(model, h, dataset.image_shape, dataset.classes, plain=True)
     net.set_weights(weights)
-    with written_whole(path) as temporary:
+    with stored(path) as temporary:
         net.save(temporary)
 
 

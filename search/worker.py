@@ -54,7 +54,8 @@ def work(
         try:
             _fill(open_studies, settings, trainer, presence.worker(slot), presence, interrupted)
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
-            errors.append(error)
+            if not storage.leaving.is_set():  # which is no error, but makes some
+                errors.append(error)
             interrupted.set()
 
     with ExitStack() as stack:
@@ -82,7 +83,7 @@ def work(
                 break
         for thread in threads:
             thread.join(LEAVE_SECONDS)
-    if errors and not storage.leaving.is_set():  # which is no error, but makes some
+    if errors:
         raise errors[0]
     return not interrupted.is_set()
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from storage.errors import StorageError
+
 MODEL = "model.keras"
 HISTORY = "history.json"
 SUMMARY = "summary.txt"  # of the model's layers, beside its history
@@ -56,6 +58,19 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def stored(path: Path) -> Iterator[Path]:
+    """As `written_whole`, for a file of a trial. Raises StorageError where the disk is full or the folder another's."""
+    try:
+        with written_whole(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror or error}): is the disk full, or the folder another user's? "
+            "No trial is lost; start the worker again when it can"
+        ) from error
 
 
 def remove(path: Path) -> None:

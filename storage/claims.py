@@ -759,16 +759,16 @@ def _size(connection: Connection, study_id: int) -> int:
 
 def _spent(connection: Connection, study_id: int) -> tuple[int, int]:
     """(finished, running). Counts only what is not finished, which is few, however many there are."""
-    unfinished = (TrialState.WAITING, TrialState.RUNNING)
+    mine = TrialModel.study_id == study_id
     waiting, running = (
-        int(
-            connection.execute(
-                select(func.count()).where(TrialModel.study_id == study_id, TrialModel.state == state)
-            ).scalar_one()
-        )
-        for state in unfinished
+        select(func.count()).where(mine, TrialModel.state == state).scalar_subquery()
+        for state in (TrialState.WAITING, TrialState.RUNNING)
     )
-    return _size(connection, study_id) - waiting - running, running
+    last = select(func.max(TrialModel.number)).where(mine).scalar_subquery()
+    # One statement sees one moment, also where no lock is held: a trial between two states is counted once.
+    found = connection.execute(select(last, waiting, running)).one()
+    size = 0 if found[0] is None else int(found[0]) + 1
+    return size - int(found[1]) - int(found[2]), int(found[2])
 
 
 def _insert_trial(

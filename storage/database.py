@@ -25,6 +25,7 @@ from optuna.storages._rdb.models import BaseModel
 from optuna.storages._rdb.storage import _VersionManager
 from sqlalchemy import URL, Connection, Engine, orm, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from storage.artifacts import written_whole
 from storage.errors import StorageError
@@ -160,6 +161,8 @@ def is_transient(error: BaseException) -> bool:
     """Whether `error` says that the database is away or busy, and not that it was asked for something wrong."""
     seen: BaseException | None = error
     while seen is not None:
+        if isinstance(seen, PoolTimeout):
+            return True  # all connections are in others' hands, who wait for a server that does not answer
         if isinstance(seen, DBAPIError):
             if isinstance(seen.orig, sqlite3.Error):
                 return "locked" in str(seen.orig)  # it calls a missing table operational, too
@@ -175,7 +178,9 @@ def is_transient(error: BaseException) -> bool:
 def redact(url: str) -> str:
     """`url` with its password masked, fit to be shown."""
     try:
-        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
+        parsed = sqlalchemy.make_url(url)
+        hidden = parsed.update_query_dict(dict.fromkeys(_secret_options(parsed), "***"))
+        return hidden.render_as_string(hide_password=True)
     except (ArgumentError, ValueError):
         return "(a URL that does not parse)"
 
@@ -183,9 +188,15 @@ def redact(url: str) -> str:
 def has_password(url: str) -> bool:
     """Whether `url` shows a password, also in a URL that does not parse."""
     try:
-        return bool(sqlalchemy.make_url(url).password)
+        parsed = sqlalchemy.make_url(url)
+        return bool(parsed.password or _secret_options(parsed))
     except (ArgumentError, ValueError):
         return "@" in url
+
+
+def _secret_options(url: URL) -> list[str]:
+    """Those of libpq's options in `url` that nobody may read."""
+    return [name for name in ("password", "sslpassword") if name in url.query]
 
 
 def connect(url: str, patience: float = 0.0) -> PatientStorage:
@@ -457,7 +468,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def read(storage: RDBStorage, work: Callable[[Connection], T]) -> T:
-    """What `work` reads in one transaction; done again where the database was away."""
+    """What `work` reads, each statement as of its own moment; done again where the database was away."""
 
     def once() -> T:
         with storage.engine.connect() as connection:

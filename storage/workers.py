@@ -50,7 +50,7 @@ class Worker:
     machine: str  # this boot of this machine, and the process namespace within it
     host: str  # for people
     pid: int
-    born: float  # the process's start, seconds since 1970: process ids are used again
+    born: float  # the process's start, seconds since the machine's: process ids are used again
     slot: str  # for people, and to tell the slots of one process apart
 
     def gone(self) -> bool:
@@ -60,7 +60,7 @@ class Worker:
         try:
             process = psutil.Process(self.pid)
             # A killed process stays in the table as a zombie until its parent looks.
-            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.born) > 1.0
+            return process.status() == psutil.STATUS_ZOMBIE or abs(_born(process) - self.born) > 1.0
         except psutil.NoSuchProcess:
             return True
         except psutil.AccessDenied:
@@ -96,9 +96,14 @@ def worker(slot: str) -> Worker:
         machine=_machine(),
         host=socket.gethostname(),
         pid=os.getpid(),
-        born=psutil.Process().create_time(),
+        born=_born(psutil.Process()),
         slot=slot,
     )
+
+
+def _born(process: psutil.Process) -> float:
+    # By the calendar's clock it would change with that clock: a machine that wakes up has it set.
+    return process.create_time() - psutil.boot_time()
 
 
 @cache

@@ -66,7 +66,7 @@ def _finish(storage: PatientStorage, claim: Claim, value: float = 0.5) -> None:
 def dead(me: Worker) -> Worker:
     """A process of this machine that has ended."""
     process = subprocess.Popen([sys.executable, "-c", "pass"])
-    born = psutil.Process(process.pid).create_time()
+    born = psutil.Process(process.pid).create_time() - psutil.boot_time()
     process.wait()
     return replace(me, pid=process.pid, born=born)
 
@@ -169,6 +169,14 @@ def test_a_process_id_that_is_used_again_is_another_process(storage: PatientStor
     assert earlier.gone()
     assert not me.gone()
     assert _claim(storage, study, earlier).trial_id == _claim(storage, study, me).trial_id
+
+
+def test_a_clock_that_is_set_ends_no_worker(me: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Linux counts a process's start from the machine's: psutil adds the latter, which follows the clock.
+    booted = psutil.boot_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 3600.0)
+    assert psutil.Process().create_time() > time.time() + 3000, "psutil does not tell it so any more"
+    assert not me.gone()
 
 
 def test_a_silent_trial_of_another_machine_is_claimed_after_the_grace(

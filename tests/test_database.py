@@ -12,6 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 import sqlalchemy
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import TrialModel
 from optuna.study import StudyDirection
@@ -89,6 +90,30 @@ def test_a_url_that_cannot_serve_is_refused_without_its_password(url: str, messa
 def test_redact_masks_the_password() -> None:
     assert database.redact("postgresql://me:tiger@host/db") == "postgresql://me:***@host/db"
     assert "tiger" not in database.redact("postgresql://me:tiger@host:port/db")
+    for option in ("password", "sslpassword"):  # libpq takes them there, too
+        url = f"postgresql://me@host/db?{option}=tiger&sslmode=require"
+        assert database.has_password(url)
+        assert "tiger" not in database.redact(url)
+        assert "sslmode=require" in database.redact(url)
+    assert not database.has_password("postgresql://me@host/db?sslmode=require")
+
+
+def test_a_connection_that_others_hold_is_waited_for(postgresql_url: str) -> None:
+    """Many slots share a pool, whose places are all taken while a silent server is being asked."""
+    database.create(postgresql_url).engine.dispose()
+    storage = database.connect(postgresql_url, patience=60.0)
+    storage.engine.pool._timeout = 0.1  # type: ignore[attr-defined]
+    held = [storage.engine.connect() for _ in range(10)]
+    threading.Timer(1.0, held.pop().close).start()
+    assert storage.get_all_studies() == []
+    storage.patience = 0.0
+    held.append(storage.engine.connect())
+    with pytest.raises(StorageInternalError, match="exception is raised during the commit") as caught:
+        storage.get_all_studies()
+    assert database.is_transient(caught.value)
+    for connection in held:
+        connection.close()
+    storage.engine.dispose()
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:

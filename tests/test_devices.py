@@ -145,6 +145,38 @@ def test_gpus_are_those_that_the_driver_names_and_cuda_may_see(
     assert all((gpu.name, gpu.capability, gpu.memory) == ("NVIDIA A100", (8, 0), 80 << 30) for gpu in found)
 
 
+def test_a_gpu_that_is_lost_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Driver):
+        @staticmethod
+        def nvmlDeviceGetMemoryInfo(index: int) -> Any:  # noqa: N802
+            if index == 0:
+                raise RuntimeError("GPU is lost")
+            return SimpleNamespace(total=80 << 30)
+
+    monkeypatch.setattr(devices, "pynvml", Broken)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [gpu.index for gpu in devices.gpus()] == [1]
+    assert "GPU 0 is left out: GPU is lost" in caplog.text
+
+
+def test_parts_of_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-5f1b")
+    with pytest.raises(DeviceError, match="names a MIG instance, and slots are whole GPUs"):
+        devices.slots()
+    assert [slot.device.kind for slot in devices.slots("cpu", workers=1)] == ["cpu"]
+
+
+def test_a_container_s_limits_are_the_machine_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("5000000\n", encoding="ascii")
+    (tmp_path / "memory.current").write_text("1000000\n", encoding="ascii")
+    assert devices.memory(tmp_path) == 4000000
+    (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
+    assert devices.memory(tmp_path) > 5000000
+    assert devices.memory(tmp_path / "none") > 5000000
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert devices.cores() == 1
+
+
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_hidden_gpus_stay_hidden(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)

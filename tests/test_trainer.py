@@ -168,24 +168,37 @@ def build(hyperparameters, image_shape, classes):
 """
 
 
-@pytest.mark.parametrize(
-    ("slot", "seen"),
-    [
-        (Slot(device=cpu(), threads=3), "(3, 3, '-1', None)"),
-        # There is no such card here, so TensorFlow finds none; its process is told of it all the same.
-        (Slot(device=Device(kind="gpu", name="A100", index=2, capability=(8, 0))), "(0, 0, '2', None)"),
-    ],
-)
 def test_a_trainer_is_pinned_before_its_framework_starts(
-    job: Make, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slot: Slot, seen: str
+    job: Make, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    slot = Slot(device=cpu(), threads=3)
     monkeypatch.setenv("TRIALYARD_STORAGE", "postgresql://me:secret@host/db")
     (home / "mine.py").write_text(SEEN, encoding="utf-8")
     good = job()
     with Trainer(slot, tmp_path / "log") as trainer:
         trainer.submit(job(definition=good.definition.model_copy(update={"model": "mine:build"}), slot=slot))
         failed = _messages(trainer)[-1]
-    assert f"seen: {seen}" in failed.message
+    assert "seen: (3, 3, '-1', None)" in failed.message
+
+
+def test_a_gpu_that_the_framework_does_not_see_is_told_and_not_replaced_by_the_processor(
+    job: Make, tmp_path: Path
+) -> None:
+    slot = Slot(device=Device(kind="gpu", name="A100", index=77, capability=(8, 0)))  # there is no such card
+    with Trainer(slot, tmp_path / "log") as trainer:
+        trainer.submit(job(slot=slot))
+        assert psutil.Process(trainer.pid).environ()["CUDA_VISIBLE_DEVICES"] == "77"
+        failed = _messages(trainer)[-1]
+    assert failed.kind == "device"
+    assert "gpu:77 (A100), but tensorflow sees no GPUs there: install its CUDA libraries" in failed.message
+
+
+def test_a_folder_that_cannot_be_written_is_the_machine_s_fault(trainer: Trainer, job: Make, home: Path) -> None:
+    (home / "full").write_text("a file where the trial's folder should be", encoding="utf-8")
+    trainer.submit(job(folder=home / "full"))
+    failed = _messages(trainer)[-1]
+    assert failed.kind == "disk"
+    assert "history.json cannot be written (Not a directory): is the disk full" in failed.message
 
 
 GROWING = """

@@ -1,0 +1,181 @@
+"""A trial's end is written down as what it was, whatever the trainer and the database do at that moment."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import optuna
+import pytest
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+
+from search import objective
+from search.devices import Slot, cpu
+from search.display import Watcher
+from search.errors import DeviceError
+from search.objective import Study
+from search.records import Epoch, Trained
+from search.trainer import Failed, Trainer, TrainerDied
+from storage import claims, database, workers
+from storage.database import PatientStorage
+from storage.errors import StorageError, TrialyardError
+from storage.settings import Settings
+from storage.workers import Worker
+from studies import registry
+
+pytestmark = pytest.mark.usefixtures("study")
+
+Message = Epoch | Trained | Failed | TrainerDied
+
+
+class Scripted(Trainer):
+    """A trainer without a process: it says what it is given, and remembers what it was told."""
+
+    def __init__(self, folder: Path, messages: list[Message | Callable[[], Message]]) -> None:
+        super().__init__(Slot(device=cpu()), folder / "log")
+        self.messages, self.told = messages, list[str]()
+
+    def submit(self, job: Any) -> None:
+        """Nothing is trained."""
+
+    def stop(self, how: Any) -> None:
+        """Remembers it."""
+        self.told.append(how)
+
+    def receive(self, seconds: float) -> Any:
+        """The next message; one that is an error is raised."""
+        message = self.messages.pop(0)
+        message = message if not callable(message) else message()
+        if isinstance(message, TrainerDied):
+            raise message
+        return message
+
+
+def _epoch(number: int, accuracy: float) -> Epoch:
+    return Epoch(
+        epoch=number,
+        loss=1.0,
+        accuracy=accuracy,
+        val_loss=1.0,
+        val_accuracy=accuracy,
+        seconds=1.0,
+        images_per_second=1.0,
+    )
+
+
+def _trained(*, stopped: bool) -> Trained:
+    return Trained(
+        value=0.9,
+        best_epoch=3,
+        epochs=3,
+        stopped=stopped,
+        parameters=1,
+        seconds=3.0,
+        images_per_second=1.0,
+        precision="float32",
+        precision_reason="a test",
+        data_fingerprint="",
+        versions={},
+    )
+
+
+def _run(storage: PatientStorage, folder: Path, me: Worker, *messages: Message | Callable[[], Message]) -> Scripted:
+    """Runs one trial with a trainer that says `messages`."""
+    claim = claims.claim(storage, "trivial", me, 60.0)
+    assert claim is not None
+    study = Study(
+        name="trivial",
+        study_id=claim.study_id,
+        definition=registry.definition_of("trivial", storage),
+        storage=storage,
+        cached=optuna.storages.get_storage(storage),
+    )
+    trainer = Scripted(folder, list(messages))
+    objective.run(study, claim, trainer, Settings(home=folder), Watcher(), Event())
+    return trainer
+
+
+def _only(storage: PatientStorage) -> optuna.trial.FrozenTrial:
+    (trial,) = storage.get_all_trials(storage.get_study_id_from_name("trivial"))
+    return trial
+
+
+@pytest.mark.parametrize(("stopped", "state"), [(True, TrialState.PRUNED), (False, TrialState.COMPLETE)])
+def test_a_trial_at_its_end_is_complete_though_it_was_to_be_pruned(
+    storage: PatientStorage, tmp_path: Path, me: Worker, monkeypatch: pytest.MonkeyPatch, stopped: bool, state: Any
+) -> None:
+    monkeypatch.setattr(objective, "_hopeless", lambda study, opened, claim, epoch: epoch == 1)
+    trainer = _run(storage, tmp_path, me, _epoch(1, 0.5), _epoch(2, 0.6), _trained(stopped=stopped))
+    assert trainer.told == ["drop"]
+    assert (_only(storage).state, _only(storage).values) == (state, [0.6 if stopped else 0.9])
+
+
+def _taken_over(storage: PatientStorage) -> None:
+    """Another machine holds the trial now."""
+    last = claims.holdings(storage, storage.get_study_id_from_name("trivial"))[0]
+    other = replace(workers.worker("cpu:0"), machine="other", host="other")
+
+    def take(connection: Any) -> None:
+        attempts = claims._attempts(connection, trial_id)
+        claims._put_back(connection, trial_id, attempts, "lost", "it was silent")
+
+    trial_id = storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name("trivial"), last.number)
+    database.write(storage, "trivial", take)
+    assert claims.claim(storage, "trivial", other, 60.0) is not None
+
+
+def test_a_trainer_that_dies_when_the_trial_is_another_s_ends_no_worker(
+    storage: PatientStorage, tmp_path: Path, me: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    def dies() -> Message:
+        _taken_over(storage)
+        return TrainerDied("it ended by signal SIGABRT", out_of_memory=False)
+
+    _run(storage, tmp_path, me, _epoch(1, 0.5), dies)
+    assert "no longer held by cpu:0" in caplog.text
+    assert [attempt["machine"] for attempt in _only(storage).user_attrs["attempts"]] == [me.machine, "other"]
+    assert _only(storage).state == TrialState.RUNNING
+
+
+def test_a_pruner_that_finds_the_trial_ended_ends_no_worker(
+    storage: PatientStorage,
+    tmp_path: Path,
+    me: Worker,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refused(pruner: Any, study: Any, trial: Any) -> bool:
+        raise UpdateFinishedTrialError("Trial#0 has already finished and can not be updated.")
+
+    monkeypatch.setattr(optuna.pruners.NopPruner, "prune", refused)
+    monkeypatch.setattr(objective.sampling, "pruner", lambda definition: optuna.pruners.NopPruner())
+    _run(storage, tmp_path, me, _epoch(1, 0.5))
+    assert "trial 0 was ended by somebody else meanwhile" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "error"), [("disk", StorageError), ("device", DeviceError)])
+def test_a_machine_that_can_train_nothing_gives_its_trial_back_and_ends(
+    storage: PatientStorage, tmp_path: Path, me: Worker, kind: str, error: type[TrialyardError]
+) -> None:
+    for _ in range(claims.RETRIES + 1):  # it costs the trial nothing, however often
+        with pytest.raises(error, match="what is wrong"):
+            _run(storage, tmp_path, me, Failed(kind=kind, message="what is wrong"))
+    assert _only(storage).state == TrialState.WAITING
+
+
+def test_a_file_that_cannot_be_removed_ends_no_worker(
+    storage: PatientStorage,
+    tmp_path: Path,
+    me: Worker,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(objective.artifacts, "remove", refused)
+    _run(storage, tmp_path, me, _trained(stopped=False))
+    assert _only(storage).state == TrialState.COMPLETE
+    assert "a file of trial 0 stays: [Errno 13] Permission denied" in caplog.text
