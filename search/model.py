@@ -1,6 +1,6 @@
 """The models: one function from hyperparameters to a compiled keras.Model. Uses only ``keras.*``.
 
-Notable: images come in as they are stored and the first layer divides by 255; a dropout layer exists where a rate
+Notable: images come in on 0 to 255 and the first layer divides by that; a dropout layer exists where a rate
 is given, 0.0 included; the softmax is computed in float32 whatever the precision of the rest.
 
 The notebook's values give the notebook's models, to the parameter: 668,810 (depth 3), 154,186 (5), 2,980,682 (7),

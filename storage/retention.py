@@ -55,7 +55,7 @@ def trim(storage: RDBStorage, claim: Claim, root: Path, keep: int) -> None:
         study_id = _study_id(connection, claim.study)
         if study_id is None:
             return []
-        best = ranked(connection, study_id, keep + BEHIND)
+        best = ranked(connection, study_id, keep + BEHIND, with_model=True)
         numbers = {standing.number for standing in best[keep:]}
         own = (TrialModel.study_id == study_id, TrialModel.number == claim.number)
         if connection.execute(select(TrialModel.state).where(*own)).scalar() == TrialState.COMPLETE:
@@ -134,7 +134,7 @@ def _superfluous(
     studies = {name: _study_id(connection, name) for name in dict.fromkeys(study for study, _, _ in files)}
     states = {name: _states(connection, study_id) for name, study_id in studies.items()}
     best = {
-        name: {standing.number for standing in ranked(connection, study_id, keep)}
+        name: {standing.number for standing in ranked(connection, study_id, keep, with_model=True)}
         for name, study_id in studies.items()
         if study_id is not None
     }
@@ -170,7 +170,7 @@ def _named(connection: Connection, keep: int) -> set[str]:
     histories = _told(connection, "history", None)
     named = histories | {str(Path(history).with_name(SUMMARY)) for history in histories}
     for study_id in connection.execute(select(StudyModel.study_id)).scalars().all():
-        best = [standing.trial_id for standing in ranked(connection, study_id, keep)]
+        best = [standing.trial_id for standing in ranked(connection, study_id, keep, with_model=True)]
         named |= _told(connection, "model", best)
     return named
 

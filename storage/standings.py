@@ -4,9 +4,14 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.storages._rdb.models import TrialModel, TrialSystemAttributeModel, TrialValueModel
+from optuna.storages._rdb.models import (
+    TrialModel,
+    TrialSystemAttributeModel,
+    TrialUserAttributeModel,
+    TrialValueModel,
+)
 from optuna.trial import TrialState
-from sqlalchemy import Connection, case, select
+from sqlalchemy import Connection, case, select, true
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,19 +23,25 @@ class Standing:
     value: float
 
 
-def ranked(connection: Connection, study_id: int, top: int | None = None) -> list[Standing]:
+def ranked(
+    connection: Connection, study_id: int, top: int | None = None, *, with_model: bool = False
+) -> list[Standing]:
     """The study's complete trials, highest value first and of equals the first, or only the `top` of them.
 
+    `with_model`: of those that left a model, as trials that were imported did not.
     Those with a violated constraint (`optuna.Trial.set_constraint`: more than 0) are left out, as Optuna's own
     ``study.best_trial`` leaves them out. A trial's rank never rises: values of finished trials do not change.
     """
     barred = _infeasible(connection, study_id)
     kind, kinds = TrialValueModel.value_type, TrialValueModel.TrialValueType
     infinity = case((kind == kinds.INF_POS, 1), (kind == kinds.INF_NEG, -1), else_=0)
+    stored = TrialUserAttributeModel
+    has_model = select(stored.trial_id).where(stored.trial_id == TrialModel.trial_id, stored.key == "model").exists()
     rows = connection.execute(
         select(TrialModel.trial_id, TrialModel.number, TrialValueModel.value, kind)
         .join(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
         .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.COMPLETE, TrialValueModel.objective == 0)
+        .where(has_model if with_model else true())
         .order_by(infinity.desc(), TrialValueModel.value.desc(), TrialModel.number)
         .limit(None if top is None else top + len(barred))
     )

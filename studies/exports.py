@@ -35,8 +35,9 @@ METRICS = ("best_epoch", "epochs", "parameters", "seconds", "images_per_second")
 README = """\
 # The best model of the study {study}
 
-Trial {number}: {protocol} accuracy {value:.4f}. It takes images as they are stored, (n, height, width, channels) on
-0 to 255, and gives class probabilities. Keras loads it; Trialyard is not needed. In this folder:
+Trial {number}: {protocol} accuracy {value:.4f}. It takes images of (n, height, width, channels) on 0 to 255 (real
+numbers from 0 to 1 are to be multiplied by 255), and gives class probabilities. Keras loads it; Trialyard is not
+needed. In this folder:
 
 ```python
 import keras

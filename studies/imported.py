@@ -81,6 +81,11 @@ def trial_of(row: Mapping[str, Any], definition: Definition, where: str) -> Impo
     rest = {key: _fact(key, told[key], rule, where) for key, rule in COLUMNS.items() if key in told}
     accuracy = float(rest.pop("accuracy"))
     protocol = "test" if definition.data.validation == "test" else "validation"
+    if rest.get("protocol", protocol) != protocol:
+        raise StudyError(
+            f"{where}: protocol = {_shown(rest['protocol'])}, and study {definition.name!r} judges its trials on "
+            f"{protocol} images, which is no comparison: import it into a study that judges on the same"
+        )
     return Imported(
         value=accuracy,
         params={key: (definition.space[key].distribution(), value) for key, value in point.items()},

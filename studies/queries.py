@@ -133,7 +133,7 @@ def _why_none(name: str, place: RDBStorage, study_id: int) -> str:
 def best_model(name: str, storage: Place = None) -> "keras.Model":
     """The trained model of the best trial, with the weights of its best epoch, ready to predict.
 
-    It takes images as they are stored, (n, height, width, channels) on 0 to 255, and gives class probabilities of
+    It takes images of (n, height, width, channels) on 0 to 255, as it was trained on, and gives class probabilities of
     (n, classes), float32: on a processor the same, to the bit, as at the end of its training. It is not compiled.
 
     >>> model = studies.best_model("digits")

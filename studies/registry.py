@@ -50,11 +50,11 @@ def create(
 
     `data` is what its images are (`fingerprint`, counts), for workers elsewhere to compare theirs with. With
     `results` the study has these, and nothing is left to be run.
-    Returns whether anything is new. A study that stands is left as it is, but for a budget that is now larger.
+    Returns whether anything is new. A study that stands is left as it is, but for a budget that is now larger; one that
+    is smaller changes nothing.
     A creation that was killed half way is completed.
 
-    Raises StudyError if it stands with a definition whose trials would not be comparable, StorageError if its
-    budget would be fewer than the trials that it has.
+    Raises StudyError if it stands with a definition whose trials would not be comparable.
     """
     name = definition.name
     if _id(storage, name) is None:
@@ -73,6 +73,12 @@ def create(
     added = claims.add(storage, name, results) if results else 0
     wanted = claims.Budget(trials=definition.trials if results is None else 0, hours=definition.budget.hours)
     there = claims.budget(storage, study_id(name, storage))
+    if there is not None and there.trials > wanted.trials and results is None:
+        log.warning(
+            "study %s has a budget of %d trials, which stays: `trialyard stop %s` ends it sooner",
+            *(name, there.trials, name),
+        )
+        wanted = replace(wanted, trials=there.trials)
     if there is not None and replace(there, imported=0) == wanted:
         return added > 0
     claims.set_budget(storage, name, wanted)

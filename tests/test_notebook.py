@@ -151,6 +151,7 @@ def test_the_time_left_is_reckoned_from_what_ran_here(storage: PatientStorage, d
         ({"accuracy": float("nan")}, r"row 2: accuracy = nan must be a finite number"),
         ({"accuracy": 99.3}, r"row 2: accuracy = 99\.3 must be at least 0 and at most 1: 99\.3 % is 0\.993"),
         ({"seconds": -1}, r"row 2: seconds = -1 must be at least 0"),
+        ({"protocol": "test"}, r"row 2: protocol = 'test', and study 'digits' judges its trials on validation images"),
         ({"protocol": "train"}, r"row 2: protocol = 'train' must be one of validation, test"),
         ({"batch_size": 32}, r"row 2: batch_size = 32, and study 'digits' fixes it at 64"),
     ],

@@ -10,7 +10,6 @@ from optuna.trial import TrialState
 
 from storage import claims, database
 from storage.database import PatientStorage
-from storage.errors import StorageError
 from storage.workers import Worker
 from studies import registry
 from studies.definition import Definition, parse
@@ -69,17 +68,18 @@ def test_a_creation_that_was_killed_half_way_is_completed(storage: PatientStorag
     assert claims.budget(storage, study_id) == claims.Budget(trials=4, hours=None)
 
 
-def test_a_larger_budget_is_taken_and_one_that_is_spent_refused(
-    storage: PatientStorage, study: str, trivial: Definition, me: Worker
+def test_a_larger_budget_is_taken_and_a_smaller_one_changes_nothing(
+    storage: PatientStorage, study: str, trivial: Definition, me: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
     def with_trials(trials: int) -> Definition:
         return trivial.model_copy(update={"budget": trivial.budget.model_copy(update={"trials": trials})})
 
     for _ in range(3):
         claims.claim(storage, study, me, 60.0)
-    with pytest.raises(StorageError, match="fewer than the 3 trials"):
-        registry.create(with_trials(2), storage, DATA)
     assert registry.create(with_trials(9), storage, DATA)
+    for fewer in (2, 5):
+        assert not registry.create(with_trials(fewer), storage, DATA)
+    assert f"study {study} has a budget of 9 trials, which stays" in caplog.text
     found = claims.budget(storage, registry.study_id(study, storage))
     assert found is not None
     assert (found.trials, found.hours) == (9, None)

@@ -28,6 +28,7 @@ from studies import definition as definitions
 from studies import findings, notebook, notes, registry
 from studies.definition import Definition, parse
 from studies.errors import StudyError
+from studies.imported import import_trials
 from studies.report import report, tell
 
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
@@ -172,7 +173,9 @@ def test_the_report_says_what_was_found_and_what_cannot_be_concluded(
         "The best of 9 complete trials is trial 8, with depth 7, dropout 0.4: validation accuracy 0.9800.",
         # 1.96 * sqrt(0.98 * 0.02 / 359) = 0.01448
         "On 359 validation images, the 95 % interval of that accuracy is 0.9800 ± 0.0145.",
-        "The runner-up, trial 7 (0.9700), lies within the interval of the best, and with it 1 trial of the 8 others",
+        # The interval of a difference: sqrt(0.01448^2 + 0.01765^2) = 0.02283.
+        "So many images do not tell the best from the runner-up, trial 7 (0.9700), and with it",
+        "The best of 9 is also the luckiest, and each accuracy is that of its best epoch",
         "Ended early, lagging behind: 2 trials of 12.",
         "Failed: 1 trial (nan 1).",
         "with one seed",
@@ -209,6 +212,24 @@ def test_what_people_wrote_is_text_and_no_markup(storage: PatientStorage, run: C
         assert all(line.replace("\\|", "").count("|") in (3, 7, 8) for line in table), table
 
 
+def test_no_caution_vanishes_where_poor_configurations_were_repeated(
+    storage: PatientStorage, run: Callable[..., Claim]
+) -> None:
+    registry.create(definitions.load("digits"), storage, DATA)
+    for rate, accuracy in ((0.1, 0.98), (0.2, 0.96), (0.3, 0.5), (0.3, 0.5), (0.4, 0.4)):
+        run("digits", {"depth": 3, "dropout": rate}, COMPLETE, accuracy)
+    told = tell("digits", storage).findings.cautions
+    assert any("The best configuration was trained once" in sentence for sentence in told)
+    # On 359 images 0.96 lies outside the interval of the best alone, and inside that of the difference.
+    assert any("do not tell the best from the runner-up, trial 1 (0.9600), and with it 1 trial" in one for one in told)
+
+
+def test_an_accuracy_had_elsewhere_has_no_interval_of_these_images(storage: PatientStorage) -> None:
+    registry.create(definitions.load("digits"), storage, DATA)
+    import_trials("digits", [{"depth": 3, "dropout": 0.1, "accuracy": 0.9}], storage)
+    assert not [sentence for sentence in tell("digits", storage).findings.found if "95 % interval" in sentence]
+
+
 def test_a_study_without_trials_has_a_report(storage: PatientStorage, home: Path) -> None:
     registry.create(definitions.load("digits"), storage, DATA)
     page = _Page(report("digits", storage))
@@ -239,7 +260,7 @@ def test_the_notebook_s_protocol_and_labels_are_warned_of(storage: PatientStorag
     labelled = definitions.load("notebook-dropout-7-labelled")
     assert any("never ran" in one for one in findings.findings([], labelled, {}).cautions)
     assert notebook.caution(definitions.load("digits")) == []
-    assert "12 trials of the 20 others" in report("notebook", storage, "markdown")
+    assert "15 trials of the 20 others" in report("notebook", storage, "markdown")
 
 
 # --- findings ---------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from storage.errors import ClaimLost, StorageError, StudyGone
 from storage.workers import Worker
 from studies import registry
 from studies.definition import Definition
+from studies.imported import import_trials
 
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 TEMPORARY = f".{'0' * 32}-{MODEL}"
@@ -139,6 +140,13 @@ def test_what_a_worker_left_that_was_killed_goes_with_the_next_trial(
         _end(storage, root, _claim(storage, study, me), COMPLETE, value)  # and no trim
     _trial(storage, root, study, me, 0.9)
     assert _models(root) == {1, 3}
+
+
+def test_results_had_elsewhere_take_no_model_s_place(storage: RDBStorage, study: str, root: Path, me: Worker) -> None:
+    import_trials(study, [{"dropout": 0.1 * n, "accuracy": 0.99} for n in range(3)], storage)
+    numbers = [_trial(storage, root, study, me, value).number for value in (0.5, 0.7, 0.6)]
+    assert _models(root) == {numbers[1], numbers[2]}
+    assert retention.superfluous(storage, root, 2) == []
 
 
 def test_the_model_of_a_running_trial_stays(storage: RDBStorage, study: str, root: Path, me: Worker) -> None:

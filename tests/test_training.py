@@ -16,7 +16,7 @@ import pytest
 
 from search import data
 from search.data import Dataset
-from search.errors import DataError
+from search.errors import DataError, ModelError
 from search.records import Epoch, Trained
 from search.training import NotANumber, train
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
@@ -259,3 +259,32 @@ def test_a_model_is_built_and_trained_on_jax(write_npz: Callable[..., Path], tmp
     assert backend == "jax"
     assert float(value) > 0.3  # guessing gives 0.1
     assert (tmp_path / "trial" / MODEL).is_file()
+
+
+OWN = """
+import keras
+
+def build(hyperparameters, image_shape, classes):
+    net = keras.Sequential([keras.Input(image_shape), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(),
+                            keras.layers.Dense(classes, "softmax")])
+    net.compile("adam", "categorical_crossentropy", metrics=METRICS)
+    return net
+"""
+
+
+def test_an_own_model_is_judged_by_its_accuracy_wherever_it_stands(
+    dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None]
+) -> None:
+    write_module("judged", OWN.replace("METRICS", "['mse', 'accuracy']"))
+    trained, records = _train(dataset, tmp_path, model="judged:build")
+    model = keras.models.load_model(tmp_path / MODEL)
+    right = model.predict(dataset.x_validation, verbose=0).argmax(axis=1) == dataset.y_validation
+    assert trained.value == max(record.val_accuracy for record in records) == pytest.approx(right.mean())
+
+
+def test_an_own_model_without_accuracy_is_refused(
+    dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None]
+) -> None:
+    write_module("unjudged", OWN.replace("METRICS", "['mse']"))
+    with pytest.raises(ModelError, match=r"unjudged:build is compiled with the metrics .*, and trials are judged by"):
+        _train(dataset, tmp_path, model="unjudged:build")
