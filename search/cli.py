@@ -501,6 +501,8 @@ def _work(names: list[str] | None, place: PatientStorage, settings: Settings, sl
     from search.devices import precision_for
 
     if names is not None and all(queries.status(name, place).ended for name in names):
+        for name in names:
+            _print_closed(name, place)
         return
     for name in names or []:
         precision, reason = precision_for(slots[0].device, registry.definition_of(name, place).precision)
@@ -513,8 +515,15 @@ def _work(names: list[str] | None, place: PatientStorage, settings: Settings, sl
         err.print(f"interrupted: what ran {left}; {again}", markup=False, soft_wrap=True)
         raise typer.Exit(130)
     for name in _standing(names or [], place):
-        if queries.status(name, place).state == "paused":
-            err.print(f"study {name} is paused: `trialyard resume {name}`, and the same command goes on", markup=False)
+        _print_closed(name, place)
+
+
+def _print_closed(name: str, place: PatientStorage) -> None:
+    """Says of a study that is not open that it is not, and how it is opened."""
+    state = queries.status(name, place).state
+    if state != "open":
+        told = f"study {name} is {state}: `trialyard resume {name}`, and the same command goes on"
+        err.print(told, markup=False, soft_wrap=True)
 
 
 def _standing(names: list[str], place: PatientStorage) -> list[str]:

@@ -6,13 +6,15 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from search.display import Relay, Watcher
+from storage import claims
 from storage.claims import Claim
 from storage.database import PatientStorage
-from studies import notes
+from studies import notes, registry
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +28,12 @@ class Publisher(Relay):
     A failure, a slow database included, is logged and nothing else: training and claims never wait for it.
     """
 
-    def __init__(self, inner: Watcher, storage: PatientStorage, cached: BaseStorage, artifacts: Path) -> None:
+    def __init__(self, inner: Watcher, storage: PatientStorage, artifacts: Path) -> None:
         super().__init__(inner)
-        self._storage, self._cached, self._artifacts = storage, cached, artifacts
+        self._storage, self._artifacts = storage, artifacts
+        # By name, with what tells the study from a deleted one of that name: the database's numbers are used again, and
+        # Optuna's cache of finished trials goes by them.
+        self._caches: dict[str, tuple[tuple[int, str | None], BaseStorage]] = {}
         self._due: dict[str, float] = {}  # studies with news, and when to look at them; by `time.monotonic`
         self._lock = threading.Lock()  # the slots' threads write, the publishing thread reads
         self._done = threading.Event()
@@ -70,9 +75,16 @@ class Publisher(Relay):
         for study in left:
             self._published(study, last=True)
 
+    def _cached(self, study: str) -> BaseStorage:
+        study_id = registry.study_id(study, self._storage)
+        standing = (study_id, claims.founded(self._storage, study_id))
+        if study not in self._caches or self._caches[study][0] != standing:
+            self._caches[study] = (standing, optuna.storages.get_storage(self._storage))
+        return self._caches[study][1]
+
     def _published(self, study: str, *, last: bool) -> bool:
         try:
-            return notes.publish(study, self._storage, self._artifacts, self._cached, last=last)
+            return notes.publish(study, self._storage, self._artifacts, self._cached(study), last=last)
         except Exception as error:
             # Whatever it is, it must not be in the way of training.
             if not self._storage.leaving.is_set():

@@ -47,7 +47,7 @@ def work(
     interrupted = threading.Event()
     errors: list[BaseException] = []
     open_studies = _OpenStudies(names, storage, settings)
-    publisher = Publisher(watcher, storage, open_studies.cached, settings.artifact_folder)
+    publisher = Publisher(watcher, storage, settings.artifact_folder)
     presence = Presence(publisher, storage, settings.beat_seconds, slots)
 
     def fill(slot: Slot, trainer: Trainer) -> None:
@@ -130,7 +130,6 @@ class _OpenStudies:
 
     def __init__(self, names: Sequence[str] | None, storage: PatientStorage, settings: Settings) -> None:
         self._storage, self._settings = storage, settings
-        self.cached = optuna.storages.get_storage(storage)
         self._names = names
         self._lock = threading.Lock()  # the slots' threads look one after another
         self._looked = float("-inf")

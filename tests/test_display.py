@@ -130,7 +130,7 @@ def test_what_listens_in_between_passes_all_on(storage: PatientStorage, claim: C
             return super().__getattribute__(name)
 
     trial = storage.get_trial(claim.trial_id)
-    publisher = Publisher(Ear(), storage, storage, Path("nowhere"))
+    publisher = Publisher(Ear(), storage, Path("nowhere"))
     for relay in (Relay(Ear()), publisher, Presence(Ear(), storage, 60.0, [])):
         heard.clear()
         relay.began(claim, {}, 1)

@@ -534,12 +534,29 @@ def test_workers_publish_as_trials_end_and_the_last_state_before_they_leave(
 ) -> None:
     monkeypatch.setattr("search.publisher.LEAVE_SECONDS", 120.0)  # a busy machine imports Plotly meanwhile
     registry.create(definitions.load("digits"), storage, DATA)
-    publisher = Publisher(Watcher(), storage, optuna.storages.get_storage(storage), artifacts)
+    publisher = Publisher(Watcher(), storage, artifacts)
     with publisher:
         for n in range(3):
             claim = run("digits", {"depth": 3, "dropout": 0.1 * n}, COMPLETE, 0.9)
             publisher.ended(claim, storage.get_trial(claim.trial_id))
     assert "3 of 12 trials" in get_note(optuna.load_study(study_name="digits", storage=storage))
+
+
+def test_a_study_that_takes_a_deleted_one_s_name_and_number_shows_its_own_trials(
+    storage: PatientStorage, run: Callable[..., Claim], artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.publisher.LEAVE_SECONDS", 120.0)  # a busy machine imports Plotly meanwhile
+    with Publisher(Watcher(), storage, artifacts) as publisher:
+        for number, accuracy in enumerate((0.9, 0.1)):
+            registry.create(definitions.load("digits"), storage, DATA)
+            claim = run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, accuracy)
+            assert publisher._published("digits", last=True)
+            assert f"validation accuracy {accuracy:.4f}" in get_note(
+                optuna.load_study(study_name="digits", storage=storage)
+            )
+            if number == 0:
+                claims.delete(storage, "digits", grace_seconds=60.0)
+    assert claim.study_id == 1, "this database does not use numbers again, and the test shows nothing"
 
 
 def test_a_failure_to_publish_is_logged_and_nothing_else(
@@ -555,7 +572,7 @@ def test_a_failure_to_publish_is_logged_and_nothing_else(
     monkeypatch.setattr(notes, "publish", broken)
     registry.create(definitions.load("digits"), storage, DATA)
     claim = run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
-    with caplog.at_level(logging.WARNING), Publisher(Watcher(), storage, storage, artifacts) as publisher:
+    with caplog.at_level(logging.WARNING), Publisher(Watcher(), storage, artifacts) as publisher:
         publisher.ended(claim, storage.get_trial(claim.trial_id))
     assert "the notes and figures of study digits were not written: a figure that cannot be drawn" in caplog.text
 
@@ -573,7 +590,7 @@ def test_a_slow_database_keeps_nobody_waiting(
     registry.create(definitions.load("digits"), storage, DATA)
     claim = run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
     began = time.monotonic()
-    with Publisher(Watcher(), storage, storage, artifacts) as publisher:
+    with Publisher(Watcher(), storage, artifacts) as publisher:
         for _ in range(100):
             publisher.ended(claim, storage.get_trial(claim.trial_id))
     assert time.monotonic() - began < 120.0, "it waited for the database"
