@@ -555,7 +555,7 @@ def test_a_study_that_takes_a_deleted_one_s_name_and_number_shows_its_own_trials
                 optuna.load_study(study_name="digits", storage=storage)
             )
             if number == 0:
-                claims.delete(storage, "digits", grace_seconds=60.0)
+                registry.delete("digits", storage)
     assert claim.study_id == 1, "this database does not use numbers again, and the test shows nothing"
 
 
