@@ -225,6 +225,8 @@ def beside_notebook(trials: Sequence[FrozenTrial], definition: Definition) -> go
     title = "The notebook's results and this study's, on the test images"
     if definition.name.endswith("-labelled") or (sweep and max(places) > 0.5):
         title += "<br><sup>its labels said 0.0 to 0.7, and it ran with 0.00 to 0.07</sup>"
+    if not sweep:
+        title += "<br><sup>the notebook's after its last epoch, this study's of their best epoch</sup>"
     if definition.data.limit is not None or definition.budget.epochs != 20:
         title += f"<br><sup>this study: {_size(definition)}; the notebook: 20 epochs of 60,000 images</sup>"
     return _figure(

@@ -66,9 +66,14 @@ def findings(trials: Sequence[FrozenTrial], definition: Definition, data: Mappin
 
 
 def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The complete ones, best first; of equals, the first."""
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    """The complete and feasible ones, best first; of equals, the first (as `storage.standings` has it)."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and is_feasible(trial)]
     return sorted(complete, key=lambda trial: (-float(trial.values[0]), trial.number))
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether the trial violates none of its constraints, if it has any."""
+    return all(value <= 0.0 for value in trial.constraints.values())
 
 
 def half_width(accuracy: float, images: int) -> float:

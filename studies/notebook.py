@@ -204,17 +204,24 @@ def _labelled(rows: list[tuple[Mapping[str, Any], Result]]) -> bool:
 
 
 def caution(study: Definition) -> list[str]:
-    """What a reader of a study that replays one of the notebook's sweeps, or holds them, must know of their labels."""
+    """What a reader of a study that replays the notebook's, or holds them, must know of their labels and epochs."""
     lie = "The notebook labelled its sweeps 0.0 to 0.7, and ran them with a tenth of that, 0.00 to 0.07 (i * 0.01)"
     if is_own(study):
         runs = ", ".join(f"`trialyard run {name}`" for name in _PLACES if not name.endswith("-labelled"))
         return [
             f"{lie}: they stand here as they ran.",
             f"Each was measured once, by the notebook. {runs} run them again: then a figure here shows both.",
+            "The conclusions are accuracies after the last epoch, the sweeps those of the best of 20: do not rank one "
+            "among the other.",
         ]
     rows = beside(study)
-    if not rows or rows[0][1].source == "conclusion":
+    if not rows:
         return []
+    if rows[0][1].source == "conclusion":
+        return [
+            "The notebook's conclusions are accuracies after the last epoch, this study's those of the best: that "
+            "alone lifts this study's by up to a point."
+        ]
     if _labelled(rows):
         return [f"{lie}: this study searches the labelled rates, which the notebook never ran."]
     return [f"{lie}: this study repeats it as it ran."]

@@ -11,13 +11,17 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.storages import BaseStorage
+from optuna.storages._rdb.models import TrialSystemAttributeModel
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard import get_note, save_note
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 from optuna_dashboard._note import get_note_from_system_attrs
 from optuna_dashboard._serializer import serialize_frozen_trial
 
+from search import dashboard
 from search.display import Watcher
 from search.publisher import Publisher
 from storage import claims, database
@@ -222,6 +226,19 @@ def test_no_caution_vanishes_where_poor_configurations_were_repeated(
     assert any("The best configuration was trained once" in sentence for sentence in told)
     # On 359 images 0.96 lies outside the interval of the best alone, and inside that of the difference.
     assert any("do not tell the best from the runner-up, trial 1 (0.9600), and with it 1 trial" in one for one in told)
+
+
+def test_an_infeasible_trial_wins_nowhere(storage: PatientStorage, run: Callable[..., Claim]) -> None:
+    registry.create(definitions.load("digits"), storage, DATA)
+    for accuracy, constraint in ((0.90, 0.0), (0.99, 1.0)):
+        claim = run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, accuracy)
+        with storage.engine.begin() as connection:  # Optuna lets nobody add one to a finished trial
+            row = {"trial_id": claim.trial_id, "key": "constraints:size", "value_json": str(constraint)}
+            connection.execute(sqlalchemy.insert(TrialSystemAttributeModel).values(row))
+    trials = storage.get_all_trials(registry.study_id("digits", storage))
+    assert [trial.number for trial in findings.ranked(trials)] == [0]
+    assert "The best of 1 complete trial is trial 0" in tell("digits", storage).findings.found[0]
+    assert [trial.number for trial in dashboard._best(trials, StudyDirection.MAXIMIZE)] == [0]
 
 
 def test_an_accuracy_had_elsewhere_has_no_interval_of_these_images(storage: PatientStorage) -> None:
