@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_written_is_the_machine_s_fault(trainer: Trainer
     trainer.submit(job(folder=home / "full"))
     failed = _messages(trainer)[-1]
     assert failed.kind == "disk"
-    assert "history.json cannot be written (Not a directory): is the disk full" in failed.message
+    assert "history.json cannot be written (File exists): is the disk full" in failed.message
 
 
 GROWING = """

@@ -261,7 +261,7 @@ def test_a_model_is_built_and_trained_on_jax(write_npz: Callable[..., Path], tmp
     assert (tmp_path / "trial" / MODEL).is_file()
 
 
-OWN = """
+COMPILED = """
 import keras
 
 def build(hyperparameters, image_shape, classes):
@@ -275,7 +275,7 @@ def build(hyperparameters, image_shape, classes):
 def test_an_own_model_is_judged_by_its_accuracy_wherever_it_stands(
     dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None]
 ) -> None:
-    write_module("judged", OWN.replace("METRICS", "['mse', 'accuracy']"))
+    write_module("judged", COMPILED.replace("METRICS", "['mse', 'accuracy']"))
     trained, records = _train(dataset, tmp_path, model="judged:build")
     model = keras.models.load_model(tmp_path / MODEL)
     right = model.predict(dataset.x_validation, verbose=0).argmax(axis=1) == dataset.y_validation
@@ -285,6 +285,6 @@ def test_an_own_model_is_judged_by_its_accuracy_wherever_it_stands(
 def test_an_own_model_without_accuracy_is_refused(
     dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None]
 ) -> None:
-    write_module("unjudged", OWN.replace("METRICS", "['mse']"))
+    write_module("unjudged", COMPILED.replace("METRICS", "['mse']"))
     with pytest.raises(ModelError, match=r"unjudged:build is compiled with the metrics .*, and trials are judged by"):
         _train(dataset, tmp_path, model="unjudged:build")
