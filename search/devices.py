@@ -114,7 +114,7 @@ def _check_gpu(slot: Slot, backend: str) -> None:
     if seen != 1:
         raise DeviceError(
             f"the driver names {slot.name} ({slot.device.name}), but {backend} sees {seen or 'no'} GPUs there: install "
-            "its CUDA libraries (for TensorFlow, `pip install 'trialyard[gpu]'`), or give --devices cpu"
+            "its CUDA libraries (for TensorFlow, `pip install '.[gpu]'` in Trialyard's folder), or give --devices cpu"
         )
 
 

@@ -14,7 +14,7 @@ class ModelError(TrialyardError):
 
 
 class DeviceError(TrialyardError):
-    """There is no such GPU on this machine."""
+    """There is no such GPU on this machine, or the framework does not see it."""
 
 
 class DashboardError(TrialyardError):

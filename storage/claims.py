@@ -114,26 +114,23 @@ class Counts:
 # --- the study --------------------------------------------------------------------------------------------
 
 
-def set_budget(storage: RDBStorage, study: str, budget: Budget) -> None:
-    """Gives `study` its budget, or a larger one. It is the last step of a study's creation.
+def set_budget(storage: RDBStorage, study: str, budget: Budget) -> Budget:
+    """Gives `study` its budget, or a larger one, and returns the one that it has then. The last step of its creation.
 
-    What was imported stays beside it, whatever `budget` says of that.
-    Raises StorageError if more trials than `budget` have been spent already.
+    Fewer trials than it has been given change nothing, so that nobody ends a study that others asked more of; what was
+    imported stays beside it, whatever `budget` says of that.
     """
 
-    def work(connection: Connection) -> None:
+    def work(connection: Connection) -> Budget:
         study_id = _study_id(connection, study)
-        finished, running = _spent(connection, study_id)
-        imported = len(_imported(connection, study_id))
-        own = finished + running - imported
-        if budget.trials < own:
-            raise StorageError(
-                f"budget.trials = {budget.trials} is fewer than the {own} trials "
-                f"that study {study!r} has already: ask for that many or more"
-            )
-        _set_study_attribute(connection, study_id, "budget", asdict(replace(budget, imported=imported)))
+        there = _budget(connection, study_id)
+        trials = budget.trials if there is None else max(budget.trials, there.trials)
+        wanted = replace(budget, trials=trials, imported=len(_imported(connection, study_id)))
+        if wanted != there:
+            _set_study_attribute(connection, study_id, "budget", asdict(wanted))
+        return wanted
 
-    write(storage, study, work)
+    return write(storage, study, work)
 
 
 def budget(storage: RDBStorage, study_id: int) -> Budget | None:

@@ -2,14 +2,14 @@
 
 TrialyardError
 ├── SettingsError      a TRIALYARD_* variable does not fit
-├── StorageError       the database cannot be reached, opened or written
+├── StorageError       the database cannot be reached, opened or written, or a trial's file not be written
 │   └── StudyGone      the study was deleted meanwhile
 ├── ClaimLost          another worker holds this trial now (never shown to a user: the result is dropped)
 ├── DefinitionError    (studies) a definition breaks a rule
 ├── StudyError         (studies) no such study, or it stands with another definition
 ├── DataError          (search) images or labels cannot be loaded or do not fit
 ├── ModelError         (search) a model cannot be imported or built
-├── DeviceError        (search) there is no such GPU
+├── DeviceError        (search) there is no such GPU, or the framework does not see it
 ├── DashboardError     (search) the dashboard cannot be served so
 └── WorkerError        (search) no worker of this machine works
 """
@@ -27,7 +27,7 @@ class SettingsError(TrialyardError):
 
 
 class StorageError(TrialyardError):
-    """The database cannot be reached, opened or written."""
+    """The database cannot be reached, opened or written, or the file of a trial cannot be written."""
 
 
 class StudyGone(StorageError):  # noqa: N818 - it is an event, not a mistake

@@ -1,6 +1,7 @@
 """What can be said of a study in plain words, and what cannot: for its note in the dashboard and its report."""
 
 import math
+import random
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,8 @@ from studies.models import Number
 from studies.space import Choice, Int, Parameter, listed
 
 EDGE = 0.02  # share of a continuous range, from either end, that counts as its edge
-SAMPLE = 1000  # trials that importances are computed from
-# Complete trials below which importances are a hint. With accuracies that have nothing to do with three hyperparameters
-# the largest share was 64 % in the median at 25 and 40 trials, and 59 % at 100 (60 repetitions).
-FEW = 100
+SAMPLE = 300  # trials that importances are computed from: a few hundredths of a second each time
+SHUFFLES = 19  # of which none may look as telling as what was found: chance does so once in 20 times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +94,8 @@ def _noise(complete: Sequence[FrozenTrial], images: int, judged: str) -> tuple[s
     if near:
         second = complete[1]
         unsure.append(
-            f"So many images do not tell the best from the runner-up, trial {second.number} ({second.values[0]:.4f}), "
-            f"and with it {_many(len(near), 'trial')} of the {len(complete) - 1} others."
+            f"{images:,} {judged} images do not tell the best from the runner-up, trial {second.number} "
+            f"({second.values[0]:.4f}), and with it {_many(len(near), 'trial')} of the {len(complete) - 1} others."
         )
     if len(complete) > 1:
         unsure.append(
@@ -188,24 +187,53 @@ def _by_state(trials: Sequence[FrozenTrial]) -> list[str]:
 def importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
     """How much each hyperparameter has to do with being among the best tenth, or best five (PED-ANOVA), as shares of 1.
 
-    Empty where there are too few trials, or all have the same accuracy.
+    Empty where there are too few trials, or all have the same accuracy. Shares alone say little: of three
+    hyperparameters that have nothing to do with the accuracy one easily has two thirds, see `stands_out`.
     """
-    complete = ranked(trials)
-    if len(complete) < 4 or complete[0].values[0] == complete[-1].values[0]:
-        return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says, trial by trial, that they are few
-        # A thousand tell as much as ten thousand, ten times faster: every n-th, from the best to the worst.
-        study = _in_memory(complete[:: math.ceil(len(complete) / SAMPLE)])
-        try:
-            # A tenth of few trials is one: take enough of them.
-            quantile = min(0.5, max(0.1, 5 / len(complete)))
-            evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
-            found = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
-        except (ValueError, RuntimeError, ArithmeticError, AssertionError):
-            return {}
+    found = _weights(_sampled(trials))
     total = sum(found.values())
     return {name: share / total for name, share in found.items()} if total > 0 else {}
+
+
+def stands_out(trials: Sequence[FrozenTrial]) -> bool:
+    """Whether the first of `importances` says more than chance would: a permutation test at 5 %.
+
+    The same accuracies are dealt to the same hyperparameters anew, `SHUFFLES` times; no hyperparameter may then weigh
+    as much as the heaviest does in truth. The same trials give the same answer.
+    """
+    sampled = _sampled(trials)
+    heaviest = max(_weights(sampled).values(), default=0.0)
+    accuracies, chance = [float(trial.values[0]) for trial in sampled], random.Random(0)
+    for _ in range(SHUFFLES):
+        chance.shuffle(accuracies)
+        dealt = [
+            optuna.trial.create_trial(params=trial.params, distributions=trial.distributions, value=accuracy)
+            for trial, accuracy in zip(sampled, accuracies, strict=True)
+        ]
+        if max(_weights(ranked(dealt)).values(), default=0.0) >= heaviest:
+            return False
+    return heaviest > 0.0
+
+
+def _sampled(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """At most `SAMPLE` of the complete ones, best first: every n-th, from the best to the worst."""
+    complete = ranked(trials)
+    return complete[:: max(1, math.ceil(len(complete) / SAMPLE))]
+
+
+def _weights(complete: Sequence[FrozenTrial]) -> dict[str, float]:
+    """The importances of ranked trials as PED-ANOVA gives them, largest first."""
+    if len(complete) < 4 or complete[0].values[0] == complete[-1].values[0]:
+        return {}
+    # A tenth of few trials is one: take enough of them.
+    quantile = min(0.5, max(0.1, 5 / len(complete)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says, trial by trial, that they are few
+        try:
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
+            return optuna.importance.get_param_importances(_in_memory(complete), evaluator=evaluator, normalize=False)
+        except (ValueError, RuntimeError, ArithmeticError, AssertionError):
+            return {}
 
 
 def _in_memory(trials: Sequence[FrozenTrial]) -> optuna.Study:
@@ -225,11 +253,14 @@ def _mattered(complete: Sequence[FrozenTrial], definition: Definition) -> list[s
         return ["Too few complete trials, or too equal ones, to say which hyperparameter made the difference."]
     told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     first = next(iter(shares))
-    sentences = (
-        [f"What told the best trials from the others was most of all {first} ({told})."] if len(shares) > 1 else []
-    )
-    if len(complete) < FEW and sentences:
-        sentences.append(f"With {len(complete)} complete trials these shares are a hint, not a measurement.")
+    sentences = []
+    if len(shares) > 1 and stands_out(complete):
+        sentences = [f"What told the best trials from the others was most of all {first} ({told})."]
+    elif len(shares) > 1:
+        sentences = [
+            f"These trials do not say which hyperparameter made the difference: by chance alone, one would seem to as "
+            f"much as {first} does ({told})."
+        ]
     return sentences + _groups(complete, definition)
 
 

@@ -219,8 +219,8 @@ def caution(study: Definition) -> list[str]:
         return []
     if rows[0][1].source == "conclusion":
         return [
-            "The notebook's conclusions are accuracies after the last epoch, this study's those of the best: that "
-            "alone lifts this study's by up to a point."
+            "The notebook's conclusions are accuracies after the last epoch, this study's those of the best, which are "
+            "higher: the notebook's own depth 7 at rate 0.0 has 0.9810 there, and 0.9920 in its sweep."
         ]
     if _labelled(rows):
         return [f"{lie}: this study searches the labelled rates, which the notebook never ran."]

@@ -119,13 +119,18 @@ def _why_none(name: str, place: RDBStorage, study_id: int) -> str:
             f"all {counts.complete} complete trials of study {name!r} violate a constraint, so none is the best: "
             "loosen the constraints, or search further"
         )
+    if claims.state(place, study_id) == "stopped":
+        return (
+            f"study {name!r} was stopped before any of its trials was complete: `trialyard resume {name}` opens it again, "
+            f"and `trialyard work {name}` works on it"
+        )
     if claims.ended(place, study_id):
         return (
             f"study {name!r} has ended without a complete trial ({counts.failed} failed, {counts.pruned} pruned): "
             f"`trialyard status {name}` says why; correct its definition and give it another name"
         )
     return (
-        f"study {name!r} has no complete trial yet: `trialyard run {name}` works on it, "
+        f"study {name!r} has no complete trial yet: `trialyard work {name}` works on it, "
         f"`trialyard status {name}` shows how far it is"
     )
 

@@ -5,7 +5,6 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -73,16 +72,13 @@ def create(
     added = claims.add(storage, name, results) if results else 0
     wanted = claims.Budget(trials=definition.trials if results is None else 0, hours=definition.budget.hours)
     there = claims.budget(storage, study_id(name, storage))
-    if there is not None and there.trials > wanted.trials and results is None:
+    stands = claims.set_budget(storage, name, wanted)
+    if results is None and stands.trials > wanted.trials:
         log.warning(
             "study %s has a budget of %d trials, which stays: `trialyard stop %s` ends it sooner",
-            *(name, there.trials, name),
+            *(name, stands.trials, name),
         )
-        wanted = replace(wanted, trials=there.trials)
-    if there is not None and replace(there, imported=0) == wanted:
-        return added > 0
-    claims.set_budget(storage, name, wanted)
-    return True
+    return added > 0 or stands != there
 
 
 def pause(name: str, storage: Place = None) -> None:

@@ -381,3 +381,16 @@ def test_storage_prune_lists_asks_and_removes(home: Path, trialyard: Call, monke
     assert (code, out) == (0, f"1.5 kB are free, below {home}/yard/artifacts\n")
     assert not path.exists()
     assert trialyard("storage", "prune")[:2] == (0, f"0 B are free, below {home}/yard/artifacts\n")
+
+
+def test_a_stopped_study_that_is_run_again_says_so(trialyard: Call, home: Path) -> None:
+    (home / "n.toml").write_text(GOOD, encoding="utf-8")
+    assert trialyard("create", "n.toml")[0] == 0
+    assert trialyard("stop", "n")[0] == 0
+    code, _, err = trialyard("run", "n.toml")
+    assert code == 1
+    assert err == (
+        "study n is stopped: `trialyard resume n`, and the same command goes on\n"
+        "error: study 'n' was stopped before any of its trials was complete: `trialyard resume n` opens it again, and "
+        "`trialyard work n` works on it\n"
+    )

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -178,7 +179,7 @@ def test_the_report_says_what_was_found_and_what_cannot_be_concluded(
         # 1.96 * sqrt(0.98 * 0.02 / 359) = 0.01448
         "On 359 validation images, the 95 % interval of that accuracy is 0.9800 ± 0.0145.",
         # The interval of a difference: sqrt(0.01448^2 + 0.01765^2) = 0.02283.
-        "So many images do not tell the best from the runner-up, trial 7 (0.9700), and with it",
+        "359 validation images do not tell the best from the runner-up, trial 7 (0.9700), and with it",
         "The best of 9 is also the luckiest, and each accuracy is that of its best epoch",
         "Ended early, lagging behind: 2 trials of 12.",
         "Failed: 1 trial (nan 1).",
@@ -277,6 +278,7 @@ def test_the_notebook_s_protocol_and_labels_are_warned_of(storage: PatientStorag
     labelled = definitions.load("notebook-dropout-7-labelled")
     assert any("never ran" in one for one in findings.findings([], labelled, {}).cautions)
     assert notebook.caution(definitions.load("digits")) == []
+    assert "after the last epoch" in notebook.caution(definitions.load("notebook-conclusion"))[0]
     assert "15 trials of the 20 others" in report("notebook", storage, "markdown")
 
 
@@ -323,6 +325,20 @@ def test_the_best_at_an_edge_is_warned_of_where_there_is_a_beyond(
 def test_depth_has_no_beyond() -> None:
     definition = _searched("depth = { choices = [3, 5, 7] }")
     assert findings.edges([_best(definition, depth=7)], definition) == []
+
+
+@pytest.mark.parametrize(("effect", "says"), [(0.0, False), (0.1, True)])
+def test_nothing_is_said_to_have_mattered_that_chance_would_show_as_well(effect: float, says: bool) -> None:
+    definition, dice = definitions.load("dropout-depth"), random.Random(3)
+    distributions = {name: parameter.distribution() for name, parameter in definition.space.items()}
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=3))
+    for _ in range(60):
+        trial = study.ask(distributions)
+        study.tell(trial, dice.gauss(0.9, 0.01) - effect * trial.params["dropout"])
+    assert max(findings.importances(study.trials).values()) > 0.5  # a large share, either way
+    assert findings.stands_out(study.trials) == says
+    sentence = findings.findings(study.trials, definition, {}).mattered[0]
+    assert sentence.startswith("What told the best" if says else "These trials do not say which hyperparameter")
 
 
 def test_importances_name_what_made_the_difference() -> None:

