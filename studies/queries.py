@@ -121,7 +121,7 @@ def _why_none(name: str, place: RDBStorage, study_id: int) -> str:
         )
     if claims.state(place, study_id) == "stopped":
         return (
-            f"study {name!r} was stopped before any of its trials was complete: `trialyard resume {name}` opens it again, "
+            f"study {name!r} was stopped before any of its trials was complete: `trialyard resume {name}` opens it, "
             f"and `trialyard work {name}` works on it"
         )
     if claims.ended(place, study_id):

@@ -63,7 +63,7 @@ space.dropout = { low = 0.0, high = 0.5 }
         (["create", "none.toml"], ["none.toml cannot be read (No such file or directory)"]),
         (["status", "digit"], ["there is no study 'digit'", "did you mean 'digits'?", "it has digits"]),
         (["best", "nothing"], ["there is no study 'nothing'", "`trialyard create nothing`"]),
-        (["best", "digits"], ["study 'digits' has no complete trial yet", "`trialyard run digits`"]),
+        (["best", "digits"], ["study 'digits' has no complete trial yet", "`trialyard work digits`"]),
         (["leaderboard", "nothing"], ["there is no study 'nothing'"]),
         (["work", "nothing"], ["there is no study 'nothing'"]),
         (["create", "digits", "--epochs", "3"], ["budget.epochs = 8 there and 3 here", "--name"]),
@@ -391,6 +391,6 @@ def test_a_stopped_study_that_is_run_again_says_so(trialyard: Call, home: Path) 
     assert code == 1
     assert err == (
         "study n is stopped: `trialyard resume n`, and the same command goes on\n"
-        "error: study 'n' was stopped before any of its trials was complete: `trialyard resume n` opens it again, and "
+        "error: study 'n' was stopped before any of its trials was complete: `trialyard resume n` opens it, and "
         "`trialyard work n` works on it\n"
     )

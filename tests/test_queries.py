@@ -35,7 +35,7 @@ def test_the_best_is_the_first_of_the_highest_complete_ones(storage: RDBStorage,
 
 def test_without_a_complete_trial_there_is_no_best(storage: RDBStorage, study: str, me: Worker) -> None:
     assert queries.leaderboard(study, storage) == []
-    with pytest.raises(StudyError, match=r"no complete trial yet: `trialyard run trivial`"):
+    with pytest.raises(StudyError, match=r"no complete trial yet: `trialyard work trivial`"):
         queries.best_trial(study, storage)
     _end(storage, study, me, *[(FAIL, None)] * 4, (PRUNED, 0.5))
     with pytest.raises(StudyError, match=r"ended without a complete trial \(4 failed, 1 pruned\)"):
