@@ -123,9 +123,12 @@ def _convnet(h: Hyperparameters, batch_norm: Any, dropout: Any) -> list[layers.L
         convolutions = [conv(32, 7), conv(64, 5), pool(), conv(128, 5), *norm(), *drop(conv_rate)]
     elif depth == 5:
         convolutions = [
-            *(conv(32, 3), conv(32, 3), *drop(conv_rate), pool()),
+            # Dropout follows the pool. Before it, the largest of four values of which some are dropped and the others
+            # scaled up is larger than it is without dropout, and the batch normalisation behind averages just that: on
+            # the digits a rate of 0.5 cost 46 points of accuracy.
+            *(conv(32, 3), conv(32, 3), pool(), *drop(conv_rate)),
             *(conv(32, 5), *norm()),
-            *(conv(64, 3), *drop(conv_rate), pool()),
+            *(conv(64, 3), pool(), *drop(conv_rate)),
             *(conv(128, 2), *norm()),
         ]
     else:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from search import checkpoint
+from search import averages, checkpoint
 from search.batches import batches
 from search.data import Array, Dataset
 from search.errors import DataError
@@ -70,8 +70,8 @@ def train(
     y_train, y_validation = (
         keras.utils.to_categorical(y, dataset.classes) for y in (dataset.y_train, dataset.y_validation)
     )
-    if ":" not in model:  # one's own may measure otherwise
-        _make_state(net, y_train[:1])
+    batches_per_epoch = math.ceil(len(y_train) / batch_size)
+    moving = _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
     stop = _StopAtBatch(stopping)
     identity = {
         "model": model,
@@ -96,7 +96,9 @@ def train(
             break
         loss, accuracy = fitted.history["loss"][0], accuracy_of(fitted.history, model)[0]
         images = batches(dataset.x_validation, y_validation, _evaluation_batch(batch_size))
-        validated = net.evaluate(**images, verbose=0, return_dict=True)
+        with moving.corrected(epoch * batches_per_epoch):
+            validated = net.evaluate(**images, verbose=0, return_dict=True)
+            judged_weights = net.get_weights()
         val_loss, val_accuracy = validated["loss"], accuracy_of(validated, model)
         if not math.isfinite(loss):
             raise NotANumber(f"the training loss became {loss} in epoch {epoch}")
@@ -112,7 +114,7 @@ def train(
             images_per_second=len(y_train) / seconds,
         )
         if not history or record.val_accuracy > max(past.val_accuracy for past in history):
-            best_weights = net.get_weights()
+            best_weights = judged_weights
         history.append(record)
         on_epoch(record)
         if epoch < epochs:
@@ -142,6 +144,26 @@ def train(
         data_fingerprint=dataset.fingerprint,
         versions=versions(),
     )
+
+
+def _moving_averages(
+    net: keras.Model, model: str, h: Hyperparameters, dataset: Dataset, y_train: Array, batch_size: int
+) -> averages.MovingAverages:
+    """Makes the state of `net` that Keras leaves to the first batch; returns its moving averages.
+
+    Where the hyperparameter `batch_norm_averages` is "keras" they are not corrected: so the notebook was judged.
+    """
+    corrected = h.get("batch_norm_averages", "corrected") == "corrected"
+    if ":" not in model:
+        _make_state(net, y_train[:1])
+        return averages.of_builtin(net) if corrected else averages.MovingAverages()
+    if not net.built:  # a class of one's own: without its variables no checkpoint could be taken up
+        net(dataset.x_train[:1])
+
+    def train_one_batch() -> None:
+        net.fit(**batches(dataset.x_train[:batch_size], y_train[:batch_size], batch_size), shuffle=False, verbose=0)
+
+    return averages.of_own(net, train_one_batch) if corrected else averages.MovingAverages()
 
 
 def _make_state(net: keras.Model, y: Array) -> None:

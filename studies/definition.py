@@ -76,7 +76,7 @@ class Pruner(_Table):
     """Which pruner ends hopeless trials early."""
 
     kind: PrunerKind = "none"
-    # No trial is judged before it has had so many: batch normalisation makes a slow start.
+    # No trial is judged before it has had so many.
     min_epochs: Annotated[Whole, Field(ge=1)] = 1
 
 

@@ -10,6 +10,7 @@ from studies.space import Scalar, listed
 
 OPTIMIZERS = ("adam", "adamw", "nadam", "rmsprop", "sgd", "adadelta", "adagrad")
 WITH_MOMENTUM = ("sgd", "rmsprop")  # the optimizers that take `momentum`
+AVERAGES = ("corrected", "keras")  # how the moving averages of batch normalisation are taken when a model is judged
 DEPTHS = (3, 5, 7)
 
 
@@ -64,6 +65,7 @@ TRAINING: Mapping[str, Rule] = {
     "momentum": _RATE,
     "weight_decay": Number(low=0.0),
     "label_smoothing": _RATE,
+    "batch_norm_averages": OneOf(values=AVERAGES),
 }
 
 _ARCHITECTURE: Mapping[str, Mapping[str, Rule]] = {

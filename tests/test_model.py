@@ -86,7 +86,7 @@ def test_dropout_stands_where_the_notebook_has_it() -> None:
     assert _rates({"depth": 3}) == []
     assert _rates({"depth": 3, "dropout": 0.0}) == [(conv, 0.0), (dense, 0.0)]
     assert _rates({"depth": 3, "dense_dropout": 0.07}) == [(dense, 0.07)]
-    assert _rates({"depth": 5, "dropout": 0.3}) == [(conv, 0.3), (conv, 0.3)]
+    assert _rates({"depth": 5, "dropout": 0.3}) == [(pool, 0.3), (pool, 0.3)]
     assert _rates({"depth": 7, "dropout": 0.2}) == [(conv, 0.2), (conv, 0.2)]
     assert _rates({"depth": 7, "conv_dropout": 0.1, "dense_dropout": 0.5}) == [(conv, 0.1), (conv, 0.1), (dense, 0.5)]
     assert _rates({"depth": 3, "dropout": 0.4, "dropout_layers": False}) == []
@@ -148,7 +148,7 @@ def test_every_hyperparameter_that_a_definition_may_name_is_used() -> None:
 
     rules = models.rules("convnet")
     assert rules is not None
-    assert set(values) | {"batch_size"} == set(rules)  # the batch size is the training's
+    assert set(values) | {"batch_size", "batch_norm_averages"} == set(rules)  # those two are the training's
     for name, value in values.items():
         start = base | ({"batch_norm": True, "batch_norm_momentum": 0.9} if name == "batch_norm_momentum" else {})
         assert told(start) == told(start)

@@ -188,7 +188,7 @@ def test_the_report_says_what_was_found_and_what_cannot_be_concluded(
         "3.15.1",
         "float32",
         "one of 3, 5, 7",
-        "batch_norm_momentum = 0.9",
+        "batch_size = 64",
         "fingerprint 0000000000000000",
     ):
         assert sentence in said, sentence

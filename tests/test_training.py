@@ -142,7 +142,7 @@ class _Killed(Exception):  # noqa: N818 - it is an event
     """Stands for a process that ends here."""
 
 
-@pytest.mark.parametrize("model", ["mnist_cnn", "mine:build"])
+@pytest.mark.parametrize("model", ["mnist_cnn", "mine:build", "mine:subclassed"])
 @pytest.mark.parametrize("end", ["stopped", "killed"])
 def test_a_training_that_goes_on_gives_the_numbers_of_one_that_was_never_interrupted(
     dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None], model: str, end: str
@@ -194,9 +194,27 @@ class Noise(keras.layers.Layer):  # draws from Keras's own generator
 
 def build(hyperparameters, image_shape, classes):
     model = keras.Sequential([keras.Input(image_shape), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(),
-                              Noise(), keras.layers.Dense(classes), keras.layers.Softmax()])
+                              Noise(), keras.layers.BatchNormalization(), keras.layers.Dense(classes),
+                              keras.layers.Softmax()])
     model.compile("adam", "categorical_crossentropy", metrics=["accuracy"])
     return model
+
+@keras.saving.register_keras_serializable()
+class Own(keras.Model):  # has no variables before its first call
+    def __init__(self, classes, **options):
+        super().__init__(**options)
+        self.classes = classes
+        self.norm, self.out = keras.layers.BatchNormalization(), keras.layers.Dense(classes, "softmax")
+
+    def call(self, images, training=False):
+        flat = keras.ops.reshape(keras.ops.cast(images, "float32") / 255, (-1, 64))
+        return self.out(self.norm(flat, training=training))
+
+    def get_config(self):
+        return {"classes": self.classes}
+
+def subclassed(hyperparameters, image_shape, classes):
+    return Own(classes)
 """
 
 

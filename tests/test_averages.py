@@ -1,0 +1,200 @@
+"""Scores are fair from the first epoch on: the averages of batch normalisation are corrected for their start."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from search import averages, data
+from search.averages import MovingAverages
+from search.data import Dataset
+from search.model import build
+from search.records import Epoch
+from search.training import train
+from storage.artifacts import MODEL
+from studies.definition import Data
+
+MOMENTUM = 0.9
+
+
+@pytest.fixture(autouse=True)
+def _float32() -> None:
+    keras.backend.clear_session()
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def dataset(write_npz: Callable[..., Path]) -> Dataset:
+    """240 training and 60 validation images of 8x8."""
+    return data.load(str(write_npz()), Data(validation=0.2), [])
+
+
+def _weighted(values: list[Any]) -> Any:
+    """The bias-corrected average by its definition: batch i of t has the weight (1 - m) m^(t - i) / (1 - m^t)."""
+    weights = [MOMENTUM ** (len(values) - 1 - index) for index in range(len(values))]
+    return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_corrected_average_is_the_weighted_mean_of_the_batches(steps: int) -> None:
+    layer = keras.layers.BatchNormalization(momentum=MOMENTUM)
+    net = keras.Sequential([keras.Input((4, 4, 3)), layer])
+    moving = averages.of_builtin(net)
+    random = np.random.default_rng(0)
+    inputs = [random.normal(5.0, 3.0, size=(8, 4, 4, 3)).astype("float32") for _ in range(steps)]
+    for batch in inputs:
+        net(batch, training=True)
+    raw = net.get_weights()
+    with moving.corrected(steps):
+        mean, variance = map(keras.ops.convert_to_numpy, (layer.moving_mean, layer.moving_variance))
+    np.testing.assert_allclose(mean, _weighted([batch.mean(axis=(0, 1, 2)) for batch in inputs]), rtol=1e-4)
+    np.testing.assert_allclose(variance, _weighted([batch.var(axis=(0, 1, 2)) for batch in inputs]), rtol=1e-4)
+    for now, before in zip(net.get_weights(), raw, strict=True):
+        assert np.array_equal(now, before), "the training goes on with Keras's own averages"
+
+
+def test_a_model_that_has_not_trained_keeps_its_averages() -> None:
+    net = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.BatchNormalization()])
+    with averages.of_builtin(net).corrected(0):
+        assert np.array_equal(net.layers[0].moving_mean, np.zeros(3))
+
+
+def _shared(h: Any) -> keras.Model:
+    """One layer that is called twice, one that is frozen, and one in a model inside the model."""
+    images = keras.Input((8, 8, 1))
+    twice = keras.layers.BatchNormalization(momentum=MOMENTUM, name="twice")
+    frozen = keras.layers.BatchNormalization(name="frozen", trainable=False, moving_mean_initializer="ones")
+    inner = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.BatchNormalization(name="inner")])
+    x = twice(keras.layers.Rescaling(1 / 255)(images))
+    x = inner(frozen(twice(x)))
+    x = keras.layers.Dropout(0.1)(x)
+    net = keras.Model(images, keras.layers.Dense(10, "softmax")(keras.layers.Flatten()(x)))
+    net.compile("adam", "categorical_crossentropy", metrics=["accuracy"])
+    return net
+
+
+def _batch(dataset: Dataset) -> tuple[Any, Any]:
+    return dataset.x_train[:32], np.eye(10)[dataset.y_train[:32]]
+
+
+def test_how_often_a_step_updates_each_layer_of_an_own_model_is_found_out(dataset: Dataset) -> None:
+    net = _shared({})
+    x, y = _batch(dataset)
+    before = net.get_weights()
+    moving = averages.of_own(net, lambda: net.fit(x, y, batch_size=32, verbose=0))
+    assert {one.layer.name: one.updates for one in moving._averages} == {"twice": 2, "inner": 1}
+    for was, now in zip(before, net.get_weights(), strict=True):
+        assert np.array_equal(was, now), "looking changes nothing"
+    # The same model that nobody looked at trains to the same weights: its random generators are where they were.
+    net.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+    other = _shared({})
+    other.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    for one, two in zip(net.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_model_without_batch_normalisation_is_not_touched(dataset: Dataset) -> None:
+    net = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(10, "softmax")])
+    net.compile("adam", "categorical_crossentropy")
+
+    def train_one_batch() -> None:
+        raise AssertionError("there is nothing to find out")
+
+    assert averages.of_own(net, train_one_batch)._averages == ()
+
+
+OWN = """
+import keras
+from search.model import build as ours
+
+def build(h, image_shape, classes):
+    net = ours("convnet", {"depth": 5, "width": 0.25}, image_shape, classes, plain=True)
+    return net
+"""
+
+
+def _train(dataset: Dataset, folder: Path, **changed: Any) -> list[Epoch]:
+    records: list[Epoch] = []
+    arguments: dict[str, Any] = {
+        "model": "convnet",
+        "hyperparameters": {"depth": 5, "width": 0.25, "batch_size": 32},
+        "dataset": dataset,
+        "epochs": 3,
+        "seed": 1,
+        "precision": ("float32", ""),
+        "folder": folder,
+        "on_epoch": records.append,
+        "stopping": lambda: None,
+    }
+    train(**arguments | changed)
+    return records
+
+
+@pytest.fixture
+def enlarged(write_npz: Callable[..., Path]) -> Dataset:
+    """The same images at 24x24, which depth 5 needs."""
+    images = np.load(write_npz())["x_train"].repeat(3, axis=1).repeat(3, axis=2)
+    return data.load(str(write_npz("enlarged.npz", x_train=images)), Data(validation=0.2), [])
+
+
+def test_the_correction_changes_scores_and_not_the_training(enlarged: Dataset, tmp_path: Path) -> None:
+    hyperparameters = {"depth": 5, "width": 0.25, "batch_size": 32}
+    fair = _train(enlarged, tmp_path / "fair")
+    as_keras = _train(enlarged, tmp_path / "keras", hyperparameters=hyperparameters | {"batch_norm_averages": "keras"})
+    assert [epoch.loss for epoch in fair] == [epoch.loss for epoch in as_keras]
+    assert fair[-1].val_accuracy > as_keras[-1].val_accuracy + 0.2
+    assert fair[-1].val_loss < as_keras[-1].val_loss
+
+
+def test_an_own_model_is_scored_as_fairly_as_ours(
+    enlarged: Dataset, tmp_path: Path, write_module: Callable[[str, str], None]
+) -> None:
+    write_module("mine", OWN)
+    records = _train(enlarged, tmp_path, model="mine:build", epochs=4)
+    assert records[-1].val_accuracy > 0.5  # with Keras's averages: chance
+    saved = keras.models.load_model(tmp_path / MODEL, compile=False)
+    right = saved.predict(enlarged.x_validation, verbose=0).argmax(axis=1) == enlarged.y_validation
+    assert right.mean() == pytest.approx(max(record.val_accuracy for record in records))
+
+
+def _reestimated(net: keras.Model, images: Any) -> None:
+    """Sets each layer's averages to the mean and variance of its inputs over all `images`, the first layer first."""
+    for layer in net.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            inputs = keras.Model(net.inputs, layer.input).predict(images, verbose=0)
+            layer.moving_mean.assign(inputs.mean(axis=(0, 1, 2)))
+            layer.moving_variance.assign(inputs.var(axis=(0, 1, 2)))
+
+
+@pytest.mark.mnist
+def test_the_score_of_a_short_run_is_that_of_re_estimated_statistics(mnist_folders: list[Path], tmp_path: Path) -> None:
+    """800 images of MNIST and 26 batches: Keras's own averages give chance, the corrected ones what was learned."""
+    images = data.load("mnist", Data(limit=1200, validation=400 / 1200), mnist_folders)
+    # The last epoch's model is the one that is saved: nothing but one epoch is trained.
+    hyperparameters = {"depth": 5, "dropout": 0.2, "batch_size": 32}
+    (record,) = _train(images, tmp_path, epochs=1, hyperparameters=hyperparameters)
+    saved = keras.models.load_model(tmp_path / MODEL)
+    _reestimated(saved, images.x_train)
+    right = saved.predict(images.x_validation, verbose=0).argmax(axis=1) == images.y_validation
+    assert abs(record.val_accuracy - right.mean()) <= 0.05
+    assert record.val_accuracy > 0.5
+
+
+def test_nothing_is_corrected_where_there_is_nothing() -> None:
+    with MovingAverages().corrected(3):
+        pass
+
+
+def test_depth_five_drops_after_its_pools() -> None:
+    kinds = [type(layer).__name__ for layer in build("convnet", {"depth": 5, "dropout": 0.2}, (28, 28, 1), 10).layers]
+    assert kinds == [
+        *("Rescaling", "Conv2D", "Conv2D", "MaxPooling2D", "Dropout", "Conv2D", "BatchNormalization"),
+        *("Conv2D", "MaxPooling2D", "Dropout", "Conv2D", "BatchNormalization", "Flatten", "Dense", "Dense"),
+        "Activation",
+    ]
