@@ -149,9 +149,10 @@ def _readme(name: str, trial: FrozenTrial, definition: Definition, format: Forma
 
 def _convert(model: Path, format: Format, target: Path, definition: Definition) -> None:
     module = definition.model.partition(":")[0] if ":" in definition.model else ""
+    arguments = [str(model), format, str(target), *([module] if module else [])]
     try:
         result = subprocess.run(
-            [sys.executable, "-m", "studies.convert", str(model), format, str(target), *([module] if module else [])],
+            [sys.executable, "-P", "-m", "studies.convert", *arguments],
             capture_output=True,
             text=True,
             errors="replace",
