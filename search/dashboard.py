@@ -53,6 +53,7 @@ from sqlalchemy import Connection, select
 from search.errors import DashboardError
 from storage import artifacts
 from storage.database import PatientStorage, forbid_writing, read
+from storage.standings import is_scored
 from studies import findings
 
 log = logging.getLogger(__name__)
@@ -513,7 +514,7 @@ class StudyDetail:
 def _best(trials: list[FrozenTrial], direction: StudyDirection) -> list[FrozenTrial]:
     """The best complete and feasible trial, of equals the first, as `studies.best_trial` has it; none without one."""
     sign = 1 if direction == StudyDirection.MAXIMIZE else -1
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and findings.is_feasible(trial)]
+    complete = [trial for trial in trials if is_scored(trial) and findings.is_feasible(trial)]
     return [max(complete, key=lambda trial: (sign * trial.values[0], -trial.number))] if complete else []
 
 

@@ -6,6 +6,7 @@ draws imports this module.
 """
 
 import html
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -14,6 +15,7 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 from plotly.subplots import make_subplots
 
+from storage.standings import is_scored
 from studies import notebook
 from studies.definition import Definition
 from studies.queries import Curve
@@ -158,7 +160,7 @@ def best_so_far(trials: Sequence[FrozenTrial], definition: Definition) -> go.Fig
     best: FrozenTrial | None = None
     counts, hours, values, texts = [], [], [], []
     for count, trial in enumerate(ended, start=1):
-        if trial.state == TrialState.COMPLETE and (best is None or trial.values[0] > best.values[0]):
+        if is_scored(trial) and (best is None or trial.values[0] > best.values[0]):
             best = trial
         elif count != len(ended):
             continue  # a step line needs its steps, and its end
@@ -320,15 +322,19 @@ def _at(trial: FrozenTrial, names: Sequence[str]) -> Any:
 
 
 def _complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    return [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return [trial for trial in trials if is_scored(trial)]
 
 
 def _accuracy(trial: FrozenTrial) -> float | None:
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
         return None
     if trial.values is not None:
-        return float(trial.values[0])
-    return trial.intermediate_values[trial.last_step] if trial.last_step is not None else None
+        value = float(trial.values[0])
+    elif trial.last_step is not None:
+        value = trial.intermediate_values[trial.last_step]
+    else:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _counted(last: int) -> dict[str, Any]:
@@ -338,7 +344,7 @@ def _counted(last: int) -> dict[str, Any]:
 
 def _accuracies(values: Iterable[float | None]) -> dict[str, Any]:
     """An axis of these; where they are all the same, Plotly would let it go from one below to one above."""
-    different = set(values)
+    different = {value for value in values if value is None or math.isfinite(value)}
     value = next(iter(different), None)
     same = len(different) == 1 and value is not None
     return {"tickformat": ".4~f"} | ({"range": [value - 0.05, value + 0.05]} if same and value is not None else {})

@@ -11,6 +11,7 @@ from typing import Any
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from storage.standings import is_scored
 from studies import definition as definitions
 from studies import imported, registry
 from studies.definition import Definition
@@ -187,7 +188,8 @@ def replays(study: Definition, storage: RDBStorage) -> list[Replay]:
         if rows and not _labelled(rows):
             study_id = registry.study_id(name, storage)
             complete = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
-            pairs = [(result, trial) for trial in complete for point, result in rows if trial.params == point]
+            scored = [trial for trial in complete if is_scored(trial)]
+            pairs = [(result, trial) for trial in scored for point, result in rows if trial.params == point]
             found += [Replay(definition=definition, trials=tuple(pairs))] if pairs else []
     return found
 
