@@ -32,9 +32,7 @@ class Checkpoint:
     history: list[Epoch]
     variables: list[Array]  # of the model, in its own order, and Keras's own generator's
     optimizer: list[Array]
-    best_weights: list[
-        Array
-    ]  # as `keras.Model.get_weights` gives them, of the best epoch; empty before an epoch has a finite score
+    best_weights: list[Array]  # of the best epoch, as `get_weights` gives them; empty before a finite score
     random_states: dict[str, Any]
 
 

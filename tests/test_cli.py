@@ -66,7 +66,10 @@ space.dropout = { low = 0.0, high = 0.5 }
         (["best", "digits"], ["study 'digits' has no complete trial yet", "`trialyard work digits`"]),
         (["leaderboard", "nothing"], ["there is no study 'nothing'"]),
         (["work", "nothing"], ["there is no study 'nothing'"]),
-        (["create", "digits", "--epochs", "3"], ["budget.epochs = 8 there and 3 here", "--name"]),
+        (
+            ["create", "digits", "--epochs", "3"],
+            ["budget.epochs = 8 in the database and 3 in this definition", "--name"],
+        ),
         (["create", "digits", "--limit", "20"], ["data.validation = 0.2 cannot split 20 images of 10 classes"]),
         (["create", "digits", "--name", "a/b"], ['name = "a/b" must be letters, digits']),
         (["status", "--storage", "nonsense"], ["the database URL 'nonsense' does not parse", "sqlite:///"]),

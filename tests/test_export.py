@@ -96,7 +96,7 @@ def test_it_refuses_to_overwrite(finished: RDBStorage, home: Path) -> None:
     (home / "there").mkdir()
     (home / "link").symlink_to("nowhere")
     for name in ("there", "link", "yard/studies.db"):
-        with pytest.raises(StudyError, match="stands already: name a folder that is not there yet"):
+        with pytest.raises(StudyError, match="exists already: name a folder that does not exist yet"):
             studies.export("trivial", home / name, storage=finished)
     assert list((home / "there").iterdir()) == []
 
