@@ -161,7 +161,8 @@ def _check_range(low: float, high: float, log: bool) -> None:
 
 
 def _divides(step: float, low: float, high: float) -> bool:
-    """Whether `high` is a whole number of steps above `low`. Otherwise Optuna lowers `high`; it computes in decimals."""
+    """Whether `high` is a whole number of steps above `low`. If it is not, Optuna lowers `high`."""
+    # In decimals, as Optuna computes it.
     width, one = Decimal(str(high)) - Decimal(str(low)), Decimal(str(step))
     return 1 <= width / one <= 2**53 and width % one == 0
 

@@ -67,7 +67,7 @@ def test_a_creation_that_was_cut_off_is_completed(storage: PatientStorage, monke
 
 def test_another_study_of_that_name_is_left_alone(storage: PatientStorage) -> None:
     registry.create(definitions.load("digits", name="notebook"), storage, {"fingerprint": "0"})
-    with pytest.raises(StudyError, match="already that is not of the notebook's results"):
+    with pytest.raises(StudyError, match="another study is named 'notebook' already"):
         notebook.create(storage)
     assert queries.status("notebook", storage).complete == 0
 
