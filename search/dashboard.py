@@ -151,8 +151,8 @@ def _ended_by_signals() -> Iterator[None]:
 def guarded(app: WSGIApplication, *, local: bool, password: SecretStr | None, read_only: bool) -> WSGIApplication:
     """`app` behind the guard: only allowed requests reach it.
 
-    With a `password`, HTTP Basic asks for it, with any user name. The browser has the dialog, so there is no login page
-    or session to forge or steal. After too many wrong passwords an address gets 429 for a while, whatever
+    With a `password`, HTTP Basic asks for it, with any user name. The browser has the dialog, so no login page or
+    session can be forged or stolen. After too many wrong passwords an address gets 429 for a while, whatever
     it sends. Browsers that sent the right password before are exempt; their cookie gives no access by itself. `local`
     means that the server listens on this machine alone.
     """
@@ -437,7 +437,7 @@ class StudyDetail:
         return _compressed(body)
 
     def _study(self, study_id: int) -> tuple[FrozenStudy | None, dict[int, list[tuple[str, str]]]]:
-        """The study without the attributes that it keeps for its trials, and those attributes by trial id, as stored."""
+        """The study without the attributes that it keeps for its trials, and those, by trial id, as stored."""
 
         def work(connection: Connection) -> tuple[Any, list[StudyDirection], list[tuple[str, str]], list[Any]]:
             def attributes(model: Any) -> list[Any]:
