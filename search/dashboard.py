@@ -508,7 +508,7 @@ class StudyDetail:
         """Where the model should be that the page would offer, where its worker said so."""
         below = trial.user_attrs.get("model")
         offered = any(one["filename"] == artifacts.MODEL for one in told["artifacts"])
-        return self._folder / str(below) if offered and below is not None else None
+        return artifacts.inside(self._folder, below) if offered else None
 
 
 def _best(trials: list[FrozenTrial], direction: StudyDirection) -> list[FrozenTrial]:
