@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from search import display
 from search.display import Lines, LiveTable, Watcher
 from search.errors import WorkerError
-from storage import artifacts, claims, database, retention
+from storage import artifacts, attributes, claims, database, retention
 from storage import settings as environment
 from storage import workers as workers_list
 from storage.database import PatientStorage
@@ -580,8 +580,8 @@ def _record(study: str, trial: FrozenTrial, settings: Settings) -> dict[str, Any
 
 
 def _path(trial: FrozenTrial, artifact: str, settings: Settings) -> str | None:
-    below = trial.user_attrs.get(artifact)
-    return None if below is None else str(settings.artifact_folder / below)
+    path = artifacts.inside(settings.artifact_folder, trial.user_attrs.get(artifact))
+    return None if path is None else str(path)
 
 
 def _time(moment: datetime | None) -> str | None:
@@ -598,10 +598,14 @@ def _print_best(study: str, trial: FrozenTrial, settings: Settings) -> None:
     judged = "test (the notebook's protocol)" if told.get("protocol") == "test" else "validation"
     out.print(f"best of {study}: trial {trial.number}, {judged} accuracy {trial.values[0]:.4f}", markup=False)
     out.print(f"  hyperparameters  {display.shown(trial.params)}", markup=False)
-    if "best_epoch" in told:
+    best_epoch, epochs, parameters, seconds, speed = numbers = [
+        attributes.number(told.get(key))
+        for key in ("best_epoch", "epochs", "parameters", "seconds", "images_per_second")
+    ]
+    if None not in numbers:  # else others added it
         out.print(
-            f"  training         best epoch {told['best_epoch']} of {told['epochs']}, {told['parameters']:,} weights, "
-            f"{told['seconds']:.1f} s, {told['images_per_second']:,.0f} images/s in {told['precision']}",
+            f"  training         best epoch {best_epoch} of {epochs}, {parameters:,} weights, "
+            f"{seconds:.1f} s, {speed:,.0f} images/s in {told.get('precision')}",
             markup=False,
         )
     model = _path(trial, "model", settings)
@@ -649,6 +653,8 @@ def _print_status(found: Status) -> None:
         out.print(f"  best {found.best:.4f} (trial {found.best_number})", markup=False)
     if found.failures:
         out.print(f"  {_failed(found)}", markup=False)
+    if found.outside:
+        out.print(f"  {claims.outside_text(found.outside)}", markup=False)
     for one in found.workers:
         out.print(
             f"  trial {one.number} on {one.slot} of {one.host} (process {one.pid}), attempt {one.attempt}, "

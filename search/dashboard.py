@@ -511,7 +511,7 @@ class StudyDetail:
         """The path of the model that the page would offer for download; None if it offers none."""
         below = trial.user_attrs.get("model")
         offered = any(one["filename"] == artifacts.MODEL for one in serialized["artifacts"])
-        return self._folder / str(below) if offered and below is not None else None
+        return artifacts.inside(self._folder, below) if offered else None
 
 
 def _best(trials: list[FrozenTrial], direction: StudyDirection) -> list[FrozenTrial]:

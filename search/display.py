@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search.records import Epoch
+from storage import attributes
 from storage.claims import Claim
 from studies.errors import StudyError
 from studies.queries import Status
@@ -244,8 +245,8 @@ def ending(trial: FrozenTrial) -> str:
     if trial.state == TrialState.PRUNED:
         return f"pruned after epoch {trial.last_step}"
     if trial.state == TrialState.FAIL:
-        failure = trial.user_attrs.get("failure", {})
-        return f"failed ({failure.get('kind', 'unknown')}): {failure.get('message', 'no reason was stored')}"
+        failure = attributes.failure(trial.user_attrs.get("failure"))
+        return f"failed ({failure['kind']}): {failure['message']}"
     return "is back in the queue" if trial.state == TrialState.WAITING else "runs elsewhere"
 
 

@@ -20,7 +20,7 @@ from search.publisher import Publisher
 from search.trainer import Trainer
 from storage import claims, workers
 from storage.database import PatientStorage
-from storage.errors import StorageError, StudyGone, TrialyardError
+from storage.errors import StorageError, StudyGone, StudyUnreadable, TrialyardError
 from storage.settings import Settings
 from studies import registry
 from studies.errors import StudyError
@@ -91,6 +91,7 @@ def work(
 def check_fit(name: str, storage: PatientStorage, settings: Settings) -> None:
     """Raises a TrialyardError that says why, unless this machine has the data and the software of study `name`."""
     data = checks.check_data(registry.definition_of(name, storage), settings)
+    registry.check_direction(name, storage)
     registry.check_data(name, storage, data)
     registry.check_software(name, storage, checks.software())
 
@@ -113,8 +114,8 @@ def _fill(
         for study in open_studies.now():
             try:
                 claim = claims.claim(study.storage, study.name, me, settings.grace_seconds, study.founded)
-            except StudyGone:
-                continue  # deleted a moment ago; the next look will not find it
+            except (StudyGone, StudyUnreadable):
+                continue  # deleted or overwritten a moment ago; the next look will not find it
             if claim is not None:
                 objective.run(study, claim, trainer, settings, watcher, interrupted)
                 break
@@ -159,7 +160,7 @@ class _OpenStudies:
         for name in standing if self._names is None else self._names:
             if name not in standing:
                 if name not in self._gone:
-                    log.warning("study %s was deleted: this worker goes on with the others", name)
+                    log.warning("study %s was deleted, or is not readable: this worker goes on with the others", name)
                 self._gone.add(name)
                 continue
             entry = standing[name]
@@ -194,8 +195,11 @@ class _OpenStudies:
             definition = registry.definition_of(name, self._storage)
             if self._names is None and not _is_done(self._storage, study_id):
                 check_fit(name, self._storage, self._settings)
-        except StorageError:
-            raise
+        except StorageError as error:
+            if not isinstance(error, StudyUnreadable):
+                raise
+            log.warning("%s", error)
+            return None
         except TrialyardError as error:
             if name not in registry.names(self._storage):
                 raise  # deleted a moment ago

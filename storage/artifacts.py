@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from storage.errors import StorageError
 
@@ -22,6 +22,17 @@ _NAMES = uuid.UUID("6f0ed9c4-6bb5-4a55-9a0e-8f5d3f1d3c52")  # of our artifacts' 
 def folder(root: Path, study: str, number: int) -> Path:
     """Where trial `number` of `study` has its files: ``<root>/<study>/<number>``."""
     return root / study / str(number)
+
+
+def inside(root: Path, below: object) -> Path | None:
+    """The file below `root` that a trial's attribute names; None unless it is a relative path that stays inside.
+
+    Anybody who may write to the database may store another one.
+    """
+    if not isinstance(below, str) or "\0" in below:
+        return None
+    path = PurePath(below)
+    return root / path if path.name and not path.is_absolute() and ".." not in path.parts else None
 
 
 def listing(study: str, number: int, name: str) -> tuple[str, str]:

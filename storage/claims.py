@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import (
     BaseModel,
+    StudyDirectionModel,
     StudyModel,
     StudyUserAttributeModel,
     TrialHeartbeatModel,
@@ -40,14 +42,16 @@ from optuna.storages._rdb.models import (
     TrialUserAttributeModel,
     TrialValueModel,
 )
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from sqlalchemy import Connection, and_, func, insert, select, update
 from sqlalchemy import delete as delete_rows
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import artifacts, legacy
+from storage import artifacts, attributes, legacy
+from storage.attributes import Attempts
 from storage.database import read, write
-from storage.errors import ClaimLost, StorageError, StudyGone
+from storage.errors import ClaimLost, StorageError, StudyGone, WrongDirection, trials_text
 from storage.workers import Worker, database_now, server_started
 
 log = logging.getLogger(__name__)
@@ -55,10 +59,10 @@ log = logging.getLogger(__name__)
 RETRIES = 3  # how often in a row a trial that took its trainer or worker down is tried again without getting further
 
 IMPORT_KEY = "import_key"  # user attribute of an imported trial: what it is recognised by
+IMPORT_KEY_PATTERN = re.compile(r"[0-9a-f]{16}-[0-9]+")  # its value
 
 Outcome = Literal["finished", "interrupted", "crashed", "lost"]
 State = Literal["open", "paused", "stopped"]
-Attempts = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,19 +143,26 @@ def budget(storage: RDBStorage, study_id: int) -> Budget | None:
     return read(storage, lambda connection: _budget(connection, study_id))
 
 
-def found(storage: RDBStorage, study: str, attributes: dict[str, Any], points: Sequence[dict[str, Any]]) -> bool:
-    """Gives an empty study its `attributes`, and waiting trials with the hyperparameters `points`; all or nothing.
+def found(storage: RDBStorage, study: str, values: dict[str, Any], points: Sequence[dict[str, Any]]) -> bool:
+    """Gives an empty study the attributes `values`, and waiting trials with hyperparameters `points`; all or nothing.
 
     Returns whether it did: a study that has any of the attributes, or a trial, is left as it is.
+
+    Raises WrongDirection where somebody else made the empty study, or an older version took one over, that does not
+    maximize exactly one value; StorageError where it is of an older version.
     """
 
     def work(connection: Connection) -> bool:
         study_id = _study_id(connection, study)
-        if _size(connection, study_id) or any(
-            _study_attribute(connection, study_id, key) is not None for key in attributes
-        ):
+        if study_id in legacy.outdated(connection):
+            raise StorageError(f"study {study!r} is of an older Trialyard: run `trialyard storage upgrade`")
+        ours = any(attributes.of_study(connection, study_id, key) is not None for key in values)
+        empty = _size(connection, study_id) == 0
+        if ours or empty:
+            _check_direction(connection, study_id)
+        if ours or not empty:
             return False
-        for key, attribute in (attributes | {"founded": _now().isoformat()}).items():
+        for key, attribute in (values | {"founded": _now().isoformat()}).items():
             _set_study_attribute(connection, study_id, key, attribute)
         for number, point in enumerate(points):
             trial_id = _insert_trial(connection, study_id, number, TrialState.WAITING)
@@ -160,6 +171,27 @@ def found(storage: RDBStorage, study: str, attributes: dict[str, Any], points: S
         return True
 
     return write(storage, study, work)
+
+
+def is_outdated(storage: RDBStorage, study: str) -> bool:
+    """Whether the study is of an older version: its attributes have no prefix yet."""
+    return read(storage, lambda connection: study in legacy.outdated(connection).values())
+
+
+def check_direction(storage: RDBStorage, study_id: int) -> None:
+    """Raises WrongDirection unless the study maximizes exactly one value."""
+    read(storage, lambda connection: _check_direction(connection, study_id))
+
+
+def _check_direction(connection: Connection, study_id: int) -> None:
+    directions = connection.execute(
+        select(StudyDirectionModel.direction).where(StudyDirectionModel.study_id == study_id)
+    ).scalars()
+    wanted = list(directions)
+    if len(wanted) != 1:
+        raise WrongDirection(f"has {len(wanted)} objectives")
+    if wanted[0] != StudyDirection.MAXIMIZE:
+        raise WrongDirection("minimizes its value")
 
 
 def add(storage: RDBStorage, study: str, trials: Sequence[Imported]) -> int:
@@ -198,8 +230,13 @@ def add(storage: RDBStorage, study: str, trials: Sequence[Imported]) -> int:
 
 def founded(storage: RDBStorage, study_id: int) -> str | None:
     """When the study was founded, which tells it from one that was deleted: the database's numbers are used again."""
-    found: str | None = read(storage, lambda connection: _study_attribute(connection, study_id, "founded"))
+    found: str | None = study_attribute(storage, study_id, "founded")
     return found
+
+
+def study_attribute(storage: RDBStorage, study_id: int, name: str) -> Any:
+    """An attribute of a study, one of `attributes.SHAPES`; None where it has none. Raises StudyUnreadable."""
+    return read(storage, lambda connection: attributes.of_study(connection, study_id, name))
 
 
 def software(storage: RDBStorage, study: str, here: dict[str, str]) -> dict[str, str]:
@@ -211,7 +248,7 @@ def software(storage: RDBStorage, study: str, here: dict[str, str]) -> dict[str,
 
     def work(connection: Connection) -> dict[str, str]:
         study_id = _study_id(connection, study)
-        there: dict[str, str] | None = _study_attribute(connection, study_id, "software")
+        there: dict[str, str] | None = attributes.of_study(connection, study_id, "software")
         if there is None:
             _set_study_attribute(connection, study_id, "software", here)
         return there or here
@@ -309,16 +346,26 @@ def _late(connection: Connection, study_id: int, limit: Budget) -> bool:
         return False
     # The one with the least number was the first to begin (imported ones have no attempts); its start in Optuna's table
     # is that of its last attempt.
-    first = connection.execute(
-        select(TrialUserAttributeModel.value_json)
-        .join(TrialModel, TrialModel.trial_id == TrialUserAttributeModel.trial_id)
-        .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == "attempts")
-        .order_by(TrialModel.number)
-        .limit(1)
-    ).scalar()
-    if first is None:
-        return False
-    return datetime.now(UTC) - datetime.fromisoformat(json.loads(first)[0]["began"]) >= timedelta(hours=limit.hours)
+    began = _first_began(connection, study_id)
+    return began is not None and datetime.now(UTC) - began >= timedelta(hours=limit.hours)
+
+
+def _first_began(connection: Connection, study_id: int) -> datetime | None:
+    number = -1
+    while True:
+        row = connection.execute(
+            select(TrialModel.number, TrialUserAttributeModel.value_json)
+            .join(TrialUserAttributeModel, TrialModel.trial_id == TrialUserAttributeModel.trial_id)
+            .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == "attempts")
+            .where(TrialModel.number > number)
+            .order_by(TrialModel.number)
+            .limit(1)
+        ).first()
+        if row is None:
+            return None
+        number, attempts = row[0], attributes.attempts(attributes.decoded(row[1]))
+        if attempts:  # else it is a trial that others added
+            return datetime.fromisoformat(attempts[0]["began"])
 
 
 # --- claim ------------------------------------------------------------------------------------------------
@@ -337,7 +384,7 @@ def claim(
 
     def work(connection: Connection) -> Claim | None:
         study_id = _study_id(connection, study)
-        if founded is not None and _study_attribute(connection, study_id, "founded") != founded:
+        if founded is not None and attributes.of_study(connection, study_id, "founded") != founded:
             raise StudyGone(f"study {study!r} was deleted, and another one made: start the worker again")
         limit = _budget(connection, study_id)
         if limit is None:
@@ -412,7 +459,7 @@ def _put_back(connection: Connection, trial_id: int, attempts: Attempts, outcome
     attempts = [*attempts[:-1], last]
     broken = 0
     for attempt, before in zip(reversed(attempts), [*reversed(attempts[:-1]), {}], strict=True):
-        if attempt["outcome"] in ("crashed", "lost"):
+        if attempt.get("outcome") in ("crashed", "lost"):
             broken += 1
         if attempt.get("epoch", 0) > before.get("epoch", 0):
             break  # it got further than any before: what came earlier is forgiven
@@ -491,10 +538,10 @@ def finish(
     claim: Claim,
     state: TrialState,
     value: float | None,
-    attributes: dict[str, Any],
+    values: dict[str, Any],
     files: Sequence[str] = (),
 ) -> None:
-    """Ends the trial for good, with its `attributes` as user attributes. Raises ClaimLost.
+    """Ends the trial for good, with `values` as its user attributes. Raises ClaimLost.
 
     A `value` that is not finite is never stored. A COMPLETE trial without a finite value ends as FAIL with that reason,
     and a PRUNED one has no value, as with Optuna's own `tell`.
@@ -507,14 +554,14 @@ def finish(
     score = value if value is not None and math.isfinite(value) else None
     if state == TrialState.COMPLETE and score is None:
         failure = {"kind": "nan", "message": f"its score is {value}, which is not a finite number"}
-        state, attributes = TrialState.FAIL, attributes | {"failure": failure}
+        state, values = TrialState.FAIL, values | {"failure": failure}
 
     def work(connection: Connection) -> None:
         attempts = _compare(connection, claim, or_finished=True)
         if "outcome" in attempts[-1]:
             return  # done already: the commit came through, and its answer did not
         attempts[-1] |= _ending("finished")
-        _set_attributes(connection, claim.trial_id, attributes | {"attempts": attempts})
+        _set_attributes(connection, claim.trial_id, values | {"attempts": attempts})
         if score is not None:
             connection.execute(insert(TrialValueModel).values(_value_row(claim.trial_id, score)))
         _list_files(connection, claim, files)
@@ -595,32 +642,47 @@ class Entry:
 
 
 def entries(storage: RDBStorage) -> list[Entry]:
-    """All studies that were made whole, oldest first, in one query."""
+    """All studies that were made whole and are readable, oldest first, in one query.
+
+    A study that is not readable is left out, with one warning in this process.
+    """
 
     def work(connection: Connection) -> list[Entry]:
-        stored = StudyUserAttributeModel
-        rows = connection.execute(
-            select(StudyModel.study_id, StudyModel.study_name, stored.key, stored.value_json)
-            .join(stored, stored.study_id == StudyModel.study_id)
-            .where(stored.key.in_(("budget", "founded", "state")))
-            .order_by(StudyModel.study_id)
-        )
-        found: dict[tuple[int, str], dict[str, Any]] = {}
-        for study_id, name, key, value_json in rows:
-            found.setdefault((study_id, name), {})[key] = json.loads(value_json)
         return [
             Entry(
-                name=name,
-                study_id=study_id,
-                founded=told.get("founded"),
-                budget=Budget(**told["budget"]),
-                state=told.get("state") or "open",
+                name=study.name,
+                study_id=study.study_id,
+                founded=study.values.get("founded"),
+                budget=Budget(**study.values["budget"]),
+                state=study.values.get("state") or "open",
             )
-            for (study_id, name), told in found.items()
-            if "budget" in told
+            for study in attributes.of_studies(connection, ("budget", "founded", "state"))
+            if _is_readable(study) and "budget" in study.values
         ]
 
     return read(storage, work)
+
+
+def names(storage: RDBStorage) -> list[str]:
+    """The names of `entries` whose definitions are readable, too: what commands list."""
+
+    def work(connection: Connection) -> list[str]:
+        studies = attributes.of_studies(connection, attributes.SHAPES)
+        return [
+            study.name for study in studies if _is_readable(study) and {"budget", "definition"} <= study.values.keys()
+        ]
+
+    return read(storage, work)
+
+
+def _is_readable(study: attributes.StudyAttributes) -> bool:
+    if study.problem is not None and study.problem not in _warned:
+        _warned.add(study.problem)
+        log.warning("%s", study.problem)
+    return study.problem is None
+
+
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -646,19 +708,21 @@ def holdings(storage: RDBStorage, study_id: int) -> list[Holding]:
             .where(TrialIntermediateValueModel.trial_id == TrialModel.trial_id)
             .scalar_subquery()
         )
-        attempts = and_(
+        of_trial = and_(
             TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "attempts"
         )
         rows = connection.execute(
             select(TrialModel.number, TrialHeartbeatModel.heartbeat, TrialUserAttributeModel.value_json, last)
             .join(TrialHeartbeatModel, TrialHeartbeatModel.trial_id == TrialModel.trial_id)
-            .join(TrialUserAttributeModel, attempts)
+            .join(TrialUserAttributeModel, of_trial)
             .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING)
             .order_by(TrialModel.number)
         )
+        parsed = [(attributes.attempts(attributes.decoded(row[2])), row) for row in rows]
         return [
-            _holding(number, json.loads(attempts_json), epoch or 0, (now - beaten).total_seconds())
-            for number, beaten, attempts_json, epoch in rows
+            _holding(number, attempts, epoch or 0, (now - beaten).total_seconds())
+            for attempts, (number, beaten, _, epoch) in parsed
+            if attempts
         ]
 
     return read(storage, work)
@@ -677,17 +741,57 @@ def _holding(number: int, attempts: Attempts, epoch: int, silent: float) -> Hold
     )
 
 
+def outside(storage: RDBStorage, study_id: int) -> list[int]:
+    """The numbers of the RUNNING trials that no worker of ours started: somebody's own `study.ask()`."""
+    return read(storage, lambda connection: _outside(connection, study_id))
+
+
+def _outside(connection: Connection, study_id: int) -> list[int]:
+    of_trial = and_(TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "attempts")
+    rows = connection.execute(
+        select(TrialModel.number, TrialUserAttributeModel.value_json)
+        .outerjoin(TrialUserAttributeModel, of_trial)
+        .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING)
+        .order_by(TrialModel.number)
+    )
+    return [number for number, value_json in rows if not attributes.attempts(attributes.decoded(value_json))]
+
+
+def outside_text(numbers: Sequence[int]) -> str:
+    """What a person should know of these trials, and do about them."""
+    were, have = ("trial was", "has") if len(numbers) == 1 else ("trials were", "have")
+    ends = "it" if len(numbers) == 1 else "them"
+    return (
+        f"{len(numbers)} {were} started outside Trialyard and {have} not ended: {trials_text(numbers)}; "
+        f"`optuna tell` ends {ends}"
+    )
+
+
 def check(storage: RDBStorage) -> list[str]:
     """What of the promises at the top of this file does not hold, a sentence each; empty if all do."""
     return read(storage, _problems)
 
 
 def _problems(connection: Connection) -> list[str]:
-    problems = []
-    for study_id, name in connection.execute(select(StudyModel.study_id, StudyModel.study_name)).all():
+    problems = [
+        f"study {name} is of an older Trialyard, and is left out: run `trialyard storage upgrade`"
+        for name in legacy.outdated(connection).values()
+    ]
+    for study in attributes.of_studies(connection, attributes.SHAPES):
+        study_id, name = study.study_id, study.name
+        if study.problem is not None:
+            problems.append(study.problem)
+            continue
+        try:
+            _check_direction(connection, study_id)
+        except WrongDirection as wrong:
+            problems.append(
+                f"study {name} {wrong}, and its samplers search for the worst accuracy: `trialyard delete {name}`, and "
+                "create it again"
+            )
         limit, (finished, running) = _budget(connection, study_id), _spent(connection, study_id)
         if limit is None:
-            continue  # not one of ours, or its creation was interrupted and `create` will end it
+            continue  # its creation was interrupted and `create` will end it
         if finished + running > limit.total:
             problems.append(f"study {name}: {finished + running} trials, over its {limit.total}")
         imported = len(_imported(connection, study_id))
@@ -700,6 +804,8 @@ def _problems(connection: Connection) -> list[str]:
             .having(func.count() > 1)
         ).scalars()
         problems += [f"study {name}: two trials have the number {number}" for number in twice]
+        outside = _outside(connection, study_id)
+        problems += [f"study {name}: {outside_text(outside)}"] if outside else []
         unbeaten = connection.execute(
             select(TrialModel.number)
             .outerjoin(TrialHeartbeatModel, TrialHeartbeatModel.trial_id == TrialModel.trial_id)
@@ -709,7 +815,9 @@ def _problems(connection: Connection) -> list[str]:
                 TrialHeartbeatModel.trial_id.is_(None),
             )
         ).scalars()
-        problems += [f"study {name}: trial {number} runs without a heartbeat" for number in unbeaten]
+        problems += [
+            f"study {name}: trial {number} runs without a heartbeat" for number in unbeaten if number not in outside
+        ]
         problems += legacy.problems(connection, study_id, name)
     return problems
 
@@ -739,28 +847,19 @@ def _study_id(connection: Connection, study: str) -> int:
     return int(found)
 
 
-def _study_attribute(connection: Connection, study_id: int, key: str) -> Any:
-    found = connection.execute(
-        select(StudyUserAttributeModel.value_json).where(
-            StudyUserAttributeModel.study_id == study_id, StudyUserAttributeModel.key == key
-        )
-    ).scalar()
-    return None if found is None else json.loads(found)
-
-
-def _set_study_attribute(connection: Connection, study_id: int, key: str, attribute: Any) -> None:
-    stored = StudyUserAttributeModel
+def _set_study_attribute(connection: Connection, study_id: int, name: str, attribute: Any) -> None:
+    stored, key = StudyUserAttributeModel, attributes.PREFIX + name
     connection.execute(delete_rows(stored).where(stored.study_id == study_id, stored.key == key))
     connection.execute(insert(stored).values(study_id=study_id, key=key, value_json=json.dumps(attribute)))
 
 
 def _budget(connection: Connection, study_id: int) -> Budget | None:
-    found = _study_attribute(connection, study_id, "budget")
+    found = attributes.of_study(connection, study_id, "budget")
     return None if found is None else Budget(**found)
 
 
 def _state(connection: Connection, study_id: int) -> State:
-    found: State | None = _study_attribute(connection, study_id, "state")
+    found: State | None = attributes.of_study(connection, study_id, "state")
     return found or "open"
 
 
@@ -804,7 +903,7 @@ def _insert_imported(connection: Connection, study_id: int, trials: Mapping[str,
     ids = connection.execute(found.order_by(TrialModel.number)).scalars().all()
     params: list[dict[str, Any]] = []
     values: list[dict[str, Any]] = []
-    attributes: list[dict[str, Any]] = []
+    marks: list[dict[str, Any]] = []
     for trial_id, (key, trial) in zip(ids, trials.items(), strict=True):
         for name, (distribution, value) in trial.params.items():
             internal = {"param_value": distribution.to_internal_repr(value)}
@@ -812,21 +911,22 @@ def _insert_imported(connection: Connection, study_id: int, trials: Mapping[str,
             params.append({"trial_id": trial_id} | internal | told)
         values.append(_value_row(trial_id, trial.value))
         marked = {**trial.attributes, "imported": True, IMPORT_KEY: key}
-        attributes += [{"trial_id": trial_id, "key": k, "value_json": json.dumps(one)} for k, one in marked.items()]
+        marks += [{"trial_id": trial_id, "key": k, "value_json": json.dumps(one)} for k, one in marked.items()]
     if params:
         connection.execute(insert(TrialParamModel), params)
     connection.execute(insert(TrialValueModel), values)
-    connection.execute(insert(TrialUserAttributeModel), attributes)
+    connection.execute(insert(TrialUserAttributeModel), marks)
 
 
 def _imported(connection: Connection, study_id: int) -> set[str]:
-    """The digests of the study's imported trials."""
+    """The digests of the study's imported trials; what others store by this name is none."""
     found = connection.execute(
         select(TrialUserAttributeModel.value_json)
         .join(TrialModel, TrialModel.trial_id == TrialUserAttributeModel.trial_id)
         .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == IMPORT_KEY)
     ).scalars()
-    return {json.loads(one) for one in found}
+    keys = map(attributes.decoded, found)
+    return {key for key in keys if isinstance(key, str) and IMPORT_KEY_PATTERN.fullmatch(key)}
 
 
 def _digest(trial: Imported) -> str:
@@ -854,7 +954,7 @@ def _attempts(connection: Connection, trial_id: int) -> Attempts:
             TrialUserAttributeModel.trial_id == trial_id, TrialUserAttributeModel.key == "attempts"
         )
     ).scalar()
-    return [] if found is None else list(json.loads(found))
+    return attributes.attempts(attributes.decoded(found))
 
 
 def _last_epoch(connection: Connection, trial_id: int) -> int:
@@ -862,10 +962,10 @@ def _last_epoch(connection: Connection, trial_id: int) -> int:
     return int(connection.execute(select(func.max(stored.step)).where(stored.trial_id == trial_id)).scalar() or 0)
 
 
-def _set_attributes(connection: Connection, trial_id: int, attributes: dict[str, Any]) -> None:
+def _set_attributes(connection: Connection, trial_id: int, values: dict[str, Any]) -> None:
     stored = TrialUserAttributeModel
-    connection.execute(delete_rows(stored).where(stored.trial_id == trial_id, stored.key.in_(attributes)))
-    rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(one)} for key, one in attributes.items()]
+    connection.execute(delete_rows(stored).where(stored.trial_id == trial_id, stored.key.in_(values)))
+    rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(one)} for key, one in values.items()]
     connection.execute(insert(stored), rows)
 
 

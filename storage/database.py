@@ -29,7 +29,7 @@ from sqlalchemy import URL, Connection, Engine, orm, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from storage import legacy
+from storage import attributes, legacy
 from storage.artifacts import written_whole
 from storage.errors import StorageError
 from storage.workers import table as workers_table
@@ -362,8 +362,13 @@ def _add_ours(storage: RDBStorage) -> None:
 def _lacking(url: URL) -> str | None:
     """What is not there that must be, in words that follow the database's name. Raises StorageError."""
     engine = _engine(url)
+    outdated: dict[int, str] = {}
     try:
-        tables = set(sqlalchemy.inspect(engine).get_table_names())
+        with engine.connect() as connection:
+            tables = set(sqlalchemy.inspect(connection).get_table_names())
+            if {"studies", workers_table.name} <= tables:
+                outdated = legacy.outdated(connection)
+                current = attributes.of_studies(connection, ("definition",)) if outdated else []
     except (SQLAlchemyError, sqlite3.Error) as error:
         hint = (
             "is its server up, and are the user and password right?"
@@ -377,6 +382,12 @@ def _lacking(url: URL) -> str | None:
         return "has no studies' tables: `trialyard storage create` makes them"
     if workers_table.name not in tables:
         return "was made by an older Trialyard or by plain Optuna: run `trialyard storage upgrade`"
+    if outdated and not current:
+        return f"has studies of an older Trialyard ({', '.join(outdated.values())}): run `trialyard storage upgrade`"
+    if outdated:
+        log.warning(
+            "left out, as of an older Trialyard: %s; see `trialyard storage check`", ", ".join(outdated.values())
+        )
     return None
 
 

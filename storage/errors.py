@@ -3,7 +3,9 @@
 TrialyardError
 ├── SettingsError      a TRIALYARD_* variable does not fit
 ├── StorageError       the database cannot be reached, opened or written, or a trial's file not be written
-│   └── StudyGone      the study was deleted meanwhile
+│   ├── StudyGone      the study was deleted meanwhile
+│   ├── StudyUnreadable  an attribute of the study is not of the shape that Trialyard writes
+│   └── WrongDirection   the study does not maximize exactly one value
 ├── ClaimLost          another worker holds this trial now (never shown to a user: the result is dropped)
 ├── DefinitionError    (studies) a definition breaks a rule
 ├── StudyError         (studies) no such study, or it stands with another definition
@@ -15,7 +17,7 @@ TrialyardError
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class TrialyardError(Exception):
@@ -34,8 +36,22 @@ class StudyGone(StorageError):  # noqa: N818 - it is an event, not a mistake
     """The study is no longer in the database; a worker goes on with the others."""
 
 
+class StudyUnreadable(StorageError):  # noqa: N818 - it is the study that is
+    """An attribute of the study, which is one of Trialyard's by its name, has a shape that Trialyard never writes."""
+
+
+class WrongDirection(StorageError):  # noqa: N818 - as above
+    """The study does not maximize exactly one value; the message says what it does, after the study's name."""
+
+
 class ClaimLost(TrialyardError):  # noqa: N818 - it is an event, not a mistake
     """The trial was taken over by another worker while this one was silent."""
+
+
+def trials_text(numbers: Sequence[int]) -> str:
+    """``trial 3`` or ``trials 3, 5``; of many, the first ten."""
+    more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
+    return f"trial{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers[:10]))}{more}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """What older versions of Trialyard left in the database: `storage check` finds it, and `storage upgrade` repairs it."""
 
 import json
+from typing import Any
 
 from optuna.storages._rdb.models import (
     StudyModel,
@@ -11,7 +12,10 @@ from optuna.storages._rdb.models import (
 )
 from optuna.trial import TrialState
 from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy.orm import aliased
 
+from storage.attributes import PREFIX, SHAPES, decoded
+from storage.errors import trials_text
 from storage.standings import is_finite
 
 FAILURE = {"kind": "nan", "message": "its score was not a finite number, and an older version stored it as a result"}
@@ -31,12 +35,68 @@ def problems(connection: Connection, study_id: int, name: str) -> list[str]:
 def upgrade(connection: Connection) -> list[str]:
     """Repairs everything, in the caller's transaction; returns what was done, a sentence each."""
     done = []
+    for study_id, name in outdated(connection).items():
+        _rename(connection, study_id)
+        done.append(f"study {name}: its attributes have the prefix {PREFIX} now")
     for study_id, name in _ours(connection):
         unscored = _unscored(connection, study_id)
         if unscored:
             _fail(connection, list(unscored))
-            done.append(f"study {name}: {_listed(list(unscored.values()))} failed now, for want of a finite score")
+            done.append(
+                f"study {name}: {_listed(list(unscored.values()))} marked as failed now, without a finite score"
+            )
     return done
+
+
+def outdated(connection: Connection) -> dict[int, str]:
+    """The names of the studies, by their ids, whose attributes have no prefix yet, as an older version named them.
+
+    Others may use the same names: both the definition, and the budget or the founding, must have the shape of ours.
+    """
+    stored, current = StudyUserAttributeModel, aliased(StudyUserAttributeModel)
+    renamed = select(current.key).where(current.study_id == stored.study_id, current.key == f"{PREFIX}definition")
+    rows = connection.execute(
+        select(StudyModel.study_id, StudyModel.study_name, stored.key, stored.value_json)
+        .join(stored, stored.study_id == StudyModel.study_id)
+        .where(stored.key.in_(("definition", "budget", "founded")), ~renamed.exists())
+        .order_by(StudyModel.study_id)
+    )
+    studies: dict[tuple[int, str], dict[str, Any]] = {}
+    for study_id, name, key, value_json in rows:
+        studies.setdefault((study_id, name), {})[key] = decoded(value_json)
+
+    def fits(found: dict[str, Any], key: str) -> bool:
+        return key in found and SHAPES[key](found[key])
+
+    return {
+        study_id: name
+        for (study_id, name), found in studies.items()
+        if fits(found, "definition") and (fits(found, "budget") or fits(found, "founded"))
+    }
+
+
+def _rename(connection: Connection, study_id: int) -> None:
+    stored = StudyUserAttributeModel
+    rows = connection.execute(
+        select(stored.key, stored.value_json).where(stored.study_id == study_id, stored.key.in_(SHAPES))
+    ).all()
+    for key, value_json in rows:
+        value = decoded(value_json)
+        if SHAPES[key](value):
+            own = connection.execute(
+                select(stored.key).where(stored.study_id == study_id, stored.key == PREFIX + key)
+            ).scalar()
+            if own is None:
+                renamed = update(stored).where(stored.study_id == study_id, stored.key == key)
+                new = _scored_as_before(value) if key == "definition" else value
+                connection.execute(renamed.values(key=PREFIX + key, value_json=json.dumps(new)))
+
+
+def _scored_as_before(definition: dict[str, Any]) -> dict[str, Any]:
+    """The definition of a study whose trials were scored before moving averages were corrected, and stay comparable."""
+    fixed = definition.get("fixed", {})
+    without = definition["model"] == "mnist_cnn" or (fixed.get("depth") == 3 and not fixed.get("batch_norm"))
+    return definition if without else definition | {"fixed": fixed | {"batch_norm_averages": "keras"}}
 
 
 def _ours(connection: Connection) -> list[tuple[int, str]]:
@@ -44,7 +104,7 @@ def _ours(connection: Connection) -> list[tuple[int, str]]:
     rows = connection.execute(
         select(StudyModel.study_id, StudyModel.study_name)
         .join(StudyUserAttributeModel, StudyUserAttributeModel.study_id == StudyModel.study_id)
-        .where(StudyUserAttributeModel.key == "budget")
+        .where(StudyUserAttributeModel.key == f"{PREFIX}budget")
         .order_by(StudyModel.study_id)
     )
     return [(study_id, name) for study_id, name in rows]
@@ -71,8 +131,4 @@ def _fail(connection: Connection, trial_ids: list[int]) -> None:
 
 
 def _listed(numbers: list[int]) -> str:
-    """``trial 3 is`` or ``trials 3, 5 are``; of many, the first ten."""
-    if len(numbers) == 1:
-        return f"trial {numbers[0]} is"
-    more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
-    return f"trials {', '.join(map(str, numbers[:10]))}{more} are"
+    return f"{trials_text(numbers)} {'is' if len(numbers) == 1 else 'are'}"

@@ -6,7 +6,6 @@ trial's entry of it, by which optuna-dashboard offers it.
 """
 
 import contextlib
-import json
 import re
 import time
 from collections import defaultdict
@@ -19,7 +18,7 @@ from optuna.storages._rdb.models import StudyModel, TrialModel, TrialSystemAttri
 from optuna.trial import TrialState
 from sqlalchemy import Connection, delete, select
 
-from storage import artifacts
+from storage import artifacts, attributes
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
 from storage.claims import Claim
 from storage.database import read, write
@@ -190,7 +189,8 @@ def _told(connection: Connection, key: str, trial_ids: Sequence[int] | None) -> 
     wanted = select(stored.value_json).where(stored.key == key)
     if trial_ids is not None:
         wanted = wanted.where(stored.trial_id.in_(trial_ids))
-    return {str(json.loads(told)) for told in connection.execute(wanted).scalars()}
+    paths = map(attributes.decoded, connection.execute(wanted).scalars())
+    return {path for path in paths if artifacts.inside(Path(), path) is not None}
 
 
 def _states(connection: Connection, study_id: int | None) -> dict[int, TrialState]:

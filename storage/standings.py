@@ -15,6 +15,8 @@ from optuna.storages._rdb.models import (
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import ColumnElement, Connection, and_, select, true
 
+from storage.artifacts import MODEL
+
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
@@ -37,7 +39,12 @@ def ranked(
     """
     barred = _infeasible(connection, study_id)
     stored = TrialUserAttributeModel
-    has_model = select(stored.trial_id).where(stored.trial_id == TrialModel.trial_id, stored.key == "model").exists()
+    has_model = (
+        select(stored.trial_id)
+        .where(stored.trial_id == TrialModel.trial_id, stored.key == "model")
+        .where(stored.value_json.endswith(f'/{MODEL}"', autoescape=True))  # others may call anything a model
+        .exists()
+    )
     rows = connection.execute(
         select(TrialModel.trial_id, TrialModel.number, TrialValueModel.value)
         .join(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)

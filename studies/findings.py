@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from storage import attributes
 from storage.standings import is_scored
 from studies import models, notebook
 from studies.definition import Definition
@@ -168,9 +169,9 @@ def _by_state(trials: Sequence[FrozenTrial]) -> list[str]:
             f"Ended early, lagging behind: {_many(states[TrialState.PRUNED], 'trial')} of {len(trials)}. What "
             "they would have reached is not known."
         )
-    failed = [trial.user_attrs.get("failure", {}) for trial in trials if trial.state == TrialState.FAIL]
+    failed = [attributes.failure(trial.user_attrs.get("failure")) for trial in trials if trial.state == TrialState.FAIL]
     if failed:
-        kinds = Counter(str(failure.get("kind", "unknown")) for failure in failed)
+        kinds = Counter(failure["kind"] for failure in failed)
         why = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
         told.append(f"Failed: {_many(len(failed), 'trial')} ({why}). That part of the space was not measured.")
     left = states[TrialState.RUNNING] + states[TrialState.WAITING]

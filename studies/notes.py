@@ -21,8 +21,8 @@ from optuna.storages._rdb.models import StudySystemAttributeModel
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, delete, insert, or_, select
 
-from storage import claims
-from storage.artifacts import SUMMARY
+from storage import attributes, claims
+from storage.artifacts import SUMMARY, inside
 from storage.database import write
 from storage.workers import database_now
 from studies import findings, notebook, queries, registry
@@ -66,7 +66,7 @@ def publish(
 
     began = time.monotonic()
     definition = registry.definition_of(name, storage)
-    data = storage.get_study_user_attrs(study_id).get("data", {})
+    data = registry.data_of(name, storage)
     state, budget = claims.state(storage, study_id), claims.budget(storage, study_id)
     trials = cached.get_all_trials(study_id, deepcopy=False)
     total = definition.trials if budget is None else budget.total
@@ -145,14 +145,15 @@ def trial_note(
     told = trial.user_attrs
     lines = [f"**Trial {trial.number}**: {escaped(findings.shown(trial.params)) or 'no hyperparameters'}"]
     if trial.state == TrialState.FAIL:
-        failure = told.get("failure", {"kind": "unknown", "message": "no reason was stored"})
-        lines += [f"Failed ({escaped(str(failure.get('kind')))}):", fenced(str(failure.get("message")))]
+        failure = attributes.failure(told.get("failure"))
+        lines += [f"Failed ({escaped(failure['kind'])}):", fenced(failure["message"])]
         return _paragraphs(lines)
     judged = "test" if definition.data.validation == "test" else "validation"
     if trial.state == TrialState.PRUNED:
         lines.append(f"Ended early, after epoch {trial.last_step}: it lagged behind.")
     elif trial.values is not None:
-        best = f" (epoch {told['best_epoch']} of {told['epochs']})" if "best_epoch" in told and "epochs" in told else ""
+        at, epochs = attributes.number(told.get("best_epoch")), attributes.number(told.get("epochs"))
+        best = "" if at is None or epochs is None else f" (epoch {at} of {epochs})"
         lines.append(f"Complete: {judged} accuracy **{trial.values[0]:.4f}**{best}.")
     if told.get("imported"):
         source = ": " + ", ".join(str(told[key]) for key in ("label", "source") if key in told)
@@ -176,21 +177,22 @@ def trial_note(
         lines.append(
             escaped(
                 f"- trained on {told['device']} ({told.get('slot')}) in {told.get('precision')}, "
-                f"{told.get('images_per_second', 0):,.0f} images/s, {told.get('seconds', 0):,.1f} s"
+                f"{attributes.number(told.get('images_per_second')) or 0:,.0f} images/s, "
+                f"{attributes.number(told.get('seconds')) or 0:,.1f} s"
             )
         )
-    if "model" in told:
+    if inside(Path(), told.get("model")) is not None:
         lines.append(f"- files, below the artifacts' folder: `{told['model']}`, `{told.get('history')}`")
     return _paragraphs(lines)
 
 
 def _summary(trial: FrozenTrial, artifacts: Path) -> list[str]:
     """The lines of the model's summary; none where its file lies on another machine, or there is none."""
-    history = trial.user_attrs.get("history")
+    history = inside(artifacts, trial.user_attrs.get("history"))
     if history is None:
         return []
     try:
-        return (artifacts / str(history)).with_name(SUMMARY).read_text(encoding="utf-8").splitlines()
+        return history.with_name(SUMMARY).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return []
 

@@ -20,8 +20,9 @@ from optuna.storages._rdb.models import TrialModel, TrialParamModel, TrialUserAt
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Select, and_, func, select
 
-from storage import claims, settings
+from storage import attributes, claims, settings
 from storage import workers as present_workers
+from storage.artifacts import inside
 from storage.claims import Holding
 from storage.database import read
 from storage.standings import is_scored, ranked
@@ -71,6 +72,7 @@ class Status:
     best_number: int | None
     seconds_left: float | None  # a guess, from the pace since the first trial began; None before one finished
     workers: tuple[Holding, ...]
+    outside: tuple[int, ...]  # numbers of RUNNING trials that no worker started: somebody's own `study.ask()`
     failures: tuple[str, ...]  # why trials failed, as "kind: message", each reason once
 
 
@@ -174,15 +176,15 @@ def best_model(name: str, storage: Place = None) -> "keras.Model":
 
 def file_of(name: str, trial: FrozenTrial, artifact: Literal["model", "history"]) -> Path:
     """Where this machine has the trial's `artifact`. Raises StudyError where it has none."""
-    below = trial.user_attrs.get(artifact)
-    if below is None:
+    path = inside(settings.load().artifact_folder, trial.user_attrs.get(artifact))
+    if path is None:
         raise StudyError(
             f"trial {trial.number} of study {name!r} names no {artifact}: it was not trained by Trialyard; train its "
             "hyperparameters as a point of a study of your own"
         )
-    path = settings.load().artifact_folder / str(below)
     if not path.is_file():
-        host = (trial.user_attrs.get("attempts") or [{}])[-1].get("host", "another machine")
+        attempts = attributes.attempts(trial.user_attrs.get("attempts"))
+        host = attempts[-1]["host"] if attempts else "another machine"
         raise StudyError(
             f"the {artifact} of trial {trial.number} of study {name!r} is not on this machine ({path} does not exist; "
             f"it was trained on {host}): set TRIALYARD_ARTIFACTS to the folder that it was written to, or copy it there"
@@ -226,7 +228,7 @@ def _rows(connection: Connection, study_id: int, top: int | None) -> list[Row]:
     attribute = TrialUserAttributeModel
     wanted = of(attribute, attribute.key, attribute.value_json).where(attribute.key.in_(TOLD))
     for trial_id, key, value_json in connection.execute(wanted):
-        told[trial_id][key] = json.loads(value_json)
+        told[trial_id][key] = attributes.number(attributes.decoded(value_json))
     return [
         Row(
             rank=rank,
@@ -277,6 +279,7 @@ def status(name: str, storage: Place = None) -> Status:
         best_number=best[0].number if best else None,
         seconds_left=_seconds_left(place, study_id, counts, trials, imported),
         workers=tuple(claims.holdings(place, study_id)),
+        outside=tuple(claims.outside(place, study_id)) if counts.running else (),
         failures=_failures(place, study_id) if counts.failed else (),
     )
 
@@ -341,11 +344,11 @@ def _curve(trial: FrozenTrial, artifacts: Path) -> Curve:
 
 def _history(trial: FrozenTrial, artifacts: Path) -> list[dict[str, Any]]:
     """What the training wrote, an epoch a record; nothing where its file lies elsewhere, or is no history."""
-    below = trial.user_attrs.get("history")
-    if below is None:
+    path = inside(artifacts, trial.user_attrs.get("history"))
+    if path is None:
         return []
     try:
-        records = json.loads((artifacts / below).read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8"))
         keys = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")
         # The file has null where a number was not finite.
         return [{key: math.nan if record[key] is None else float(record[key]) for key in keys} for record in records]
@@ -368,9 +371,7 @@ def _failures(storage: RDBStorage, study_id: int) -> tuple[str, ...]:
             ).scalars()
         )
 
-    # A trial that plain Optuna failed has no reason.
-    unknown = '{"kind": "unknown", "message": "no reason"}'
-    reasons = (json.loads(one or unknown) for one in dict.fromkeys(read(storage, work)))
+    reasons = (attributes.failure(attributes.decoded(one)) for one in dict.fromkeys(read(storage, work)))
     return tuple(dict.fromkeys(f"{reason['kind']}: {reason['message']}" for reason in reasons))
 
 

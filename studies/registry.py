@@ -11,12 +11,12 @@ from typing import Any
 import optuna
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import StudyModel, StudyUserAttributeModel
+from optuna.storages._rdb.models import StudyModel
 from optuna.study import StudyDirection
 from sqlalchemy import select
 
 from storage import claims, database, retention, settings
-from storage.errors import nearest
+from storage.errors import WrongDirection, nearest
 from studies import definition as definitions
 from studies import sampling
 from studies.definition import Definition
@@ -53,21 +53,23 @@ def create(
     is smaller changes nothing.
     A creation that was killed half way is completed.
 
-    Raises StudyError if it stands with a definition whose trials would not be comparable.
+    Raises StudyError if it stands with a definition whose trials would not be comparable, and if a study of that name
+    does not maximize exactly one value, as one that `optuna create-study` made.
     """
     name = definition.name
     if _id(storage, name) is None:
         with _quiet(), contextlib.suppress(DuplicatedStudyError):  # somebody else was faster
             storage.create_new_study([StudyDirection.MAXIMIZE], name)
     queue = definition.queue() if results is None else []
-    new = claims.found(storage, name, {"data": data, "definition": definition.to_json()}, queue)
+    with _refusing(name):
+        new = claims.found(storage, name, {"data": data, "definition": definition.to_json()}, queue)
     if not new:
-        attributes = storage.get_study_user_attrs(study_id(name, storage))
-        if "definition" not in attributes:
+        stored = claims.study_attribute(storage, study_id(name, storage), "definition")
+        if stored is None:
             raise StudyError(
                 f"there is a study {name!r} already, and it is not one of Trialyard's: choose another name with --name"
             )
-        _compare(definitions.from_json(attributes["definition"]), definition)
+        _compare(definitions.from_json(stored), definition)
         check_data(name, storage, data)
     added = claims.add(storage, name, results) if results else 0
     wanted = claims.Budget(trials=definition.trials if results is None else 0, hours=definition.budget.hours)
@@ -139,7 +141,7 @@ def delete(name: str, storage: Place = None) -> int:
 
 def _set_state(name: str, storage: Place, state: claims.State) -> None:
     place = storage_of(storage)
-    study_id(name, place)
+    stored_definition(name, place)
     claims.set_state(place, name, state)
 
 
@@ -166,18 +168,12 @@ def open(name: str, storage: Place = None) -> optuna.Study:
 
 
 def names(storage: Place = None) -> list[str]:
-    """The studies that Trialyard made, oldest first.
+    """The studies that Trialyard made, oldest first. One that is not readable is left out, with a warning.
 
     >>> studies.names()
     ['digits']
     """
-    wanted = (
-        select(StudyModel.study_name)
-        .join(StudyUserAttributeModel, StudyUserAttributeModel.study_id == StudyModel.study_id)
-        .where(StudyUserAttributeModel.key == "budget")
-        .order_by(StudyModel.study_id)
-    )
-    return database.read(storage_of(storage), lambda connection: list(connection.execute(wanted).scalars()))
+    return claims.names(storage_of(storage))
 
 
 def study_id(name: str, storage: RDBStorage) -> int:
@@ -202,11 +198,18 @@ def definition_of(name: str, storage: RDBStorage) -> Definition:
 
 def stored_definition(name: str, storage: RDBStorage) -> dict[str, Any]:
     """The same as it is stored: the checked JSON. Raises StudyError where there is none."""
-    attributes = storage.get_study_user_attrs(study_id(name, storage))
-    if "definition" not in attributes:
+    stored: dict[str, Any] | None = claims.study_attribute(storage, study_id(name, storage), "definition")
+    if stored is None:
+        if claims.is_outdated(storage, name):
+            raise StudyError(f"study {name!r} is of an older Trialyard: run `trialyard storage upgrade`")
         raise StudyError(f"study {name!r} is not one of Trialyard's, it has no definition: open it with plain Optuna")
-    stored: dict[str, Any] = attributes["definition"]
     return stored
+
+
+def data_of(name: str, storage: RDBStorage) -> dict[str, Any]:
+    """What is recorded of the images of study `name`. Raises StudyError where there is none."""
+    stored: dict[str, Any] | None = claims.study_attribute(storage, study_id(name, storage), "data")
+    return stored or {}
 
 
 def _id(storage: RDBStorage, name: str) -> int | None:
@@ -216,12 +219,29 @@ def _id(storage: RDBStorage, name: str) -> int | None:
 
 def check_data(name: str, storage: RDBStorage, data: dict[str, Any]) -> None:
     """Raises StudyError unless `data` are the images that study `name` began with."""
-    began = storage.get_study_user_attrs(study_id(name, storage)).get("data", {})
+    began = data_of(name, storage)
     if began.get("fingerprint") != data["fingerprint"]:
         raise StudyError(
             f"study {name!r} began with other images (their fingerprint is {began.get('fingerprint')}, and of those "
             f"here {data['fingerprint']}): put the same data in place"
         )
+
+
+def check_direction(name: str, storage: RDBStorage) -> None:
+    """Raises StudyError unless study `name` maximizes exactly one value: older versions took over any empty study."""
+    with _refusing(name):
+        claims.check_direction(storage, study_id(name, storage))
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except WrongDirection as wrong:
+        raise StudyError(
+            f"study {name!r} {wrong}, and Trialyard maximizes exactly one, the accuracy: choose another name with "
+            f"--name, or remove it with `optuna delete-study --study-name {name}`"
+        ) from None
 
 
 def check_software(name: str, storage: RDBStorage, here: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
 
-from storage import settings
+from storage import attributes, settings
 from studies import findings, notebook, notes, queries, registry
 from studies.definition import Definition, to_toml
 from studies.findings import Findings
@@ -74,7 +74,7 @@ def tell(name: str, storage: Place = None) -> Told:
     study_id = registry.study_id(name, place)
     definition = registry.definition_of(name, place)
     trials = place.get_all_trials(study_id, deepcopy=False)
-    data = place.get_study_user_attrs(study_id).get("data", {})
+    data = registry.data_of(name, place)
     return Told(
         definition=definition,
         status=queries.status(name, place),
@@ -104,7 +104,8 @@ def _environment(trials: Sequence[FrozenTrial], definition: Definition, data: Ma
         told[title] = _each(trial.user_attrs[key] for trial in trials if key in trial.user_attrs)
     versions: dict[str, list[str]] = {}
     for trial in trials:
-        for package, number in dict(trial.user_attrs.get("versions", {})).items():
+        told_versions = trial.user_attrs.get("versions")
+        for package, number in (told_versions if isinstance(told_versions, dict) else {}).items():
             versions.setdefault(str(package), []).append(str(number))
     told |= {package: _each(numbers) for package, numbers in sorted(versions.items())}
     return {key: value for key, value in told.items() if value}
@@ -139,8 +140,8 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _failed(trials: Sequence[FrozenTrial]) -> list[str]:
     failed = [trial for trial in trials if trial.state == TrialState.FAIL]
-    reasons = (trial.user_attrs.get("failure", {"kind": "unknown", "message": "no reason"}) for trial in failed)
-    told = (f"{reason.get('kind')}: {reason.get('message')}" for reason in reasons)
+    reasons = (attributes.failure(trial.user_attrs.get("failure")) for trial in failed)
+    told = (f"{reason['kind']}: {reason['message']}" for reason in reasons)
     return [f"{reason} ({count})" for reason, count in Counter(told).most_common(20)]
 
 

@@ -204,7 +204,9 @@ def test_a_running_trial_always_has_an_owner_and_a_heartbeat(storage: PatientSto
 def test_check_sees_what_must_not_be(storage: PatientStorage, study: str, me: Worker) -> None:
     optuna_study = registry.open(study, storage)
     optuna_study.ask()  # RUNNING without owner or heartbeat: not by our hand
-    assert claims.check(storage) == [f"study {study}: trial 0 runs without a heartbeat"]
+    assert claims.check(storage) == [
+        f"study {study}: 1 trial was started outside Trialyard and has not ended: trial 0; `optuna tell` ends it"
+    ]
     for _ in range(5):
         optuna_study.tell(optuna_study.ask(), 0.5)
     assert f"study {study}: 6 trials, over its 5" in claims.check(storage)
@@ -693,6 +695,7 @@ def test_a_budget_that_forgot_an_import_is_noticed(storage: PatientStorage, stud
     claims.add(storage, study, _results(0.8))
     with storage.engine.begin() as connection:
         connection.exec_driver_sql(
-            "UPDATE study_user_attributes SET value_json = '{\"trials\": 5, \"hours\": null}' WHERE key = 'budget'"
+            'UPDATE study_user_attributes SET value_json = \'{"trials": 5, "hours": null}\' '
+            "WHERE key = 'trialyard:budget'"
         )
     assert claims.check(storage) == [f"study {study}: 1 imported trials, and its budget says 0"]

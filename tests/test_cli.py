@@ -125,7 +125,83 @@ def test_storage_check_fails_where_a_promise_is_broken(home: Path, trialyard: Ca
     code, out, err = trialyard("storage", "check")
     assert (code, out) == (1, "")
     assert "1 problems in sqlite:///" in err
-    assert "study digits: trial 0 runs without a heartbeat" in err
+    sentence = "1 trial was started outside Trialyard and has not ended: trial 0; `optuna tell` ends it\n"
+    assert f"study digits: {sentence}" in err
+    assert f"  {sentence}" in trialyard("status")[1]
+    assert json.loads(trialyard("status", "digits", "--json")[1])["outside"] == [0]
+
+
+def test_an_empty_study_that_optuna_made_is_refused_in_one_sentence(home: Path, trialyard: Call) -> None:
+    (home / "n.toml").write_text(GOOD, encoding="utf-8")
+    trialyard("storage", "create")
+    optuna.create_study(study_name="n", storage=f"sqlite:///{home}/yard/studies.db")  # minimizes by default
+    before = _dump(home)
+    for command in ("create", "run"):
+        code, out, err = trialyard(command, "n.toml")
+        assert (code, out) == (1, "")
+        assert err == (
+            "error: study 'n' minimizes its value, and Trialyard maximizes exactly one, the accuracy: choose another "
+            "name with --name, or remove it with `optuna delete-study --study-name n`\n"
+        )
+    assert _dump(home) == before
+    assert trialyard("storage", "check")[0] == 0  # it is not ours
+
+
+def test_a_study_that_minimizes_is_refused_by_whoever_would_train(home: Path, trialyard: Call) -> None:
+    (home / "n.toml").write_text(GOOD, encoding="utf-8")
+    trialyard("create", "n.toml")
+    with registry.storage_of(f"sqlite:///{home}/yard/studies.db").engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE study_directions SET direction = 'MINIMIZE'")
+    for arguments in (["run", "n.toml"], ["create", "n.toml"], ["work", "n"]):
+        code, _, err = trialyard(*arguments)
+        assert (code, err.startswith("error: study 'n' minimizes its value, and Trialyard maximizes")) == (1, True)
+    assert trialyard("status")[0] == 0
+    assert "study n minimizes its value" in trialyard("storage", "check")[2]
+
+
+@pytest.mark.usefixtures("finished")
+def test_studies_and_trials_of_others_break_no_command(home: Path, trialyard: Call) -> None:
+    url = f"sqlite:///{home}/yard/studies.db"
+    colleague = optuna.create_study(study_name="colleague", storage=url)
+    for name, value in {"budget": {"gpu_hours": 40}, "state": 3, "definition": "a paper", "founded": 1998}.items():
+        colleague.set_user_attr(name, value)
+    ours = registry.open("digits", url)
+    told = {"parameters": "11M", "best_epoch": 3, "epochs": "20", "attempts": 3, "model": "../../secret"}
+    params, distributions = ours.trials[0].params, ours.trials[0].distributions
+    made = optuna.trial.create_trial
+    ours.add_trial(
+        made(params=params, distributions=distributions, value=0.99, user_attrs=told | {"history": {"a": 1}})
+    )
+    ours.add_trial(made(state=TrialState.FAIL, user_attrs={"failure": "OOM"}))
+    for arguments in (
+        ["status"],
+        ["best", "digits"],
+        ["best", "digits", "--json"],
+        ["leaderboard", "digits"],
+        ["report", "digits"],
+        ["report", "digits", "--format", "table"],
+        ["storage", "prune", "--yes"],
+    ):
+        code, out, err = trialyard(*arguments)
+        assert (code, err) == (0, ""), arguments
+        assert "colleague" not in out
+    assert json.loads(trialyard("best", "digits", "--json")[1])["model"] is None
+    assert "names no model: it was not trained by Trialyard" in trialyard("export", "digits", "there")[2]
+    assert "5 trials, over its 4" in trialyard("storage", "check")[2]  # theirs count, and nothing else is wrong
+    assert "study 'colleague' is not one of Trialyard's" in trialyard("status", "colleague")[2]
+
+
+def test_an_older_database_says_what_to_run(home: Path, trialyard: Call) -> None:
+    trialyard("create", "digits")
+    with registry.storage_of(f"sqlite:///{home}/yard/studies.db").engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE study_user_attributes SET key = replace(key, 'trialyard:', '')")
+    for arguments in (["status"], ["work"], ["create", "digits"], ["run", "digits"], ["storage", "check"]):
+        code, out, err = trialyard(*arguments)
+        assert (code, out) == (1, "")
+        assert err.endswith("has studies of an older Trialyard (digits): run `trialyard storage upgrade`\n")
+        assert len(err.splitlines()) == 1
+    assert "study digits: its attributes have the prefix trialyard: now\n" in trialyard("storage", "upgrade")[1]
+    assert trialyard("create", "digits")[1] == "study digits stands already, and nothing was changed\n"
 
 
 @pytest.mark.usefixtures("finished")
@@ -142,7 +218,7 @@ def test_a_score_of_an_older_version_that_is_not_finite_is_found_and_repaired(ho
     assert "study digits: trial 2 is complete without a finite score: `trialyard storage upgrade` marks" in err
     code, out, err = trialyard("storage", "upgrade")
     assert (code, err) == (0, "")
-    assert out.startswith("study digits: trial 2 is failed now, for want of a finite score\n")
+    assert out.startswith("study digits: trial 2 is marked as failed now, without a finite score\n")
     assert trialyard("storage", "check")[0] == 0
     assert "1 complete, 0 pruned, 2 failed" in trialyard("status")[1]
 

@@ -2,17 +2,21 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
+import optuna
 import pytest
 import sqlalchemy
 from optuna.storages._rdb.models import TrialValueModel
 from optuna.trial import TrialState
 
-from storage import claims, database
+from storage import attributes, claims, database
 from storage.database import PatientStorage
+from storage.errors import StorageError
 from storage.workers import Worker
 from studies import queries, registry
 from studies.definition import Definition
+from studies.errors import StudyError
 
 DATA = {"fingerprint": "0" * 16, "train": 100, "validation": 10}
 
@@ -67,7 +71,7 @@ def test_check_finds_scores_that_are_not_finite_and_upgrade_repairs_them(
         "as failed"
     )
     _, repaired = database.upgrade(either_url)
-    assert repaired == [f"study {scores}: trials 1, 2, 4 are failed now, for want of a finite score"]
+    assert repaired == [f"study {scores}: trials 1, 2, 4 are marked as failed now, without a finite score"]
     assert claims.check(storage) == []
     counts = claims.counts(storage, registry.study_id(scores, storage))
     assert counts == claims.Counts(complete=2, pruned=0, failed=3, running=0, waiting=0)
@@ -78,3 +82,100 @@ def test_check_finds_scores_that_are_not_finite_and_upgrade_repairs_them(
     (failure,) = queries.status(scores, storage).failures
     assert failure.startswith("nan: its score was not a finite number")
     assert database.upgrade(either_url)[1] == []
+
+
+# --- attributes without a prefix --------------------------------------------------------------------------
+
+
+def _make_old(storage: PatientStorage, name: str) -> None:
+    """Names the attributes of a study as the older version did."""
+    with storage.engine.begin() as connection:
+        connection.execute(
+            sqlalchemy.text(
+                "UPDATE study_user_attributes SET key = replace(key, 'trialyard:', '') "
+                "WHERE study_id = (SELECT study_id FROM studies WHERE study_name = :name)"
+            ),
+            {"name": name},
+        )
+
+
+@pytest.fixture
+def old(storage: PatientStorage, trivial: Definition, me: Worker) -> str:
+    """A study with every attribute and one trial, as the older version left it."""
+    registry.create(trivial, storage, DATA)
+    registry.check_software(trivial.name, storage, {"keras": "3.15"})
+    registry.pause(trivial.name, storage)
+    registry.resume(trivial.name, storage)
+    claim = claims.claim(storage, trivial.name, me, 60.0)
+    assert claim is not None
+    claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})
+    _make_old(storage, trivial.name)
+    return trivial.name
+
+
+def test_a_database_of_older_studies_alone_says_what_to_run(storage: PatientStorage, old: str, either_url: str) -> None:
+    for call in (database.connect, database.create):
+        with pytest.raises(StorageError, match=rf"older Trialyard \({old}\): run `trialyard storage upgrade`"):
+            call(either_url)
+
+
+def test_upgrade_gives_the_attributes_of_older_studies_their_prefix(
+    storage: PatientStorage, old: str, either_url: str, trivial: Definition, me: Worker
+) -> None:
+    assert registry.names(storage) == []
+    before = storage.get_study_user_attrs(registry.study_id(old, storage))
+    assert set(before) == set(attributes.SHAPES)
+    _, repaired = database.upgrade(either_url)
+    assert repaired == [f"study {old}: its attributes have the prefix trialyard: now"]
+    after = storage.get_study_user_attrs(registry.study_id(old, storage))
+    assert after == {f"trialyard:{name}": value for name, value in before.items()}
+    assert registry.names(storage) == [old]
+    assert claims.check(storage) == []
+    assert not registry.create(trivial, storage, DATA)
+    assert claims.claim(storage, old, me, 60.0) is not None
+    assert database.upgrade(either_url)[1] == []
+    database.connect(either_url).engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("fixed", "averages"), [({"depth": 5}, "keras"), ({"depth": 3, "batch_norm": True}, "keras"), ({"depth": 3}, None)]
+)
+def test_an_older_study_goes_on_with_the_scores_that_it_began_with(
+    storage: PatientStorage, trivial: Definition, either_url: str, fixed: dict[str, Any], averages: str | None
+) -> None:
+    """Its trials were scored with Keras's own averages: those to come must be, or they could not be compared."""
+    registry.create(trivial.model_copy(update={"fixed": fixed}), storage, DATA)
+    _make_old(storage, trivial.name)
+    database.upgrade(either_url)
+    assert registry.definition_of(trivial.name, storage).fixed.get("batch_norm_averages") == averages
+
+
+def test_older_studies_beside_current_ones_are_named(
+    storage: PatientStorage, old: str, either_url: str, trivial: Definition, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry.create(trivial.model_copy(update={"name": "new"}), storage, DATA)
+    database.connect(either_url).engine.dispose()
+    assert f"left out, as of an older Trialyard: {old}; see `trialyard storage check`" in caplog.text
+    assert registry.names(storage) == ["new"]
+    assert claims.check(storage) == [
+        f"study {old} is of an older Trialyard, and is left out: run `trialyard storage upgrade`"
+    ]
+    with pytest.raises(StudyError, match="of an older Trialyard: run `trialyard storage upgrade`"):
+        queries.status(old, storage)
+    with pytest.raises(StorageError, match="of an older Trialyard: run `trialyard storage upgrade`"):
+        registry.create(trivial, storage, DATA)
+
+
+def test_a_study_of_others_is_not_upgraded(storage: PatientStorage, study: str, either_url: str) -> None:
+    others = {
+        "budget": {"trials": 5, "hours": None},
+        "founded": "2020-01-01",
+        "state": "open",
+        "definition": {"name": "x"},
+        "data": {},
+    }
+    plain = optuna.create_study(study_name="plain", storage=storage)
+    for name, value in others.items():
+        plain.set_user_attr(name, value)
+    assert database.upgrade(either_url)[1] == []
+    assert plain.user_attrs == others

@@ -103,7 +103,7 @@ SOFTWARE = {"trialyard": "0.1", "keras": "3.15", "backend": "tensorflow"}
 
 
 def _recorded(storage: PatientStorage, study: str) -> Any:
-    return storage.get_study_user_attrs(registry.study_id(study, storage)).get("software")
+    return storage.get_study_user_attrs(registry.study_id(study, storage)).get("trialyard:software")
 
 
 def test_the_first_worker_s_software_is_the_study_s(storage: PatientStorage, study: str) -> None:
@@ -166,6 +166,45 @@ def test_a_study_of_somebody_s_own_is_left_alone(storage: PatientStorage, trivia
     assert registry.names(storage) == []
     with pytest.raises(StudyError, match="open it with plain Optuna"):
         registry.definition_of("trivial", storage)
+
+
+@pytest.mark.parametrize(
+    ("directions", "words"),
+    [
+        ([StudyDirection.MINIMIZE], "study 'trivial' minimizes its value, and Trialyard maximizes exactly one"),
+        ([StudyDirection.MAXIMIZE] * 2, "study 'trivial' has 2 objectives, and Trialyard maximizes exactly one"),
+    ],
+)
+def test_an_empty_study_that_others_made_is_taken_over_only_if_it_maximizes(
+    either_url: str, trivial: Definition, directions: list[StudyDirection], words: str
+) -> None:
+    storage = database.create(either_url)
+    study_id = storage.create_new_study(directions, "trivial")
+    with pytest.raises(StudyError, match=words + r".*--name, or remove it with `optuna delete-study --study-name t"):
+        registry.create(trivial, storage, DATA)
+    assert storage.get_study_user_attrs(study_id) == {}
+    storage.delete_study(study_id)
+    study_id = storage.create_new_study([StudyDirection.MAXIMIZE], "trivial")
+    assert registry.create(trivial, storage, DATA)
+    # An older version took over any.
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE study_directions SET direction = 'MINIMIZE'")
+    for refused in (
+        lambda: registry.create(trivial, storage, DATA),
+        lambda: registry.check_direction("trivial", storage),
+    ):
+        with pytest.raises(StudyError, match="study 'trivial' minimizes its value"):
+            refused()
+    (problem,) = claims.check(storage)
+    assert problem.startswith("study trivial minimizes its value, and its samplers search for the worst accuracy: ")
+    storage.engine.dispose()
+
+
+def test_a_study_of_others_is_not_paused(storage: PatientStorage) -> None:
+    optuna.create_study(study_name="plain", storage=storage)
+    with pytest.raises(StudyError, match="'plain' is not one of Trialyard's"):
+        registry.pause("plain", storage)
+    assert optuna.load_study(study_name="plain", storage=storage).user_attrs == {}
 
 
 def test_an_unknown_study_is_named_with_the_nearest(storage: PatientStorage, study: str) -> None:

@@ -129,7 +129,10 @@ def test_a_study_runs_end_to_end_again_trains_nothing_and_with_more_budget_goes_
         assert told["device"]
         assert (told["precision"], told["protocol"]) == ("float32", "validation")
         assert {"keras", "optuna", "backend", "tensorflow"} <= set(told["versions"])
-        assert told["data_fingerprint"] == registry.open("small", _storage(home)).user_attrs["data"]["fingerprint"]
+        assert (
+            told["data_fingerprint"]
+            == registry.open("small", _storage(home)).user_attrs["trialyard:data"]["fingerprint"]
+        )
         (attempt,) = told["attempts"]
         assert attempt["outcome"] == "finished"
     assert len({trial.user_attrs["seed"] for trial in _trials(home)}) == 3
@@ -413,8 +416,8 @@ def test_a_trial_without_memory_fails_and_is_not_tried_again(home: Path, write_s
     _ended(start("create", str(file)))  # with a model that there is
     storage = _storage(home)
     study_id = registry.study_id("small", storage)
-    raw = storage.get_study_user_attrs(study_id)["definition"]
-    storage.set_study_user_attr(study_id, "definition", raw | {"model": "mine:build"})
+    raw = storage.get_study_user_attrs(study_id)["trialyard:definition"]
+    storage.set_study_user_attr(study_id, "trialyard:definition", raw | {"model": "mine:build"})
     _ended(start("work", "small"))
     _assert_spent(home, 2)
     for trial in _trials(home):
@@ -483,7 +486,9 @@ def test_a_study_that_this_machine_cannot_serve_is_left_to_others(
     file = write_small(trials=1, epochs=1)
     _ended(start("create", str(file), "--name", "other"))
     storage = _storage(home)
-    storage.set_study_user_attr(registry.study_id("other", storage), "data", {"fingerprint": "of other images"})
+    storage.set_study_user_attr(
+        registry.study_id("other", storage), "trialyard:data", {"fingerprint": "of other images"}
+    )
     _ended(start("create", str(file)))
     worker = start("work", "--forever")
     _when(lambda: claims.ended(storage, registry.study_id("small", storage)))
@@ -532,7 +537,7 @@ def test_a_worker_waits_for_a_database_that_is_away_also_at_its_start_and_while_
 
 
 def _began_elsewhere(storage: RDBStorage, study: str, **software: str) -> None:
-    storage.set_study_user_attr(registry.study_id(study, storage), "software", checks.software() | software)
+    storage.set_study_user_attr(registry.study_id(study, storage), "trialyard:software", checks.software() | software)
 
 
 def test_a_study_that_began_with_other_software_is_left_to_others(
@@ -545,8 +550,8 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
         _began_elsewhere(storage, name, **software)
     _ended(start("create", file, "--name", "later"))
     later = registry.study_id("later", storage)
-    stored = storage.get_study_user_attrs(later)["definition"]
-    storage.set_study_user_attr(later, "definition", stored | {"teacher": "a key of a version to come"})
+    stored = storage.get_study_user_attrs(later)["trialyard:definition"]
+    storage.set_study_user_attr(later, "trialyard:definition", stored | {"teacher": "a key of a version to come"})
     _ended(start("create", file))
     worker = start("work", "--forever")
     _when(lambda: claims.ended(storage, registry.study_id("small", storage)))
@@ -562,7 +567,7 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
     assert "study later is left to other workers: " in err
     for name in ("old", "new", "other", "later"):
         assert claims.counts(storage, registry.study_id(name, storage)).finished == 0
-    assert storage.get_study_user_attrs(registry.study_id("small", storage))["software"] == here
+    assert storage.get_study_user_attrs(registry.study_id("small", storage))["trialyard:software"] == here
 
     # Named, it is a mistake; not named, the others are worked on.
     _, err = _ended(start("work", "old"), code=1)
@@ -591,7 +596,7 @@ def test_a_worker_goes_on_with_the_others_when_a_study_is_deleted(
     claims.set_state(_storage(home), "long", "stopped")
     claims.delete(_storage(home), "long", 60.0)  # at once: the trial is still in its trainer
     out, err = _ended(process)
-    assert "study long was deleted" in err  # while its trial ran, or just after it was put back
+    assert "study long was deleted, or is not readable" in err  # while its trial ran, or just after it was put back
     assert "small: 2 of 2 trials" in out
     assert "long:" not in out
     _assert_spent(home, 2)

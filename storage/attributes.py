@@ -1,0 +1,162 @@
+"""What Trialyard keeps in the user attributes of studies and trials, checked whenever it is read.
+
+Others write into the same tables, and may use any name. The attributes of a study have a prefix of our own. Those of a
+trial do not: a trial that others added may have a ``failure`` or a ``model`` of another kind, which is not used.
+"""
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from optuna.storages._rdb.models import StudyModel, StudyUserAttributeModel
+from sqlalchemy import Connection, select
+
+from storage.errors import StudyUnreadable
+
+PREFIX = "trialyard:"
+
+Attempts = list[dict[str, Any]]
+
+
+# --- of a study -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyAttributes:
+    """The attributes of one study that Trialyard made."""
+
+    study_id: int
+    name: str
+    values: Mapping[str, Any]  # by their names without the prefix
+    problem: str | None  # why the study is not readable, in a sentence
+
+
+def of_studies(connection: Connection, names: Collection[str]) -> list[StudyAttributes]:
+    """The attributes `names` of all studies that have any of them, oldest first, in one query."""
+    stored = StudyUserAttributeModel
+    rows = connection.execute(
+        select(StudyModel.study_id, StudyModel.study_name, stored.key, stored.value_json)
+        .join(stored, stored.study_id == StudyModel.study_id)
+        .where(stored.key.in_([PREFIX + name for name in names]))
+        .order_by(StudyModel.study_id)
+    )
+    values: dict[tuple[int, str], dict[str, Any]] = {}
+    problems: dict[int, str] = {}
+    for study_id, study, key, value_json in rows:
+        found = values.setdefault((study_id, study), {})
+        try:
+            found[key.removeprefix(PREFIX)] = _parsed(study, key, value_json)
+        except StudyUnreadable as error:
+            problems[study_id] = str(error)
+    return [
+        StudyAttributes(study_id=study_id, name=study, values=found, problem=problems.get(study_id))
+        for (study_id, study), found in values.items()
+    ]
+
+
+def of_study(connection: Connection, study_id: int, name: str) -> Any:
+    """The attribute `name` of a study; None where it has none. Raises StudyUnreadable where it is not of our shape."""
+    stored, key = StudyUserAttributeModel, PREFIX + name
+    value_json = connection.execute(
+        select(stored.value_json).where(stored.study_id == study_id, stored.key == key)
+    ).scalar()
+    if value_json is None:
+        return None
+    try:
+        return _parsed("", key, value_json)
+    except StudyUnreadable:
+        study = connection.execute(select(StudyModel.study_name).where(StudyModel.study_id == study_id)).scalar()
+        return _parsed(str(study), key, value_json)
+
+
+def _parsed(study: str, key: str, value_json: str) -> Any:
+    value = decoded(value_json)
+    if not SHAPES[key.removeprefix(PREFIX)](value):
+        raise StudyUnreadable(
+            f"study {study!r} is not readable, because Trialyard never writes its attribute {key} as "
+            f"{value_json[:60]}: restore a backup of the database, or remove the study with `optuna delete-study`"
+        )
+    return value
+
+
+def _is_budget(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"trials", "hours"} <= value.keys() <= {"trials", "hours", "imported"}:
+        return False
+    hours = value["hours"]
+    return (
+        _is_count(value["trials"])
+        and _is_count(value.get("imported", 0))
+        and (hours is None or (number(hours) is not None and hours > 0))
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_definition(value: Any) -> bool:
+    # The rest is `studies.definition`'s to check: it may be of a later version.
+    return (
+        isinstance(value, dict)
+        and {"name", "dataset", "model", "space", "budget"} <= value.keys()
+        and isinstance(value.get("description"), str)
+        and isinstance(value.get("data"), dict)
+        and "validation" in value["data"]
+    )
+
+
+def _is_software(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(version, str) for version in value.values())
+
+
+SHAPES: Mapping[str, Callable[[Any], bool]] = {
+    "budget": _is_budget,
+    "state": lambda value: value in ("open", "paused", "stopped"),
+    "founded": lambda value: isinstance(value, str),
+    "definition": _is_definition,
+    "data": lambda value: isinstance(value, dict),
+    "software": _is_software,
+}
+
+
+# --- of a trial -------------------------------------------------------------------------------------------
+
+
+def attempts(value: Any) -> Attempts:
+    """The attempts at a trial, the first one first. Empty where `value` is not a list of ours: not our trial."""
+    return value if isinstance(value, list) and all(map(_is_attempt, value)) else []
+
+
+def _is_attempt(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("machine", "host", "slot")):
+        return False
+    try:
+        began = datetime.fromisoformat(value.get("began", ""))
+    except (TypeError, ValueError):
+        return False
+    known = _is_count(value.get("pid")) and number(value.get("born")) is not None and _is_count(value.get("epoch", 0))
+    return known and began.tzinfo is not None
+
+
+def failure(value: Any) -> dict[str, str]:
+    """Why a trial failed: its ``kind`` in one word, and a ``message``. Plain Optuna stores neither."""
+    if isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("kind", "message")):
+        return {"kind": value["kind"], "message": value["message"]}
+    return {"kind": "unknown", "message": "no reason was stored"}
+
+
+def number(value: Any) -> int | float | None:
+    """`value` if it is a finite number."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if known else None
+
+
+def decoded(value_json: str | None) -> Any:
+    """The value of a stored attribute; None where there is none, or it is not JSON."""
+    try:
+        return None if value_json is None else json.loads(value_json)
+    except ValueError:
+        return None

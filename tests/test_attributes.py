@@ -1,0 +1,159 @@
+"""What others store by our names never raises, and is not taken for ours. On both databases."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from storage import artifacts, attributes, claims, database
+from storage.claims import Budget
+from storage.database import PatientStorage
+from storage.errors import StudyUnreadable
+from storage.standings import ranked
+from storage.workers import Worker
+from studies import notes, queries, registry
+from studies.definition import Definition
+from studies.report import report
+
+DATA = {"fingerprint": "0" * 16, "train": 100, "validation": 10}
+JUNK: list[Any] = [None, True, -1, 4.5, "all", [], [1], {}, {"gpu_hours": 40}, [{"host": "a"}], {"kind": 1}]
+
+
+@pytest.fixture
+def storage(either_url: str) -> Iterator[PatientStorage]:
+    """A new database of each kind, with the tables and no study."""
+    made = database.create(either_url)
+    yield made
+    made.engine.dispose()
+
+
+def _readable(storage: PatientStorage, name: str) -> None:
+    """Calls whatever reads a study."""
+    queries.status(name, storage)
+    queries.leaderboard(name, storage)
+    queries.curves(name, storage)
+    report(name, storage, "markdown")
+    report(name, storage, "html")
+    notes.publish(name, storage, Path("nowhere"), optuna.storages.get_storage(storage), last=True)
+    claims.check(storage)
+    study_id = registry.study_id(name, storage)
+    claims.ended(storage, study_id)
+    claims.holdings(storage, study_id)
+
+
+def test_a_study_of_others_with_attributes_of_our_names_is_none_of_ours(
+    storage: PatientStorage, study: str, me: Worker
+) -> None:
+    for at, value in enumerate(JUNK):
+        other = optuna.create_study(study_name=f"other-{at}", storage=storage)
+        for name in attributes.SHAPES:
+            other.set_user_attr(name, value)
+    assert registry.names(storage) == [study]
+    assert [entry.name for entry in claims.entries(storage)] == [study]
+    assert claims.check(storage) == []
+    assert claims.claim(storage, study, me, 60.0) is not None
+
+
+@pytest.mark.parametrize("name", list(attributes.SHAPES))
+@pytest.mark.parametrize("value", [None, 4.5, [1], {"gpu_hours": 40}], ids=str)
+def test_a_study_whose_attribute_is_not_of_our_shape_is_left_out_with_one_warning(
+    storage: PatientStorage,
+    trivial: Definition,
+    study: str,
+    name: str,
+    value: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if name == "data" and isinstance(value, dict):
+        pytest.skip("it may hold anything")
+    monkeypatch.setattr(claims, "_warned", set())
+    other = trivial.model_copy(update={"name": "other"})
+    registry.create(other, storage, DATA)
+    study_id = registry.study_id("other", storage)
+    storage.set_study_user_attr(study_id, f"trialyard:{name}", value)
+    for _ in range(3):
+        assert registry.names(storage) == [study]
+    sentence = f"study 'other' is not readable, because Trialyard never writes its attribute trialyard:{name} as "
+    assert caplog.text.count(sentence) == 1
+    (problem,) = claims.check(storage)
+    assert problem.startswith(sentence + json.dumps(value))
+    with pytest.raises(StudyUnreadable, match="is not readable"):
+        claims.study_attribute(storage, study_id, name)
+    if name in ("budget", "definition", "state"):
+        with pytest.raises(StudyUnreadable, match="is not readable"):
+            queries.status("other", storage)
+
+
+@pytest.mark.parametrize("value", JUNK, ids=str)
+def test_a_trial_of_others_with_attributes_of_our_names_is_no_obstacle(
+    storage: PatientStorage, study: str, me: Worker, value: Any
+) -> None:
+    study_id = registry.study_id(study, storage)
+    claims.set_budget(storage, study, Budget(trials=20, hours=1.0))
+    ours = claims.claim(storage, study, me, 60.0)
+    assert ours is not None
+    names = ("attempts", "import_key", "failure", "imported", "model", "history", "versions", "device", "label")
+    told = dict.fromkeys((*names, "epochs", "best_epoch", "parameters", "seconds", "images_per_second"), value)
+    opened = registry.open(study, storage)
+    opened.add_trial(create_trial(value=0.9, user_attrs=told))
+    opened.add_trial(create_trial(state=TrialState.FAIL, user_attrs=told))
+    asked = opened.ask()
+    for name in names:
+        asked.set_user_attr(name, value)
+    opened.enqueue_trial({}, user_attrs=told)
+    _readable(storage, study)
+    assert claims.outside(storage, study_id) == [3]
+    assert [holding.number for holding in claims.holdings(storage, study_id)] == [0]
+    (problem,) = claims.check(storage)
+    assert problem == (
+        f"study {study}: 1 trial was started outside Trialyard and has not ended: trial 3; `optuna tell` ends it"
+    )
+    status = queries.status(study, storage)
+    assert (status.outside, status.failures) == ((3,), ("unknown: no reason was stored",))
+    (row,) = queries.leaderboard(study, storage)
+    assert {type(cell) for cell in (row.epochs, row.parameters, row.seconds)} <= {int, float, type(None)}
+    assert attributes.attempts(value) == []
+    waiting = claims.claim(storage, study, me, 60.0)
+    assert waiting is not None
+    assert (waiting.number, waiting.attempt) == (4, 1)
+    claims.finish(storage, waiting, TrialState.COMPLETE, 0.5, {})
+    claims.finish(storage, ours, TrialState.COMPLETE, 0.5, {})
+
+
+def test_hours_are_counted_from_a_trial_of_ours(storage: PatientStorage, study: str, me: Worker) -> None:
+    claims.set_budget(storage, study, Budget(trials=20, hours=1.0))
+    opened = registry.open(study, storage)
+    for value in JUNK:
+        opened.add_trial(create_trial(value=0.9, user_attrs={"attempts": value}))
+    claim = claims.claim(storage, study, me, 60.0)
+    assert claim is not None
+    assert not claims.ended(storage, claim.study_id)
+    (attempt,) = storage.get_trial(claim.trial_id).user_attrs["attempts"]
+    storage.set_trial_user_attr(claim.trial_id, "attempts", [attempt | {"began": "2020-01-01T00:00:00+00:00"}])
+    claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})
+    assert claims.claim(storage, study, me, 60.0) is None
+
+
+@pytest.mark.parametrize(
+    "below", [None, 3, "", ".", "/etc/passwd", "../x", "a/../../x", "a/..", "a\0b", {"a": 1}, ["a"]], ids=repr
+)
+def test_a_path_that_leads_outside_the_folder_is_not_followed(below: Any) -> None:
+    assert artifacts.inside(Path("/folder"), below) is None
+
+
+def test_a_path_below_the_folder_is_followed() -> None:
+    assert artifacts.inside(Path("/folder"), "study/3/model.keras") == Path("/folder/study/3/model.keras")
+
+
+def test_a_model_of_others_takes_no_place_among_those_that_are_kept(storage: PatientStorage, study: str) -> None:
+    opened = registry.open(study, storage)
+    for model in ("resnet50", 3, "other/0/model.keras"):
+        opened.add_trial(create_trial(value=0.9, user_attrs={"model": model}))
+    study_id = registry.study_id(study, storage)
+    found = database.read(storage, lambda connection: ranked(connection, study_id, with_model=True))
+    assert [standing.number for standing in found] == [2]
