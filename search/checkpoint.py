@@ -10,7 +10,7 @@ import logging
 import random
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Checkpoint:
     history: list[Epoch]
     variables: list[Array]  # of the model, in its own order, and Keras's own generator's
     optimizer: list[Array]
-    best_weights: list[Array]  # as `keras.Model.get_weights` gives them, of the best epoch
+    best_weights: list[Array]  # of the best epoch, as `get_weights` gives them; empty before a finite score
     random_states: dict[str, Any]
 
 
@@ -71,7 +71,7 @@ def write(path: Path, checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     """Writes `checkpoint` whole or not at all. `identity` is what must be the same for it to be read again."""
     told = {
         "identity": identity,
-        "history": [asdict(epoch) for epoch in checkpoint.history],
+        "history": [epoch.to_json() for epoch in checkpoint.history],
         "random_states": checkpoint.random_states,
     }
     arrays = {"told": np.array(json.dumps(told))}
@@ -99,7 +99,7 @@ def read(path: Path, identity: dict[str, Any]) -> Checkpoint | None:
         log.warning("%s cannot be read, and is not used: %s", path, error)
         return None
     return Checkpoint(
-        history=[Epoch(**epoch) for epoch in told["history"]], random_states=told["random_states"], **lists
+        history=[Epoch.from_json(epoch) for epoch in told["history"]], random_states=told["random_states"], **lists
     )
 
 

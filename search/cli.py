@@ -411,9 +411,11 @@ def storage_create(storage: StorageOption = None) -> None:
 
 @storage_app.command("upgrade")
 def storage_upgrade(storage: StorageOption = None) -> None:
-    """Bring the tables of an older version up to this one's, with no worker running; make a backup before."""
+    """Bring the database of an older version up to this one, with no worker running; make a backup before."""
     url = _settings(storage).url
-    revision = database.upgrade(url)
+    revision, repaired = database.upgrade(url)
+    for sentence in repaired:
+        out.print(sentence, markup=False)
     out.print(f"the database {database.redact(url)} has the tables of this version ({revision})", markup=False)
 
 

@@ -1,8 +1,8 @@
-"""optuna-dashboard's own pages behind a guard of ours, from storage that remembers finished trials.
+"""optuna-dashboard's own pages behind our guard, on storage that remembers finished trials.
 
-Notable: the guard stands before the application, so that no route of it, now or in a later version, is reached
-without a password, from another site, or with a change where only reading is allowed. The one answer that the page
-asks for again and again, a study's, is made by us: what the package does for it grows with all notes of all trials.
+The guard is in front of the whole application. So no route, now or in a later version, can be reached without the
+password, from another site, or with a change where only reading is allowed. One answer is ours: the study that a page
+polls again and again. The package's own work for it grows with the notes of all trials.
 """
 
 import base64
@@ -53,17 +53,18 @@ from sqlalchemy import Connection, select
 from search.errors import DashboardError
 from storage import artifacts
 from storage.database import PatientStorage, forbid_writing, read
+from storage.standings import is_scored
 from studies import findings
 
 log = logging.getLogger(__name__)
 
 THREADS = 8
 MAX_BODY = 10 * 2**20  # bytes; the largest thing that the page sends is a note
-TRIES, TRY_SECONDS = 10, 6.0  # wrong passwords from one address: at once, and then one in so many seconds
-ADDRESSES = 10_000  # that are remembered for it
-KNOWN = "trialyard"  # the cookie of a browser that had the right password
-GZIP_FROM = 2**16  # bytes: below it, packing costs more than it spares
-READING = ("GET", "HEAD")
+TRIES, TRY_SECONDS = 10, 6.0  # wrong passwords from one address: this many at once, then one in so many seconds
+ADDRESSES = 10_000  # at most so many addresses are remembered
+TRUSTED_COOKIE = "trialyard"  # name of the cookie of a browser that sent the right password before
+GZIP_FROM = 2**16  # bytes: below this, compressing costs more than it saves
+SAFE_METHODS = ("GET", "HEAD")
 DETAIL = ("GET", "/api/studies/<study_id:int>")
 RENAME = ("POST", "/api/studies/<study_id:int>/rename")
 PREFERENTIAL = "preference:is_preferential"
@@ -73,7 +74,7 @@ OF_A_TRIAL = re.compile(r"dashboard:(?:artifacts:)?(\d+):")
 
 HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
-    ("X-Frame-Options", "SAMEORIGIN"),  # another site's frame could have its visitor click on "delete"
+    ("X-Frame-Options", "SAMEORIGIN"),  # a frame on another site could trick its visitor into a click on "delete"
     ("Referrer-Policy", "same-origin"),
 )
 
@@ -86,9 +87,9 @@ def application(
     password: SecretStr | None = None,
     read_only: bool = False,
 ) -> WSGIApplication:
-    """The dashboard of the studies in `storage`, guarded, to be served at `host`.
+    """The guarded dashboard of the studies in `storage`, to be served at `host`.
 
-    Raises DashboardError where `host` is not this machine's own and there is no password.
+    Raises DashboardError if `host` is not an address of this machine alone and there is no password.
     """
     local = is_loopback(host)
     if not local and password is None:
@@ -97,7 +98,7 @@ def application(
             "TRIALYARD_DASHBOARD_PASSWORD_FILE, or leave --host out to serve this machine alone"
         )
     if read_only:
-        # A second lock behind the guard's: not even a GET that writes, in a later version, would change anything.
+        # A second barrier behind the guard: even a GET that writes, in a later version, could not change anything.
         forbid_writing(storage)
     return guarded(pages(storage, artifact_folder), local=local, password=password, read_only=read_only)
 
@@ -110,10 +111,10 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def serve(app: WSGIApplication, host: str, port: int, told: Callable[[list[str]], None]) -> None:
-    """Serves `app` until SIGTERM or Ctrl-C. `told` is given its addresses once it listens; port 0 is any free one.
+def serve(app: WSGIApplication, host: str, port: int, on_listening: Callable[[list[str]], None]) -> None:
+    """Serves `app` until SIGTERM or Ctrl-C. `on_listening` gets its addresses once it listens; port 0 is any free port.
 
-    Raises DashboardError where it cannot listen there. To be called from the main thread.
+    Raises DashboardError if it cannot listen there. Call it from the main thread.
     """
     try:
         server = waitress.create_server(
@@ -126,7 +127,7 @@ def serve(app: WSGIApplication, host: str, port: int, told: Callable[[list[str]]
         ) from error
     one = [(server.effective_host, server.effective_port)] if hasattr(server, "effective_host") else []
     with _ended_by_signals():
-        told([f"http://{f'[{at}]' if ':' in at else at}:{to}" for at, to in one or server.effective_listen])
+        on_listening([f"http://{f'[{at}]' if ':' in at else at}:{to}" for at, to in one or server.effective_listen])
         server.run()  # waitress ends its threads on SystemExit, and swallows it
     server.close()
 
@@ -148,49 +149,51 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def guarded(app: WSGIApplication, *, local: bool, password: SecretStr | None, read_only: bool) -> WSGIApplication:
-    """`app`, reached only by requests that may reach it.
+    """`app` behind the guard: only allowed requests reach it.
 
-    With a `password`, HTTP Basic asks for it, with any user name: the browser itself has the dialog for it, and there
-    is no log-in page or session that could be forged, stolen or forgotten. An address that has sent too many wrong ones
-    is answered 429 for a while, whatever it sends, but for browsers that had the right one before: a cookie tells them
-    apart, which opens nothing by itself. `local` says that the server listens on this machine alone.
+    With a `password`, HTTP Basic asks for it, with any user name. The browser has the dialog, so there is no login page
+    or session to forge or steal. After too many wrong passwords an address gets 429 for a while, whatever
+    it sends. Browsers that sent the right password before are exempt; their cookie gives no access by itself. `local`
+    means that the server listens on this machine alone.
     """
-    # Digests are of one length: comparing them does not even tell the password's.
+    # Digests have one length, so comparing them does not even reveal the password's length.
     expected = None if password is None else _digest(password.get_secret_value().encode())
-    guesses, known = _Guesses(), secrets.token_urlsafe()
+    throttle, trusted = LoginThrottle(), secrets.token_urlsafe()
 
     def guard(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         # The application, and whatever it logs, never sees the password.
         given = environ.pop("HTTP_AUTHORIZATION", "")
-        environ.setdefault("HTTP_ACCEPT_ENCODING", "")  # the package raises KeyError where it is missing
+        environ.setdefault("HTTP_ACCEPT_ENCODING", "")  # the package raises KeyError without it
         if local and not _names_this_machine(environ.get("HTTP_HOST", "")):
-            # A foreign site whose name was made to resolve to 127.0.0.1 reads and writes as its own.
+            # DNS rebinding: a foreign site whose name resolves to 127.0.0.1 could read and write as its own page.
             return _refused(start, "403 Forbidden", "open the dashboard as localhost or 127.0.0.1")
         address = environ.get("REMOTE_ADDR", "")
-        stranger = expected is not None and not hmac.compare_digest(_known_in(environ.pop("HTTP_COOKIE", "")), known)
-        if stranger and given and (seconds := guesses.wait(address)):
+        untrusted = expected is not None and not hmac.compare_digest(
+            _trusted_cookie(environ.pop("HTTP_COOKIE", "")), trusted
+        )
+        if untrusted and given and (seconds := throttle.retry_after(address)):
             again = ("Retry-After", str(seconds))
             return _refused(start, "429 Too Many Requests", f"too many wrong passwords: wait {seconds} s", again)
         if expected is not None and not hmac.compare_digest(_digest(_password_in(given)), expected):
             if given:
                 log.warning("a wrong password came from %s", address)
-                guesses.wrong(address)
+                throttle.record_failure(address)
             asking = ("WWW-Authenticate", 'Basic realm="Trialyard", charset="UTF-8"')
             return _refused(start, "401 Unauthorized", "the password is needed, with any user name", asking)
-        if environ["REQUEST_METHOD"] not in READING:
+        if environ["REQUEST_METHOD"] not in SAFE_METHODS:
             if read_only:
                 return _refused(start, "403 Forbidden", "this dashboard is read-only")
             if not _from_own_page(environ):
                 return _refused(start, "403 Forbidden", "another site's page may not change anything here")
 
         def started(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
-            # The package lets every site read artifacts.
+            # The package allows every site to read artifacts.
             kept = [one for one in headers if one[0].lower() != "access-control-allow-origin"]
             if environ["PATH_INFO"].startswith("/artifacts/"):
-                # A file of a user's own must not run as a page of this server.
+                # A user's file must not run as a page of this server.
                 kept.append(("Content-Security-Policy", "sandbox"))
-            if stranger:
-                kept.append(("Set-Cookie", f"{KNOWN}={known}; Path=/; HttpOnly; SameSite=Strict"))
+            if untrusted:
+                kept.append(("Set-Cookie", f"{TRUSTED_COOKIE}={trusted}; Path=/; HttpOnly; SameSite=Strict"))
             return start(status, [*kept, *HEADERS], *error)
 
         return app(environ, started)
@@ -198,24 +201,24 @@ def guarded(app: WSGIApplication, *, local: bool, password: SecretStr | None, re
     return guard
 
 
-class _Guesses:
-    """How many wrong passwords each address may still send: TRIES at once, and then one in TRY_SECONDS.
+class LoginThrottle:
+    """Slows down guessing: an address may send TRIES wrong passwords at once, then one every TRY_SECONDS.
 
-    Only wrong ones count. Kept in memory: a restart forgives.
+    Only wrong passwords count. The counts are in memory: a restart clears them.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # requests are answered by several threads
-        self._until: dict[str, float] = {}  # when all is forgiven, by `time.monotonic`
+        self._until: dict[str, float] = {}  # when the count is back at zero, by `time.monotonic`
 
-    def wait(self, address: str) -> int:
-        """Whole seconds until the next one of `address` is looked at; 0: now."""
+    def retry_after(self, address: str) -> int:
+        """Whole seconds until `address` may try again; 0: now."""
         with self._lock:
             owed = self._until.get(_network(address), 0.0) - time.monotonic()
         return max(0, math.ceil(owed - (TRIES - 1) * TRY_SECONDS))
 
-    def wrong(self, address: str) -> None:
-        """Counts a wrong one."""
+    def record_failure(self, address: str) -> None:
+        """Counts a wrong password."""
         now, network = time.monotonic(), _network(address)
         with self._lock:
             if len(self._until) >= ADDRESSES:
@@ -226,15 +229,15 @@ class _Guesses:
 
 
 def _network(address: str) -> str:
-    # Whoever has one address of IPv6 has 2**64 of them.
+    # One IPv6 host usually has a whole /64 network, which is 2**64 addresses.
     try:
         return str(ipaddress.ip_network((address, 64), strict=False)) if ":" in address else address
     except ValueError:
         return address
 
 
-def _known_in(cookies: str) -> str:
-    found = re.search(rf"(?:^|;) *{KNOWN}=([\w-]*)", cookies, re.ASCII)
+def _trusted_cookie(cookies: str) -> str:
+    found = re.search(rf"(?:^|;) *{TRUSTED_COOKIE}=([\w-]*)", cookies, re.ASCII)
     return found[1] if found else ""
 
 
@@ -253,7 +256,7 @@ def _password_in(header: str) -> bytes:
 
 
 def _names_this_machine(host: str) -> bool:
-    # Whatever the port: a tunnel has another one at its other end.
+    # The port does not matter: a tunnel may use another one at its far end.
     try:
         return is_loopback(urlsplit(f"//{host}").hostname or "")
     except ValueError:
@@ -263,8 +266,9 @@ def _names_this_machine(host: str) -> bool:
 def _from_own_page(environ: WSGIEnvironment) -> bool:
     """Whether a request that changes something comes from our own page, or from no page at all.
 
-    Every browser sends at least one of the three with such a request. One without any comes from a program, which no
-    foreign page can steer. A proxy that ends TLS changes `Host`, so what the browser itself found goes first.
+    Every browser sends at least one of these three headers with such a request. A request without them comes from a
+    program, which a foreign page cannot control. `Sec-Fetch-Site` goes first, because a proxy that ends TLS changes
+    `Host`.
     """
     site = environ.get("HTTP_SEC_FETCH_SITE")
     if site is not None:
@@ -279,7 +283,7 @@ def _from_own_page(environ: WSGIEnvironment) -> bool:
 
 
 def _refused(start: StartResponse, status: str, reason: str, *headers: tuple[str, str]) -> list[bytes]:
-    # The page shows the `reason` of an answer to its user.
+    # The page shows `reason` to its user.
     body = json.dumps({"reason": reason}).encode()
     start(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *headers, *HEADERS])
     return [body]
@@ -289,7 +293,7 @@ def _refused(start: StartResponse, status: str, reason: str, *headers: tuple[str
 
 
 def pages(storage: PatientStorage, artifact_folder: Path) -> Any:
-    """optuna-dashboard's application (a `bottle.Bottle`) on `storage`, without any guard."""
+    """optuna-dashboard's application (a `bottle.Bottle`) on `storage`, without the guard."""
     cached = RememberingStorage(storage)
     app = optuna_dashboard.wsgi(cached, artifact_store=TrialFiles(storage, artifact_folder))
     for route in app.routes:
@@ -303,12 +307,12 @@ def pages(storage: PatientStorage, artifact_folder: Path) -> Any:
 
 
 def _not_renamed(study_id: int) -> NoReturn:
-    # The package copies the trials to a new study: its workers, files, plots and budget would stay with the old name.
-    raise HTTPError(403, "a study's workers and files know it by its name: create another one with --name")
+    # The package copies the trials to a new study. Workers, files, plots and budget would stay with the old name.
+    raise HTTPError(403, "workers and files use the study's name: create another study with --name")
 
 
 class RememberingStorage(_CachedStorage):
-    """Optuna's storage that reads a finished trial once, made fit for a process that runs for weeks."""
+    """Optuna's cached storage, which reads a finished trial once, made safe for a process that runs for weeks."""
 
     def __init__(self, backend: PatientStorage) -> None:
         super().__init__(backend)
@@ -317,7 +321,7 @@ class RememberingStorage(_CachedStorage):
         self._last: dict[int, tuple[int, Any]] = {}  # by study: the last trial that is remembered, and its row
 
     def get_all_studies(self) -> list[FrozenStudy]:
-        """All studies, without their plots and notes: the list of studies shows none, and would read them each time."""
+        """All studies, without their plots and notes, which the list of studies does not show."""
 
         def work(connection: Connection) -> list[FrozenStudy]:
             directions: dict[int, list[StudyDirection]] = {}
@@ -350,10 +354,10 @@ class RememberingStorage(_CachedStorage):
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        """All trials of a study, by number; those that had finished before are not read again."""
+        """All trials of a study, by number. Trials that had finished at the last call are not read again."""
         with self._reading:
             last = self._last.get(study_id)
-            # SQLite gives the ids of a deleted study and its trials to the next one.
+            # SQLite uses the ids of a deleted study and of its trials again.
             if last is None or self._row(last[0]) != last[1]:
                 self._forget(study_id)
             found = super().get_all_trials(study_id, deepcopy=deepcopy, states=states)
@@ -378,21 +382,21 @@ class RememberingStorage(_CachedStorage):
 
 @dataclass(kw_only=True)
 class _Seen:
-    """What is kept of a study from one poll to the next."""
+    """What is remembered of a study from one poll to the next."""
 
     space: Any = field(default_factory=_CachedExtraStudyProperty)  # search spaces and attribute names of all trials
-    settled: int = 0  # so many trials from the first on are finished, and in `space`
+    settled: int = 0  # how many trials, from the first on, are finished and included in `space`
     last: FrozenTrial | None = None  # the last of them
-    # By trial: the trial, its own attributes as they are stored, and the JSON that they make.
-    # And the model that it offers, if any: retention may take that from a finished trial.
+    # By trial id: the trial, its attributes as stored, the path of its model if it offers one (retention may remove it
+    # later), and the JSON of all this.
     lines: dict[int, tuple[FrozenTrial, list[tuple[str, str]], Path | None, bytes]] = field(default_factory=dict)
 
 
 class StudyDetail:
-    """The answer to a study's page, first load and poll: the package's own, made once a finished trial.
+    """The answer for a study's page: the package's own JSON, built once for each finished trial.
 
-    The package reads all attributes of all studies for it, and looks through all of a study's for each trial's note,
-    which at 10,000 trials with notes takes minutes (optuna-dashboard 0.21).
+    The package reads all attributes of all studies for each poll, and searches all of a study's for each trial's note.
+    With 10,000 trials that have notes this takes minutes (optuna-dashboard 0.21).
     """
 
     def __init__(self, storage: RememberingStorage, artifact_folder: Path, stock: Callable[[int], Any]) -> None:
@@ -413,7 +417,7 @@ class StudyDetail:
             return self._stock(study_id)
         trials = self._storage.get_all_trials(study_id, deepcopy=False)
         with self._lock:
-            seen = self._take_in(study_id, trials)
+            seen = self._update_seen(study_id, trials)
             shown = [self._line(study, trial, of_trials, seen) for trial in trials[int(after) :]]
             best = [self._line(study, trial, of_trials, seen) for trial in _best(trials, study.directions[0])]
             detail = serialize_study_detail(
@@ -430,10 +434,10 @@ class StudyDetail:
         del detail["trials"], detail["best_trials"]
         rest = json.dumps(detail).encode()
         body = b'{"trials": [%b], "best_trials": [%b], %b' % (b", ".join(shown), b", ".join(best), rest[1:])
-        return _packed(body)
+        return _compressed(body)
 
     def _study(self, study_id: int) -> tuple[FrozenStudy | None, dict[int, list[tuple[str, str]]]]:
-        """The study without what it keeps for its trials, and that, by trial, as it is stored."""
+        """The study without the attributes that it keeps for its trials, and those attributes by trial id, as stored."""
 
         def work(connection: Connection) -> tuple[Any, list[StudyDirection], list[tuple[str, str]], list[Any]]:
             def attributes(model: Any) -> list[Any]:
@@ -473,11 +477,11 @@ class StudyDetail:
         )
         return found, of_trials
 
-    def _take_in(self, study_id: int, trials: list[FrozenTrial]) -> _Seen:
+    def _update_seen(self, study_id: int, trials: list[FrozenTrial]) -> _Seen:
         seen = self._seen.setdefault(study_id, _Seen())
         if seen.settled and (len(trials) < seen.settled or trials[seen.settled - 1] is not seen.last):
             seen = self._seen[study_id] = _Seen()  # another study has its id
-        # Where all are finished, the package goes through all of them each time.
+        # Only new trials: if all are finished, the package would go through all of them each time.
         seen.space.update(trials[seen.settled :])
         while seen.settled < len(trials) and trials[seen.settled].state.is_finished():
             seen.last = trials[seen.settled]
@@ -489,35 +493,35 @@ class StudyDetail:
     ) -> bytes:
         own = of_trials.get(trial._trial_id, [])
         known = seen.lines.get(trial._trial_id)
-        # A finished trial is the same object as long as it is the same trial; its note may change.
+        # The cache returns the same object for the same finished trial. Only its note may change.
         if known is not None and known[0] is trial and known[1] == own and (known[2] is None or known[2].is_file()):
             return known[3]
         attributes = {key: json.loads(value) for key, value in own}
-        told: dict[str, Any] = serialize_frozen_trial(study._study_id, trial, attributes)
-        model = self._offered_model(trial, told)
+        serialized: dict[str, Any] = serialize_frozen_trial(study._study_id, trial, attributes)
+        model = self._offered_model(trial, serialized)
         if model is not None and not model.is_file():
-            told["artifacts"] = [one for one in told["artifacts"] if one["filename"] != artifacts.MODEL]
+            serialized["artifacts"] = [one for one in serialized["artifacts"] if one["filename"] != artifacts.MODEL]
             model = None
-        line = json.dumps(told).encode()
+        line = json.dumps(serialized).encode()
         if trial.state.is_finished():
             seen.lines[trial._trial_id] = (trial, own, model, line)
         return line
 
-    def _offered_model(self, trial: FrozenTrial, told: dict[str, Any]) -> Path | None:
-        """Where the model should be that the page would offer, where its worker said so."""
+    def _offered_model(self, trial: FrozenTrial, serialized: dict[str, Any]) -> Path | None:
+        """The path of the model that the page would offer for download; None if it offers none."""
         below = trial.user_attrs.get("model")
-        offered = any(one["filename"] == artifacts.MODEL for one in told["artifacts"])
+        offered = any(one["filename"] == artifacts.MODEL for one in serialized["artifacts"])
         return self._folder / str(below) if offered and below is not None else None
 
 
 def _best(trials: list[FrozenTrial], direction: StudyDirection) -> list[FrozenTrial]:
-    """The best complete and feasible trial, of equals the first, as `studies.best_trial` has it; none without one."""
+    """The best complete and feasible trial, of equals the first, as in `studies.best_trial`; empty if there is none."""
     sign = 1 if direction == StudyDirection.MAXIMIZE else -1
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and findings.is_feasible(trial)]
+    complete = [trial for trial in trials if is_scored(trial) and findings.is_feasible(trial)]
     return [max(complete, key=lambda trial: (sign * trial.values[0], -trial.number))] if complete else []
 
 
-def _packed(body: bytes) -> bytes:
+def _compressed(body: bytes) -> bytes:
     if len(body) < GZIP_FROM or "gzip" not in request.headers.get("Accept-Encoding", ""):
         return body
     response.set_header("Content-Encoding", "gzip")
@@ -529,28 +533,28 @@ def _packed(body: bytes) -> bytes:
 
 
 class TrialFiles:
-    """The trials' files, as an artifact store that Optuna's metadata point into, for reading only.
+    """A read-only artifact store over the trials' files, for the metadata that Optuna keeps.
 
     An artifact is ``<folder>/<study>/<trial>/<file name>``, found by the trial that registered its id, or
-    ``<folder>/<id>`` as Optuna's own ``FileSystemArtifactStore`` would have written it: no file is there twice.
+    ``<folder>/<id>`` as Optuna's own ``FileSystemArtifactStore`` writes it.
     """
 
     def __init__(self, storage: PatientStorage, folder: Path) -> None:
         self._storage, self._folder = storage, folder
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
-        """The artifact's bytes. Answers 404 where its file is gone, which is all that is kept of most trials."""
+        """The artifact's bytes. Answers 404 if the file was removed: most trials keep no model."""
         for path in self._paths(artifact_id):
             if path.resolve().is_relative_to(self._folder.resolve()) and path.is_file():
                 return path.open("rb")
-        raise HTTPError(404, "this file is not kept any more, or lies on another machine")
+        raise HTTPError(404, "this file was removed, or is on another machine")
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         """Refused with 403: a trial's files are written by its worker."""
-        raise HTTPError(403, "files are not uploaded here: a trial's are written by its worker")
+        raise HTTPError(403, "files cannot be uploaded here: a trial's files are written by its worker")
 
     def remove(self, artifact_id: str) -> None:
-        """Leaves the file: what no trial names any more is removed by ``trialyard storage prune``."""
+        """Does nothing: ``trialyard storage prune`` removes files that no trial names."""
 
     def _paths(self, artifact_id: str) -> Iterator[Path]:
         key = f"artifacts:{artifact_id}"

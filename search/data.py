@@ -199,7 +199,9 @@ def import_function(name: str, kind: type[Exception]) -> Callable[..., Any]:
     """The function that ``package.module:function`` names; `kind` is raised where it cannot be imported."""
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # people's own modules lie where they work
+        # People keep their modules in the folder where they work. It comes last: Keras imports parts of itself and of
+        # Python late, and a random.py or keras.py of this folder must not be taken for them.
+        sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # importing runs a user's code
@@ -215,7 +217,7 @@ def import_function(name: str, kind: type[Exception]) -> Callable[..., Any]:
 def _download(name: str, folder: Path) -> Path:
     """Has Keras download `name`, in a process of its own, and keeps it as ``<folder>/<name>.npz``."""
     result = subprocess.run(
-        [sys.executable, "-m", "search.download", name, str(folder / f"{name}.npz")],
+        [sys.executable, "-P", "-m", "search.download", name, str(folder / f"{name}.npz")],
         capture_output=True,
         text=True,
         timeout=DOWNLOAD_SECONDS,

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 # Processor flags of units that multiply bfloat16 (Linux's names; Intel's AMX and the AVX-512 extension).
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
 MEMORY_A_SLOT = 2 << 30  # bytes that a trainer on the processor may need: TensorFlow alone holds a quarter of it
-# Of a shared GPU's memory, what its trainers may have together: each also has a context of a few hundred MB.
+# The share of a shared GPU's memory that its trainers use together: each also needs a context of a few hundred MB.
 MEMORY_SHARE = 0.9
 BFLOAT16_CAPABILITY = (8, 0)  # CUDA compute capability from which tensor cores take bfloat16 (Ampere)
 
@@ -165,7 +165,7 @@ def cores() -> int:
 
 
 def memory(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that are to be had, of the machine's memory and of what its control group (a container) leaves."""
+    """Bytes of memory that are available: the machine's, or less where a control group (a container) limits it."""
     free = int(psutil.virtual_memory().available)
     try:
         limit, used = ((folder / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))

@@ -1,4 +1,4 @@
-"""Downloads a dataset through Keras: ``python -m search.download mnist FILE``.
+"""Downloads a dataset through Keras: ``python -P -m search.download mnist FILE``.
 
 A program of its own, because Keras takes seconds to import and no command of ours does that.
 """

@@ -1,4 +1,4 @@
-"""Keeps the notes and figures of optuna-dashboard up to date while a worker works, and never in its way."""
+"""Keeps the notes and figures in optuna-dashboard up to date while a worker works, without delaying it."""
 
 import logging
 import threading
@@ -19,20 +19,20 @@ from studies import notes, registry
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
-LEAVE_SECONDS = 10.0  # that the end of the work waits for the last publication
+LEAVE_SECONDS = 10.0  # how long the worker's end waits for the last publication
 
 
 class Publisher(Relay):
-    """Hears what another watcher hears, and publishes the studies whose trials end, from a thread of its own.
+    """Passes every event on to another watcher, and publishes the studies whose trials end, in its own thread.
 
-    A failure, a slow database included, is logged and nothing else: training and claims never wait for it.
+    A failure or a slow database is only logged: training and claims never wait for it.
     """
 
     def __init__(self, inner: Watcher, storage: PatientStorage, artifacts: Path) -> None:
         super().__init__(inner)
         self._storage, self._artifacts = storage, artifacts
-        # By name, with what tells the study from a deleted one of that name: the database's numbers are used again, and
-        # Optuna's cache of finished trials goes by them.
+        # By name, with the study's identity. A database uses the ids of deleted studies again, and Optuna's cache of
+        # finished trials goes by the id.
         self._caches: dict[str, tuple[tuple[int, str | None], BaseStorage]] = {}
         self._due: dict[str, float] = {}  # studies with news, and when to look at them; by `time.monotonic`
         self._lock = threading.Lock()  # the slots' threads write, the publishing thread reads
@@ -47,7 +47,7 @@ class Publisher(Relay):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)  # the terminal is free while the last publication is waited for
+        super().__exit__(kind, error, trace)  # frees the terminal before waiting for the last publication
         self._done.set()
         self._thread.join(LEAVE_SECONDS)
         if self._thread.is_alive():
@@ -67,26 +67,26 @@ class Publisher(Relay):
                 for study in due:
                     del self._due[study]
             for study in due:
-                if not self._published(study, last=False):
+                if not self._publish(study, last=False):
                     with self._lock:
                         self._due[study] = time.monotonic() + notes.PAUSE_SECONDS
         with self._lock:
             left = list(self._due)
         for study in left:
-            self._published(study, last=True)
+            self._publish(study, last=True)
 
     def _cached(self, study: str) -> BaseStorage:
         study_id = registry.study_id(study, self._storage)
-        standing = (study_id, claims.founded(self._storage, study_id))
-        if study not in self._caches or self._caches[study][0] != standing:
-            self._caches[study] = (standing, optuna.storages.get_storage(self._storage))
+        identity = (study_id, claims.founded(self._storage, study_id))
+        if study not in self._caches or self._caches[study][0] != identity:
+            self._caches[study] = (identity, optuna.storages.get_storage(self._storage))
         return self._caches[study][1]
 
-    def _published(self, study: str, *, last: bool) -> bool:
+    def _publish(self, study: str, *, last: bool) -> bool:
         try:
             return notes.publish(study, self._storage, self._artifacts, self._cached(study), last=last)
         except Exception as error:
-            # Whatever it is, it must not be in the way of training.
+            # Whatever failed, training must go on.
             if not self._storage.leaving.is_set():
                 log.warning("the notes and figures of study %s were not written: %s", study, error)
                 log.debug("the whole error", exc_info=error)

@@ -1,11 +1,17 @@
 """What a training tells of itself. Apart from `search.training`, because the worker reads it without Keras."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """What one epoch gave. Losses are means of the categorical cross-entropy, accuracies are of 0 to 1."""
+    """What one epoch gave. Losses are means of the categorical cross-entropy, accuracies are of 0 to 1.
+
+    A model of one's own may measure an accuracy that is not finite, such as 0 / 0; losses always are.
+    """
 
     epoch: int  # from 1
     loss: float  # on the training images, while the weights still change
@@ -14,6 +20,26 @@ class Epoch:
     val_accuracy: float
     seconds: float  # of training, without the validation
     images_per_second: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The epoch as JSON, which has no NaN: null stands for a number that is not finite."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Epoch":
+        """The epoch that `to_json` wrote; null becomes NaN."""
+        values: dict[str, Any] = {key: math.nan if value is None else value for key, value in stored.items()}
+        return cls(**values)
+
+
+def best_epoch(history: Sequence[Epoch]) -> Epoch | None:
+    """The epoch with the highest finite validation accuracy, of equals the first; None if no accuracy is finite."""
+    # max() over a NaN depends on the order: what comes before it is forgotten, or what comes after it.
+    finite = [epoch for epoch in history if math.isfinite(epoch.val_accuracy)]
+    return max(finite, key=lambda epoch: epoch.val_accuracy, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

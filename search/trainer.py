@@ -1,6 +1,6 @@
 """The trainer process of one slot: started with its device pinned, fed with jobs, stopped, killed, replaced.
 
-It is a program of its own (``python -m search.trainer FD``) and not a fork, because Keras must first be imported
+It is a program of its own (``python -P -m search.trainer FD``) and not a fork, because Keras must first be imported
 with the environment that pins it, and because it may crash, hang or run out of memory without harm to the worker.
 It talks over one socket: jobs and stops come in, one record an epoch and an end go out. It never waits for the
 worker between epochs, touches no database, and ends at once when the worker is gone.
@@ -178,7 +178,8 @@ class Trainer:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "search.trainer", str(theirs.fileno())],
+                # -P: a user's search.py or storage/ in the current folder must not be imported in place of ours.
+                [sys.executable, "-P", "-m", "search.trainer", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from search.batches import batches
 from search.data import Array, Dataset
 from search.errors import DataError
 from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary
-from search.records import Epoch, Trained
+from search.records import Epoch, Trained, best_epoch
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, stored
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ Stop = Literal["keep", "drop"]
 
 
 class NotANumber(Exception):  # noqa: N818 - what happened, in the words of `failure.kind`
-    """The loss was NaN or infinite: the model can learn no more."""
+    """The loss was NaN or infinite, or no epoch had a finite score: the training has no result."""
 
 
 def train(
@@ -53,7 +52,8 @@ def train(
     `precision` is Keras's dtype policy, and the reason for it. `on_epoch` is told of every epoch at its end; where
     `stopping` says so, the training ends after the running batch and no model is written: "keep" writes a checkpoint
     of the last whole epoch, "drop" does not. The same arguments give the same numbers on the same kind of processor
-    with the same software, interrupted or not.
+    with the same software, interrupted or not. An epoch whose validation accuracy is not finite stays in the history,
+    and is never the best.
 
     Raises NotANumber, DataError (a batch larger than the data), ModelError, and StorageError where a file cannot be
     written.
@@ -113,9 +113,9 @@ def train(
             seconds=seconds,
             images_per_second=len(y_train) / seconds,
         )
-        if not history or record.val_accuracy > max(past.val_accuracy for past in history):
-            best_weights = judged_weights
         history.append(record)
+        if best_epoch(history) is record:
+            best_weights = judged_weights
         on_epoch(record)
         if epoch < epochs:
             unwritten = checkpoint.take(net, history, best_weights)
@@ -124,7 +124,11 @@ def train(
                 unwritten, written_at = None, time.monotonic()
     if stop.stopped and unwritten is not None and stopping() == "keep":
         checkpoint.write(folder / CHECKPOINT, unwritten, identity)
-    best = max(history, key=lambda past: past.val_accuracy, default=None)  # the first of equals
+    best = best_epoch(history)
+    if best is None and not stop.stopped:
+        raise NotANumber(
+            f"the validation accuracy was {history[-1].val_accuracy} in epoch {epochs}, and finite in no epoch"
+        )
     _write_history(folder / HISTORY, history)
     with stored(folder / SUMMARY) as temporary:
         temporary.write_text(summary(net), encoding="utf-8")
@@ -203,7 +207,7 @@ def _evaluation_batch(batch_size: int) -> int:
 
 def _write_history(path: Path, history: list[Epoch]) -> None:
     with stored(path) as temporary:
-        temporary.write_text(json.dumps([asdict(epoch) for epoch in history], indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps([epoch.to_json() for epoch in history], indent=1), encoding="utf-8")
 
 
 def _write_model(

@@ -16,6 +16,7 @@ budget is spent", and its calls are a transaction each.
 import hashlib
 import json
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ from sqlalchemy import Connection, and_, func, insert, select, update
 from sqlalchemy import delete as delete_rows
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import artifacts
+from storage import artifacts, legacy
 from storage.database import read, write
 from storage.errors import ClaimLost, StorageError, StudyGone
 from storage.workers import Worker, database_now, server_started
@@ -164,6 +165,8 @@ def found(storage: RDBStorage, study: str, attributes: dict[str, Any], points: S
 def add(storage: RDBStorage, study: str, trials: Sequence[Imported]) -> int:
     """Puts trials that were run elsewhere into `study`, finished, all or nothing; returns how many were new.
 
+    Raises ValueError, and adds nothing, if a value is not finite.
+
     The budget grows with them: it is what the study may still run, and finished + running stays within it. Each is
     known by a digest of all that it says, so that the same trials given again (also by a transaction whose answer was
     lost) add nothing; two trials that say the same are told apart by their order.
@@ -171,6 +174,8 @@ def add(storage: RDBStorage, study: str, trials: Sequence[Imported]) -> int:
     seen: Counter[str] = Counter()
     keyed: dict[str, Imported] = {}
     for trial in trials:
+        if not math.isfinite(trial.value):
+            raise ValueError(f"the value of an imported trial is {trial.value}: it must be a finite number")
         digest = _digest(trial)
         seen[digest] += 1
         keyed[f"{digest}-{seen[digest]}"] = trial
@@ -440,7 +445,8 @@ def beat(storage: RDBStorage, claim: Claim) -> State:
 def report(storage: RDBStorage, claim: Claim, step: int, value: float, files: Sequence[str] | None = None) -> State:
     """Writes the intermediate `value` of epoch `step` (from 1), and returns what is wanted of the study.
 
-    Written again after a restart, a step's value replaces the earlier one. `files` are the names of those that the
+    Written again after a restart, a step's value replaces the earlier one. A value that is not finite is stored as NaN:
+    Optuna can read it, and its pruners and TPE take it for the worst of all. `files` are the names of those that the
     trial now has, of `artifacts.LISTED`; None: the same as before. Raises ClaimLost.
     """
     return resume(storage, claim, {step: value}, None, files)
@@ -463,7 +469,9 @@ def resume(
         stored = TrialIntermediateValueModel
         connection.execute(delete_rows(stored).where(stored.trial_id == claim.trial_id, stored.step.in_(values)))
         for step, value in values.items():
-            number, kind = stored.intermediate_value_to_stored_repr(value)
+            # An infinite accuracy is a failed measurement too, and a pruner would take it for the best.
+            known = value if math.isfinite(value) else math.nan
+            number, kind = stored.intermediate_value_to_stored_repr(known)
             row = {"trial_id": claim.trial_id, "step": step}
             connection.execute(
                 insert(stored).values(row | {"intermediate_value": number, "intermediate_value_type": kind})
@@ -488,11 +496,18 @@ def finish(
 ) -> None:
     """Ends the trial for good, with its `attributes` as user attributes. Raises ClaimLost.
 
+    A `value` that is not finite is never stored. A COMPLETE trial without a finite value ends as FAIL with that reason,
+    and a PRUNED one has no value, as with Optuna's own `tell`.
+
     `files` are the names of those that it leaves, of `artifacts.LISTED`: optuna-dashboard offers them.
 
     Optuna's samplers that Trialyard offers do nothing in `after_trial` for one objective without constraints, so
     the state is set directly, under the lock.
     """
+    score = value if value is not None and math.isfinite(value) else None
+    if state == TrialState.COMPLETE and score is None:
+        failure = {"kind": "nan", "message": f"its score is {value}, which is not a finite number"}
+        state, attributes = TrialState.FAIL, attributes | {"failure": failure}
 
     def work(connection: Connection) -> None:
         attempts = _compare(connection, claim, or_finished=True)
@@ -500,8 +515,8 @@ def finish(
             return  # done already: the commit came through, and its answer did not
         attempts[-1] |= _ending("finished")
         _set_attributes(connection, claim.trial_id, attributes | {"attempts": attempts})
-        if value is not None:
-            connection.execute(insert(TrialValueModel).values(_value_row(claim.trial_id, value)))
+        if score is not None:
+            connection.execute(insert(TrialValueModel).values(_value_row(claim.trial_id, score)))
         _list_files(connection, claim, files)
         _set_trial(connection, claim.trial_id, state=state, _datetime_complete_utc=_utc())
 
@@ -695,6 +710,7 @@ def _problems(connection: Connection) -> list[str]:
             )
         ).scalars()
         problems += [f"study {name}: trial {number} runs without a heartbeat" for number in unbeaten]
+        problems += legacy.problems(connection, study_id, name)
     return problems
 
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import math
 import re
 import sqlite3
 import threading
@@ -21,12 +22,14 @@ import optuna.storages._rdb
 import sqlalchemy
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import BaseModel
+from optuna.storages._rdb.models import BaseModel, TrialModel, TrialValueModel
 from optuna.storages._rdb.storage import _VersionManager
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, Connection, Engine, orm, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from storage import legacy
 from storage.artifacts import written_whole
 from storage.errors import StorageError
 from storage.workers import table as workers_table
@@ -94,6 +97,16 @@ class PatientStorage(RDBStorage):
         )
         return storage
 
+    def _build_frozen_trial_from_trial_model(self, trial: TrialModel) -> FrozenTrial:
+        """As Optuna, but a trial whose stored value is NaN is read as a failed one.
+
+        Older versions of Trialyard stored such values (`storage.legacy` repairs them). On SQLite they are NULL, and
+        Optuna's own reading of any trial of the study ends in an AssertionError.
+        """
+        return super()._build_frozen_trial_from_trial_model(
+            _WithoutValue(trial) if any(map(_is_nan, trial.values)) else trial  # type: ignore[arg-type]
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "leaving"}
 
@@ -126,6 +139,23 @@ class PatientStorage(RDBStorage):
                 f"the database {redact(self.url)} has been away for too long ({cause_of(cause)}): bring it back, and "
                 "run the command again; what was trained is in the checkpoints"
             ) from cause
+
+
+class _WithoutValue:
+    """A trial's row as that of a failed trial. A view of it: a change of the row itself would be written back."""
+
+    state, values = TrialState.FAIL, ()
+
+    def __init__(self, trial: TrialModel) -> None:
+        self._trial = trial
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trial, name)
+
+
+def _is_nan(row: Any) -> bool:  # of TrialValueModel, whose attributes are columns to a type checker
+    finite = row.value_type == TrialValueModel.TrialValueType.FINITE
+    return finite and (row.value is None or math.isnan(row.value))
 
 
 def _told(state: "tenacity.RetryCallState") -> None:
@@ -286,8 +316,10 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
     return connect(url, patience)
 
 
-def upgrade(url: str) -> str:
-    """Brings the tables of an older Optuna or Trialyard up to this one's; returns the schema's version.
+def upgrade(url: str) -> tuple[str, list[str]]:
+    """Brings the tables of an older Optuna or Trialyard up to this one's, and repairs what is in them.
+
+    Returns the schema's version, and what was repaired, a sentence each.
 
     Raises StorageError where that fails. Nothing else may use the database meanwhile.
     """
@@ -299,9 +331,10 @@ def upgrade(url: str) -> str:
         storage = _storage(parsed, skip_compatibility_check=True)
         storage.upgrade()
         _add_ours(storage)
+        repaired = write(storage, None, legacy.upgrade)
     except (OptunaError, SQLAlchemyError, RuntimeError) as error:
         raise StorageError(f"the database {redact(url)} cannot be upgraded ({cause_of(error)})") from error
-    return storage.get_current_version()
+    return storage.get_current_version(), repaired
 
 
 def _make_tables(url: URL) -> None:

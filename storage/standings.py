@@ -1,6 +1,8 @@
 """How the trials of a study stand: the complete and feasible ones, best first. By SQL, which reads no trial whole."""
 
 import json
+import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +12,8 @@ from optuna.storages._rdb.models import (
     TrialUserAttributeModel,
     TrialValueModel,
 )
-from optuna.trial import TrialState
-from sqlalchemy import Connection, case, select, true
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import ColumnElement, Connection, and_, select, true
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,28 +31,39 @@ def ranked(
     """The study's complete trials, highest value first and of equals the first, or only the `top` of them.
 
     `with_model`: of those that left a model, as trials that were imported did not.
+    Those whose value is not finite, which older versions stored, are left out: they would be the best on PostgreSQL.
     Those with a violated constraint (`optuna.Trial.set_constraint`: more than 0) are left out, as Optuna's own
     ``study.best_trial`` leaves them out. A trial's rank never rises: values of finished trials do not change.
     """
     barred = _infeasible(connection, study_id)
-    kind, kinds = TrialValueModel.value_type, TrialValueModel.TrialValueType
-    infinity = case((kind == kinds.INF_POS, 1), (kind == kinds.INF_NEG, -1), else_=0)
     stored = TrialUserAttributeModel
     has_model = select(stored.trial_id).where(stored.trial_id == TrialModel.trial_id, stored.key == "model").exists()
     rows = connection.execute(
-        select(TrialModel.trial_id, TrialModel.number, TrialValueModel.value, kind)
+        select(TrialModel.trial_id, TrialModel.number, TrialValueModel.value)
         .join(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
         .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.COMPLETE, TrialValueModel.objective == 0)
-        .where(has_model if with_model else true())
-        .order_by(infinity.desc(), TrialValueModel.value.desc(), TrialModel.number)
+        .where(is_finite(), has_model if with_model else true())
+        .order_by(TrialValueModel.value.desc(), TrialModel.number)
         .limit(None if top is None else top + len(barred))
     )
     feasible = [
-        Standing(trial_id=trial_id, number=number, value=TrialValueModel.stored_repr_to_value(value, told))
-        for trial_id, number, value, told in rows
+        Standing(trial_id=trial_id, number=number, value=value)
+        for trial_id, number, value in rows
         if trial_id not in barred
     ]
     return feasible[:top]
+
+
+def is_scored(trial: FrozenTrial) -> bool:
+    """Whether the trial is complete with a finite value. Older versions, and plain Optuna, store others too."""
+    return trial.state == TrialState.COMPLETE and trial.values is not None and math.isfinite(trial.values[0])
+
+
+def is_finite() -> ColumnElement[bool]:
+    """Whether a row of values is a finite one. A NaN is NULL on SQLite, and larger than all numbers on PostgreSQL."""
+    largest = sys.float_info.max
+    finite = TrialValueModel.value_type == TrialValueModel.TrialValueType.FINITE
+    return and_(finite, TrialValueModel.value.between(-largest, largest))
 
 
 def _infeasible(connection: Connection, study_id: int) -> set[int]:

@@ -1,4 +1,4 @@
-"""Writes a saved model in another format, through Keras: ``python -m studies.convert model.keras tflite FILE``.
+"""Writes a saved model in another format, through Keras: ``python -P -m studies.convert model.keras tflite FILE``.
 
 A program of its own, because Keras takes seconds to import and holds its memory for the life of a process. What is
 missing or cannot be done is said in its last line on standard error.
@@ -25,7 +25,7 @@ def main(model: str, format: str, target: str, module: str = "") -> None:
     import keras
 
     if module:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())  # last, as in `search.data.import_function`
         with contextlib.suppress(ImportError):  # the model may be of Keras's own layers, and need none
             importlib.import_module(module)
     net = keras.models.load_model(model, compile=False)

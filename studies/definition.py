@@ -129,7 +129,7 @@ class Definition(_Table):
         return self.model_dump(mode="json")
 
     def _typed(self, point: Mapping[str, Any]) -> Point:
-        # `dropout = 0` in a point means 0.0 where dropout is a real number.
+        # `dropout = 0` in a point means 0.0 if dropout is a float.
         return {name: float(value) if isinstance(self.space[name], Float) else value for name, value in point.items()}
 
 
@@ -150,17 +150,17 @@ def load(name_or_file: str, **overrides: Any) -> Definition:
     if name_or_file in ready:
         text = (folder / f"{name_or_file}.toml").read_text(encoding="utf-8")
         return parse(text, source=name_or_file, **overrides)
-    path, told = Path(name_or_file), _told(name_or_file, 300)
+    path, shown_path = Path(name_or_file), _one_line(name_or_file, 300)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise DefinitionError(f"{told} is no text in UTF-8: a definition is a TOML file") from None
+        raise DefinitionError(f"{shown_path} is not text in UTF-8: a definition is a TOML file") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         if path.suffix == ".toml" or os.path.isfile(path):
             reason = getattr(error, "strerror", None) or error
-            raise DefinitionError(f"{told} cannot be read ({reason}): give the path of a TOML file") from None
+            raise DefinitionError(f"{shown_path} cannot be read ({reason}): give the path of a TOML file") from None
         raise DefinitionError(
-            f"'{told}' is neither a file nor in the catalog ({', '.join(ready)})"
+            f"'{shown_path}' is neither a file nor in the catalog ({', '.join(ready)})"
             f"{nearest(name_or_file, ready) or '; `trialyard catalog` describes them'}"
         ) from None
     return parse(text, source=str(path), folder=path.parent, **overrides)
@@ -174,8 +174,8 @@ def parse(text: str, *, source: str = "the definition", folder: Path | None = No
     try:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise DefinitionError(f"{source} is no TOML ({reason}): correct it there") from None
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise DefinitionError(f"{source} is not valid TOML ({reason}): correct it there") from None
     if folder is not None and isinstance(raw.get("dataset"), str) and raw["dataset"].endswith(".npz"):
         beside = (folder / raw["dataset"]).absolute()
         if "\0" not in raw["dataset"] and beside.is_file():
@@ -190,8 +190,8 @@ def from_json(raw: Mapping[str, Any]) -> Definition:
 
 
 def to_toml(definition: Definition) -> str:
-    """`definition` as a file says it, without what is the default; `parse` gives an equal one back."""
-    # `type` is a default, too: `parse` tells it from the numbers, whose own types are kept.
+    """`definition` as TOML text, without keys that have their default value; `parse` returns an equal definition."""
+    # `type` is left out as well: `parse` derives it from the types of the numbers, which are kept.
     raw = definition.model_dump(mode="json", exclude_defaults=True)
     lines = [f"{key} = {_toml(value)}" for key, value in raw.items() if key == "name" or not _is_table(value)]
     for key, value in raw.items():
@@ -213,9 +213,9 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, str):
-        # JSON's escapes are TOML's, but for DEL, which TOML does not take as it is, and halves of a character.
+        # JSON's escapes are valid in TOML. Two exceptions: a raw DEL, and lone surrogates, which cannot occur here.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return json.dumps(value)  # numbers and truth are written alike
+    return json.dumps(value)  # numbers and booleans look the same in JSON and TOML
 
 
 def _toml_key(name: str) -> str:
@@ -230,7 +230,7 @@ def differences(one: Definition, other: Definition) -> list[str]:
     may_differ = {"description", "budget.trials", "budget.hours", "budget.trial_minutes"}
     left, right = _flat(one.to_json()), _flat(other.to_json())
     return [
-        f"{key} = {json.dumps(left.get(key))} there and {json.dumps(right.get(key))} here"
+        f"{key} = {json.dumps(left.get(key))} in the database and {json.dumps(right.get(key))} in this definition"
         for key in [*left, *(key for key in right if key not in left)]
         # As text: to Python, true is 1.
         if key not in may_differ and json.dumps(left.get(key)) != json.dumps(right.get(key))
@@ -268,7 +268,7 @@ def _checked(raw: Mapping[str, Any], source: str) -> Definition:
     except ValidationError as error:
         raise DefinitionError(f"{source}: {_sentence(error)}") from None
     except RecursionError:
-        raise DefinitionError(f"{source} is nested too deep: write it as the README shows") from None
+        raise DefinitionError(f"{source} is nested too deeply: write it as the README shows") from None
     for check in (
         _check_source,
         _check_names,
@@ -297,7 +297,7 @@ def _check_source(definition: Definition) -> str | None:
             f"{nearest(model, models.NAMES)}"
         )
     if "\0" in dataset:
-        return f"dataset = {_shown(dataset)} is no path: take the zero byte out"
+        return f"dataset = {_shown(dataset)} is not a path: remove the zero byte"
     return None
 
 
@@ -339,7 +339,7 @@ def _check_conditions(definition: Definition) -> str | None:
             if other not in space:
                 return f"{key}: there is no {other!r} in [space] to depend on{nearest(other, space)}"
             if isinstance(space[other], Float):
-                return f"{key}: {other!r} is a real number, and `when` needs one with choices, or a whole number"
+                return f"{key}: {other!r} is a float, and `when` needs a parameter with choices or a whole number"
             if not values:
                 return f"{key} = [] names no value: list at least one"
             for value in values:
@@ -349,7 +349,7 @@ def _check_conditions(definition: Definition) -> str | None:
     try:
         in_order(space)
     except ValueError as circle:
-        return f"space.{circle}.when goes in a circle: let one of its parameters depend on nothing"
+        return f"space.{circle}.when is circular: let one of its parameters depend on nothing"
     return None
 
 
@@ -378,7 +378,7 @@ def _check_rules(definition: Definition) -> str | None:
 
 def _check_momentum(definition: Definition) -> str | None:
     if definition.model not in models.NAMES or "momentum" not in (*definition.space, *definition.fixed):
-        return None  # one's own model may make of it what it likes
+        return None  # a user's own model may use it in its own way
     searched = definition.space.get("optimizer")
     optimizers = searched.choices if isinstance(searched, Choice) else (definition.fixed.get("optimizer", "adam"),)
     if any(optimizer in models.WITH_MOMENTUM for optimizer in optimizers):
@@ -431,7 +431,7 @@ def _check_points(definition: Definition) -> str | None:
             lacking = [name for name in needed if name not in point]
             if lacking:
                 return (
-                    f"points[{index}] lacks {lacking[0]!r}: with sampler {definition.sampler.kind} a point must "
+                    f"points[{index}] has no {lacking[0]!r}: with sampler {definition.sampler.kind} a point must "
                     "be whole"
                 )
         if point in seen:
@@ -536,12 +536,12 @@ def _known_keys(path: Iterable[Any]) -> list[str]:
 def _path(parts: Iterable[Any]) -> str:
     text = ""
     for part in parts:
-        text += f"[{part + 1}]" if isinstance(part, int) else f".{_told(part)}" if text else _told(part)
+        text += f"[{part + 1}]" if isinstance(part, int) else f".{_one_line(part)}" if text else _one_line(part)
     return text or "the definition"
 
 
-def _told(name: object, limit: int = 80) -> str:
-    """A key or a path, on part of a line and without what would break it."""
+def _one_line(name: object, limit: int = 80) -> str:
+    """A key or a path, shortened, on one line."""
     text = str(name) if str(name).isprintable() else ascii(str(name))[1:-1]
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 

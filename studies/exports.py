@@ -60,7 +60,7 @@ Its layers may be your own: import the module of `{model}` first.
 
 
 def export(name: str, folder: str | os.PathLike[str], format: Format | None = None, storage: Place = None) -> Path:
-    """Writes the best trial of study `name` to `folder`, which must not be there yet; returns its path.
+    """Writes the best trial of study `name` to `folder`, which must not exist yet; returns its path.
 
     The folder has `model.keras`, `history.json`, `definition.toml`, `trial.json`, and a README.md that loads and uses
     the model; and the model as `format` (tflite, onnx or savedmodel), made by Keras in a process of its own. It is
@@ -70,14 +70,14 @@ def export(name: str, folder: str | os.PathLike[str], format: Format | None = No
     >>> sorted(os.listdir(folder))
     ['README.md', 'definition.toml', 'history.json', 'model.keras', 'trial.json']
 
-    Raises StudyError where `best_model` does, where the folder stands already or cannot be written, and where Keras
+    Raises StudyError where `best_model` does, where the folder exists already or cannot be written, and where Keras
     cannot make the format.
     """
     if format is not None:
         format_of(format)
     target, place = Path(folder).absolute(), registry.storage_of(storage)
     if os.path.lexists(target):
-        raise StudyError(f"{target} stands already: name a folder that is not there yet")
+        raise StudyError(f"{target} exists already: name a folder that does not exist yet")
     trial = queries.best_trial(name, place)
     model, history = (queries.file_of(name, trial, artifact) for artifact in ("model", "history"))
     definition = registry.definition_of(name, place)
@@ -87,8 +87,8 @@ def export(name: str, folder: str | os.PathLike[str], format: Format | None = No
         shutil.copyfile(model, draft / MODEL)
         shutil.copyfile(history, draft / HISTORY)
         (draft / "definition.toml").write_text(definitions.to_toml(definition), encoding="utf-8")
-        told = json.dumps(_record(name, trial, definition), indent=2)
-        (draft / "trial.json").write_text(told + "\n", encoding="utf-8")
+        record = json.dumps(_record(name, trial, definition), indent=2)
+        (draft / "trial.json").write_text(record + "\n", encoding="utf-8")
         (draft / "README.md").write_text(_readme(name, trial, definition, format), encoding="utf-8")
         if format is not None:
             _convert(draft / MODEL, format, draft / FILES[format], definition)
@@ -111,21 +111,21 @@ def format_of(word: str) -> Format:
 
 
 def _record(name: str, trial: FrozenTrial, definition: Definition) -> dict[str, Any]:
-    told = trial.user_attrs
+    attributes = trial.user_attrs
     moments = {"began": trial.datetime_start, "ended": trial.datetime_complete}
     return {
         "study": name,
         "number": trial.number,
-        "protocol": told.get("protocol"),
+        "protocol": attributes.get("protocol"),
         "hyperparameters": {**definition.fixed, **trial.params},
         "searched": list(trial.params),
-        "metrics": {"val_accuracy": trial.values[0]} | {key: told.get(key) for key in METRICS},
-        "seed": told.get("seed"),
-        "data": {"dataset": definition.dataset, "fingerprint": told.get("data_fingerprint")},
-        "precision": told.get("precision"),
-        "precision_reason": told.get("precision_reason"),
-        "device": told.get("device"),
-        "versions": told.get("versions"),  # that it was trained with
+        "metrics": {"val_accuracy": trial.values[0]} | {key: attributes.get(key) for key in METRICS},
+        "seed": attributes.get("seed"),
+        "data": {"dataset": definition.dataset, "fingerprint": attributes.get("data_fingerprint")},
+        "precision": attributes.get("precision"),
+        "precision_reason": attributes.get("precision_reason"),
+        "device": attributes.get("device"),
+        "versions": attributes.get("versions"),  # that it was trained with
         "software": {  # that exported it
             "trialyard": version("trialyard"),
             "python": platform.python_version(),
@@ -149,9 +149,10 @@ def _readme(name: str, trial: FrozenTrial, definition: Definition, format: Forma
 
 def _convert(model: Path, format: Format, target: Path, definition: Definition) -> None:
     module = definition.model.partition(":")[0] if ":" in definition.model else ""
+    arguments = [str(model), format, str(target), *([module] if module else [])]
     try:
         result = subprocess.run(
-            [sys.executable, "-m", "studies.convert", str(model), format, str(target), *([module] if module else [])],
+            [sys.executable, "-P", "-m", "studies.convert", *arguments],
             capture_output=True,
             text=True,
             errors="replace",

@@ -1,11 +1,12 @@
 """Plotly figures of a study: pure functions from its trials, its definition and its learning curves.
 
-A figure that would be empty is left out (None): there is always data in one. Coordinates are plain lists, and not the
-base-64 arrays of newer Plotly versions, which older dashboards cannot draw. Plotly takes a moment to import: only what
-draws imports this module.
+A figure without data is left out (None). Coordinates are plain lists, and not the
+base-64 arrays of newer Plotly versions, which older dashboards cannot draw. Plotly takes a moment to import, so only
+what draws imports this module.
 """
 
 import html
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -14,6 +15,7 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 from plotly.subplots import make_subplots
 
+from storage.standings import is_scored
 from studies import notebook
 from studies.definition import Definition
 from studies.queries import Curve
@@ -21,7 +23,15 @@ from studies.space import Choice
 
 LIMIT = 1000  # points in a plot: a page with 10,000 is slow, and tells no more
 DROPOUTS = ("dropout", "dense_dropout", "conv_dropout")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # told apart by all eyes
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # also distinct to colour-blind eyes (Okabe and Ito)
 NOTEBOOK = "#888888"
 
 
@@ -37,7 +47,7 @@ def drawn(
         "dropout": against_hyperparameter(trials, definition),
         "cost": against_cost(trials, definition),
         "progress": best_so_far(trials, definition),
-        "notebook": beside_notebook(trials, definition) or beside_replays(replays),
+        "notebook": notebook_comparison(trials, definition) or replay_comparison(replays),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -158,7 +168,7 @@ def best_so_far(trials: Sequence[FrozenTrial], definition: Definition) -> go.Fig
     best: FrozenTrial | None = None
     counts, hours, values, texts = [], [], [], []
     for count, trial in enumerate(ended, start=1):
-        if trial.state == TrialState.COMPLETE and (best is None or trial.values[0] > best.values[0]):
+        if is_scored(trial) and (best is None or trial.values[0] > best.values[0]):
             best = trial
         elif count != len(ended):
             continue  # a step line needs its steps, and its end
@@ -192,16 +202,16 @@ def best_so_far(trials: Sequence[FrozenTrial], definition: Definition) -> go.Fig
     return _styled(figure, "Best so far")
 
 
-def beside_notebook(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure | None:
-    """The notebook's own results beside ours, where the study replays one of its experiments; else None."""
-    rows = notebook.beside(definition)
+def notebook_comparison(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure | None:
+    """The notebook's results and ours, if the study repeats one of the notebook's experiments; else None."""
+    rows = notebook.reference_results(definition)
     if not rows:
         return None
     complete = _complete(trials)
     sweep = next((name for name in rows[0][0] if name.endswith("_dropout")), None)
-    places: list[Any] = [point[sweep] if sweep else html.escape(result.label) for point, result in rows]
+    positions: list[Any] = [point[sweep] if sweep else html.escape(result.label) for point, result in rows]
     theirs = go.Scatter(
-        x=places,
+        x=positions,
         y=[result.accuracy for _, result in rows],
         text=[f"the notebook: {html.escape(result.label)}<br>{result.accuracy:.4f}" for _, result in rows],
         hoverinfo="text",
@@ -210,20 +220,20 @@ def beside_notebook(trials: Sequence[FrozenTrial], definition: Definition) -> go
         marker={"color": NOTEBOOK, "symbol": "diamond", "size": 10},
     )
     ours = [
-        (trial, place)
+        (trial, position)
         for trial in complete
-        for place, (point, _) in zip(places, rows, strict=True)
+        for position, (point, _) in zip(positions, rows, strict=True)
         if trial.params == point
     ]
     shown = _dots(
         [trial for trial, _ in ours],
-        [place for _, place in ours],
+        [position for _, position in ours],
         definition,
         "this study",
         {"color": COLOURS[0], "size": 10, "symbol": "circle"},
     )
     title = "The notebook's results and this study's, on the test images"
-    if definition.name.endswith("-labelled") or (sweep and max(places) > 0.5):
+    if definition.name.endswith("-labelled") or (sweep and max(positions) > 0.5):
         title += "<br><sup>its labels said 0.0 to 0.7, and it ran with 0.00 to 0.07</sup>"
     if not sweep:
         title += "<br><sup>the notebook's after its last epoch, this study's of their best epoch</sup>"
@@ -239,15 +249,15 @@ def beside_notebook(trials: Sequence[FrozenTrial], definition: Definition) -> go
     )
 
 
-def beside_replays(replays: Sequence[notebook.Replay]) -> go.Figure | None:
-    """All that the notebook measured, and what studies that ran its rows again got; None without such a study."""
+def replay_comparison(replays: Sequence[notebook.Replay]) -> go.Figure | None:
+    """All results of the notebook, and those of the studies that repeat them; None without such a study."""
     if not replays:
         return None
-    places = {result: _row(result) for result in notebook.RESULTS}
+    positions = {result: _row(result) for result in notebook.RESULTS}
     theirs = go.Scatter(
-        x=list(places.values()),
-        y=[result.accuracy for result in places],
-        text=[f"the notebook: {html.escape(result.label)}<br>{result.accuracy:.4f}" for result in places],
+        x=list(positions.values()),
+        y=[result.accuracy for result in positions],
+        text=[f"the notebook: {html.escape(result.label)}<br>{result.accuracy:.4f}" for result in positions],
         hoverinfo="text",
         mode="markers",
         name="the notebook",
@@ -256,14 +266,14 @@ def beside_replays(replays: Sequence[notebook.Replay]) -> go.Figure | None:
     ours = [
         _dots(
             [trial for _, trial in replay.trials],
-            [places[result] for result, _ in replay.trials],
+            [positions[result] for result, _ in replay.trials],
             replay.definition,
             f"{replay.definition.name}, {_size(replay.definition)}",
             {"color": COLOURS[index % len(COLOURS)], "size": 10},
         )
         for index, replay in enumerate(replays)
     ]
-    values = [result.accuracy for result in places] + [t.values[0] for replay in replays for _, t in replay.trials]
+    values = [result.accuracy for result in positions] + [t.values[0] for replay in replays for _, t in replay.trials]
     figure = _figure(
         [theirs, *ours],
         "The notebook's results and their replays here, on the test images<br><sup>the notebook: 20 epochs of 60,000 "
@@ -273,7 +283,7 @@ def beside_replays(replays: Sequence[notebook.Replay]) -> go.Figure | None:
         xaxis={"type": "category", "tickangle": -60, "automargin": True},
         yaxis=_accuracies(values),
     )
-    # Long names beside the plot would leave it no room: they stand in lines above it.
+    # Long names beside the plot would leave it no room, so the legend is above it.
     return figure.update_layout(
         height=600,
         margin={"t": 160},
@@ -302,7 +312,7 @@ def pareto(trials: Sequence[FrozenTrial], cost: Callable[[FrozenTrial], float]) 
 
 
 def _axis(definition: Definition) -> tuple[str, ...]:
-    """The hyperparameters on the horizontal axis; a trial stands at the first of them that it has."""
+    """The hyperparameters on the horizontal axis; a trial is placed at the first of them that it has."""
     space = definition.space
     dropouts = tuple(name for name in DROPOUTS if name in space and not isinstance(space[name], Choice))
     if dropouts:
@@ -313,32 +323,36 @@ def _axis(definition: Definition) -> tuple[str, ...]:
 
 
 def _at(trial: FrozenTrial, names: Sequence[str]) -> Any:
-    place = next((trial.params[name] for name in names if name in trial.params), None)
-    if place is None and trial.params.get("dropout_layers") is False:
-        return 0.0  # no dropout layer drops nothing
-    return html.escape(place) if isinstance(place, str) else place
+    position = next((trial.params[name] for name in names if name in trial.params), None)
+    if position is None and trial.params.get("dropout_layers") is False:
+        return 0.0  # without a dropout layer, nothing is dropped
+    return html.escape(position) if isinstance(position, str) else position
 
 
 def _complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    return [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return [trial for trial in trials if is_scored(trial)]
 
 
 def _accuracy(trial: FrozenTrial) -> float | None:
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
         return None
     if trial.values is not None:
-        return float(trial.values[0])
-    return trial.intermediate_values[trial.last_step] if trial.last_step is not None else None
+        value = float(trial.values[0])
+    elif trial.last_step is not None:
+        value = trial.intermediate_values[trial.last_step]
+    else:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _counted(last: int) -> dict[str, Any]:
-    """An axis of whole numbers up to `last`, which few of them would not keep Plotly from halving."""
+    """An axis of whole numbers up to `last`: of a few, Plotly would also label the halves."""
     return {"tick0": 0, "dtick": 1} if last <= 10 else {}
 
 
 def _accuracies(values: Iterable[float | None]) -> dict[str, Any]:
     """An axis of these; where they are all the same, Plotly would let it go from one below to one above."""
-    different = set(values)
+    different = {value for value in values if value is None or math.isfinite(value)}
     value = next(iter(different), None)
     same = len(different) == 1 and value is not None
     return {"tickformat": ".4~f"} | ({"range": [value - 0.05, value + 0.05]} if same and value is not None else {})

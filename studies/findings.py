@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from storage.standings import is_scored
 from studies import models, notebook
 from studies.definition import Definition
 from studies.models import Number
@@ -66,7 +67,7 @@ def findings(trials: Sequence[FrozenTrial], definition: Definition, data: Mappin
 
 def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The complete and feasible ones, best first; of equals, the first (as `storage.standings` has it)."""
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and is_feasible(trial)]
+    complete = [trial for trial in trials if is_scored(trial) and is_feasible(trial)]
     return sorted(complete, key=lambda trial: (-float(trial.values[0]), trial.number))
 
 

@@ -32,7 +32,7 @@ COLUMNS: Mapping[str, Rule | None] = {
 
 
 def import_trials(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, storage: Place = None) -> int:
-    """Puts results that were had elsewhere into study `name`, as complete trials; returns how many were new.
+    """Imports results obtained elsewhere into study `name`, as complete trials; returns how many were new.
 
     A row has the hyperparameters that the study searches (those that do not apply left out or empty), ``accuracy``
     from 0 to 1, and perhaps more of `COLUMNS`; `rows` is a sequence of such mappings, or the path of a CSV file with
@@ -54,37 +54,37 @@ def import_trials(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, sto
 
 
 def trial_of(row: Mapping[str, Any], definition: Definition, where: str) -> Imported:
-    """The trial that a row tells of. Raises StudyError, which begins with `where`."""
-    told = {key: value for key, value in row.items() if value is not None and str(value).strip() != ""}
+    """The trial that a row describes. Raises StudyError, which starts with `where`."""
+    given = {key: value for key, value in row.items() if value is not None and str(value).strip() != ""}
     known = [*definition.space, *definition.fixed, *COLUMNS]
-    for key in told:
+    for key in given:
         if key not in known:
             hint = nearest(str(key), known) or f"; known are {', '.join(known)}"
             raise StudyError(f"{where}: study {definition.name!r} has no column {key!r}{hint}")
     for key, value in definition.fixed.items():
-        if key in told and _read_as(told[key], Choice(choices=(value,))) != value:
+        if key in given and _read_as(given[key], Choice(choices=(value,))) != value:
             raise StudyError(
-                f"{where}: {key} = {_shown(told[key])}, and study {definition.name!r} fixes it at {listed([value])}: "
+                f"{where}: {key} = {_shown(given[key])}, and study {definition.name!r} fixes it at {listed([value])}: "
                 "import it into a study that searches it"
             )
     point: dict[str, Any] = {}
     for key in in_order(definition.space):
         parameter = definition.space[key]
         if parameter.applies(point):
-            point[key] = _hyperparameter(key, told.get(key), parameter, where)
-        elif key in told:
+            point[key] = _hyperparameter(key, given.get(key), parameter, where)
+        elif key in given:
             raise StudyError(
-                f"{where}: {key} = {_shown(told[key])} does not apply there, as space.{key}.when says: leave it empty"
+                f"{where}: {key} = {_shown(given[key])} does not apply there, as space.{key}.when says: leave it empty"
             )
-    if "accuracy" not in told:
-        raise StudyError(f"{where} lacks its accuracy: give it as a number from 0 to 1")
-    rest = {key: _fact(key, told[key], rule, where) for key, rule in COLUMNS.items() if key in told}
+    if "accuracy" not in given:
+        raise StudyError(f"{where} has no accuracy: give it as a number from 0 to 1")
+    rest = {key: _fact(key, given[key], rule, where) for key, rule in COLUMNS.items() if key in given}
     accuracy = float(rest.pop("accuracy"))
     protocol = "test" if definition.data.validation == "test" else "validation"
     if rest.get("protocol", protocol) != protocol:
         raise StudyError(
             f"{where}: protocol = {_shown(rest['protocol'])}, and study {definition.name!r} judges its trials on "
-            f"{protocol} images, which is no comparison: import it into a study that judges on the same"
+            f"{protocol} images, so they cannot be compared: import the row into a study that scores on the same images"
         )
     return Imported(
         value=accuracy,
@@ -95,7 +95,7 @@ def trial_of(row: Mapping[str, Any], definition: Definition, where: str) -> Impo
 
 def _hyperparameter(key: str, raw: Any, parameter: Parameter, where: str) -> Any:
     if raw is None:
-        raise StudyError(f"{where} lacks {key!r}, which the study searches there: give its value")
+        raise StudyError(f"{where} has no {key!r}, which the study searches: give its value")
     value = _read_as(raw, parameter)
     broken = broken_rule(parameter, value)
     if broken:
@@ -170,5 +170,5 @@ def _read(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
         raise StudyError(f"{path} cannot be read ({error.strerror}): give the path of a CSV file") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise StudyError(
-            f"{path} is no CSV file in UTF-8 ({error}): write a line of columns, then a row a line"
+            f"{path} is not a CSV file in UTF-8 ({error}): write a line of column names, then one line a row"
         ) from None

@@ -1,6 +1,6 @@
-"""What the models that come with Trialyard let themselves be told: their hyperparameters and their limits.
+"""The hyperparameters of the built-in models, and the rule that each must obey.
 
-A definition is checked against this table long before Keras is there; `search.model` builds by it.
+A definition is checked against this table without Keras; `search.model` builds from the same names.
 """
 
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ Rule = Number | OneOf
 _RATE = Number(low=0.0, high=1.0, open_high=True)
 _SWITCH = OneOf(values=(True, False))
 
-# What every model is trained with, one's own included.
+# Every model is trained with these, a user's own included.
 TRAINING: Mapping[str, Rule] = {
     "batch_size": Number(low=1, whole=True),
     "optimizer": OneOf(values=OPTIMIZERS),
@@ -91,13 +91,13 @@ NAMES = tuple(_ARCHITECTURE)
 
 
 def rules(model: str) -> Mapping[str, Rule] | None:
-    """The hyperparameters that `model` knows, each with its rule; None for one's own model, which may know any."""
+    """The hyperparameters that `model` knows, each with its rule; None for a user's own model, which may accept any."""
     known = _ARCHITECTURE.get(model)
     return None if known is None else {**known, **TRAINING}
 
 
 def smallest_image(model: str, depth: Scalar | None) -> int:
-    """The least height and width, in pixels, that leave a convolution something to see.
+    """The smallest height and width, in pixels, for which every convolution has an output.
 
     Every convolution is `valid`: a kernel of k takes k - 1 pixels, a pooling layer halves.
     """

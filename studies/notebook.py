@@ -1,7 +1,7 @@
-"""What the notebook behind the project measured, as data: to compare with, and to import as a study.
+"""The notebook's measured results, as data: to compare studies with, and to import as a study.
 
-Its rates are those that it ran with. The sweeps' labels said ten times as much (0.7 for 0.07). All accuracies are of
-the 10,000 test images of MNIST, by which it also chose: one run each, 20 epochs.
+Rates are those that the notebook ran with; the labels of its sweeps say ten times as much (0.7 for 0.07). All
+accuracies are of the 10,000 test images of MNIST, which it also chose by: one run each, 20 epochs.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from typing import Any
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from storage.standings import is_scored
 from studies import definition as definitions
 from studies import imported, registry
 from studies.definition import Definition
@@ -21,12 +22,12 @@ NAME = "notebook"
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One row of its tables."""
+    """One row of the notebook's tables."""
 
     source: str  # which table
-    label: str  # as it stood there
+    label: str  # as the notebook printed it
     depth: int
-    conv_dropout: float | None  # rate of the layers after convolutions; None where there was no such layer
+    conv_dropout: float | None  # rate of the layers after convolutions; None without such a layer
     dense_dropout: float | None  # rate of the layer after Dense 128
     accuracy: float  # on the test images
     loss: float | None = None
@@ -89,8 +90,8 @@ SWEEP_7 = tuple(
 )
 RESULTS = (*CONCLUSION, *SWEEP_3, *SWEEP_7)
 
-# A layer of rate 0 changes nothing, so that the sweep of depth 3, whose only dropout followed Dense 128, has its
-# conv_dropout at 0.
+# A dropout layer of rate 0 changes nothing. So the sweep of depth 3, whose only dropout follows Dense 128, has a
+# conv_dropout of 0.
 _DEFINITION = f"""
 name = "{NAME}"
 description = "What the notebook measured: five conclusions, two sweeps of eight, at the rates that it ran with"
@@ -116,26 +117,26 @@ optimizer = "adam"
 learning_rate = 1e-3
 """
 
-# No fingerprint: its images are not here, only what it said of them.
+# The images themselves are not part of the results, so there is no fingerprint.
 DATA = {"fingerprint": "unknown", "train": 60_000, "test": 10_000, "image_shape": [28, 28, 1], "classes": 10}
 
 
 def definition() -> Definition:
-    """What the study of its results searched, if a person's sweeps were a search."""
+    """The definition of the study that holds the notebook's results."""
     return definitions.parse(_DEFINITION, source=NAME)
 
 
 def create(storage: RDBStorage) -> bool:
-    """Makes the study ``notebook`` of its 21 results, with nothing left to run; returns False where it stands.
+    """Makes the study ``notebook`` of its 21 results, with nothing left to run; returns False if it exists.
 
-    Raises StudyError where a study of that name is another's.
+    Raises StudyError if another study has that name.
     """
     mine = definition()
     if NAME in registry.names(storage):
         different = definitions.differences(registry.definition_of(NAME, storage), mine)
         if different:
             raise StudyError(
-                f"there is a study {NAME!r} already that is not of the notebook's results ({'; '.join(different)}): "
+                f"another study is named {NAME!r} already, with a different definition ({'; '.join(different)}): "
                 "import them into another database with --storage"
             )
     rows = [imported.trial_of(_row(result), mine, result.label) for result in RESULTS]
@@ -157,14 +158,14 @@ def _row(result: Result) -> dict[str, Any]:
     }
 
 
-def beside(study: Definition) -> list[tuple[Mapping[str, Any], Result]]:
-    """The notebook's results that belong beside a study's: each with the study's hyperparameters for it.
+def reference_results(study: Definition) -> list[tuple[Mapping[str, Any], Result]]:
+    """The notebook's results that a study repeats, each with the hyperparameters that it has in this study.
 
-    A study is one of the notebook's where it searches what one in the catalog does; else the list is empty. A
-    labelled sweep has the results at their labels, which are ten times the rates that they ran with.
+    Empty, unless the study searches the same as one of the notebook's in the catalog. In a labelled sweep the results
+    are at their labels, which are ten times the rates that the notebook ran with.
     """
     ready = definitions.catalog()
-    for name, results in _PLACES.items():
+    for name, results in _RESULTS_BY_STUDY.items():
         if _comparable(study, ready[name]):
             return [(_point(name, result), result) for result in results]
     return []
@@ -179,42 +180,43 @@ class Replay:
 
 
 def replays(study: Definition, storage: RDBStorage) -> list[Replay]:
-    """What in the database repeats the notebook's own results, where `study` is the study of them; else nothing."""
+    """The studies in the database that repeat the notebook's results; empty unless `study` holds those results."""
     found: list[Replay] = []
     for name in registry.names(storage) if is_own(study) else ():
         definition = registry.definition_of(name, storage)
-        rows = beside(definition)
+        rows = reference_results(definition)
         if rows and not _labelled(rows):
             study_id = registry.study_id(name, storage)
             complete = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
-            pairs = [(result, trial) for trial in complete for point, result in rows if trial.params == point]
+            scored = [trial for trial in complete if is_scored(trial)]
+            pairs = [(result, trial) for trial in scored for point, result in rows if trial.params == point]
             found += [Replay(definition=definition, trials=tuple(pairs))] if pairs else []
     return found
 
 
 def is_own(study: Definition) -> bool:
-    """Whether it is the study of the notebook's own results."""
+    """Whether `study` holds the notebook's own results."""
     return study.name == NAME and _comparable(study, definition())
 
 
 def _labelled(rows: list[tuple[Mapping[str, Any], Result]]) -> bool:
-    """Whether they stand at the rates that the notebook's labels said."""
+    """Whether the rows are at the labelled rates, not at those that the notebook ran with."""
     point, result = rows[-1]
     return result.source != "conclusion" and max(point.values()) > 0.5
 
 
 def caution(study: Definition) -> list[str]:
-    """What a reader of a study that replays the notebook's, or holds them, must know of their labels and epochs."""
+    """What a reader must know of the notebook's labels and epochs, if the study repeats or holds its results."""
     lie = "The notebook labelled its sweeps 0.0 to 0.7, and ran them with a tenth of that, 0.00 to 0.07 (i * 0.01)"
     if is_own(study):
-        runs = ", ".join(f"`trialyard run {name}`" for name in _PLACES if not name.endswith("-labelled"))
+        runs = ", ".join(f"`trialyard run {name}`" for name in _RESULTS_BY_STUDY if not name.endswith("-labelled"))
         return [
-            f"{lie}: they stand here as they ran.",
-            f"Each was measured once, by the notebook. {runs} run them again: then a figure here shows both.",
-            "The conclusions are accuracies after the last epoch, the sweeps those of the best of 20: do not rank one "
-            "among the other.",
+            f"{lie}: here they are at the rates that they ran with.",
+            f"Each was measured once, by the notebook. {runs} repeat them; a figure here then shows both.",
+            "The conclusions are accuracies after the last epoch, the sweeps those of the best of 20: do not rank "
+            "one against the other.",
         ]
-    rows = beside(study)
+    rows = reference_results(study)
     if not rows:
         return []
     if rows[0][1].source == "conclusion":
@@ -227,7 +229,7 @@ def caution(study: Definition) -> list[str]:
     return [f"{lie}: this study repeats it as it ran."]
 
 
-_PLACES: Mapping[str, tuple[Result, ...]] = {
+_RESULTS_BY_STUDY: Mapping[str, tuple[Result, ...]] = {
     "notebook-conclusion": CONCLUSION,
     "notebook-dropout-3": SWEEP_3,
     "notebook-dropout-3-labelled": SWEEP_3,
@@ -239,8 +241,8 @@ _PLACES: Mapping[str, tuple[Result, ...]] = {
 def _comparable(one: Definition, other: Definition) -> bool:
     # Fewer epochs or images make a smaller study of the same question, which its report says.
     def question(definition: Definition) -> Any:
-        told = definition.to_json()
-        return [told["dataset"], told["model"], told["data"]["validation"], told["space"], told["fixed"]]
+        stored = definition.to_json()
+        return [stored["dataset"], stored["model"], stored["data"]["validation"], stored["space"], stored["fixed"]]
 
     return bool(question(one) == question(other))
 

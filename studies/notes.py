@@ -100,7 +100,7 @@ def publish(
     written = write(storage, lock, work)
     ended = sum(trial.state.is_finished() for trial in trials) >= total
     # A replay of the notebook is shown beside the notebook's own study, too.
-    if ended and notebook.beside(definition) and notebook.NAME in registry.names(storage):
+    if ended and notebook.reference_results(definition) and notebook.NAME in registry.names(storage):
         publish(notebook.NAME, storage, artifacts, optuna.storages.get_storage(storage), anew=True)
     return written
 

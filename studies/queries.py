@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import logging
+import math
 import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from storage import claims, settings
 from storage import workers as present_workers
 from storage.claims import Holding
 from storage.database import read
-from storage.standings import ranked
+from storage.standings import is_scored, ranked
 from storage.workers import Present
 from studies import registry
 from studies.errors import StudyError
@@ -77,7 +78,8 @@ class Status:
 class Curve:
     """One trial, epoch by epoch: the n-th entry of each tuple is epoch n's, and what is not known is empty.
 
-    Losses are mean cross-entropies, accuracies 0 to 1; `loss` and `accuracy` are of the training images.
+    Losses are mean cross-entropies, accuracies 0 to 1, or NaN where a model of one's own measured no finite one; `loss`
+    and `accuracy` are of the training images.
     """
 
     number: int
@@ -310,7 +312,7 @@ def curves(
 def curves_of(trials: Sequence[FrozenTrial], artifacts: Path, top: int | None = None) -> list[Curve]:
     """The same for trials that were read already."""
     complete = sorted(
-        (trial for trial in trials if trial.state == TrialState.COMPLETE),
+        (trial for trial in trials if is_scored(trial)),
         key=lambda trial: (-float(trial.values[0]), trial.number),
     )
     pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
@@ -345,7 +347,8 @@ def _history(trial: FrozenTrial, artifacts: Path) -> list[dict[str, Any]]:
     try:
         records = json.loads((artifacts / below).read_text(encoding="utf-8"))
         keys = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")
-        return [{key: float(record[key]) for key in keys} for record in records]
+        # The file has null where a number was not finite.
+        return [{key: math.nan if record[key] is None else float(record[key]) for key in keys} for record in records]
     except (OSError, ValueError, TypeError, KeyError) as error:
         log.debug("trial %d has no history here: %s", trial.number, error)
         return []

@@ -1,7 +1,7 @@
 """Optuna's samplers and pruners, as a definition names them.
 
-Trial n's sampler is seeded from (study seed, n). So two workers never draw the same points, which they would if
-both began with the study's seed, and a restarted study does not repeat the points that it began with.
+Trial n's sampler is seeded from (study seed, n). Two workers that both started with the study's seed
+would propose the same points, and a restarted study would repeat its first points.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ def sampler(definition: Definition, number: int) -> BaseSampler:
         "qmc": lambda: _NumberedQMC(definition, number, independent_seed=seed),
         "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=_population(definition.trials)),
-        # Their points wait in the queue, so nothing is left to be drawn.
+        # Their points are in the queue already, so the sampler has nothing to propose.
         "grid": lambda: optuna.samplers.RandomSampler(seed=seed),
         "points": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
@@ -68,7 +68,7 @@ def pruner(definition: Definition) -> BasePruner:
 
 
 def check_installed(definition: Definition) -> None:
-    """Raises DefinitionError where the sampler needs a package that is not there."""
+    """Raises DefinitionError if the sampler needs a package that is not installed."""
     if definition.sampler.kind == "gp" and importlib.util.find_spec("torch") is None:
         raise DefinitionError(
             'sampler.kind = "gp" needs PyTorch, which is not installed: '
@@ -85,7 +85,7 @@ class _NumberedQMC(optuna.samplers.QMCSampler):
     """Quasi-Monte Carlo in which trial n takes point n of the sequence.
 
     Optuna's own counts the points in a study attribute that it reads and writes without a lock, so that two
-    workers can draw one point; and it draws the first trial apart, to learn the space from it.
+    workers can propose the same point. It also samples the first trial on its own, to learn the space from it.
     """
 
     def __init__(self, definition: Definition, number: int, *, independent_seed: int) -> None:

@@ -19,8 +19,8 @@ from optuna.distributions import (
 )
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-# Told apart by its type, so that a mistake is judged by the rules of its own kind: a TOML `true` is no 1, an integer
-# that is too large is no float, and "3" is no 3.
+# The type is part of the check, so that an error names the right rule: a TOML `true` is not 1, an integer that is too
+# large is not a float, and "3" is not 3.
 Scalar = Annotated[
     Annotated[bool, Tag("bool")]
     | Annotated[int, Field(ge=-(2**53), le=2**53), Tag("int")]
@@ -28,7 +28,7 @@ Scalar = Annotated[
     | Annotated[str, Field(max_length=500), Tag("str")],
     Discriminator(lambda value: type(value).__name__),
 ]
-# Larger integers are not told apart once they are floats, which is what the database holds.
+# The database stores floats, in which larger integers can no longer be distinguished.
 Whole = Annotated[int, Field(strict=True, ge=-(2**53), le=2**53)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e100, le=1e100)]
 Point = dict[str, Any]
@@ -77,7 +77,7 @@ class Float(_Parameter):
                 raise ValueError("log and step exclude each other: leave one out")
             if not _divides(self.step, self.low, self.high):
                 raise ValueError(
-                    f"high = {self.high:g} is no whole number of steps of {self.step:g} above low = "
+                    f"high = {self.high:g} is not a whole number of steps of {self.step:g} above low = "
                     f"{self.low:g}: choose a step that divides the range"
                 )
         return self
@@ -112,7 +112,7 @@ class Int(_Parameter):
             raise ValueError("log and step exclude each other: leave one out")
         if (self.high - self.low) % self.step:
             raise ValueError(
-                f"high = {self.high} is no whole number of steps of {self.step} above low = {self.low}: "
+                f"high = {self.high} is not a whole number of steps of {self.step} above low = {self.low}: "
                 "choose a step that divides the range"
             )
         return self
@@ -161,7 +161,8 @@ def _check_range(low: float, high: float, log: bool) -> None:
 
 
 def _divides(step: float, low: float, high: float) -> bool:
-    """Whether `high` is a whole number of steps above `low`, in decimals as Optuna reckons (it would lower `high`)."""
+    """Whether `high` is a whole number of steps above `low`. If it is not, Optuna lowers `high`."""
+    # In decimals, as Optuna computes it.
     width, one = Decimal(str(high)) - Decimal(str(low)), Decimal(str(step))
     return 1 <= width / one <= 2**53 and width % one == 0
 
@@ -193,7 +194,7 @@ def in_order(space: Space) -> list[str]:
 
 
 def _in_a_circle(space: Space, waiting: Iterable[str]) -> str:
-    # From any of those that wait, one that it waits for, and so on: the first name met again lies on a circle.
+    # Follow the dependencies from any parameter: the first name that is seen twice is part of a cycle.
     name, seen = next(iter(waiting)), set[str]()
     while name not in seen:
         seen.add(name)
@@ -240,7 +241,7 @@ def grid(space: Space) -> list[Point]:
 
 
 def broken_rule(parameter: Parameter, value: object) -> str | None:
-    """Why `value` is no value of `parameter`, in words; None if it is one."""
+    """The rule of `parameter` that `value` breaks, in words; None if it is allowed."""
     if isinstance(parameter, Choice):
         good = any(value == choice and type(value) is type(choice) for choice in parameter.choices)
         return None if good else f"must be one of {listed(parameter.choices)}"
@@ -257,7 +258,7 @@ def broken_rule(parameter: Parameter, value: object) -> str | None:
 
 def listed(values: Iterable[Scalar]) -> str:
     """`values` as a definition would write them, on part of a line."""
-    # An escape is for what would break the line; a name such as adam needs no quotes to be read.
+    # Escape what would break the line; leave plain names such as adam without quotes, which read better.
     shown = [value if isinstance(value, str) and value.isidentifier() else json.dumps(value) for value in values]
     text = ", ".join(shown)
     return text if len(text) <= 200 else f"{text[:180]}... ({len(shown)} in all)"

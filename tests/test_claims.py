@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -75,6 +76,54 @@ def dead(me: Worker) -> Worker:
 def elsewhere(me: Worker) -> Worker:
     """A process of another machine."""
     return replace(me, machine="another", host="another")
+
+
+# --- scores -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+def test_a_trial_without_a_finite_score_is_not_complete(
+    storage: PatientStorage, study: str, me: Worker, value: float | None
+) -> None:
+    claim = _claim(storage, study, me)
+    claims.finish(storage, claim, TrialState.COMPLETE, value, {"epochs": 2})
+    trial = storage.get_trial(claim.trial_id)
+    assert (trial.state, trial.values, trial.user_attrs["epochs"]) == (TrialState.FAIL, None, 2)
+    assert trial.user_attrs["failure"] == {
+        "kind": "nan",
+        "message": f"its score is {value}, which is not a finite number",
+    }
+    assert claims.check(storage) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_epoch_s_score_that_is_not_finite_is_the_worst_for_pruners(
+    storage: PatientStorage, study: str, me: Worker, value: float
+) -> None:
+    for _ in range(2):
+        claim = _claim(storage, study, me)
+        claims.report(storage, claim, 1, 0.5)
+        _finish(storage, claim)
+    claim = _claim(storage, study, me)
+    claims.report(storage, claim, 1, value)
+    opened, trial = registry.open(study, storage), storage.get_trial(claim.trial_id)
+    assert math.isnan(trial.intermediate_values[1])
+    for pruner in (
+        optuna.pruners.SuccessiveHalvingPruner(min_resource=1),
+        optuna.pruners.MedianPruner(n_startup_trials=1),
+    ):
+        assert pruner.prune(opened, trial)
+    claims.finish(storage, claim, TrialState.PRUNED, value, {})
+    trial = storage.get_trial(claim.trial_id)
+    assert (trial.state, trial.values) == (TrialState.PRUNED, None)
+    claims.resume(storage, _claim(storage, study, me), {1: value, 2: 0.5}, 2)
+    assert claims.holdings(storage, claim.study_id)[0].epoch == 2
+
+
+def test_an_import_of_a_score_that_is_not_finite_adds_nothing(storage: PatientStorage, study: str) -> None:
+    with pytest.raises(ValueError, match="the value of an imported trial is nan: it must be a finite number"):
+        claims.add(storage, study, _results(0.8, math.nan))
+    assert claims.counts(storage, registry.study_id(study, storage)).complete == 0
 
 
 # --- the budget -------------------------------------------------------------------------------------------

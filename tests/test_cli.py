@@ -66,7 +66,10 @@ space.dropout = { low = 0.0, high = 0.5 }
         (["best", "digits"], ["study 'digits' has no complete trial yet", "`trialyard work digits`"]),
         (["leaderboard", "nothing"], ["there is no study 'nothing'"]),
         (["work", "nothing"], ["there is no study 'nothing'"]),
-        (["create", "digits", "--epochs", "3"], ["budget.epochs = 8 there and 3 here", "--name"]),
+        (
+            ["create", "digits", "--epochs", "3"],
+            ["budget.epochs = 8 in the database and 3 in this definition", "--name"],
+        ),
         (["create", "digits", "--limit", "20"], ["data.validation = 0.2 cannot split 20 images of 10 classes"]),
         (["create", "digits", "--name", "a/b"], ['name = "a/b" must be letters, digits']),
         (["status", "--storage", "nonsense"], ["the database URL 'nonsense' does not parse", "sqlite:///"]),
@@ -123,6 +126,25 @@ def test_storage_check_fails_where_a_promise_is_broken(home: Path, trialyard: Ca
     assert (code, out) == (1, "")
     assert "1 problems in sqlite:///" in err
     assert "study digits: trial 0 runs without a heartbeat" in err
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_score_of_an_older_version_that_is_not_finite_is_found_and_repaired(home: Path, trialyard: Call) -> None:
+    storage = database.connect(f"sqlite:///{home}/yard/studies.db")
+    with storage.engine.begin() as connection:  # SQLite stores NaN as NULL
+        connection.exec_driver_sql("UPDATE trial_values SET value = NULL WHERE value = 0.9")
+    storage.engine.dispose()
+    assert "best 0.7000 (trial 0)" in trialyard("status")[1]
+    assert trialyard("best", "digits")[1].startswith("best of digits: trial 0, ")
+    assert trialyard("report", "digits", "--format", "table")[0] == 0
+    code, out, err = trialyard("storage", "check")
+    assert (code, out) == (1, "")
+    assert "study digits: trial 2 is complete without a finite score: `trialyard storage upgrade` marks" in err
+    code, out, err = trialyard("storage", "upgrade")
+    assert (code, err) == (0, "")
+    assert out.startswith("study digits: trial 2 is failed now, for want of a finite score\n")
+    assert trialyard("storage", "check")[0] == 0
+    assert "1 complete, 0 pruned, 2 failed" in trialyard("status")[1]
 
 
 # --- results ----------------------------------------------------------------------------------------------

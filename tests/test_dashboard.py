@@ -490,7 +490,7 @@ def test_a_large_answer_is_packed_for_who_takes_it(
 def test_a_study_is_not_renamed(place: PatientStorage, serve: Callable[..., Any]) -> None:
     answer = Answer(serve(), "POST", "/api/studies/1/rename", {"study_name": "other"})
     assert answer.status == 403
-    assert "know it by its name" in answer.json["reason"]
+    assert "use the study's name" in answer.json["reason"]
     assert registry.names(place) == ["trivial"]
 
 
@@ -570,7 +570,7 @@ def test_nothing_is_uploaded_and_no_file_is_removed(
     files = sorted((home / "yard" / "artifacts").rglob("*"))
     for path in ("/api/artifacts/1", f"/api/artifacts/1/{place.create_new_trial(1)}"):
         answer = Answer(app, "POST", path, {"file": "data:text/plain;base64,YQ==", "filename": "a.txt"})
-        assert (answer.status, answer.json["reason"].split(":")[0]) == (403, "files are not uploaded here")
+        assert (answer.status, answer.json["reason"].split(":")[0]) == (403, "files cannot be uploaded here")
     assert Answer(app, "DELETE", "/api/studies/1", {}).status == 204
     assert sorted((home / "yard" / "artifacts").rglob("*")) == files
 

@@ -172,13 +172,16 @@ BAD = {
     ),
     "step that does not divide": (
         _dropout("low = 0.0, high = 0.5, step = 0.3"),
-        r"space.dropout: high = 0.5 is no whole number of steps of 0.3 above low = 0: choose a step",
+        r"space.dropout: high = 0.5 is not a whole number of steps of 0.3 above low = 0: choose a step",
     ),
     "whole step that does not divide": (
         _text(space="depth = { choices = [3] }\nbatch_size = { low = 1, high = 9, step = 3 }"),
-        r"space.batch_size: high = 9 is no whole number of steps of 3 above low = 1: choose a step",
+        r"space.batch_size: high = 9 is not a whole number of steps of 3 above low = 1: choose a step",
     ),
-    "step beyond the range": (_dropout("low = 0.0, high = 0.5, step = 1.0"), r"high = 0.5 is no whole number of steps"),
+    "step beyond the range": (
+        _dropout("low = 0.0, high = 0.5, step = 1.0"),
+        r"high = 0.5 is not a whole number of steps",
+    ),
     "no step": (_dropout("low = 0.0, high = 0.5, step = 0.0"), r"space.dropout.step = 0.0 must be greater than 0$"),
     "step back": (_dropout("low = 0.0, high = 0.5, step = -0.1"), r"space.dropout.step = -0.1 must be greater than 0$"),
     "choice named twice": (_dropout("choices = [0.1, 0.2, 0.1]"), r"space.dropout: choices names 0.1 twice"),
@@ -209,7 +212,7 @@ BAD = {
         rf"fixed.key = {2**60} must be .*less than or equal to",  # and not 1.152921504606847e18
     ),
     "huge seed": (_text(tail=f"[sampler]\nseed = {2**32}"), rf"sampler.seed = {2**32} must be less than"),
-    "thousands of digits": (_text(budget=f"trials = {'9' * 5000}"), r"no TOML .*digits"),
+    "thousands of digits": (_text(budget=f"trials = {'9' * 5000}"), r"not valid TOML .*digits"),
     # Conditions.
     "when on unknown": (
         _dropout("low = 0.0, high = 0.5, when = { dept = 3 }"),
@@ -229,20 +232,20 @@ BAD = {
     ),
     "when on a real number": (
         _dropout("low = 0.0, high = 0.5, when = { width = 1.0 }", "width = { low = 0.5, high = 2.0 }"),
-        r"space.dropout.when.width: 'width' is a real number",
+        r"space.dropout.when.width: 'width' is a float",
     ),
     "when on itself": (
         _dropout("choices = [0.1, 0.2], when = { dropout = 0.1 }"),
         r"space.dropout.when.dropout: a parameter cannot depend on itself",
     ),
-    "when in a circle": (_text(space=SWITCHES), r"space.(batch_norm|dropout_layers).when goes in a circle: "),
+    "when in a circle": (_text(space=SWITCHES), r"space.(batch_norm|dropout_layers).when is circular: "),
     "circle beside an innocent": (
         _text(space=f"{SWITCHES}\ndropout = {{ low = 0.0, high = 0.5, when = {{ batch_norm = true }} }}".lstrip()),
-        r"space.(batch_norm|dropout_layers).when goes in a circle: ",
+        r"space.(batch_norm|dropout_layers).when is circular: ",
     ),
     "innocent before a circle": (
         _text(space=f"dropout = {{ low = 0.0, high = 0.5, when = {{ batch_norm = true }} }}\n{SWITCHES}"),
-        r"space.(batch_norm|dropout_layers).when goes in a circle: ",
+        r"space.(batch_norm|dropout_layers).when is circular: ",
     ),
     "when on no value": (
         _dropout("low = 0.0, high = 0.5, when = { depth = [] }"),
@@ -333,12 +336,12 @@ BAD = {
         _text(space=CONDITIONAL, tail="[[points]]\ndepth = 5\ndropout = 0.1"),
         r"points\[1\].dropout = 0.1 does not apply there, as space.dropout.when says: leave it out$",
     ),
-    "half a point": (_text(tail=f"{POINTS}[[points]]\ndepth = 3"), r"points\[1\] lacks 'dropout': .*must be whole$"),
+    "half a point": (_text(tail=f"{POINTS}[[points]]\ndepth = 3"), r"points\[1\] has no 'dropout': .*must be whole$"),
     "half a point of a grid": (
         _text(
             space="depth = { choices = [3, 5] }\nbatch_size = { choices = [32] }", tail=f"{GRID}\n[[points]]\ndepth=3"
         ),
-        r"points\[1\] lacks 'batch_size': .*must be whole$",
+        r"points\[1\] has no 'batch_size': .*must be whole$",
     ),
     "list in a point": (_text(tail="[[points]]\ndepth = [3]"), r"points\[1\].depth = \[3\] must be "),
     # Samplers, pruners, budgets, data.
@@ -389,7 +392,7 @@ BAD = {
     "empty dataset": (_text(head=HEAD.replace('"digits"', '""')), r'dataset = "" must not be empty$'),
     "a path that is none": (
         _text(head=HEAD.replace('"digits"', r'"a\u0000.npz"')),
-        r'dataset = "a\\u0000.npz" is no path',
+        r'dataset = "a\\u0000.npz" is not a path',
     ),
     "nothing": ("", r"(name|dataset|model|space) is missing: add it$"),
     # Names become folders.
@@ -437,16 +440,16 @@ BAD = {
     ),
     "too many choices": (_dropout(f"choices = {list(range(1001))}"), r"space.dropout.choices = \[0, 1, .* is too long"),
     # No TOML at all.
-    "prose": ("search the best dropout", r"the definition is no TOML \(.*\): correct it there$"),
-    "cut off": (_text().rstrip() + "\n[", r"is no TOML \("),
-    "key twice": (_text(top="name = 'again'"), r"is no TOML \(.*(overwrite|twice)"),
-    "table twice": (_text(tail="[budget]"), r"is no TOML \(.*twice"),
+    "prose": ("search the best dropout", r"the definition is not valid TOML \(.*\): correct it there$"),
+    "cut off": (_text().rstrip() + "\n[", r"is not valid TOML \("),
+    "key twice": (_text(top="name = 'again'"), r"is not valid TOML \(.*(overwrite|twice)"),
+    "table twice": (_text(tail="[budget]"), r"is not valid TOML \(.*twice"),
     "raw control character": (
         _text(head=HEAD.replace("small", "sm\x07all")),
-        r"is no TOML \(Illegal character '\\x07'",
+        r"is not valid TOML \(Illegal character '\\x07'",
     ),
-    "JSON": (json.dumps({"name": "small"}), r"is no TOML \("),
-    "lists without end": ("a = " + "[" * 100_000, r"is no TOML \(.*nested too deep|is nested too deep"),
+    "JSON": (json.dumps({"name": "small"}), r"is not valid TOML \("),
+    "lists without end": ("a = " + "[" * 100_000, r"is not valid TOML \(.*nested too deeply|is nested too deeply"),
     "tables without end": (f"{'.'.join('a' * 5000)} = 1", r"unknown key"),
     "a value nested without end": (_text(top=f"data = {'[' * 200}{']' * 200}"), r"data = .* must be a table$"),
 }
@@ -516,7 +519,7 @@ class TestFiles:
     def test_what_is_no_utf_8_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "latin.toml"
         path.write_bytes(_text(top="description = 'Größe'").encode("latin-1"))
-        with pytest.raises(DefinitionError, match=r"latin\.toml is no text in UTF-8"):
+        with pytest.raises(DefinitionError, match=r"latin\.toml is not text in UTF-8"):
             load(str(path))
 
     @pytest.mark.parametrize(
@@ -656,17 +659,26 @@ class TestDifferences:
     @pytest.mark.parametrize(
         ("other", "difference"),
         [
-            (_text(budget="trials = 5\nepochs = 3"), "budget.epochs = 20 there and 3 here"),
-            (_text(head=HEAD.replace("digits", "mnist")), 'dataset = "digits" there and "mnist" here'),
-            (_text(tail="[data]\nvalidation = 'test'"), 'data.validation = 0.1 there and "test" here'),
-            (_text(tail="[sampler]\nseed = 1"), "sampler.seed = 0 there and 1 here"),
-            (_text(fixed="batch_size = 64"), "fixed.batch_size = null there and 64 here"),
-            (_dropout("low = 0.0, high = 0.6"), "space.dropout.high = 0.5 there and 0.6 here"),
-            (_dropout("choices = [0.0]"), "space.dropout.choices = null there and [0.0] here"),
-            (_text(space="depth = { choices = [3, 5] }"), "space.dropout.low = 0.0 there and null here"),
-            (_text(space=CONDITIONAL), "space.dropout.when.depth = null there and [3] here"),
-            (_text(tail="[[points]]\ndepth = 3"), 'points = [] there and [{"depth": 3}] here'),
-            (_text(tail="[pruner]\nmin_epochs = 2"), "pruner.min_epochs = 1 there and 2 here"),
+            (_text(budget="trials = 5\nepochs = 3"), "budget.epochs = 20 in the database and 3 in this definition"),
+            (
+                _text(head=HEAD.replace("digits", "mnist")),
+                'dataset = "digits" in the database and "mnist" in this definition',
+            ),
+            (
+                _text(tail="[data]\nvalidation = 'test'"),
+                'data.validation = 0.1 in the database and "test" in this definition',
+            ),
+            (_text(tail="[sampler]\nseed = 1"), "sampler.seed = 0 in the database and 1 in this definition"),
+            (_text(fixed="batch_size = 64"), "fixed.batch_size = null in the database and 64 in this definition"),
+            (_dropout("low = 0.0, high = 0.6"), "space.dropout.high = 0.5 in the database and 0.6 in this definition"),
+            (_dropout("choices = [0.0]"), "space.dropout.choices = null in the database and [0.0] in this definition"),
+            (
+                _text(space="depth = { choices = [3, 5] }"),
+                "space.dropout.low = 0.0 in the database and null in this definition",
+            ),
+            (_text(space=CONDITIONAL), "space.dropout.when.depth = null in the database and [3] in this definition"),
+            (_text(tail="[[points]]\ndepth = 3"), 'points = [] in the database and [{"depth": 3}] in this definition'),
+            (_text(tail="[pruner]\nmin_epochs = 2"), "pruner.min_epochs = 1 in the database and 2 in this definition"),
         ],
     )
     def test_each_other_key_is_named_with_both_values(self, other: str, difference: str) -> None:
@@ -675,7 +687,7 @@ class TestDifferences:
     def test_true_is_not_one(self) -> None:
         head = HEAD.replace("convnet", "my.models:build")
         one, other = (parse(_text(head=head, fixed=f"switch = {value}")) for value in ("1", "true"))
-        assert differences(one, other) == ["fixed.switch = 1 there and true here"]
+        assert differences(one, other) == ["fixed.switch = 1 in the database and true in this definition"]
 
 
 # --- what is written is read back -------------------------------------------------------------------------

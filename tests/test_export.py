@@ -96,7 +96,7 @@ def test_it_refuses_to_overwrite(finished: RDBStorage, home: Path) -> None:
     (home / "there").mkdir()
     (home / "link").symlink_to("nowhere")
     for name in ("there", "link", "yard/studies.db"):
-        with pytest.raises(StudyError, match="stands already: name a folder that is not there yet"):
+        with pytest.raises(StudyError, match="exists already: name a folder that does not exist yet"):
             studies.export("trivial", home / name, storage=finished)
     assert list((home / "there").iterdir()) == []
 
@@ -126,6 +126,8 @@ def test_formats_give_the_same_predictions(finished: RDBStorage, home: Path, sav
 
     images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1)).astype(np.float32)
     wanted = keras.models.load_model(saved).predict(images, verbose=0)
+    for name in ("search", "studies", "storage"):  # a user's own, in the folder where they work
+        (home / f"{name}.py").write_text("raise RuntimeError('not this one')\n", encoding="utf-8")
 
     folder = studies.export("trivial", home / "lite", "tflite", finished)
     assert sorted(os.listdir(folder)) == sorted([*FILES, "model.tflite"])

@@ -195,13 +195,13 @@ def test_the_notebook_stands_beside_its_replay_row_by_row(
     trial: Callable[..., FrozenTrial], name: str, label: str, place: Any
 ) -> None:
     definition = definitions.load(name)
-    rows = notebook.beside(definition)
+    rows = notebook.reference_results(definition)
     # Each of its results is a point of our study, and no point is without one.
     assert [point for point, _ in rows] == definition.queue()
     replayed = [
         trial(n, COMPLETE, 0.98 + n / 1000, params=point, definition=definition) for n, (point, _) in enumerate(rows)
     ]
-    figure = figures.beside_notebook(replayed, definition)
+    figure = figures.notebook_comparison(replayed, definition)
     theirs, ours = (_trace(figure, which) for which in ("the notebook", "this study"))
     assert list(theirs.x) == list(ours.x)
     index = next(n for n, (_, result) in enumerate(rows) if result.label == label)
@@ -212,7 +212,7 @@ def test_the_notebook_stands_beside_its_replay_row_by_row(
 
 def test_a_smaller_replay_of_the_notebook_is_drawn_and_says_so() -> None:
     definition = definitions.load("notebook-dropout-3", limit=4000, epochs=2, name="small")
-    figure = figures.beside_notebook([], definition)
+    figure = figures.notebook_comparison([], definition)
     assert "2 epochs of 4,000 images" in figure.layout.title.text
     assert len(figure.data) == 1
 

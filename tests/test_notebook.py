@@ -67,7 +67,7 @@ def test_a_creation_that_was_cut_off_is_completed(storage: PatientStorage, monke
 
 def test_another_study_of_that_name_is_left_alone(storage: PatientStorage) -> None:
     registry.create(definitions.load("digits", name="notebook"), storage, {"fingerprint": "0"})
-    with pytest.raises(StudyError, match="already that is not of the notebook's results"):
+    with pytest.raises(StudyError, match="another study is named 'notebook' already"):
         notebook.create(storage)
     assert queries.status("notebook", storage).complete == 0
 
@@ -145,8 +145,8 @@ def test_the_time_left_is_reckoned_from_what_ran_here(storage: PatientStorage, d
         ({"dropout": "nan"}, r"row 2: dropout = 'nan' must be from 0 to 0\.7"),
         ({"depth": 4}, r"row 2: depth = 4 must be one of 3, 5, 7"),
         ({"depth": True}, r"row 2: depth = True must be one of 3, 5, 7"),
-        ({"dropout": None}, r"row 2 lacks 'dropout', which the study searches there"),
-        ({"accuracy": None}, r"row 2 lacks its accuracy"),
+        ({"dropout": None}, r"row 2 has no 'dropout', which the study searches"),
+        ({"accuracy": None}, r"row 2 has no accuracy"),
         ({"accuracy": "good"}, r"row 2: accuracy = 'good' must be a number"),
         ({"accuracy": float("nan")}, r"row 2: accuracy = nan must be a finite number"),
         ({"accuracy": 99.3}, r"row 2: accuracy = 99\.3 must be at least 0 and at most 1: 99\.3 % is 0\.993"),
@@ -208,8 +208,8 @@ def test_a_csv_file_says_the_same_as_records(storage: PatientStorage, tmp_path: 
         (b"depth,depth,accuracy\n3,3,0.9\n", r"has the column 'depth' twice"),
         (b"depth,dropout,accuracy\n", r"there is no row to import"),
         (b"", r"there is no row to import"),
-        (b"\xff\xfe\x00", r"is no CSV file in UTF-8"),
-        (b'depth,dropout,accuracy\n"3,0.1,0.9\n', r"is no CSV file in UTF-8"),
+        (b"\xff\xfe\x00", r"is not a CSV file in UTF-8"),
+        (b'depth,dropout,accuracy\n"3,0.1,0.9\n', r"is not a CSV file in UTF-8"),
     ],
 )
 def test_a_csv_file_that_is_wrong_says_where(

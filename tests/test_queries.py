@@ -1,10 +1,15 @@
 """The best trial is the best complete one; the counts are exact; reading changes nothing."""
 
+import json
+import math
+from pathlib import Path
+
 import optuna
 import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
+from search.records import Epoch
 from storage import claims
 from storage.workers import Worker
 from studies import queries, registry
@@ -68,10 +73,27 @@ def test_a_constraint_that_all_violate_is_named(storage: RDBStorage, study: str,
         queries.best_trial(study, storage)
 
 
-def test_infinite_values_stand_where_optuna_puts_them(storage: RDBStorage, study: str, me: Worker) -> None:
-    _end(storage, study, me, (COMPLETE, float("-inf")), (COMPLETE, 0.5), (COMPLETE, float("inf")))
-    assert [row.value for row in queries.leaderboard(study, storage)] == [float("inf"), 0.5, float("-inf")]
-    assert registry.open(study, storage).best_trial.number == queries.best_trial(study, storage).number == 2
+def test_an_accuracy_that_is_not_finite_is_not_in_a_curve_s_way(
+    storage: RDBStorage, study: str, me: Worker, tmp_path: Path
+) -> None:
+    claim = claims.claim(storage, study, me, 60.0)
+    assert claim is not None
+    epochs = [
+        Epoch(
+            epoch=number,
+            loss=1.0,
+            accuracy=accuracy,
+            val_loss=2.0,
+            val_accuracy=accuracy,
+            seconds=1.0,
+            images_per_second=9.0,
+        )
+        for number, accuracy in enumerate((math.nan, 0.5), start=1)
+    ]
+    (tmp_path / "history.json").write_text(json.dumps([epoch.to_json() for epoch in epochs], allow_nan=False))
+    claims.finish(storage, claim, COMPLETE, 0.5, {"history": "history.json"})
+    (curve,) = queries.curves(study, storage, tmp_path)
+    assert (math.isnan(curve.val_accuracy[0]), curve.val_accuracy[1], curve.val_loss) == (True, 0.5, (2.0, 2.0))
 
 
 def test_a_leaderboard_is_the_same_however_many_trials_are_named(

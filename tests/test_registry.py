@@ -89,7 +89,7 @@ def test_another_definition_under_the_same_name_is_refused(
     storage: PatientStorage, study: str, trivial: Definition
 ) -> None:
     other = trivial.model_copy(update={"fixed": {"depth": 5}})
-    with pytest.raises(StudyError, match=r"fixed.depth = 3 there and 5 here.*--name"):
+    with pytest.raises(StudyError, match=r"fixed.depth = 3 in the database and 5 in this definition.*--name"):
         registry.create(other, storage, DATA)
     assert registry.definition_of(study, storage) == trivial
 

@@ -156,6 +156,30 @@ def test_data_and_models_that_fail_are_told_apart(trainer: Trainer, job: Make) -
     assert "nowhere:build cannot be imported" in unknown.message
 
 
+LINEAR = """
+import keras
+import random
+import json.scanner
+
+def build(hyperparameters, image_shape, classes):
+    random.random()
+    return keras.Sequential([keras.Input(image_shape), keras.layers.Flatten(), keras.layers.Dense(classes, "softmax")])
+"""
+
+
+def test_modules_of_the_working_folder_are_used_and_never_taken_for_ours_or_python_s(
+    trainer: Trainer, job: Make, home: Path
+) -> None:
+    for name in ("search", "studies", "storage", "trainer", "random", "json", "keras"):
+        (home / f"{name}.py").write_text("raise RuntimeError('not this one')\n", encoding="utf-8")
+    (home / "storage").mkdir()  # a package comes before a module of its name
+    (home / "storage" / "__init__.py").write_text("raise RuntimeError('not this one')\n", encoding="utf-8")
+    (home / "mine.py").write_text(LINEAR, encoding="utf-8")
+    definition = job().definition.model_copy(update={"model": "mine:build"})
+    trainer.submit(job(definition=definition, hyperparameters={"batch_size": 60}))
+    assert isinstance(_messages(trainer)[-1], Trained), trainer.log_file.read_text(encoding="utf-8")
+
+
 SEEN = """
 import os
 import tensorflow as tf

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 
+import search.training
 from search import data
 from search.data import Dataset
 from search.errors import DataError, ModelError
@@ -128,6 +130,80 @@ def test_a_loss_that_is_no_number_ends_the_training_with_that_reason(dataset: Da
     assert not (tmp_path / MODEL).exists()
 
 
+UNSURE = """
+import keras
+from keras import ops
+
+def build(hyperparameters, image_shape, classes):
+    def accuracy(labels, predicted):  # of no image at all: 0 / 0
+        return ops.zeros_like(predicted[:, 0]) / ops.zeros_like(predicted[:, 0])
+
+    net = keras.Sequential([keras.Input(image_shape), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(),
+                            keras.layers.Dense(classes, "softmax")])
+    net.compile("adam", "categorical_crossentropy", metrics=[accuracy])
+    return net
+"""
+
+
+def test_an_accuracy_that_is_finite_in_no_epoch_ends_the_training_with_that_reason(
+    dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None]
+) -> None:
+    write_module("unsure", UNSURE)
+    with pytest.raises(NotANumber, match="the validation accuracy was nan in epoch 3, and finite in no epoch"):
+        _train(dataset, tmp_path, model="unsure:build")
+    assert not (tmp_path / MODEL).exists()
+
+
+@pytest.mark.parametrize("scores", [(math.nan, 0.5, math.inf, 0.5), (0.2, 0.5, math.nan, 0.1)])
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_epoch_without_a_finite_accuracy_is_never_the_best(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: tuple[float, ...], cut: bool
+) -> None:
+    weights: list[list[Any]] = []
+    epochs = iter(scores)
+
+    def scored(metrics: Any, model: str) -> Any:  # a fit has a list for each metric, an evaluation a number
+        return [0.5] if isinstance(metrics["loss"], list) else next(epochs)
+
+    class Remembers(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            weights.append(self.model.get_weights())
+
+    fit = keras.Model.fit
+    monkeypatch.setattr(search.training, "accuracy_of", scored)
+    monkeypatch.setattr(
+        keras.Model,
+        "fit",
+        lambda net, *args, callbacks, **named: fit(net, *args, callbacks=[*callbacks, Remembers()], **named),
+    )
+    resumed: list[Epoch] = []
+    if cut:  # after the first epoch
+
+        def on_epoch(record: Epoch) -> None:
+            if record.epoch == 2:
+                raise _Killed
+
+        with pytest.raises(_Killed):
+            _train(dataset, tmp_path, epochs=4, on_epoch=on_epoch, checkpoint_seconds=0.0)
+        epochs = iter(scores[1:])
+        del weights[1:]
+    trained, _ = _train(dataset, tmp_path, epochs=4, on_resume=resumed.extend)
+    assert [repr(epoch.val_accuracy) for epoch in resumed] == ([repr(scores[0])] if cut else [])
+    assert (trained.value, trained.best_epoch, trained.epochs) == (0.5, 2, 4)
+    saved = keras.models.load_model(tmp_path / MODEL).get_weights()
+    assert all(np.array_equal(one, other) for one, other in zip(saved, weights[1], strict=True))
+
+    def refused(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    history = json.loads((tmp_path / HISTORY).read_text(encoding="utf-8"), parse_constant=refused)
+    assert [epoch["val_accuracy"] for epoch in history] == [score if math.isfinite(score) else None for score in scores]
+
+
+class _Killed(Exception):  # noqa: N818 - it is an event
+    """Stands for a process that ends here."""
+
+
 def test_a_stop_ends_the_running_batch_and_keeps_whole_epochs_only(dataset: Dataset, tmp_path: Path) -> None:
     batches = iter(range(1000))
     trained, records = _train(
@@ -136,10 +212,6 @@ def test_a_stop_ends_the_running_batch_and_keeps_whole_epochs_only(dataset: Data
     assert trained.stopped
     assert (trained.epochs, len(records)) == (1, 1)
     assert not (tmp_path / MODEL).exists()
-
-
-class _Killed(Exception):  # noqa: N818 - it is an event
-    """Stands for a process that ends here."""
 
 
 @pytest.mark.parametrize("model", ["mnist_cnn", "mine:build", "mine:subclassed"])
