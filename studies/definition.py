@@ -268,7 +268,7 @@ def _checked(raw: Mapping[str, Any], source: str) -> Definition:
     except ValidationError as error:
         raise DefinitionError(f"{source}: {_sentence(error)}") from None
     except RecursionError:
-        raise DefinitionError(f"{source} is nested too deeply: write it as the README shows") from None
+        raise DefinitionError(f"{source} is nested too deeply: see docs/definition.md for the format") from None
     for check in (
         _check_source,
         _check_names,

@@ -218,3 +218,13 @@ def test_no_password_shows_nothing(address: str, browse: Open) -> None:
     # A headless browser has no dialog to ask in, and says so.
     with pytest.raises(Error, match="ERR_INVALID_AUTH_CREDENTIALS"):
         page.goto(f"{address}/dashboard")
+
+
+def test_the_documentation_s_pictures_are_made_from_a_real_study(searched: Path, chromium: str, tmp_path: Path) -> None:
+    output = tmp_path / "pictures"
+    code = "import make_pictures, pathlib, sys; make_pictures.photograph_pages(*map(pathlib.Path, sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(searched), str(output)]
+    output.mkdir()
+    path = os.pathsep.join([ROOT, f"{ROOT}/docs"])
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=200)
+    assert sorted(path.name for path in output.iterdir()) == ["dashboard.png", "report.png"]

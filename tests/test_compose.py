@@ -22,7 +22,7 @@ from containers import ROOT, Image, Stack
 from search import worker
 from storage.settings import Settings
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEPLOYMENT = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
 EVERY = re.sub(r"^#(?=[A-Z_]+=)", "", EXAMPLE, flags=re.MULTILINE)  # with every setting that it shows
@@ -198,9 +198,8 @@ def _asked(url: str, password: str | None) -> tuple[int, Any]:
 
 
 def _typed(pattern: str) -> list[str]:
-    """The lines that the README has a newcomer type."""
-    section = README.partition("### From one machine to many")[2].partition("\n### ")[0]
-    found = re.findall(rf"^{pattern}", section, re.MULTILINE)
+    """The lines that docs/deployment.md has a newcomer type."""
+    found = re.findall(rf"^{pattern}", DEPLOYMENT, re.MULTILINE)
     assert found, pattern
     return [str(line) for line in found]
 
@@ -345,9 +344,8 @@ def test_the_unit_gives_a_worker_time_to_stop_and_writes_where_its_settings_say(
 
 
 def test_the_second_machine_s_command_mounts_what_the_image_expects() -> None:
-    """The README's `docker run`: one URL file, the shared artifacts, the data, and nothing else."""
-    section = README.partition("### From one machine to many")[2].partition("\n### ")[0]
-    (command,) = re.findall(r"^docker run (?:.*\\\n)*.*$", section, re.MULTILINE)
+    """The `docker run` of docs/deployment.md: one URL file, the shared artifacts, the data, and nothing else."""
+    (command,) = re.findall(r"^docker run (?:.*\\\n)*.*$", DEPLOYMENT, re.MULTILINE)
     words = shlex.split(command.replace("\\\n", " "))
     mounted = {words[at + 1].split(":")[1] for at, word in enumerate(words) if word == "--volume"}
     (url,) = [words[at + 1] for at, word in enumerate(words) if word == "--env"]
