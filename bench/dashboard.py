@@ -25,13 +25,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sqlalchemy
-from optuna.storages._rdb.models import StudySystemAttributeModel, TrialModel
 from rich.console import Console
 from rich.table import Table
 from scale import study_of
 
 from storage import database
 from storage.database import PatientStorage
+from storage.tables import StudySystemAttributeModel, TrialModel
 from studies import registry
 
 POLL_SECONDS = (

@@ -19,7 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy
-from optuna.storages._rdb.models import (
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.table import Table
+
+from storage import claims, database, workers
+from storage.database import PatientStorage
+from storage.tables import (
     TrialHeartbeatModel,
     TrialIntermediateValueModel,
     TrialModel,
@@ -27,12 +33,6 @@ from optuna.storages._rdb.models import (
     TrialUserAttributeModel,
     TrialValueModel,
 )
-from optuna.trial import TrialState
-from rich.console import Console
-from rich.table import Table
-
-from storage import claims, database, workers
-from storage.database import PatientStorage
 from studies import registry
 from studies.definition import parse
 

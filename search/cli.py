@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from search import display
 from search.display import Lines, LiveTable, Watcher
 from search.errors import WorkerError
-from storage import artifacts, attributes, claims, database, retention
+from storage import artifacts, attributes, database, ledger, retention
 from storage import settings as environment
 from storage import workers as workers_list
 from storage.database import PatientStorage
@@ -424,7 +424,7 @@ def storage_check(storage: StorageOption = None) -> None:
     """Is the database whole, and does each study keep its promises?"""
     place = _connected(storage)
     url = database.redact(place.url)
-    problems = database.check(place) + claims.check(place)
+    problems = database.check(place) + ledger.check(place)
     if problems:
         raise StorageError(f"{len(problems)} problems in {url}: {'; '.join(problems)}")
     out.print(f"the database {url} is whole, with {len(registry.names(place))} studies", markup=False)
@@ -654,7 +654,7 @@ def _print_status(found: Status) -> None:
     if found.failures:
         out.print(f"  {_failed(found)}", markup=False)
     if found.outside:
-        out.print(f"  {claims.outside_text(found.outside)}", markup=False)
+        out.print(f"  {ledger.started_outside_text(found.outside)}", markup=False)
     for one in found.workers:
         out.print(
             f"  trial {one.number} on {one.slot} of {one.host} (process {one.pid}), attempt {one.attempt}, "

@@ -32,14 +32,6 @@ import optuna_dashboard
 import waitress
 from bottle import HTTPError, request, response
 from optuna.storages._cached_storage import _CachedStorage
-from optuna.storages._rdb.models import (
-    StudyDirectionModel,
-    StudyModel,
-    StudySystemAttributeModel,
-    StudyUserAttributeModel,
-    TrialModel,
-    TrialSystemAttributeModel,
-)
 from optuna.study import StudyDirection
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
@@ -54,6 +46,14 @@ from search.errors import DashboardError
 from storage import artifacts
 from storage.database import PatientStorage, forbid_writing, read
 from storage.standings import is_scored
+from storage.tables import (
+    StudyDirectionModel,
+    StudyModel,
+    StudySystemAttributeModel,
+    StudyUserAttributeModel,
+    TrialModel,
+    TrialSystemAttributeModel,
+)
 from studies import findings
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,9 @@ from search.errors import DeviceError
 from search.records import Epoch, Resumed, Trained
 from search.trainer import Failed, Job, Trainer, TrainerDied
 from storage import artifacts, claims, retention
-from storage.claims import Beating, Claim, State
+from storage.claims import Beating, Claim
 from storage.errors import ClaimLost, StorageError, StudyGone, TrialyardError
+from storage.ledger import State
 from storage.settings import Settings
 from studies import sampling
 from studies.definition import Definition
@@ -38,7 +39,7 @@ class Study:
 
     name: str
     study_id: int
-    founded: str | None = None  # tells it from another one that later has its name and number
+    incarnation: str | None = None  # tells it from another one that later has its name and number
     definition: Definition
     storage: RDBStorage
     cached: BaseStorage  # the same with Optuna's cache of finished trials, for samplers and pruners
@@ -85,7 +86,7 @@ def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watche
         log.warning("%s", lost)
         trainer.kill()  # somebody else trains this trial now
     except (KeyError, StudyGone) as error:  # KeyError is Optuna's word for a row that is not there
-        if claims.stands(study.storage, claim):
+        if claims.trial_exists(study.storage, claim):
             raise
         log.debug("what met it", exc_info=error)
         trainer.kill()

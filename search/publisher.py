@@ -11,7 +11,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from search.display import Relay, Watcher
-from storage import claims
+from storage import ledger
 from storage.claims import Claim
 from storage.database import PatientStorage
 from studies import notes, registry
@@ -77,7 +77,7 @@ class Publisher(Relay):
 
     def _cached(self, study: str) -> BaseStorage:
         study_id = registry.study_id(study, self._storage)
-        identity = (study_id, claims.founded(self._storage, study_id))
+        identity = (study_id, ledger.incarnation(self._storage, study_id))
         if study not in self._caches or self._caches[study][0] != identity:
             self._caches[study] = (identity, optuna.storages.get_storage(self._storage))
         return self._caches[study][1]

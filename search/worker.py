@@ -18,7 +18,7 @@ from search.objective import Study
 from search.presence import Presence
 from search.publisher import Publisher
 from search.trainer import Trainer
-from storage import claims, workers
+from storage import claims, ledger, workers
 from storage.database import PatientStorage
 from storage.errors import StorageError, StudyGone, StudyUnreadable, TrialyardError
 from storage.settings import Settings
@@ -113,7 +113,7 @@ def _fill(
     while not interrupted.is_set():
         for study in open_studies.now():
             try:
-                claim = claims.claim(study.storage, study.name, me, settings.grace_seconds, study.founded)
+                claim = claims.claim(study.storage, study.name, me, settings.grace_seconds, study.incarnation)
             except (StudyGone, StudyUnreadable):
                 continue  # deleted or overwritten a moment ago; the next look will not find it
             if claim is not None:
@@ -136,7 +136,7 @@ class _OpenStudies:
         self._looked = float("-inf")
         self._studies: list[Study] = []
         self._admitted: dict[tuple[int, str | None], Study | None] = {}  # None: refused
-        self._ended: set[claims.Entry] = set()  # whose budget is spent: a larger one makes another entry
+        self._ended: set[ledger.Study] = set()  # whose budget is spent: a larger one makes another entry
         self._gone: set[str] = set()  # of those that were named, which were deleted
 
     def now(self) -> list[Study]:
@@ -156,7 +156,7 @@ class _OpenStudies:
 
     def _look(self) -> list[Study]:
         found = []
-        standing = {entry.name: entry for entry in claims.entries(self._storage)}
+        standing = {entry.name: entry for entry in ledger.studies(self._storage)}
         for name in standing if self._names is None else self._names:
             if name not in standing:
                 if name not in self._gone:
@@ -166,29 +166,29 @@ class _OpenStudies:
             entry = standing[name]
             if entry.state != "open" or self._has_ended(entry):
                 continue
-            study_id, founded = entry.study_id, entry.founded
+            study_id, incarnation = entry.id, entry.incarnation
             try:
-                if (study_id, founded) not in self._admitted:
-                    self._admitted[study_id, founded] = self._admit(name, study_id, founded)
+                if (study_id, incarnation) not in self._admitted:
+                    self._admitted[study_id, incarnation] = self._admit(name, study_id, incarnation)
             except (StudyError, StudyGone, KeyError):
                 if name in registry.names(self._storage):
                     raise
                 continue  # deleted while it was looked at
-            study = self._admitted[study_id, founded]
+            study = self._admitted[study_id, incarnation]
             if study is not None:
                 found.append(study)
         return found
 
-    def _has_ended(self, entry: claims.Entry) -> bool:
+    def _has_ended(self, entry: ledger.Study) -> bool:
         if entry in self._ended:
             return True
-        ended = claims.ended(self._storage, entry.study_id)
+        ended = ledger.has_ended(self._storage, entry.id)
         # It may have been stopped since the entry was read, and can be resumed; what is spent stays spent.
-        if ended and claims.counts(self._storage, entry.study_id).finished >= entry.budget.total:
+        if ended and ledger.counts(self._storage, entry.id).finished >= entry.budget.total:
             self._ended.add(entry)
         return ended
 
-    def _admit(self, name: str, study_id: int, founded: str | None) -> Study | None:
+    def _admit(self, name: str, study_id: int, incarnation: str | None) -> Study | None:
         # One study that this machine cannot serve must not keep it from the others: its definition may be of a later
         # version. Those that were named have been looked at already.
         try:
@@ -208,7 +208,7 @@ class _OpenStudies:
         return Study(
             name=name,
             study_id=study_id,
-            founded=founded,
+            incarnation=incarnation,
             definition=definition,
             storage=self._storage,
             # One each: Optuna's would give the finished trials of a deleted study that had the same number.
@@ -217,7 +217,7 @@ class _OpenStudies:
 
 
 def _is_done(storage: PatientStorage, study_id: int) -> bool:
-    return claims.ended(storage, study_id) or claims.state(storage, study_id) != "open"
+    return ledger.has_ended(storage, study_id) or ledger.state(storage, study_id) != "open"
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from optuna.storages._rdb.models import StudyModel, StudyUserAttributeModel
 from sqlalchemy import Connection, select
 
 from storage.errors import StudyUnreadable
+from storage.tables import StudyModel, StudyUserAttributeModel
 
 PREFIX = "trialyard:"
 
@@ -115,7 +115,7 @@ def _is_software(value: Any) -> bool:
 SHAPES: Mapping[str, Callable[[Any], bool]] = {
     "budget": _is_budget,
     "state": lambda value: value in ("open", "paused", "stopped"),
-    "founded": lambda value: isinstance(value, str),
+    "incarnation": lambda value: isinstance(value, str),
     "definition": _is_definition,
     "data": lambda value: isinstance(value, dict),
     "software": _is_software,

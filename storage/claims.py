@@ -13,56 +13,50 @@ The statements are our own, on Optuna's tables: its storage has no call for "the
 budget is spent", and its calls are a transaction each.
 """
 
-import hashlib
 import json
 import logging
 import math
-import re
 import threading
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal
 
-from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import (
-    BaseModel,
-    StudyDirectionModel,
-    StudyModel,
-    StudyUserAttributeModel,
-    TrialHeartbeatModel,
-    TrialIntermediateValueModel,
-    TrialModel,
-    TrialParamModel,
-    TrialSystemAttributeModel,
-    TrialUserAttributeModel,
-    TrialValueModel,
-)
-from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from sqlalchemy import Connection, and_, func, insert, select, update
 from sqlalchemy import delete as delete_rows
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import artifacts, attributes, legacy
+from storage import artifacts, attributes
 from storage.attributes import Attempts
 from storage.database import read, write
-from storage.errors import ClaimLost, StorageError, StudyGone, WrongDirection, trials_text
+from storage.errors import ClaimLost, StorageError, StudyGone
+from storage.ledger import State, budget_of, finished_and_running, is_late, state_of, study_id_of
+from storage.tables import (
+    TrialHeartbeatModel,
+    TrialIntermediateValueModel,
+    TrialModel,
+    TrialSystemAttributeModel,
+    TrialUserAttributeModel,
+    TrialValueModel,
+    delete_study,
+    insert_trial,
+    next_number,
+    set_trial_attributes,
+    update_trial,
+    utc_now,
+    value_row,
+)
 from storage.workers import Worker, database_now, server_started
 
 log = logging.getLogger(__name__)
 
 RETRIES = 3  # how often in a row a trial that took its trainer or worker down is tried again without getting further
 
-IMPORT_KEY = "import_key"  # user attribute of an imported trial: what it is recognised by
-IMPORT_KEY_PATTERN = re.compile(r"[0-9a-f]{16}-[0-9]+")  # its value
-
 Outcome = Literal["finished", "interrupted", "crashed", "lost"]
-State = Literal["open", "paused", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,199 +71,6 @@ class Claim:
     worker: Worker
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How much a study may spend, over all its workers."""
-
-    trials: int  # that are run: complete, pruned and failed ones count
-    hours: float | None  # since the first trial began; no trial starts later
-    imported: int = 0  # trials that were run elsewhere; they stand beside those above, and take nothing from them
-
-    @property
-    def total(self) -> int:
-        """How many trials the study ends with."""
-        return self.trials + self.imported
-
-
-@dataclass(frozen=True, kw_only=True)
-class Imported:
-    """A complete trial that was run elsewhere."""
-
-    value: float
-    params: Mapping[str, tuple[BaseDistribution, Any]]  # by name: what it was drawn from, and the value
-    attributes: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """A study's trials by state."""
-
-    complete: int
-    pruned: int
-    failed: int
-    running: int
-    waiting: int
-
-    @property
-    def finished(self) -> int:
-        """How many count against the budget for good."""
-        return self.complete + self.pruned + self.failed
-
-
-# --- the study --------------------------------------------------------------------------------------------
-
-
-def set_budget(storage: RDBStorage, study: str, budget: Budget) -> Budget:
-    """Gives `study` its budget, or a larger one, and returns the one that it has then. The last step of its creation.
-
-    Fewer trials than it has been given change nothing, so that nobody ends a study that others asked more of; what was
-    imported stays beside it, whatever `budget` says of that.
-    """
-
-    def work(connection: Connection) -> Budget:
-        study_id = _study_id(connection, study)
-        there = _budget(connection, study_id)
-        trials = budget.trials if there is None else max(budget.trials, there.trials)
-        wanted = replace(budget, trials=trials, imported=len(_imported(connection, study_id)))
-        if wanted != there:
-            _set_study_attribute(connection, study_id, "budget", asdict(wanted))
-        return wanted
-
-    return write(storage, study, work)
-
-
-def budget(storage: RDBStorage, study_id: int) -> Budget | None:
-    """The study's budget; None while the study is being created, and for a study that is not ours."""
-    return read(storage, lambda connection: _budget(connection, study_id))
-
-
-def found(storage: RDBStorage, study: str, values: dict[str, Any], points: Sequence[dict[str, Any]]) -> bool:
-    """Gives an empty study the attributes `values`, and waiting trials with hyperparameters `points`; all or nothing.
-
-    Returns whether it did: a study that has any of the attributes, or a trial, is left as it is.
-
-    Raises WrongDirection where somebody else made the empty study, or an older version took one over, that does not
-    maximize exactly one value; StorageError where it is of an older version.
-    """
-
-    def work(connection: Connection) -> bool:
-        study_id = _study_id(connection, study)
-        if study_id in legacy.outdated(connection):
-            raise StorageError(f"study {study!r} is of an older Trialyard: run `trialyard storage upgrade`")
-        ours = any(attributes.of_study(connection, study_id, key) is not None for key in values)
-        empty = _size(connection, study_id) == 0
-        if ours or empty:
-            _check_direction(connection, study_id)
-        if ours or not empty:
-            return False
-        for key, attribute in (values | {"founded": _now().isoformat()}).items():
-            _set_study_attribute(connection, study_id, key, attribute)
-        for number, point in enumerate(points):
-            trial_id = _insert_trial(connection, study_id, number, TrialState.WAITING)
-            row = {"trial_id": trial_id, "key": "fixed_params", "value_json": json.dumps(point)}
-            connection.execute(insert(TrialSystemAttributeModel).values(row))
-        return True
-
-    return write(storage, study, work)
-
-
-def is_outdated(storage: RDBStorage, study: str) -> bool:
-    """Whether the study is of an older version: its attributes have no prefix yet."""
-    return read(storage, lambda connection: study in legacy.outdated(connection).values())
-
-
-def check_direction(storage: RDBStorage, study_id: int) -> None:
-    """Raises WrongDirection unless the study maximizes exactly one value."""
-    read(storage, lambda connection: _check_direction(connection, study_id))
-
-
-def _check_direction(connection: Connection, study_id: int) -> None:
-    directions = connection.execute(
-        select(StudyDirectionModel.direction).where(StudyDirectionModel.study_id == study_id)
-    ).scalars()
-    wanted = list(directions)
-    if len(wanted) != 1:
-        raise WrongDirection(f"has {len(wanted)} objectives")
-    if wanted[0] != StudyDirection.MAXIMIZE:
-        raise WrongDirection("minimizes its value")
-
-
-def add(storage: RDBStorage, study: str, trials: Sequence[Imported]) -> int:
-    """Puts trials that were run elsewhere into `study`, finished, all or nothing; returns how many were new.
-
-    Raises ValueError, and adds nothing, if a value is not finite.
-
-    The budget grows with them: it is what the study may still run, and finished + running stays within it. Each is
-    known by a digest of all that it says, so that the same trials given again (also by a transaction whose answer was
-    lost) add nothing; two trials that say the same are told apart by their order.
-    """
-    seen: Counter[str] = Counter()
-    keyed: dict[str, Imported] = {}
-    for trial in trials:
-        if not math.isfinite(trial.value):
-            raise ValueError(f"the value of an imported trial is {trial.value}: it must be a finite number")
-        digest = _digest(trial)
-        seen[digest] += 1
-        keyed[f"{digest}-{seen[digest]}"] = trial
-
-    def work(connection: Connection) -> int:
-        study_id = _study_id(connection, study)
-        there = _imported(connection, study_id)
-        new = {key: trial for key, trial in keyed.items() if key not in there}
-        if new:
-            _insert_imported(connection, study_id, new)
-        # Without a budget the study is still being created, and its creation ends with one.
-        limit = _budget(connection, study_id)
-        if new and limit is not None:
-            grown = replace(limit, imported=len(there) + len(new))
-            _set_study_attribute(connection, study_id, "budget", asdict(grown))
-        return len(new)
-
-    return write(storage, study, work)
-
-
-def founded(storage: RDBStorage, study_id: int) -> str | None:
-    """When the study was founded, which tells it from one that was deleted: the database's numbers are used again."""
-    found: str | None = study_attribute(storage, study_id, "founded")
-    return found
-
-
-def study_attribute(storage: RDBStorage, study_id: int, name: str) -> Any:
-    """An attribute of a study, one of `attributes.SHAPES`; None where it has none. Raises StudyUnreadable."""
-    return read(storage, lambda connection: attributes.of_study(connection, study_id, name))
-
-
-def software(storage: RDBStorage, study: str, here: dict[str, str]) -> dict[str, str]:
-    """The software that `study` began with: what is recorded, and where nothing is `here`, which is recorded then.
-
-    Under the lock, so that of two first workers with different software one finds the other's.
-    Raises StudyGone where the study was deleted.
-    """
-
-    def work(connection: Connection) -> dict[str, str]:
-        study_id = _study_id(connection, study)
-        there: dict[str, str] | None = attributes.of_study(connection, study_id, "software")
-        if there is None:
-            _set_study_attribute(connection, study_id, "software", here)
-        return there or here
-
-    return write(storage, study, work)
-
-
-def set_state(storage: RDBStorage, study: str, state: State) -> None:
-    """Opens, pauses or stops `study`. Its workers see it at their next beat or epoch, and give their trials back."""
-    write(
-        storage,
-        study,
-        lambda connection: _set_study_attribute(connection, _study_id(connection, study), "state", state),
-    )
-
-
-def state(storage: RDBStorage, study_id: int) -> State:
-    """Whether the study is open, paused or stopped."""
-    return read(storage, lambda connection: _state(connection, study_id))
-
-
 def delete(storage: RDBStorage, study: str, grace_seconds: float) -> None:
     """Removes `study` with its trials, all or nothing. Its workers notice at their next beat or epoch, and go on.
 
@@ -277,124 +78,52 @@ def delete(storage: RDBStorage, study: str, grace_seconds: float) -> None:
     """
 
     def work(connection: Connection) -> None:
-        study_id = _study_id(connection, study)
-        if _state(connection, study_id) != "stopped":
+        study_id = study_id_of(connection, study)
+        if state_of(connection, study_id) != "stopped":
             _take_back(connection, study_id, study, grace_seconds)
-            _, running = _spent(connection, study_id)
+            _, running = finished_and_running(connection, study_id)
             if running:
                 raise StorageError(
                     f"study {study!r} has {running} running trials: `trialyard stop {study}` first, then delete it"
                 )
-        trials = select(TrialModel.trial_id).where(TrialModel.study_id == study_id)
-        # Optuna's own deletion reads every row of it first: half a minute for 10,000 trials.
-        for table in reversed(BaseModel.metadata.sorted_tables):
-            if table is TrialModel.__table__ or "trial_id" not in table.c:
-                if "study_id" in table.c:
-                    connection.execute(delete_rows(table).where(table.c.study_id == study_id))
-            else:
-                connection.execute(delete_rows(table).where(table.c.trial_id.in_(trials)))
+        delete_study(connection, study_id)
 
     write(storage, study, work)
 
 
-def stands(storage: RDBStorage, claim: Claim) -> bool:
+def trial_exists(storage: RDBStorage, claim: Claim) -> bool:
     """Whether the claimed trial is still in the database: its study may have been deleted."""
     found = select(TrialModel.trial_id).where(TrialModel.trial_id == claim.trial_id)
     return read(storage, lambda connection: connection.execute(found).scalar() is not None)
-
-
-def counts(storage: RDBStorage, study_id: int) -> Counts:
-    """The study's trials by state, in one query that reads no trial."""
-
-    def work(connection: Connection) -> dict[TrialState, int]:
-        rows = connection.execute(
-            select(TrialModel.state, func.count()).where(TrialModel.study_id == study_id).group_by(TrialModel.state)
-        )
-        return {state: int(number) for state, number in rows}
-
-    by_state = read(storage, work)
-    return Counts(
-        complete=by_state.get(TrialState.COMPLETE, 0),
-        pruned=by_state.get(TrialState.PRUNED, 0),
-        failed=by_state.get(TrialState.FAIL, 0),
-        running=by_state.get(TrialState.RUNNING, 0),
-        waiting=by_state.get(TrialState.WAITING, 0),
-    )
-
-
-def ended(storage: RDBStorage, study_id: int) -> bool:
-    """Whether nothing is left to run: the budget is spent; or the study was stopped, or late, and no trial runs."""
-
-    def work(connection: Connection) -> bool:
-        limit = _budget(connection, study_id)
-        if limit is None:
-            return True
-        finished, running = _spent(connection, study_id)
-        over = _state(connection, study_id) == "stopped" or _late(connection, study_id, limit)
-        return finished >= limit.total or (running == 0 and over)
-
-    return read(storage, work)
-
-
-def finished(connection: Connection, study_id: int) -> tuple[int, State]:
-    """How many trials have ended for good, and the study's state: whether there is news since the last look."""
-    return _spent(connection, study_id)[0], _state(connection, study_id)
-
-
-def _late(connection: Connection, study_id: int, limit: Budget) -> bool:
-    if limit.hours is None:
-        return False
-    # The one with the least number was the first to begin (imported ones have no attempts); its start in Optuna's table
-    # is that of its last attempt.
-    began = _first_began(connection, study_id)
-    return began is not None and datetime.now(UTC) - began >= timedelta(hours=limit.hours)
-
-
-def _first_began(connection: Connection, study_id: int) -> datetime | None:
-    number = -1
-    while True:
-        row = connection.execute(
-            select(TrialModel.number, TrialUserAttributeModel.value_json)
-            .join(TrialUserAttributeModel, TrialModel.trial_id == TrialUserAttributeModel.trial_id)
-            .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == "attempts")
-            .where(TrialModel.number > number)
-            .order_by(TrialModel.number)
-            .limit(1)
-        ).first()
-        if row is None:
-            return None
-        number, attempts = row[0], attributes.attempts(attributes.decoded(row[1]))
-        if attempts:  # else it is a trial that others added
-            return datetime.fromisoformat(attempts[0]["began"])
 
 
 # --- claim ------------------------------------------------------------------------------------------------
 
 
 def claim(
-    storage: RDBStorage, study: str, worker: Worker, grace_seconds: float, founded: str | None = None
+    storage: RDBStorage, study: str, worker: Worker, grace_seconds: float, incarnation: str | None = None
 ) -> Claim | None:
     """The oldest waiting trial of `study`, or a new one while the budget lasts and the study is open; else None.
 
     First takes back the trials of workers that are gone: at once where the owner was a process of this machine,
     after `grace_seconds` without a beat elsewhere.
 
-    Raises StudyGone where there is none, or where it is another one of that name than the one that was `founded` then.
+    Raises StudyGone where there is none, or where it is another one of that name than that `incarnation`.
     """
 
     def work(connection: Connection) -> Claim | None:
-        study_id = _study_id(connection, study)
-        if founded is not None and attributes.of_study(connection, study_id, "founded") != founded:
+        study_id = study_id_of(connection, study)
+        if incarnation is not None and attributes.of_study(connection, study_id, "incarnation") != incarnation:
             raise StudyGone(f"study {study!r} was deleted, and another one made: start the worker again")
-        limit = _budget(connection, study_id)
+        limit = budget_of(connection, study_id)
         if limit is None:
-            raise StorageError(f"study {study!r} was never made whole: run `trialyard create` for it again")
+            raise StorageError(f"study {study!r} has no budget: run `trialyard create` for it again")
         _take_back(connection, study_id, study, grace_seconds)
-        finished, running = _spent(connection, study_id)
+        finished, running = finished_and_running(connection, study_id)
         if (
             finished + running >= limit.total
-            or _state(connection, study_id) != "open"
-            or _late(connection, study_id, limit)
+            or state_of(connection, study_id) != "open"
+            or is_late(connection, study_id, limit)
         ):
             return None
         waiting = connection.execute(
@@ -405,13 +134,13 @@ def claim(
         ).first()
         if waiting is not None:
             trial_id, number = waiting
-            _set_trial(connection, trial_id, state=TrialState.RUNNING, _datetime_start_utc=_utc())
+            update_trial(connection, trial_id, state=TrialState.RUNNING, _datetime_start_utc=utc_now())
         else:
-            number = _size(connection, study_id)
-            trial_id = _insert_trial(connection, study_id, number, TrialState.RUNNING, began=_utc())
+            number = next_number(connection, study_id)
+            trial_id = insert_trial(connection, study_id, number, TrialState.RUNNING, started=utc_now())
         attempts = _attempts(connection, trial_id)
         attempts.append(asdict(worker) | {"began": _now().isoformat(timespec="seconds")})
-        _set_attributes(connection, trial_id, {"attempts": attempts})
+        set_trial_attributes(connection, trial_id, {"attempts": attempts})
         _beat(connection, trial_id)
         return Claim(
             study=study,
@@ -466,10 +195,10 @@ def _put_back(connection: Connection, trial_id: int, attempts: Attempts, outcome
     told: dict[str, Any] = {"attempts": attempts}
     if broken > RETRIES:
         told["failure"] = {"kind": outcome, "message": f"{why}; tried {broken} times without getting further"}
-        _set_trial(connection, trial_id, state=TrialState.FAIL, _datetime_complete_utc=_utc())
+        update_trial(connection, trial_id, state=TrialState.FAIL, _datetime_complete_utc=utc_now())
     else:
-        _set_trial(connection, trial_id, state=TrialState.WAITING)
-    _set_attributes(connection, trial_id, told)
+        update_trial(connection, trial_id, state=TrialState.WAITING)
+    set_trial_attributes(connection, trial_id, told)
 
 
 # --- while it runs ----------------------------------------------------------------------------------------
@@ -484,7 +213,7 @@ def beat(storage: RDBStorage, claim: Claim) -> State:
     def work(connection: Connection) -> State:
         _compare(connection, claim)
         _beat(connection, claim.trial_id)
-        return _state(connection, claim.study_id)
+        return state_of(connection, claim.study_id)
 
     return write(storage, None, work)
 
@@ -525,10 +254,10 @@ def resume(
             )
         if epoch is not None:
             attempts[-1]["resumed_after"] = epoch
-            _set_attributes(connection, claim.trial_id, {"attempts": attempts})
+            set_trial_attributes(connection, claim.trial_id, {"attempts": attempts})
         if files is not None:
             _list_files(connection, claim, files)
-        return _state(connection, claim.study_id)
+        return state_of(connection, claim.study_id)
 
     return write(storage, claim.study, work)
 
@@ -561,11 +290,11 @@ def finish(
         if "outcome" in attempts[-1]:
             return  # done already: the commit came through, and its answer did not
         attempts[-1] |= _ending("finished")
-        _set_attributes(connection, claim.trial_id, values | {"attempts": attempts})
+        set_trial_attributes(connection, claim.trial_id, values | {"attempts": attempts})
         if score is not None:
-            connection.execute(insert(TrialValueModel).values(_value_row(claim.trial_id, score)))
+            connection.execute(insert(TrialValueModel).values(value_row(claim.trial_id, score)))
         _list_files(connection, claim, files)
-        _set_trial(connection, claim.trial_id, state=state, _datetime_complete_utc=_utc())
+        update_trial(connection, claim.trial_id, state=state, _datetime_complete_utc=utc_now())
 
     write(storage, claim.study, work)
 
@@ -631,61 +360,6 @@ class Beating:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A study as somebody sees it who looks for work."""
-
-    name: str
-    study_id: int
-    founded: str | None
-    budget: Budget
-    state: State
-
-
-def entries(storage: RDBStorage) -> list[Entry]:
-    """All studies that were made whole and are readable, oldest first, in one query.
-
-    A study that is not readable is left out, with one warning in this process.
-    """
-
-    def work(connection: Connection) -> list[Entry]:
-        return [
-            Entry(
-                name=study.name,
-                study_id=study.study_id,
-                founded=study.values.get("founded"),
-                budget=Budget(**study.values["budget"]),
-                state=study.values.get("state") or "open",
-            )
-            for study in attributes.of_studies(connection, ("budget", "founded", "state"))
-            if _is_readable(study) and "budget" in study.values
-        ]
-
-    return read(storage, work)
-
-
-def names(storage: RDBStorage) -> list[str]:
-    """The names of `entries` whose definitions are readable, too: what commands list."""
-
-    def work(connection: Connection) -> list[str]:
-        studies = attributes.of_studies(connection, attributes.SHAPES)
-        return [
-            study.name for study in studies if _is_readable(study) and {"budget", "definition"} <= study.values.keys()
-        ]
-
-    return read(storage, work)
-
-
-def _is_readable(study: attributes.StudyAttributes) -> bool:
-    if study.problem is not None and study.problem not in _warned:
-        _warned.add(study.problem)
-        log.warning("%s", study.problem)
-    return study.problem is None
-
-
-_warned: set[str] = set()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Holding:
     """A RUNNING trial and who runs it."""
 
@@ -741,87 +415,6 @@ def _holding(number: int, attempts: Attempts, epoch: int, silent: float) -> Hold
     )
 
 
-def outside(storage: RDBStorage, study_id: int) -> list[int]:
-    """The numbers of the RUNNING trials that no worker of ours started: somebody's own `study.ask()`."""
-    return read(storage, lambda connection: _outside(connection, study_id))
-
-
-def _outside(connection: Connection, study_id: int) -> list[int]:
-    of_trial = and_(TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "attempts")
-    rows = connection.execute(
-        select(TrialModel.number, TrialUserAttributeModel.value_json)
-        .outerjoin(TrialUserAttributeModel, of_trial)
-        .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING)
-        .order_by(TrialModel.number)
-    )
-    return [number for number, value_json in rows if not attributes.attempts(attributes.decoded(value_json))]
-
-
-def outside_text(numbers: Sequence[int]) -> str:
-    """What a person should know of these trials, and do about them."""
-    were, have = ("trial was", "has") if len(numbers) == 1 else ("trials were", "have")
-    ends = "it" if len(numbers) == 1 else "them"
-    return (
-        f"{len(numbers)} {were} started outside Trialyard and {have} not ended: {trials_text(numbers)}; "
-        f"`optuna tell` ends {ends}"
-    )
-
-
-def check(storage: RDBStorage) -> list[str]:
-    """What of the promises at the top of this file does not hold, a sentence each; empty if all do."""
-    return read(storage, _problems)
-
-
-def _problems(connection: Connection) -> list[str]:
-    problems = [
-        f"study {name} is of an older Trialyard, and is left out: run `trialyard storage upgrade`"
-        for name in legacy.outdated(connection).values()
-    ]
-    for study in attributes.of_studies(connection, attributes.SHAPES):
-        study_id, name = study.study_id, study.name
-        if study.problem is not None:
-            problems.append(study.problem)
-            continue
-        try:
-            _check_direction(connection, study_id)
-        except WrongDirection as wrong:
-            problems.append(
-                f"study {name} {wrong}, and its samplers search for the worst accuracy: `trialyard delete {name}`, and "
-                "create it again"
-            )
-        limit, (finished, running) = _budget(connection, study_id), _spent(connection, study_id)
-        if limit is None:
-            continue  # its creation was interrupted and `create` will end it
-        if finished + running > limit.total:
-            problems.append(f"study {name}: {finished + running} trials, over its {limit.total}")
-        imported = len(_imported(connection, study_id))
-        if imported != limit.imported:
-            problems.append(f"study {name}: {imported} imported trials, and its budget says {limit.imported}")
-        twice = connection.execute(
-            select(TrialModel.number)
-            .where(TrialModel.study_id == study_id)
-            .group_by(TrialModel.number)
-            .having(func.count() > 1)
-        ).scalars()
-        problems += [f"study {name}: two trials have the number {number}" for number in twice]
-        outside = _outside(connection, study_id)
-        problems += [f"study {name}: {outside_text(outside)}"] if outside else []
-        unbeaten = connection.execute(
-            select(TrialModel.number)
-            .outerjoin(TrialHeartbeatModel, TrialHeartbeatModel.trial_id == TrialModel.trial_id)
-            .where(
-                TrialModel.study_id == study_id,
-                TrialModel.state == TrialState.RUNNING,
-                TrialHeartbeatModel.trial_id.is_(None),
-            )
-        ).scalars()
-        problems += [
-            f"study {name}: trial {number} runs without a heartbeat" for number in unbeaten if number not in outside
-        ]
-        problems += legacy.problems(connection, study_id, name)
-    return problems
-
-
 # --- statements -------------------------------------------------------------------------------------------
 
 
@@ -840,114 +433,6 @@ def _compare(connection: Connection, claim: Claim, or_finished: bool = False) ->
     )
 
 
-def _study_id(connection: Connection, study: str) -> int:
-    found = connection.execute(select(StudyModel.study_id).where(StudyModel.study_name == study)).scalar()
-    if found is None:
-        raise StudyGone(f"study {study!r} is gone from the database: `trialyard create` makes it anew")
-    return int(found)
-
-
-def _set_study_attribute(connection: Connection, study_id: int, name: str, attribute: Any) -> None:
-    stored, key = StudyUserAttributeModel, attributes.PREFIX + name
-    connection.execute(delete_rows(stored).where(stored.study_id == study_id, stored.key == key))
-    connection.execute(insert(stored).values(study_id=study_id, key=key, value_json=json.dumps(attribute)))
-
-
-def _budget(connection: Connection, study_id: int) -> Budget | None:
-    found = attributes.of_study(connection, study_id, "budget")
-    return None if found is None else Budget(**found)
-
-
-def _state(connection: Connection, study_id: int) -> State:
-    found: State | None = attributes.of_study(connection, study_id, "state")
-    return found or "open"
-
-
-def _size(connection: Connection, study_id: int) -> int:
-    """How many trials the study has, which is the next one's number: they are numbered without a gap."""
-    last = connection.execute(select(func.max(TrialModel.number)).where(TrialModel.study_id == study_id)).scalar()
-    return 0 if last is None else int(last) + 1
-
-
-def _spent(connection: Connection, study_id: int) -> tuple[int, int]:
-    """(finished, running). Counts only what is not finished, which is few, however many there are."""
-    mine = TrialModel.study_id == study_id
-    waiting, running = (
-        select(func.count()).where(mine, TrialModel.state == state).scalar_subquery()
-        for state in (TrialState.WAITING, TrialState.RUNNING)
-    )
-    last = select(func.max(TrialModel.number)).where(mine).scalar_subquery()
-    # One statement sees one moment, also where no lock is held: a trial between two states is counted once.
-    found = connection.execute(select(last, waiting, running)).one()
-    size = 0 if found[0] is None else int(found[0]) + 1
-    return size - int(found[1]) - int(found[2]), int(found[2])
-
-
-def _insert_trial(
-    connection: Connection, study_id: int, number: int, state: TrialState, began: datetime | None = None
-) -> int:
-    row = {"study_id": study_id, "number": number, "state": state, "datetime_start": began}
-    inserted = connection.execute(insert(TrialModel.__table__).values(row))
-    (trial_id,) = inserted.inserted_primary_key or (None,)
-    assert trial_id is not None
-    return int(trial_id)
-
-
-def _insert_imported(connection: Connection, study_id: int, trials: Mapping[str, Imported]) -> None:
-    """Inserts trials by their digest. Table by table, not trial by trial: the study is locked meanwhile."""
-    first = _size(connection, study_id)
-    # Nobody knows when they ran: they are of the moment in which they came.
-    row = {"study_id": study_id, "state": TrialState.COMPLETE, "datetime_start": _utc(), "datetime_complete": _utc()}
-    connection.execute(insert(TrialModel.__table__), [row | {"number": first + index} for index in range(len(trials))])
-    found = select(TrialModel.trial_id).where(TrialModel.study_id == study_id, TrialModel.number >= first)
-    ids = connection.execute(found.order_by(TrialModel.number)).scalars().all()
-    params: list[dict[str, Any]] = []
-    values: list[dict[str, Any]] = []
-    marks: list[dict[str, Any]] = []
-    for trial_id, (key, trial) in zip(ids, trials.items(), strict=True):
-        for name, (distribution, value) in trial.params.items():
-            internal = {"param_value": distribution.to_internal_repr(value)}
-            told = {"param_name": name, "distribution_json": distribution_to_json(distribution)}
-            params.append({"trial_id": trial_id} | internal | told)
-        values.append(_value_row(trial_id, trial.value))
-        marked = {**trial.attributes, "imported": True, IMPORT_KEY: key}
-        marks += [{"trial_id": trial_id, "key": k, "value_json": json.dumps(one)} for k, one in marked.items()]
-    if params:
-        connection.execute(insert(TrialParamModel), params)
-    connection.execute(insert(TrialValueModel), values)
-    connection.execute(insert(TrialUserAttributeModel), marks)
-
-
-def _imported(connection: Connection, study_id: int) -> set[str]:
-    """The digests of the study's imported trials; what others store by this name is none."""
-    found = connection.execute(
-        select(TrialUserAttributeModel.value_json)
-        .join(TrialModel, TrialModel.trial_id == TrialUserAttributeModel.trial_id)
-        .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == IMPORT_KEY)
-    ).scalars()
-    keys = map(attributes.decoded, found)
-    return {key for key in keys if isinstance(key, str) and IMPORT_KEY_PATTERN.fullmatch(key)}
-
-
-def _digest(trial: Imported) -> str:
-    params = {name: value for name, (_, value) in trial.params.items()}
-    told = json.dumps([trial.value, params, dict(trial.attributes)], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
-
-
-def _value_row(trial_id: int, value: float) -> dict[str, Any]:
-    number, kind = TrialValueModel.value_to_stored_repr(value)
-    return {"trial_id": trial_id, "objective": 0, "value": number, "value_type": kind}
-
-
-def _set_trial(connection: Connection, trial_id: int, **columns: Any) -> None:
-    connection.execute(
-        update(TrialModel)
-        .where(TrialModel.trial_id == trial_id)
-        .values({getattr(TrialModel, name): value for name, value in columns.items()})
-    )
-
-
 def _attempts(connection: Connection, trial_id: int) -> Attempts:
     found = connection.execute(
         select(TrialUserAttributeModel.value_json).where(
@@ -960,13 +445,6 @@ def _attempts(connection: Connection, trial_id: int) -> Attempts:
 def _last_epoch(connection: Connection, trial_id: int) -> int:
     stored = TrialIntermediateValueModel
     return int(connection.execute(select(func.max(stored.step)).where(stored.trial_id == trial_id)).scalar() or 0)
-
-
-def _set_attributes(connection: Connection, trial_id: int, values: dict[str, Any]) -> None:
-    stored = TrialUserAttributeModel
-    connection.execute(delete_rows(stored).where(stored.trial_id == trial_id, stored.key.in_(values)))
-    rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(one)} for key, one in values.items()]
-    connection.execute(insert(stored), rows)
 
 
 def _list_files(connection: Connection, claim: Claim, names: Sequence[str]) -> None:
@@ -998,8 +476,3 @@ def _ending(outcome: Outcome) -> dict[str, str]:
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _utc() -> datetime:
-    # Optuna keeps naive UTC.
-    return _now().replace(tzinfo=None)

@@ -22,7 +22,6 @@ import optuna.storages._rdb
 import sqlalchemy
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import BaseModel, TrialModel, TrialValueModel
 from optuna.storages._rdb.storage import _VersionManager
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, Connection, Engine, orm, text
@@ -32,6 +31,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from storage import attributes, legacy
 from storage.artifacts import written_whole
 from storage.errors import StorageError
+from storage.tables import ALL_TABLES, TrialModel, TrialValueModel
 from storage.workers import table as workers_table
 
 if TYPE_CHECKING:  # imported where they are used: reading needs neither, and they bring asyncio along
@@ -691,7 +691,7 @@ def _copy_rows(storage: RDBStorage, path: Path) -> None:
     with one_moment.connect() as source, target.engine.begin() as sink:
         # Optuna wrote its version into the new database; the copied row takes its place.
         sink.execute(text("DELETE FROM version_info"))
-        for table in BaseModel.metadata.sorted_tables:
+        for table in ALL_TABLES:
             for part in source.execution_options(yield_per=1000).execute(table.select()).mappings().partitions():
                 sink.execute(table.insert(), [dict(row) for row in part])
         found = source.execute(text("SELECT version_num FROM alembic_version")).scalar_one()

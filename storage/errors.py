@@ -5,6 +5,7 @@ TrialyardError
 ├── StorageError       the database cannot be reached, opened or written, or a trial's file not be written
 │   ├── StudyGone      the study was deleted meanwhile
 │   ├── StudyUnreadable  an attribute of the study is not of the shape that Trialyard writes
+│   ├── NotOurStudy      a study of this name was not made by Trialyard, and has trials
 │   └── WrongDirection   the study does not maximize exactly one value
 ├── ClaimLost          another worker holds this trial now (never shown to a user: the result is dropped)
 ├── DefinitionError    (studies) a definition breaks a rule
@@ -38,6 +39,10 @@ class StudyGone(StorageError):  # noqa: N818 - it is an event, not a mistake
 
 class StudyUnreadable(StorageError):  # noqa: N818 - it is the study that is
     """An attribute of the study, which is one of Trialyard's by its name, has a shape that Trialyard never writes."""
+
+
+class NotOurStudy(StorageError):  # noqa: N818 - as above
+    """A study of this name was not made by Trialyard, and has trials."""
 
 
 class WrongDirection(StorageError):  # noqa: N818 - as above

@@ -3,13 +3,6 @@
 import json
 from typing import Any
 
-from optuna.storages._rdb.models import (
-    StudyModel,
-    StudyUserAttributeModel,
-    TrialModel,
-    TrialUserAttributeModel,
-    TrialValueModel,
-)
 from optuna.trial import TrialState
 from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.orm import aliased
@@ -17,6 +10,17 @@ from sqlalchemy.orm import aliased
 from storage.attributes import PREFIX, SHAPES, decoded
 from storage.errors import trials_text
 from storage.standings import is_finite
+from storage.tables import (
+    StudyModel,
+    StudyUserAttributeModel,
+    TrialModel,
+    TrialUserAttributeModel,
+    TrialValueModel,
+)
+
+# The attribute that tells a study from a deleted one of its name was the time of its creation.
+OLD_NAMES = {"incarnation": "founded"}
+NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
 
 FAILURE = {"kind": "nan", "message": "its score was not a finite number, and an older version stored it as a result"}
 
@@ -51,19 +55,19 @@ def upgrade(connection: Connection) -> list[str]:
 def outdated(connection: Connection) -> dict[int, str]:
     """The names of the studies, by their ids, whose attributes have no prefix yet, as an older version named them.
 
-    Others may use the same names: both the definition, and the budget or the founding, must have the shape of ours.
+    Others may use the same names: the definition, and the budget or the time of creation, must have the shape of ours.
     """
     stored, current = StudyUserAttributeModel, aliased(StudyUserAttributeModel)
     renamed = select(current.key).where(current.study_id == stored.study_id, current.key == f"{PREFIX}definition")
     rows = connection.execute(
         select(StudyModel.study_id, StudyModel.study_name, stored.key, stored.value_json)
         .join(stored, stored.study_id == StudyModel.study_id)
-        .where(stored.key.in_(("definition", "budget", "founded")), ~renamed.exists())
+        .where(stored.key.in_(("definition", "budget", OLD_NAMES["incarnation"])), ~renamed.exists())
         .order_by(StudyModel.study_id)
     )
     studies: dict[tuple[int, str], dict[str, Any]] = {}
     for study_id, name, key, value_json in rows:
-        studies.setdefault((study_id, name), {})[key] = decoded(value_json)
+        studies.setdefault((study_id, name), {})[NEW_NAMES.get(key, key)] = decoded(value_json)
 
     def fits(found: dict[str, Any], key: str) -> bool:
         return key in found and SHAPES[key](found[key])
@@ -71,23 +75,24 @@ def outdated(connection: Connection) -> dict[int, str]:
     return {
         study_id: name
         for (study_id, name), found in studies.items()
-        if fits(found, "definition") and (fits(found, "budget") or fits(found, "founded"))
+        if fits(found, "definition") and (fits(found, "budget") or fits(found, "incarnation"))
     }
 
 
 def _rename(connection: Connection, study_id: int) -> None:
+    old_names = [OLD_NAMES.get(name, name) for name in SHAPES]
     stored = StudyUserAttributeModel
     rows = connection.execute(
-        select(stored.key, stored.value_json).where(stored.study_id == study_id, stored.key.in_(SHAPES))
+        select(stored.key, stored.value_json).where(stored.study_id == study_id, stored.key.in_(old_names))
     ).all()
-    for key, value_json in rows:
-        value = decoded(value_json)
+    for old, value_json in rows:
+        key, value = NEW_NAMES.get(old, old), decoded(value_json)
         if SHAPES[key](value):
             own = connection.execute(
                 select(stored.key).where(stored.study_id == study_id, stored.key == PREFIX + key)
             ).scalar()
             if own is None:
-                renamed = update(stored).where(stored.study_id == study_id, stored.key == key)
+                renamed = update(stored).where(stored.study_id == study_id, stored.key == old)
                 new = _scored_as_before(value) if key == "definition" else value
                 connection.execute(renamed.values(key=PREFIX + key, value_json=json.dumps(new)))
 

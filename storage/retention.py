@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import StudyModel, TrialModel, TrialSystemAttributeModel, TrialUserAttributeModel
 from optuna.trial import TrialState
 from sqlalchemy import Connection, delete, select
 
@@ -23,6 +22,7 @@ from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
 from storage.claims import Claim
 from storage.database import read, write
 from storage.standings import ranked
+from storage.tables import StudyModel, TrialModel, TrialSystemAttributeModel, TrialUserAttributeModel
 
 # Behind the best, so many are looked at when a trial ends: what a worker left that was killed at that moment.
 BEHIND = 20

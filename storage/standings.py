@@ -6,16 +6,16 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.storages._rdb.models import (
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import ColumnElement, Connection, and_, select, true
+
+from storage.artifacts import MODEL
+from storage.tables import (
     TrialModel,
     TrialSystemAttributeModel,
     TrialUserAttributeModel,
     TrialValueModel,
 )
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import ColumnElement, Connection, and_, select, true
-
-from storage.artifacts import MODEL
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from storage import claims
-from storage.claims import Imported
+from storage import ledger
 from storage.errors import nearest
+from storage.ledger import Imported
 from studies import registry
 from studies.definition import Definition
 from studies.errors import StudyError
@@ -50,7 +50,7 @@ def import_trials(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, sto
     trials = [trial_of(row, definition, where) for where, row in numbered]
     if not trials:
         raise StudyError(f"there is no row to import into study {name!r}: give at least one")
-    return claims.add(place, name, trials)
+    return ledger.import_trials(place, name, trials)
 
 
 def trial_of(row: Mapping[str, Any], definition: Definition, where: str) -> Imported:

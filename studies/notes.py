@@ -17,13 +17,13 @@ from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.storages._rdb.models import StudySystemAttributeModel
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, delete, insert, or_, select
 
-from storage import attributes, claims
+from storage import attributes, ledger
 from storage.artifacts import SUMMARY, inside
 from storage.database import write
+from storage.tables import StudySystemAttributeModel, dashboard_note_prefix, dashboard_plot_prefix
 from storage.workers import database_now
 from studies import findings, notebook, queries, registry
 from studies.definition import Definition, to_toml
@@ -67,16 +67,16 @@ def publish(
     began = time.monotonic()
     definition = registry.definition_of(name, storage)
     data = registry.data_of(name, storage)
-    state, budget = claims.state(storage, study_id), claims.budget(storage, study_id)
+    state, budget = ledger.state(storage, study_id), ledger.budget(storage, study_id)
     trials = cached.get_all_trials(study_id, deepcopy=False)
     total = definition.trials if budget is None else budget.total
     curves = queries.curves_of(trials, artifacts, CURVES)
     drawn = figures.drawn(trials, definition, curves, notebook.replays(definition, storage))
     attributes = {
-        **{f"{_plot_prefix()}{name}:": figure.to_json() for name, figure in drawn.items()},
-        _note_key(None): study_note(trials, definition, data, state=state, budget=total),
+        **{f"{dashboard_plot_prefix()}{name}:": figure.to_json() for name, figure in drawn.items()},
+        dashboard_note_prefix(None): study_note(trials, definition, data, state=state, budget=total),
     }
-    noted = {_note_key(trial._trial_id): trial for trial in _noted(trials)}
+    noted = {dashboard_note_prefix(trial._trial_id): trial for trial in _noted(trials)}
 
     def work(connection: Connection) -> bool:
         stored = _stored(connection, study_id)
@@ -229,19 +229,6 @@ def _noted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 # --- optuna-dashboard's attributes ------------------------------------------------------------------------
 
 
-def _plot_prefix() -> str:
-    from optuna_dashboard._custom_plot_data import SYSTEM_ATTR_PLOT_DATA
-
-    return str(SYSTEM_ATTR_PLOT_DATA)
-
-
-def _note_key(trial_id: int | None) -> str:
-    """The prefix of the pieces of a study's (None) or a trial's note."""
-    from optuna_dashboard._note import note_str_key_prefix
-
-    return str(note_str_key_prefix(trial_id))
-
-
 def _version_key(note_key: str) -> str:
     return f"{note_key.removesuffix('note_str:')}note_ver"
 
@@ -260,19 +247,19 @@ def _changes(stored: Mapping[str, Any], wanted: Mapping[str, str], keep: Iterabl
                 changes[_version_key(key)] = int(stored.get(_version_key(key), 0)) + 1
     for version in stored:
         key = f"{version.removesuffix('note_ver')}note_str:"
-        if version.endswith(":note_ver") and key not in kept and key != _note_key(None):
+        if version.endswith(":note_ver") and key not in kept and key != dashboard_note_prefix(None):
             body = _body(stored, key)
             if body.startswith(MARK):  # a person's words are never taken away
                 changes |= dict.fromkeys([*_pieces(stored, key), version])
     # What there is no data for any more, or an older version drew.
     for piece in stored:
-        if piece.startswith(_plot_prefix()) and f"{piece.rpartition(':')[0]}:" not in kept and _is_ours(piece):
+        if piece.startswith(dashboard_plot_prefix()) and f"{piece.rpartition(':')[0]}:" not in kept and _is_ours(piece):
             changes[piece] = None
     return changes
 
 
 def _is_ours(piece: str) -> bool:
-    name = piece.removeprefix(_plot_prefix()).rpartition(":")[0]
+    name = piece.removeprefix(dashboard_plot_prefix()).rpartition(":")[0]
     return name in ("learning-curves", "dropout", "cost", "progress", "notebook")
 
 
@@ -319,7 +306,7 @@ def _apply(connection: Connection, study_id: int, changes: Mapping[str, Any]) ->
 def _take_turn(connection: Connection, study_id: int, last: bool) -> bool:
     """Whether there is something to publish, and it is time; then nobody else does for a while."""
     standing = _standing(connection, study_id)
-    counted = claims.finished(connection, study_id)
+    counted = _counted(connection, study_id)
     if standing is not None:
         if (standing.finished, standing.state) == counted:
             return False
@@ -332,10 +319,15 @@ def _take_turn(connection: Connection, study_id: int, last: bool) -> bool:
     return True
 
 
+def _counted(connection: Connection, study_id: int) -> tuple[int, ledger.State]:
+    """How many trials have finished, and the study's state: if neither changed, there is no news."""
+    return ledger.finished_and_running(connection, study_id)[0], ledger.state_of(connection, study_id)
+
+
 def _is_current(storage: RDBStorage, study_id: int) -> bool:
     with storage.engine.connect() as connection:
         standing = _standing(connection, study_id)
-        return standing is not None and (standing.finished, standing.state) == claims.finished(connection, study_id)
+        return standing is not None and (standing.finished, standing.state) == _counted(connection, study_id)
 
 
 def _standing(connection: Connection, study_id: int) -> _Published | None:

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialModel, TrialParamModel, TrialUserAttributeModel
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Select, and_, func, select
 
-from storage import attributes, claims, settings
+from storage import attributes, claims, ledger, settings
 from storage import workers as present_workers
 from storage.artifacts import inside
 from storage.claims import Holding
 from storage.database import read
 from storage.standings import is_scored, ranked
+from storage.tables import TrialModel, TrialParamModel, TrialUserAttributeModel
 from storage.workers import Present
 from studies import registry
 from studies.errors import StudyError
@@ -66,7 +66,7 @@ class Status:
     running: int
     waiting: int
     budget: int  # trials, those included that were imported
-    state: claims.State  # open, paused or stopped
+    state: ledger.State  # open, paused or stopped
     ended: bool
     best: float | None  # the best value so far
     best_number: int | None
@@ -117,18 +117,18 @@ def best_trial(name: str, storage: Place = None) -> FrozenTrial:
 
 
 def _why_none(name: str, place: RDBStorage, study_id: int) -> str:
-    counts = claims.counts(place, study_id)
+    counts = ledger.counts(place, study_id)
     if counts.complete:
         return (
             f"all {counts.complete} complete trials of study {name!r} violate a constraint, so none is the best: "
             "loosen the constraints, or search further"
         )
-    if claims.state(place, study_id) == "stopped":
+    if ledger.state(place, study_id) == "stopped":
         return (
             f"study {name!r} was stopped before any of its trials was complete: `trialyard resume {name}` opens it, "
             f"and `trialyard work {name}` works on it"
         )
-    if claims.ended(place, study_id):
+    if ledger.has_ended(place, study_id):
         return (
             f"study {name!r} has ended without a complete trial ({counts.failed} failed, {counts.pruned} pruned): "
             f"`trialyard status {name}` says why; correct its definition and give it another name"
@@ -258,8 +258,8 @@ def status(name: str, storage: Place = None) -> Status:
     place = registry.storage_of(storage)
     study_id = registry.study_id(name, place)
     stored = registry.stored_definition(name, place)  # unread: reading takes longer than all that follows
-    counts = claims.counts(place, study_id)
-    budget = claims.budget(place, study_id)
+    counts = ledger.counts(place, study_id)
+    budget = ledger.budget(place, study_id)
     trials = budget.total if budget is not None else registry.definition_of(name, place).trials
     imported = 0 if budget is None else budget.imported
     best = read(place, lambda connection: ranked(connection, study_id, top=1))
@@ -273,13 +273,13 @@ def status(name: str, storage: Place = None) -> Status:
         running=counts.running,
         waiting=counts.waiting,
         budget=trials,
-        state=claims.state(place, study_id),
-        ended=claims.ended(place, study_id),
+        state=ledger.state(place, study_id),
+        ended=ledger.has_ended(place, study_id),
         best=best[0].value if best else None,
         best_number=best[0].number if best else None,
         seconds_left=_seconds_left(place, study_id, counts, trials, imported),
         workers=tuple(claims.holdings(place, study_id)),
-        outside=tuple(claims.outside(place, study_id)) if counts.running else (),
+        outside=tuple(ledger.started_outside(place, study_id)) if counts.running else (),
         failures=_failures(place, study_id) if counts.failed else (),
     )
 
@@ -376,7 +376,7 @@ def _failures(storage: RDBStorage, study_id: int) -> tuple[str, ...]:
 
 
 def _seconds_left(
-    storage: RDBStorage, study_id: int, counts: claims.Counts, trials: int, imported: int
+    storage: RDBStorage, study_id: int, counts: ledger.Counts, trials: int, imported: int
 ) -> float | None:
     left, ran = trials - counts.finished, counts.finished - imported
     if left <= 0:

@@ -4,19 +4,16 @@ import builtins
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import optuna
-from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import StudyModel
-from optuna.study import StudyDirection
-from sqlalchemy import select
 
-from storage import claims, database, retention, settings
-from storage.errors import WrongDirection, nearest
+from storage import claims, database, ledger, retention, settings
+from storage.errors import NotOurStudy, WrongDirection, nearest
+from storage.tables import find_study
 from studies import definition as definitions
 from studies import sampling
 from studies.definition import Definition
@@ -43,44 +40,43 @@ def create(
     definition: Definition,
     storage: RDBStorage,
     data: dict[str, Any],
-    results: Sequence[claims.Imported] | None = None,
+    results: Sequence[ledger.Imported] | None = None,
 ) -> bool:
-    """Puts a study into the database: its definition, its points in the queue, its budget.
+    """Creates a study in the database, whole or not at all: its definition, its queued points, its budget.
 
-    `data` is what its images are (`fingerprint`, counts), for workers elsewhere to compare theirs with. With
-    `results` the study has these, and nothing is left to be run.
-    Returns whether anything is new. A study that stands is left as it is, but for a budget that is now larger; one that
-    is smaller changes nothing.
-    A creation that was killed half way is completed.
+    `data` describes its images (`fingerprint`, counts); workers compare their own with it. With `results` the study
+    has these as imported trials, and nothing is left to run.
 
-    Raises StudyError if it stands with a definition whose trials would not be comparable, and if a study of that name
-    does not maximize exactly one value, as one that `optuna create-study` made.
+    Returns whether anything is new. A study that exists stays as it is, but its budget is raised if the definition's
+    is larger.
+
+    Raises StudyError if a study of this name has a definition whose trials would not be comparable, was not made by
+    Trialyard and has trials, or does not maximize exactly one value, as one that `optuna create-study` made.
     """
     name = definition.name
-    if _id(storage, name) is None:
-        with _quiet(), contextlib.suppress(DuplicatedStudyError):  # somebody else was faster
-            storage.create_new_study([StudyDirection.MAXIMIZE], name)
-    queue = definition.queue() if results is None else []
+
+    def accept(stored: Mapping[str, Any], stored_data: Mapping[str, Any]) -> None:
+        _require_same_definition(definitions.from_json(stored), definition)
+        _require_same_data(name, stored_data, data)
+
+    budget = ledger.Budget(trials=definition.trials if results is None else 0, hours=definition.budget.hours)
     with _refusing(name):
-        new = claims.found(storage, name, {"data": data, "definition": definition.to_json()}, queue)
-    if not new:
-        stored = claims.study_attribute(storage, study_id(name, storage), "definition")
-        if stored is None:
-            raise StudyError(
-                f"there is a study {name!r} already, and it is not one of Trialyard's: choose another name with --name"
-            )
-        _compare(definitions.from_json(stored), definition)
-        check_data(name, storage, data)
-    added = claims.add(storage, name, results) if results else 0
-    wanted = claims.Budget(trials=definition.trials if results is None else 0, hours=definition.budget.hours)
-    there = claims.budget(storage, study_id(name, storage))
-    stands = claims.set_budget(storage, name, wanted)
-    if results is None and stands.trials > wanted.trials:
-        log.warning(
-            "study %s has a budget of %d trials, which stays: `trialyard stop %s` ends it sooner",
-            *(name, stands.trials, name),
+        creation = ledger.create_study(
+            storage,
+            name,
+            definition=definition.to_json(),
+            data=data,
+            budget=budget,
+            points=definition.queue() if results is None else (),
+            imported=results or (),
+            accept=accept,
         )
-    return added > 0 or stands != there
+    if results is None and creation.budget.trials > budget.trials:
+        log.warning(
+            "study %s keeps its budget of %d trials: `trialyard stop %s` ends it sooner",
+            *(name, creation.budget.trials, name),
+        )
+    return creation.changed
 
 
 def pause(name: str, storage: Place = None) -> None:
@@ -139,10 +135,10 @@ def delete(name: str, storage: Place = None) -> int:
     return retention.remove(place, here.artifact_folder, here.keep_models, leftovers)
 
 
-def _set_state(name: str, storage: Place, state: claims.State) -> None:
+def _set_state(name: str, storage: Place, state: ledger.State) -> None:
     place = storage_of(storage)
     stored_definition(name, place)
-    claims.set_state(place, name, state)
+    ledger.set_state(place, name, state)
 
 
 def open(name: str, storage: Place = None) -> optuna.Study:
@@ -173,12 +169,12 @@ def names(storage: Place = None) -> list[str]:
     >>> studies.names()
     ['digits']
     """
-    return claims.names(storage_of(storage))
+    return ledger.names(storage_of(storage))
 
 
 def study_id(name: str, storage: RDBStorage) -> int:
     """The database's own number of study `name`. Raises StudyError where there is none."""
-    found = _id(storage, name)
+    found = database.read(storage, lambda connection: find_study(connection, name))
     if found is None:
         known = names(storage)
         place = database.redact(str(storage.engine.url))
@@ -198,9 +194,9 @@ def definition_of(name: str, storage: RDBStorage) -> Definition:
 
 def stored_definition(name: str, storage: RDBStorage) -> dict[str, Any]:
     """The same as it is stored: the checked JSON. Raises StudyError where there is none."""
-    stored: dict[str, Any] | None = claims.study_attribute(storage, study_id(name, storage), "definition")
+    stored: dict[str, Any] | None = ledger.attribute(storage, study_id(name, storage), "definition")
     if stored is None:
-        if claims.is_outdated(storage, name):
+        if ledger.is_outdated(storage, name):
             raise StudyError(f"study {name!r} is of an older Trialyard: run `trialyard storage upgrade`")
         raise StudyError(f"study {name!r} is not one of Trialyard's, it has no definition: open it with plain Optuna")
     return stored
@@ -208,29 +204,27 @@ def stored_definition(name: str, storage: RDBStorage) -> dict[str, Any]:
 
 def data_of(name: str, storage: RDBStorage) -> dict[str, Any]:
     """What is recorded of the images of study `name`. Raises StudyError where there is none."""
-    stored: dict[str, Any] | None = claims.study_attribute(storage, study_id(name, storage), "data")
+    stored: dict[str, Any] | None = ledger.attribute(storage, study_id(name, storage), "data")
     return stored or {}
 
 
-def _id(storage: RDBStorage, name: str) -> int | None:
-    wanted = select(StudyModel.study_id).where(StudyModel.study_name == name)
-    return database.read(storage, lambda connection: connection.execute(wanted).scalar())
+def check_data(name: str, storage: RDBStorage, data: Mapping[str, Any]) -> None:
+    """Raises StudyError unless `data` are the images that study `name` started with."""
+    _require_same_data(name, data_of(name, storage), data)
 
 
-def check_data(name: str, storage: RDBStorage, data: dict[str, Any]) -> None:
-    """Raises StudyError unless `data` are the images that study `name` began with."""
-    began = data_of(name, storage)
-    if began.get("fingerprint") != data["fingerprint"]:
+def _require_same_data(name: str, stored: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    if stored.get("fingerprint") != data["fingerprint"]:
         raise StudyError(
-            f"study {name!r} began with other images (their fingerprint is {began.get('fingerprint')}, and of those "
-            f"here {data['fingerprint']}): put the same data in place"
+            f"study {name!r} started with other images (their fingerprint is {stored.get('fingerprint')}, and here it "
+            f"is {data['fingerprint']}): put the same data in place"
         )
 
 
 def check_direction(name: str, storage: RDBStorage) -> None:
     """Raises StudyError unless study `name` maximizes exactly one value: older versions took over any empty study."""
     with _refusing(name):
-        claims.check_direction(storage, study_id(name, storage))
+        ledger.check_direction(storage, study_id(name, storage))
 
 
 @contextlib.contextmanager
@@ -242,6 +236,10 @@ def _refusing(name: str) -> Iterator[None]:
             f"study {name!r} {wrong}, and Trialyard maximizes exactly one, the accuracy: choose another name with "
             f"--name, or remove it with `optuna delete-study --study-name {name}`"
         ) from None
+    except NotOurStudy:
+        raise StudyError(
+            f"there is a study {name!r} already, and it is not one of Trialyard's: choose another name with --name"
+        ) from None
 
 
 def check_software(name: str, storage: RDBStorage, here: dict[str, str]) -> None:
@@ -250,7 +248,7 @@ def check_software(name: str, storage: RDBStorage, here: dict[str, str]) -> None
     Both are what `search.checks.software` tells; what only one of them tells is not compared. A study that has not
     begun yet, or did before this was recorded, takes `here` for its own.
     """
-    began = claims.software(storage, name, here)
+    began = ledger.record_software(storage, name, here)
     different = [part for part in began if part in here and began[part] != here[part]]
     if different:
         raise StudyError(
@@ -263,11 +261,11 @@ def _listed(software: dict[str, str], parts: list[str]) -> str:
     return " and ".join(f"{part} {software[part]}" for part in parts)
 
 
-def _compare(stored: Definition, wanted: Definition) -> None:
+def _require_same_definition(stored: Definition, wanted: Definition) -> None:
     different = definitions.differences(stored, wanted)
     if different:
         raise StudyError(
-            f"study {wanted.name!r} stands with another definition ({'; '.join(different)}), and its trials "
+            f"study {wanted.name!r} exists with another definition ({'; '.join(different)}), and its trials "
             "would not be comparable: make the definition the same, or give this one its own name with --name"
         )
 

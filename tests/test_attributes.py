@@ -9,10 +9,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from storage import artifacts, attributes, claims, database
-from storage.claims import Budget
+from storage import artifacts, attributes, claims, database, ledger
 from storage.database import PatientStorage
 from storage.errors import StudyUnreadable
+from storage.ledger import Budget
 from storage.standings import ranked
 from storage.workers import Worker
 from studies import notes, queries, registry
@@ -39,9 +39,9 @@ def _readable(storage: PatientStorage, name: str) -> None:
     report(name, storage, "markdown")
     report(name, storage, "html")
     notes.publish(name, storage, Path("nowhere"), optuna.storages.get_storage(storage), last=True)
-    claims.check(storage)
+    ledger.check(storage)
     study_id = registry.study_id(name, storage)
-    claims.ended(storage, study_id)
+    ledger.has_ended(storage, study_id)
     claims.holdings(storage, study_id)
 
 
@@ -53,8 +53,8 @@ def test_a_study_of_others_with_attributes_of_our_names_is_none_of_ours(
         for name in attributes.SHAPES:
             other.set_user_attr(name, value)
     assert registry.names(storage) == [study]
-    assert [entry.name for entry in claims.entries(storage)] == [study]
-    assert claims.check(storage) == []
+    assert [entry.name for entry in ledger.studies(storage)] == [study]
+    assert ledger.check(storage) == []
     assert claims.claim(storage, study, me, 60.0) is not None
 
 
@@ -71,7 +71,7 @@ def test_a_study_whose_attribute_is_not_of_our_shape_is_left_out_with_one_warnin
 ) -> None:
     if name == "data" and isinstance(value, dict):
         pytest.skip("it may hold anything")
-    monkeypatch.setattr(claims, "_warned", set())
+    monkeypatch.setattr(ledger, "_warned", set())
     other = trivial.model_copy(update={"name": "other"})
     registry.create(other, storage, DATA)
     study_id = registry.study_id("other", storage)
@@ -80,10 +80,10 @@ def test_a_study_whose_attribute_is_not_of_our_shape_is_left_out_with_one_warnin
         assert registry.names(storage) == [study]
     sentence = f"study 'other' is not readable, because Trialyard never writes its attribute trialyard:{name} as "
     assert caplog.text.count(sentence) == 1
-    (problem,) = claims.check(storage)
+    (problem,) = ledger.check(storage)
     assert problem.startswith(sentence + json.dumps(value))
     with pytest.raises(StudyUnreadable, match="is not readable"):
-        claims.study_attribute(storage, study_id, name)
+        ledger.attribute(storage, study_id, name)
     if name in ("budget", "definition", "state"):
         with pytest.raises(StudyUnreadable, match="is not readable"):
             queries.status("other", storage)
@@ -94,7 +94,7 @@ def test_a_trial_of_others_with_attributes_of_our_names_is_no_obstacle(
     storage: PatientStorage, study: str, me: Worker, value: Any
 ) -> None:
     study_id = registry.study_id(study, storage)
-    claims.set_budget(storage, study, Budget(trials=20, hours=1.0))
+    ledger.raise_budget(storage, study, Budget(trials=20, hours=1.0))
     ours = claims.claim(storage, study, me, 60.0)
     assert ours is not None
     names = ("attempts", "import_key", "failure", "imported", "model", "history", "versions", "device", "label")
@@ -107,9 +107,9 @@ def test_a_trial_of_others_with_attributes_of_our_names_is_no_obstacle(
         asked.set_user_attr(name, value)
     opened.enqueue_trial({}, user_attrs=told)
     _readable(storage, study)
-    assert claims.outside(storage, study_id) == [3]
+    assert ledger.started_outside(storage, study_id) == [3]
     assert [holding.number for holding in claims.holdings(storage, study_id)] == [0]
-    (problem,) = claims.check(storage)
+    (problem,) = ledger.check(storage)
     assert problem == (
         f"study {study}: 1 trial was started outside Trialyard and has not ended: trial 3; `optuna tell` ends it"
     )
@@ -126,13 +126,13 @@ def test_a_trial_of_others_with_attributes_of_our_names_is_no_obstacle(
 
 
 def test_hours_are_counted_from_a_trial_of_ours(storage: PatientStorage, study: str, me: Worker) -> None:
-    claims.set_budget(storage, study, Budget(trials=20, hours=1.0))
+    ledger.raise_budget(storage, study, Budget(trials=20, hours=1.0))
     opened = registry.open(study, storage)
     for value in JUNK:
         opened.add_trial(create_trial(value=0.9, user_attrs={"attempts": value}))
     claim = claims.claim(storage, study, me, 60.0)
     assert claim is not None
-    assert not claims.ended(storage, claim.study_id)
+    assert not ledger.has_ended(storage, claim.study_id)
     (attempt,) = storage.get_trial(claim.trial_id).user_attrs["attempts"]
     storage.set_trial_user_attr(claim.trial_id, "attempts", [attempt | {"began": "2020-01-01T00:00:00+00:00"}])
     claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})

@@ -21,11 +21,12 @@ import sqlalchemy
 from optuna.artifacts import get_all_artifact_meta
 from optuna.trial import TrialState
 
-from storage import claims, database, workers
+from storage import claims, database, ledger, workers
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL
-from storage.claims import RETRIES, Beating, Budget, Claim, Imported
+from storage.claims import RETRIES, Beating, Claim
 from storage.database import PatientStorage
 from storage.errors import ClaimLost, StorageError
+from storage.ledger import Budget, Imported
 from storage.workers import Doing, Worker
 from studies import registry
 from studies.definition import Definition, parse
@@ -93,7 +94,7 @@ def test_a_trial_without_a_finite_score_is_not_complete(
         "kind": "nan",
         "message": f"its score is {value}, which is not a finite number",
     }
-    assert claims.check(storage) == []
+    assert ledger.check(storage) == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -122,8 +123,8 @@ def test_an_epoch_s_score_that_is_not_finite_is_the_worst_for_pruners(
 
 def test_an_import_of_a_score_that_is_not_finite_adds_nothing(storage: PatientStorage, study: str) -> None:
     with pytest.raises(ValueError, match="the value of an imported trial is nan: it must be a finite number"):
-        claims.add(storage, study, _results(0.8, math.nan))
-    assert claims.counts(storage, registry.study_id(study, storage)).complete == 0
+        ledger.import_trials(storage, study, _results(0.8, math.nan))
+    assert ledger.counts(storage, registry.study_id(study, storage)).complete == 0
 
 
 # --- the budget -------------------------------------------------------------------------------------------
@@ -136,14 +137,14 @@ def test_a_study_ends_with_exactly_its_budget(storage: PatientStorage, study: st
         _finish(storage, claim)
     assert numbers == [0, 1, 2, 3, 4]
     study_id = registry.study_id(study, storage)
-    assert claims.ended(storage, study_id)
-    assert claims.counts(storage, study_id) == claims.Counts(complete=5, pruned=0, failed=0, running=0, waiting=0)
+    assert ledger.has_ended(storage, study_id)
+    assert ledger.counts(storage, study_id) == ledger.Counts(complete=5, pruned=0, failed=0, running=0, waiting=0)
 
 
 def test_running_trials_count_against_the_budget(storage: PatientStorage, study: str, me: Worker) -> None:
     running = [_claim(storage, study, me) for _ in range(5)]
     assert claims.claim(storage, study, me, GRACE) is None
-    assert not claims.ended(storage, registry.study_id(study, storage))
+    assert not ledger.has_ended(storage, registry.study_id(study, storage))
     claims.requeue(storage, running[2], "interrupted", "told to stop")
     assert _claim(storage, study, me).number == 2
 
@@ -158,8 +159,8 @@ def test_every_ending_for_good_counts(storage: PatientStorage, study: str, me: W
 def test_a_budget_grows_and_never_shrinks(storage: PatientStorage, study: str, me: Worker) -> None:
     for _ in range(5):
         _finish(storage, _claim(storage, study, me))
-    assert claims.set_budget(storage, study, Budget(trials=4, hours=None)) == Budget(trials=5, hours=None)
-    assert claims.set_budget(storage, study, Budget(trials=6, hours=None)) == Budget(trials=6, hours=None)
+    assert ledger.raise_budget(storage, study, Budget(trials=4, hours=None)) == Budget(trials=5, hours=None)
+    assert ledger.raise_budget(storage, study, Budget(trials=6, hours=None)) == Budget(trials=6, hours=None)
     assert _claim(storage, study, me).number == 5
 
 
@@ -169,24 +170,24 @@ def test_a_study_is_counted_as_of_one_moment(storage: PatientStorage, study: str
     statements: list[str] = []
     with storage.engine.connect() as connection:
         sqlalchemy.event.listen(connection, "before_cursor_execute", lambda *told: statements.append(told[2]))
-        assert claims._spent(connection, registry.study_id(study, storage)) == (0, 1)
+        assert ledger.finished_and_running(connection, registry.study_id(study, storage)) == (0, 1)
     assert len(statements) == 1
 
 
 def test_no_trial_starts_after_the_study_s_hours(storage: PatientStorage, study: str, me: Worker) -> None:
-    claims.set_budget(storage, study, Budget(trials=5, hours=1e-7))
+    ledger.raise_budget(storage, study, Budget(trials=5, hours=1e-7))
     first = _claim(storage, study, me)  # the hours begin with the first trial
     time.sleep(0.01)
     study_id = registry.study_id(study, storage)
     assert claims.claim(storage, study, me, GRACE) is None
-    assert not claims.ended(storage, study_id), "its running trial is let end"
+    assert not ledger.has_ended(storage, study_id), "its running trial is let end"
     _finish(storage, first)
-    assert claims.ended(storage, study_id)
+    assert ledger.has_ended(storage, study_id)
 
 
 def test_a_study_that_was_never_made_whole_gives_no_trial(storage: PatientStorage, me: Worker) -> None:
     optuna.create_study(study_name="half", storage=storage)
-    with pytest.raises(StorageError, match="never made whole: run `trialyard create`"):
+    with pytest.raises(StorageError, match="has no budget: run `trialyard create`"):
         claims.claim(storage, "half", me, GRACE)
 
 
@@ -198,18 +199,18 @@ def test_a_running_trial_always_has_an_owner_and_a_heartbeat(storage: PatientSto
     (holding,) = claims.holdings(storage, claim.study_id)
     assert (holding.number, holding.pid, holding.attempt) == (0, os.getpid(), 1)
     assert holding.silent_seconds < GRACE
-    assert claims.check(storage) == []
+    assert ledger.check(storage) == []
 
 
 def test_check_sees_what_must_not_be(storage: PatientStorage, study: str, me: Worker) -> None:
     optuna_study = registry.open(study, storage)
     optuna_study.ask()  # RUNNING without owner or heartbeat: not by our hand
-    assert claims.check(storage) == [
+    assert ledger.check(storage) == [
         f"study {study}: 1 trial was started outside Trialyard and has not ended: trial 0; `optuna tell` ends it"
     ]
     for _ in range(5):
         optuna_study.tell(optuna_study.ask(), 0.5)
-    assert f"study {study}: 6 trials, over its 5" in claims.check(storage)
+    assert f"study {study}: 6 trials, over its 5" in ledger.check(storage)
 
 
 def test_a_trial_of_an_ended_process_is_claimed_again_at_once(
@@ -372,7 +373,7 @@ def test_a_heartbeat_survives_beats_that_fail(
     results: list[str] = []
     real = claims.beat
 
-    def beat(storage: PatientStorage, claim: Claim) -> claims.State:
+    def beat(storage: PatientStorage, claim: Claim) -> ledger.State:
         results.append("tried")
         if len(results) <= 2:
             raise StorageError("the database is away")
@@ -410,7 +411,7 @@ def _work(url: str, study: str, seed: int, go: Event) -> None:
     dice = random.Random(seed)
     study_id = storage.get_study_id_from_name(study)
     go.wait()
-    while not claims.ended(storage, study_id):
+    while not ledger.has_ended(storage, study_id):
         claim = claims.claim(storage, study, me, GRACE)
         if claim is None:
             time.sleep(0.01)
@@ -446,7 +447,7 @@ def test_many_processes_some_of_them_killed_spend_exactly_the_budget(
     go.set()
     killed = 0
     while killed < 4:
-        finished = claims.counts(storage, study_id).finished
+        finished = ledger.counts(storage, study_id).finished
         assert finished < 60, "the study ended before anybody was killed: give it more trials"
         if finished < 5 + killed * 8:
             time.sleep(0.01)
@@ -461,10 +462,10 @@ def test_many_processes_some_of_them_killed_spend_exactly_the_budget(
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    counts = claims.counts(storage, study_id)
+    counts = ledger.counts(storage, study_id)
     assert counts.finished == 60
     assert (counts.running, counts.waiting) == (0, 0)
-    assert claims.check(storage) == []
+    assert ledger.check(storage) == []
     assert database.check(storage) == []
     trials = storage.get_all_trials(study_id)
     assert [trial.number for trial in trials] == list(range(60))
@@ -512,13 +513,13 @@ def test_a_crash_at_any_line_of_a_claim_strands_nothing(
     assert result.returncode == -signal.SIGKILL
     if statement < 99:
         assert result.stdout == "", "a claim has fewer changes than this: all are tested"
-    assert claims.check(storage) == []
+    assert ledger.check(storage) == []
     numbers = []
     while (claim := claims.claim(storage, study, me, GRACE)) is not None:
         numbers.append(claim.number)
         _finish(storage, claim)
     assert numbers == [0, 1, 2, 3, 4]
-    assert claims.counts(storage, registry.study_id(study, storage)).finished == 5
+    assert ledger.counts(storage, registry.study_id(study, storage)).finished == 5
 
 
 # --- what is wanted of a study ----------------------------------------------------------------------------
@@ -534,7 +535,7 @@ def test_a_paused_study_gives_no_trial_and_tells_those_that_run(
     assert claims.report(storage, claim, 1, 0.5) == "paused"
     claims.requeue(storage, claim, "interrupted", "the study was paused")
     assert claims.claim(storage, study, me, GRACE) is None
-    assert not claims.ended(storage, claim.study_id)
+    assert not ledger.has_ended(storage, claim.study_id)
     registry.resume(study, storage)
     assert _claim(storage, study, me).number == 0
 
@@ -543,9 +544,9 @@ def test_a_stopped_study_has_ended_once_nothing_runs(storage: PatientStorage, st
     _finish(storage, _claim(storage, study, me))
     claim = _claim(storage, study, me)
     registry.stop(study, storage)
-    assert not claims.ended(storage, claim.study_id)
+    assert not ledger.has_ended(storage, claim.study_id)
     claims.requeue(storage, claim, "interrupted", "the study was stopped")
-    assert claims.ended(storage, claim.study_id)
+    assert ledger.has_ended(storage, claim.study_id)
     assert claims.claim(storage, study, me, GRACE) is None
 
 
@@ -604,18 +605,18 @@ def test_a_trial_s_files_are_optuna_s_artifacts_while_they_are_there(
 def test_all_studies_are_seen_in_one_query(storage: PatientStorage, study: str, me: Worker) -> None:
     optuna.create_study(storage=storage, study_name="somebody's own")
     registry.create(parse(OTHER), storage, {"fingerprint": "1" * 16})
-    claims.set_state(storage, "other", "paused")
+    ledger.set_state(storage, "other", "paused")
     texts: list[str] = []
     sqlalchemy.event.listen(storage.engine, "before_cursor_execute", lambda *told: texts.append(told[2]))
-    first, second = claims.entries(storage)
+    first, second = ledger.studies(storage)
     assert len([text for text in texts if text.startswith("SELECT")]) == 1
     assert (first.name, first.budget.trials, first.state) == (study, 5, "open")
     assert (second.name, second.budget.trials, second.state) == ("other", 2, "paused")
     for entry in (first, second):
-        assert entry.study_id == registry.study_id(entry.name, storage)
-        assert entry.founded == claims.founded(storage, entry.study_id)
-    claims.set_budget(storage, study, Budget(trials=6, hours=None))
-    assert claims.entries(storage)[0] != first
+        assert entry.id == registry.study_id(entry.name, storage)
+        assert entry.incarnation == ledger.incarnation(storage, entry.id)
+    ledger.raise_budget(storage, study, Budget(trials=6, hours=None))
+    assert ledger.studies(storage)[0] != first
 
 
 def test_workers_are_listed_with_what_they_do_until_they_leave(
@@ -643,31 +644,31 @@ def _results(*values: float) -> list[Imported]:
 
 def test_imported_trials_stand_beside_the_budget(storage: PatientStorage, study: str, me: Worker) -> None:
     running = _claim(storage, study, me)
-    assert claims.add(storage, study, _results(0.8, 0.9)) == 2
-    assert claims.budget(storage, running.study_id) == Budget(trials=5, hours=None, imported=2)
+    assert ledger.import_trials(storage, study, _results(0.8, 0.9)) == 2
+    assert ledger.budget(storage, running.study_id) == Budget(trials=5, hours=None, imported=2)
     _finish(storage, running)
     numbers = []
     while (claim := claims.claim(storage, study, me, GRACE)) is not None:
         numbers.append(claim.number)
         _finish(storage, claim)
     assert numbers == [3, 4, 5, 6]
-    assert claims.ended(storage, running.study_id)
-    assert claims.counts(storage, running.study_id).complete == 7
-    assert claims.check(storage) == []
-    claims.set_budget(storage, study, Budget(trials=6, hours=None))
-    assert claims.budget(storage, running.study_id) == Budget(trials=6, hours=None, imported=2)
-    assert claims.set_budget(storage, study, Budget(trials=4, hours=None)) == Budget(trials=6, hours=None, imported=2)
+    assert ledger.has_ended(storage, running.study_id)
+    assert ledger.counts(storage, running.study_id).complete == 7
+    assert ledger.check(storage) == []
+    ledger.raise_budget(storage, study, Budget(trials=6, hours=None))
+    assert ledger.budget(storage, running.study_id) == Budget(trials=6, hours=None, imported=2)
+    assert ledger.raise_budget(storage, study, Budget(trials=4, hours=None)) == Budget(trials=6, hours=None, imported=2)
 
 
 def test_an_import_whose_answer_was_lost_is_not_done_twice(storage: PatientStorage, study: str) -> None:
-    assert claims.add(storage, study, _results(0.8, 0.8, 0.9)) == 3
-    assert claims.add(storage, study, _results(0.8, 0.8, 0.9)) == 0
-    assert claims.counts(storage, registry.study_id(study, storage)).complete == 3
-    assert claims.check(storage) == []
+    assert ledger.import_trials(storage, study, _results(0.8, 0.8, 0.9)) == 3
+    assert ledger.import_trials(storage, study, _results(0.8, 0.8, 0.9)) == 0
+    assert ledger.counts(storage, registry.study_id(study, storage)).complete == 3
+    assert ledger.check(storage) == []
 
 
 def test_optuna_reads_imported_trials_as_its_own(storage: PatientStorage, study: str) -> None:
-    claims.add(storage, study, _results(0.8))
+    ledger.import_trials(storage, study, _results(0.8))
     (trial,) = optuna.load_study(study_name=study, storage=storage).trials
     assert (trial.number, trial.state, trial.values) == (0, TrialState.COMPLETE, [0.8])
     assert trial.params == {"dropout": 0.1}
@@ -677,25 +678,25 @@ def test_optuna_reads_imported_trials_as_its_own(storage: PatientStorage, study:
 
 
 def test_hours_are_counted_from_the_first_trial_that_ran_here(storage: PatientStorage, study: str, me: Worker) -> None:
-    claims.add(storage, study, _results(0.8))
-    claims.set_budget(storage, study, Budget(trials=5, hours=1.0))
+    ledger.import_trials(storage, study, _results(0.8))
+    ledger.raise_budget(storage, study, Budget(trials=5, hours=1.0))
     study_id = registry.study_id(study, storage)
     _finish(storage, _claim(storage, study, me))
-    assert not claims.ended(storage, study_id)
+    assert not ledger.has_ended(storage, study_id)
     with storage.engine.begin() as connection:
         connection.exec_driver_sql(
             'UPDATE trial_user_attributes SET value_json = replace(value_json, \'"began": "20\', \'"began": "19\') '
             "WHERE key = 'attempts'"
         )
-    assert claims.ended(storage, study_id)
+    assert ledger.has_ended(storage, study_id)
     assert claims.claim(storage, study, me, GRACE) is None
 
 
 def test_a_budget_that_forgot_an_import_is_noticed(storage: PatientStorage, study: str) -> None:
-    claims.add(storage, study, _results(0.8))
+    ledger.import_trials(storage, study, _results(0.8))
     with storage.engine.begin() as connection:
         connection.exec_driver_sql(
             'UPDATE study_user_attributes SET value_json = \'{"trials": 5, "hours": null}\' '
             "WHERE key = 'trialyard:budget'"
         )
-    assert claims.check(storage) == [f"study {study}: 1 imported trials, and its budget says 0"]
+    assert ledger.check(storage) == [f"study {study}: 1 imported trials, and its budget says 0"]

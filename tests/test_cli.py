@@ -163,7 +163,7 @@ def test_a_study_that_minimizes_is_refused_by_whoever_would_train(home: Path, tr
 def test_studies_and_trials_of_others_break_no_command(home: Path, trialyard: Call) -> None:
     url = f"sqlite:///{home}/yard/studies.db"
     colleague = optuna.create_study(study_name="colleague", storage=url)
-    for name, value in {"budget": {"gpu_hours": 40}, "state": 3, "definition": "a paper", "founded": 1998}.items():
+    for name, value in {"budget": {"gpu_hours": 40}, "state": 3, "definition": "a paper", "incarnation": 1998}.items():
         colleague.set_user_attr(name, value)
     ours = registry.open("digits", url)
     told = {"parameters": "11M", "best_epoch": 3, "epochs": "20", "attempts": 3, "model": "../../secret"}

@@ -28,7 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search import dashboard
 from search.errors import DashboardError
-from storage import artifacts, claims, database, retention, settings
+from storage import artifacts, claims, database, ledger, retention, settings
 from storage.database import PatientStorage
 from storage.errors import SettingsError
 from storage.workers import Worker
@@ -377,7 +377,7 @@ def test_the_database_itself_refuses_where_only_reading_is_allowed(
     with pytest.raises((OptunaError, SQLAlchemyError)):
         opened.set_study_user_attr(1, "changed", 1)
     with pytest.raises((OptunaError, SQLAlchemyError)):
-        claims.set_state(opened, "trivial", "paused")
+        ledger.set_state(opened, "trivial", "paused")
     with pytest.raises((OptunaError, SQLAlchemyError)):
         opened.delete_study(1)
     opened.engine.dispose()
@@ -405,7 +405,7 @@ def _same(ours: Answer, stock: Answer) -> dict[str, Any]:
 
 def test_a_study_s_page_is_the_package_s_own(home: Path, place: PatientStorage, me: Worker) -> None:
     """Through a study's life: finished, running and waiting trials; notes, plots, artifacts, infinities."""
-    claims.set_budget(place, "trivial", claims.Budget(trials=10, hours=None))
+    ledger.raise_budget(place, "trivial", ledger.Budget(trials=10, hours=None))
     study = registry.open("trivial", place)
     app = dashboard.pages(place, home / "yard" / "artifacts")
 
@@ -513,7 +513,7 @@ def test_a_model_that_retention_took_is_offered_no_more(
     home: Path, place: PatientStorage, serve: Callable[..., Any], me: Worker
 ) -> None:
     """By a dashboard that had read the finished trial before."""
-    claims.set_budget(place, "trivial", claims.Budget(trials=7, hours=None))
+    ledger.raise_budget(place, "trivial", ledger.Budget(trials=7, hours=None))
     root = home / "yard" / "artifacts"
     app = serve()
 
@@ -555,7 +555,7 @@ def test_a_file_in_the_folder_of_optuna_s_own_store_is_found(
 def test_no_file_elsewhere_is_given(home: Path, place: PatientStorage, serve: Callable[..., Any], name: str) -> None:
     (home / "secret").write_text("secret")
     (home / "yard" / "artifacts" / "trivial" / "0" / "link").symlink_to(home / "secret")
-    claims.set_budget(place, "trivial", claims.Budget(trials=6, hours=None))
+    ledger.raise_budget(place, "trivial", ledger.Budget(trials=6, hours=None))
     trial_id = place.create_new_trial(1)
     odd = ARTIFACT.replace("a", "b")
     meta = {"artifact_id": odd, "filename": name, "mimetype": "text/plain", "encoding": None}

@@ -14,7 +14,6 @@ import pytest
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialModel
 from optuna.study import StudyDirection
 from optuna.testing.pytest_storages import StorageTestCase
 from optuna.trial import TrialState
@@ -24,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from storage import database
 from storage.database import PatientStorage
 from storage.errors import StorageError
+from storage.tables import TrialModel
 
 
 class TestOptunaConformance(StorageTestCase):

@@ -7,12 +7,12 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy
-from optuna.storages._rdb.models import TrialValueModel
 from optuna.trial import TrialState
 
-from storage import attributes, claims, database
+from storage import attributes, claims, database, ledger, legacy
 from storage.database import PatientStorage
 from storage.errors import StorageError
+from storage.tables import TrialValueModel
 from storage.workers import Worker
 from studies import queries, registry
 from studies.definition import Definition
@@ -65,16 +65,16 @@ def test_a_study_with_a_score_of_nan_is_read_by_optuna(storage: PatientStorage, 
 def test_check_finds_scores_that_are_not_finite_and_upgrade_repairs_them(
     storage: PatientStorage, scores: str, either_url: str
 ) -> None:
-    (problem,) = claims.check(storage)
+    (problem,) = ledger.check(storage)
     assert problem == (
         f"study {scores}: trials 1, 2, 4 are complete without a finite score: `trialyard storage upgrade` marks them "
         "as failed"
     )
     _, repaired = database.upgrade(either_url)
     assert repaired == [f"study {scores}: trials 1, 2, 4 are marked as failed now, without a finite score"]
-    assert claims.check(storage) == []
-    counts = claims.counts(storage, registry.study_id(scores, storage))
-    assert counts == claims.Counts(complete=2, pruned=0, failed=3, running=0, waiting=0)
+    assert ledger.check(storage) == []
+    counts = ledger.counts(storage, registry.study_id(scores, storage))
+    assert counts == ledger.Counts(complete=2, pruned=0, failed=3, running=0, waiting=0)
     study = registry.open(scores, storage)
     assert [trial.values for trial in study.trials] == [[0.5], None, None, [0.7], None]
     assert study.best_trial.number == 3
@@ -92,7 +92,8 @@ def _make_old(storage: PatientStorage, name: str) -> None:
     with storage.engine.begin() as connection:
         connection.execute(
             sqlalchemy.text(
-                "UPDATE study_user_attributes SET key = replace(key, 'trialyard:', '') "
+                "UPDATE study_user_attributes "
+                "SET key = replace(replace(key, 'trialyard:incarnation', 'founded'), 'trialyard:', '') "
                 "WHERE study_id = (SELECT study_id FROM studies WHERE study_name = :name)"
             ),
             {"name": name},
@@ -124,13 +125,13 @@ def test_upgrade_gives_the_attributes_of_older_studies_their_prefix(
 ) -> None:
     assert registry.names(storage) == []
     before = storage.get_study_user_attrs(registry.study_id(old, storage))
-    assert set(before) == set(attributes.SHAPES)
+    assert set(before) == {legacy.OLD_NAMES.get(name, name) for name in attributes.SHAPES}
     _, repaired = database.upgrade(either_url)
     assert repaired == [f"study {old}: its attributes have the prefix trialyard: now"]
     after = storage.get_study_user_attrs(registry.study_id(old, storage))
-    assert after == {f"trialyard:{name}": value for name, value in before.items()}
+    assert after == {f"trialyard:{legacy.NEW_NAMES.get(name, name)}": value for name, value in before.items()}
     assert registry.names(storage) == [old]
-    assert claims.check(storage) == []
+    assert ledger.check(storage) == []
     assert not registry.create(trivial, storage, DATA)
     assert claims.claim(storage, old, me, 60.0) is not None
     assert database.upgrade(either_url)[1] == []
@@ -157,7 +158,7 @@ def test_older_studies_beside_current_ones_are_named(
     database.connect(either_url).engine.dispose()
     assert f"left out, as of an older Trialyard: {old}; see `trialyard storage check`" in caplog.text
     assert registry.names(storage) == ["new"]
-    assert claims.check(storage) == [
+    assert ledger.check(storage) == [
         f"study {old} is of an older Trialyard, and is left out: run `trialyard storage upgrade`"
     ]
     with pytest.raises(StudyError, match="of an older Trialyard: run `trialyard storage upgrade`"):

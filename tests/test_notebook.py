@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from storage import claims
+from storage import claims, ledger
 from storage.database import PatientStorage
 from storage.workers import Worker
 from studies import definition as definitions
@@ -36,7 +36,7 @@ def test_it_becomes_a_study_of_finished_trials_once(storage: PatientStorage) -> 
     assert not notebook.create(storage)
     found = queries.status("notebook", storage)
     assert (found.complete, found.budget, found.ended, found.protocol) == (21, 21, True, "test")
-    assert claims.check(storage) == []
+    assert ledger.check(storage) == []
     study = optuna.load_study(study_name="notebook", storage=storage)
     assert [trial.values[0] for trial in study.trials] == CONCLUSION + SWEEP_3 + SWEEP_7
     assert all(trial.state == TrialState.COMPLETE and trial.user_attrs["protocol"] == "test" for trial in study.trials)
@@ -109,7 +109,7 @@ def test_the_budget_grows_with_what_is_imported(storage: PatientStorage, digits:
         ran += 1
     assert ran == 12
     assert queries.status(digits, storage).ended
-    assert claims.check(storage) == []
+    assert ledger.check(storage) == []
     # The same definition again changes nothing, and a larger budget is more of our own.
     assert not registry.create(definitions.load("digits"), storage, {"fingerprint": "0"})
     assert registry.create(definitions.load("digits", trials=13), storage, {"fingerprint": "0"})

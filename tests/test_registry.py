@@ -7,9 +7,11 @@ import optuna
 import pytest
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
+from sqlalchemy import delete
 
-from storage import claims, database
+from storage import claims, database, ledger
 from storage.database import PatientStorage
+from storage.tables import StudyUserAttributeModel
 from storage.workers import Worker
 from studies import registry
 from studies.definition import Definition, parse
@@ -56,16 +58,20 @@ def test_a_grid_waits_in_the_queue_each_point_once(storage: PatientStorage, me: 
 @pytest.mark.parametrize("furnished", [False, True])
 def test_a_creation_that_was_killed_half_way_is_completed(storage: PatientStorage, furnished: bool) -> None:
     definition = parse(GRID)
-    study_id = storage.create_new_study([StudyDirection.MAXIMIZE], "grid")
-    if furnished:
-        attributes = {"data": DATA, "definition": definition.to_json()}
-        assert claims.found(storage, "grid", attributes, definition.queue())
+    if furnished:  # as an older version left it, which gave a study its budget in a transaction of its own
+        registry.create(definition, storage, DATA)
+        study_id = registry.study_id("grid", storage)
+        with storage.engine.begin() as connection:
+            budget = (StudyUserAttributeModel.study_id == study_id, StudyUserAttributeModel.key == "trialyard:budget")
+            connection.execute(delete(StudyUserAttributeModel).where(*budget))
+    else:
+        study_id = storage.create_new_study([StudyDirection.MAXIMIZE], "grid")
     assert registry.names(storage) == []
     assert registry.create(definition, storage, DATA)
-    assert claims.counts(storage, study_id).waiting == 4
+    assert ledger.counts(storage, study_id).waiting == 4
     fixed = [trial.system_attrs["fixed_params"] for trial in storage.get_all_trials(study_id)]
     assert fixed == definition.queue()
-    assert claims.budget(storage, study_id) == claims.Budget(trials=4, hours=None)
+    assert ledger.budget(storage, study_id) == ledger.Budget(trials=4, hours=None)
 
 
 def test_a_larger_budget_is_taken_and_a_smaller_one_changes_nothing(
@@ -79,8 +85,8 @@ def test_a_larger_budget_is_taken_and_a_smaller_one_changes_nothing(
     assert registry.create(with_trials(9), storage, DATA)
     for fewer in (2, 5):
         assert not registry.create(with_trials(fewer), storage, DATA)
-    assert f"study {study} has a budget of 9 trials, which stays" in caplog.text
-    found = claims.budget(storage, registry.study_id(study, storage))
+    assert f"study {study} keeps its budget of 9 trials" in caplog.text
+    found = ledger.budget(storage, registry.study_id(study, storage))
     assert found is not None
     assert (found.trials, found.hours) == (9, None)
 
@@ -95,7 +101,7 @@ def test_another_definition_under_the_same_name_is_refused(
 
 
 def test_other_data_are_refused(storage: PatientStorage, study: str, trivial: Definition) -> None:
-    with pytest.raises(StudyError, match=r"began with other images .*put the same data in place"):
+    with pytest.raises(StudyError, match=r"started with other images .*put the same data in place"):
         registry.create(trivial, storage, {"fingerprint": "1" * 16})
 
 
@@ -195,7 +201,7 @@ def test_an_empty_study_that_others_made_is_taken_over_only_if_it_maximizes(
     ):
         with pytest.raises(StudyError, match="study 'trivial' minimizes its value"):
             refused()
-    (problem,) = claims.check(storage)
+    (problem,) = ledger.check(storage)
     assert problem.startswith("study trivial minimizes its value, and its samplers search for the worst accuracy: ")
     storage.engine.dispose()
 

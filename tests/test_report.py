@@ -14,7 +14,6 @@ import optuna
 import pytest
 import sqlalchemy
 from optuna.storages import BaseStorage
-from optuna.storages._rdb.models import TrialSystemAttributeModel
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard import get_note, save_note
@@ -25,9 +24,11 @@ from optuna_dashboard._serializer import serialize_frozen_trial
 from search import dashboard
 from search.display import Watcher
 from search.publisher import Publisher
-from storage import claims, database
-from storage.claims import Claim, Imported
+from storage import claims, database, ledger
+from storage.claims import Claim
 from storage.database import PatientStorage
+from storage.ledger import Imported
+from storage.tables import TrialSystemAttributeModel
 from storage.workers import Worker
 from studies import definition as definitions
 from studies import findings, notebook, notes, registry
@@ -488,7 +489,7 @@ def test_only_so_many_trials_have_a_note(
     )
 
     def add(*values: float) -> None:
-        claims.add(
+        ledger.import_trials(
             storage,
             "digits",
             [Imported(value=v, params={"depth": (depth, 3), "dropout": (rate, 0.1)}, attributes={}) for v in values],
@@ -556,7 +557,7 @@ def test_publishing_leaves_trials_and_claims_as_they_are(
     assert (place.get_all_trials(running.study_id), place.get_study_user_attrs(running.study_id)) == before
     assert claims.report(place, running, 1, 0.5) == "open"
     claims.finish(place, running, COMPLETE, 0.8, {})
-    assert claims.check(place) == []
+    assert ledger.check(place) == []
     assert publish(trivial.name, place=place)
     assert "2 of 5 trials" in get_note(optuna.load_study(study_name=trivial.name, storage=place))
     place.engine.dispose()

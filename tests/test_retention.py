@@ -12,16 +12,17 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import BaseModel
 from optuna.trial import TrialState
 from sqlalchemy import func, select
 
 import studies
-from storage import artifacts, claims, database, retention, workers
+from storage import artifacts, claims, database, ledger, retention, workers
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
-from storage.claims import Budget, Claim
+from storage.claims import Claim
 from storage.database import PatientStorage
 from storage.errors import ClaimLost, StorageError, StudyGone
+from storage.ledger import Budget
+from storage.tables import BaseModel
 from storage.workers import Worker
 from studies import registry
 from studies.definition import Definition
@@ -96,7 +97,7 @@ def test_just_the_best_models_and_all_histories_are_left(
 ) -> None:
     name = f"s{time.monotonic_ns()}"
     registry.create(trivial.model_copy(update={"name": name}), storage, {"fingerprint": "0" * 16})
-    claims.set_budget(storage, name, Budget(trials=100, hours=None))
+    ledger.raise_budget(storage, name, Budget(trials=100, hours=None))
     for value in values:
         _trial(storage, root, name, me, value, keep)
     best = sorted(range(len(values)), key=lambda number: (-values[number], number))[:keep]
@@ -118,7 +119,7 @@ def _race(url: str, root: Path, study: str, slot: int, trials: int) -> None:
 def test_many_workers_at_once_leave_the_best(either_url: str, trivial: Definition, root: Path) -> None:
     storage = database.create(either_url)
     registry.create(trivial, storage, {"fingerprint": "0" * 16})
-    claims.set_budget(storage, trivial.name, Budget(trials=100, hours=None))
+    ledger.raise_budget(storage, trivial.name, Budget(trials=100, hours=None))
     context = multiprocessing.get_context("spawn")
     racers = [context.Process(target=_race, args=(either_url, root, trivial.name, slot, 10)) for slot in range(4)]
     for racer in racers:
@@ -300,7 +301,7 @@ def test_a_study_that_is_worked_on_is_deleted_only_when_it_was_stopped(
     with pytest.raises(StorageError, match=r"has 1 running trials: `trialyard stop trivial` first"):
         claims.delete(storage, study, 60.0)
     assert _rows(storage) == before
-    claims.set_state(storage, study, "stopped")
+    ledger.set_state(storage, study, "stopped")
     claims.delete(storage, study, 60.0)
     with pytest.raises(ClaimLost):
         claims.beat(storage, claim)
@@ -319,14 +320,14 @@ def test_a_trial_whose_worker_is_gone_keeps_no_study_from_its_deletion(
 def test_a_claim_for_a_study_that_was_deleted_is_none_for_its_successor(
     storage: RDBStorage, trivial: Definition, study: str, me: Worker
 ) -> None:
-    founded = claims.founded(storage, registry.study_id(study, storage))
-    assert founded is not None
-    assert claims.claim(storage, study, me, 60.0, founded) is not None
-    claims.set_state(storage, study, "stopped")
+    incarnation = ledger.incarnation(storage, registry.study_id(study, storage))
+    assert incarnation is not None
+    assert claims.claim(storage, study, me, 60.0, incarnation) is not None
+    ledger.set_state(storage, study, "stopped")
     claims.delete(storage, study, 60.0)
     registry.create(trivial, storage, {"fingerprint": "0" * 16})
     with pytest.raises(StudyGone, match="was deleted, and another one made"):
-        claims.claim(storage, study, me, 60.0, founded)
+        claims.claim(storage, study, me, 60.0, incarnation)
 
 
 def test_delete_removes_the_files_too_and_a_crash_before_leaves_only_files(

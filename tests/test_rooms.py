@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,31 @@ def test_a_room_imports_only_those_below_it(room: str) -> None:
     above = set(ROOMS[: ROOMS.index(room)])
     wrong = {str(path.relative_to(ROOT)): _imports(path) & above for path in files if _imports(path) & above}
     assert wrong == {}
+
+
+# Each raises the cost of a new version of Optuna or its dashboard.
+MAY_IMPORT_PRIVATE = {"search/dashboard.py", "storage/database.py", "storage/tables.py"}
+
+
+def _private_imports(path: Path) -> set[str]:
+    """The private modules of Optuna and its dashboard that a file imports, in functions too."""
+    modules = {
+        name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
+    }
+    return {name for name in modules if re.match(r"optuna(_dashboard)?(\.\w+)*\._", name)}
+
+
+def test_three_files_import_private_modules_of_optuna_and_its_dashboard() -> None:
+    files = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    assert {str(path.relative_to(ROOT)) for path in files if _private_imports(path)} == MAY_IMPORT_PRIVATE
 
 
 # Who asks for a model wants Keras. (That no import of a module imports it is seen below.)

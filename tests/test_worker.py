@@ -26,7 +26,7 @@ import studies
 from search import checks, devices, worker
 from search.display import Watcher
 from search.model import build
-from storage import claims, database, workers
+from storage import claims, database, ledger, workers
 from storage.database import PatientStorage
 from storage.errors import StorageError
 from storage.settings import Settings
@@ -99,7 +99,7 @@ def _assert_spent(home: Path, trials: int) -> None:
     found = _trials(home)
     assert [trial.number for trial in found] == list(range(trials))
     assert all(trial.state.is_finished() for trial in found)
-    assert claims.check(_storage(home)) == []
+    assert ledger.check(_storage(home)) == []
     assert database.check(_storage(home)) == []
 
 
@@ -462,17 +462,17 @@ def test_a_worker_that_waits_takes_what_comes_and_obeys(
     assert sorted(slot["trial"] for slot in busy) == [0, 1]
     assert "paused" in _ended(start("pause", "small"))[0]
     paused = time.monotonic()
-    _when(lambda: claims.counts(storage, study_id).running == 0)
+    _when(lambda: ledger.counts(storage, study_id).running == 0)
     assert time.monotonic() - paused < 10, "it took longer than ten seconds"
     assert json.loads(_ended(start("status", "small", "--json"))[0])["state"] == "paused"
     reached = _trials(home)[0].last_step
     assert reached is not None
     _ended(start("resume", "small"))
-    _when(lambda: claims.counts(storage, study_id).running == 2)
+    _when(lambda: ledger.counts(storage, study_id).running == 2)
     _when(lambda: (_trials(home)[0].last_step or 0) > reached)
     assert _trials(home)[0].user_attrs["attempts"][-1]["resumed_after"] >= 1
     _ended(start("stop", "small"))
-    _when(lambda: claims.ended(storage, study_id))
+    _when(lambda: ledger.has_ended(storage, study_id))
     began.send_signal(signal.SIGTERM)
     _, err = _ended(began, code=130)
     assert "waiting for studies, on cpu:0, cpu:1, cpu:2, cpu:3" in err
@@ -491,11 +491,11 @@ def test_a_study_that_this_machine_cannot_serve_is_left_to_others(
     )
     _ended(start("create", str(file)))
     worker = start("work", "--forever")
-    _when(lambda: claims.ended(storage, registry.study_id("small", storage)))
+    _when(lambda: ledger.has_ended(storage, registry.study_id("small", storage)))
     worker.send_signal(signal.SIGTERM)
     _, err = _ended(worker, code=130)
-    assert "study other is left to other workers: study 'other' began with other images" in err
-    assert claims.counts(storage, registry.study_id("other", storage)).finished == 0
+    assert "study other is left to other workers: study 'other' started with other images" in err
+    assert ledger.counts(storage, registry.study_id("other", storage)).finished == 0
 
 
 def test_a_worker_waits_for_a_database_that_is_away_also_at_its_start_and_while_idle(
@@ -529,7 +529,7 @@ def test_a_worker_waits_for_a_database_that_is_away_also_at_its_start_and_while_
     assert worker.poll() is None
     own_server.ensure_postgres_running()
     _ended(start("create", file))
-    _when(lambda: claims.ended(storage, registry.study_id("small", storage)))
+    _when(lambda: ledger.has_ended(storage, registry.study_id("small", storage)))
     worker.send_signal(signal.SIGTERM)
     _, err = _ended(worker, code=130)
     assert "Traceback" not in err
@@ -554,7 +554,7 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
     storage.set_study_user_attr(later, "trialyard:definition", stored | {"teacher": "a key of a version to come"})
     _ended(start("create", file))
     worker = start("work", "--forever")
-    _when(lambda: claims.ended(storage, registry.study_id("small", storage)))
+    _when(lambda: ledger.has_ended(storage, registry.study_id("small", storage)))
     worker.send_signal(signal.SIGTERM)
     _, err = _ended(worker, code=130)
     here = checks.software()
@@ -566,7 +566,7 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
         assert f"study {name} is left to other workers: study {told}" in err
     assert "study later is left to other workers: " in err
     for name in ("old", "new", "other", "later"):
-        assert claims.counts(storage, registry.study_id(name, storage)).finished == 0
+        assert ledger.counts(storage, registry.study_id(name, storage)).finished == 0
     assert storage.get_study_user_attrs(registry.study_id("small", storage))["trialyard:software"] == here
 
     # Named, it is a mistake; not named, the others are worked on.
@@ -593,7 +593,7 @@ def test_a_worker_goes_on_with_the_others_when_a_study_is_deleted(
     _until(process, "long trial 0 epoch 2/50")
     refused = _ended(start("delete", "long", "--yes"), 1)[1]
     assert "`trialyard stop long` first" in refused
-    claims.set_state(_storage(home), "long", "stopped")
+    ledger.set_state(_storage(home), "long", "stopped")
     claims.delete(_storage(home), "long", 60.0)  # at once: the trial is still in its trainer
     out, err = _ended(process)
     assert "study long was deleted, or is not readable" in err  # while its trial ran, or just after it was put back

@@ -23,7 +23,7 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
-from storage import claims, database
+from storage import claims, database, ledger
 
 TRIALS, EPOCHS, WORKERS, SLOTS = 30, 6, 2, 2
 KILLS = ("trainer", "trainer", "worker", "worker")  # in an order that the seed decides
@@ -124,7 +124,7 @@ class Yard:
 
     def finished(self) -> int:
         """How many trials count."""
-        return claims.counts(self.storage, self.study_id).finished
+        return ledger.counts(self.storage, self.study_id).finished
 
     def wait(self) -> None:
         """Until the workers see that nothing is left."""
@@ -197,9 +197,9 @@ def _runs(home: Path) -> dict[int, dict[int, Run]]:
 
 def _assert_nothing_is_lost(yard: Yard) -> None:
     storage = yard.storage
-    counts = claims.counts(storage, yard.study_id)
+    counts = ledger.counts(storage, yard.study_id)
     assert (counts.finished, counts.running, counts.waiting) == (TRIALS, 0, 0)
-    assert claims.check(storage) + database.check(storage) == []
+    assert ledger.check(storage) + database.check(storage) == []
     yard.run("storage", "check")
     trials = optuna.load_study(study_name="chaos", storage=storage).trials
     assert [trial.number for trial in trials] == list(range(TRIALS))
