@@ -3,6 +3,9 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 from search import data
 from search.data import Dataset
 from search.devices import Slot, cpu
-from search.errors import DataError, ModelError
+from search.errors import DataError, MachineError, ModelError
 from search.trainer import Checked, Failed, Job, Trainer, TrainerDied
 from storage.settings import Settings
 from studies import models, sampling
@@ -22,25 +25,17 @@ POLL_SECONDS = 1.0
 
 
 def check(definition: Definition, settings: Settings) -> dict[str, Any]:
-    """Loads the data and looks whether they fit; returns their summary (see `Dataset.summary`).
+    """Checks that this machine can train `definition`; returns a summary of its data (see `Dataset.summary`).
 
-    A user's own data or model is imported in a trainer process, since it will import Keras.
-    Raises DataError, ModelError or DefinitionError.
+    The data are loaded, and Keras is imported in a trainer process; there a user's own function is called, too.
+    Raises DataError, ModelError, MachineError or DefinitionError.
     """
-    if ":" not in definition.dataset and ":" not in definition.model:
-        return check_data(definition, settings)
     sampling.check_installed(definition)
-    with tempfile.TemporaryDirectory() as folder:
-        return _in_trainer(definition, settings, Path(folder) / "log")
-
-
-def check_data(definition: Definition, settings: Settings) -> dict[str, Any]:
-    """The same for a definition that was checked when its study was created: on this machine, are the data there?"""
-    sampling.check_installed(definition)
-    if ":" in definition.dataset:
-        return check(definition, settings)
+    if ":" in definition.dataset or ":" in definition.model:
+        return _check_in_trainer(definition, settings)
     dataset = data.load(definition.dataset, definition.data, settings.data_folders)
     _check_sizes(definition, dataset)
+    check_keras(_backend())
     return dataset.summary()
 
 
@@ -93,15 +88,46 @@ def first_point(definition: Definition) -> dict[str, Any]:
     return {**definition.fixed, **point}
 
 
-def _in_trainer(definition: Definition, settings: Settings, log_file: Path) -> dict[str, Any]:
-    slot = Slot(device=cpu())
-    with Trainer(slot, log_file) as trainer:
+@cache  # it takes seconds, and a worker checks every study that it takes
+def check_keras(backend: str) -> None:
+    """Raises MachineError unless a trainer process can import Keras with `backend`."""
+    with _trainer() as trainer:
+        try:
+            failed = trainer.start()
+        except TrainerDied as died:
+            raise _import_error(died, trainer) from None
+    if failed is not None:
+        raise MachineError(failed.message)
+
+
+@contextmanager
+def _trainer() -> Iterator[Trainer]:
+    """A trainer on the processor, whose log file lasts as long as the ``with`` block."""
+    with tempfile.TemporaryDirectory() as folder, Trainer(Slot(device=cpu()), Path(folder) / "log") as trainer:
+        yield trainer
+
+
+def _import_error(died: TrainerDied, trainer: Trainer) -> MachineError:
+    return MachineError(
+        f"Keras cannot be imported on this machine with the backend {_backend()} ({died.how}{_last_line(trainer)}): "
+        "repair the installation, or set KERAS_BACKEND to another backend that is installed"
+    )
+
+
+def _last_line(trainer: Trainer) -> str:
+    """For the end of a sentence: the last line that the process printed, since its log file will be removed."""
+    lines = trainer.log_file.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((f"; it printed: {line.strip()[:300]}" for line in reversed(lines) if line.strip()), "")
+
+
+def _check_in_trainer(definition: Definition, settings: Settings) -> dict[str, Any]:
+    with _trainer() as trainer:
         trainer.submit(
             Job(
                 definition=definition,
                 hyperparameters={},
                 seed=0,
-                slot=slot,
+                slot=trainer.slot,
                 data_folders=settings.data_folders,
                 folder=None,
             )
@@ -109,10 +135,16 @@ def _in_trainer(definition: Definition, settings: Settings, log_file: Path) -> d
         try:
             while (message := trainer.receive(POLL_SECONDS)) is None:
                 pass
-        except TrainerDied as error:
-            raise ModelError(f"importing {definition.model} or {definition.dataset} failed: {error}") from None
+        except TrainerDied as died:
+            if not died.ready:
+                raise _import_error(died, trainer) from None
+            own = " or ".join(name for name in (definition.model, definition.dataset) if ":" in name)
+            raise ModelError(
+                f"{own} ended the process that called it ({died.how}{_last_line(trainer)}): correct it there"
+            ) from None
     if isinstance(message, Failed):
-        raise (DataError if message.kind == "data" else ModelError)(message.message)
+        kinds = {"import": MachineError, "load": DataError, "data": DataError}
+        raise kinds.get(message.kind, ModelError)(message.message)
     assert isinstance(message, Checked)
     return message.data
 

@@ -36,7 +36,7 @@ from storage.workers import Present
 from studies import definition as definitions
 from studies import exports, imported, notebook, notes, queries, registry
 from studies.definition import Definition
-from studies.errors import StudyError
+from studies.errors import DefinitionError, StudyError
 from studies.queries import Row, Status
 from studies.report import SHOWN_ROWS, Told, counts, table, tell
 from studies.report import report as report_of
@@ -209,7 +209,7 @@ def work(
     forever: Annotated[bool, typer.Option("--forever", help="Wait for studies to come, until told to stop.")] = False,
 ) -> None:
     """Be a worker machine: fill every slot with trials, the oldest study first, until nothing is left."""
-    from search import devices
+    from search import devices, worker
 
     if studies and forever:
         raise typer.BadParameter("with --forever it takes from all studies: name none")
@@ -221,7 +221,9 @@ def work(
         return
     names = list(dict.fromkeys(studies or registry.names(place)))
     unended = [name for name in names if not queries.status(name, place).ended]
-    _work(_fitting(unended, place, settings, named=bool(studies)), place, settings, slots)
+    for name in unended if studies else []:
+        worker.check_fit(name, place, settings)
+    _work(unended, place, settings, slots, leave=not studies)
     for name in _standing(names, place):
         out.print(display.progress(queries.status(name, place)), markup=False)
     if not names:
@@ -478,26 +480,9 @@ def _create(definition: Definition, settings: Settings, patience: float = 0.0) -
     return place, registry.create(definition, place, data)
 
 
-def _fitting(names: list[str], place: PatientStorage, settings: Settings, *, named: bool) -> list[str]:
-    """Those that this machine can serve. Where they were `named`, one that it cannot is a mistake."""
-    from search import worker
-
-    found = []
-    for name in names:
-        try:
-            worker.check_fit(name, place, settings)
-        except StorageError:
-            raise
-        except TrialyardError as error:
-            if named:
-                raise
-            log.warning("study %s is left to other workers: %s", name, error)
-        else:
-            found.append(name)
-    return found
-
-
-def _work(names: list[str] | None, place: PatientStorage, settings: Settings, slots: "list[Slot]") -> None:
+def _work(
+    names: list[str] | None, place: PatientStorage, settings: Settings, slots: "list[Slot]", *, leave: bool = False
+) -> None:
     """Works on the studies here, showing progress. Exits with 130 when a signal ended it."""
     from search import worker
     from search.devices import precision_for
@@ -507,11 +492,18 @@ def _work(names: list[str] | None, place: PatientStorage, settings: Settings, sl
             _print_closed(name, place)
         return
     for name in names or []:
-        precision, reason = precision_for(slots[0].device, registry.definition_of(name, place).precision)
+        try:
+            definition = registry.definition_of(name, place)
+        except DefinitionError:
+            if leave:
+                continue  # the worker will say why it leaves this study
+            raise
+        precision, reason = precision_for(slots[0].device, definition.precision)
         err.print(f"{name}: {_told(slots)} in {precision}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if names is None:
         err.print(f"waiting for studies, {_told(slots)}", markup=False, highlight=False, soft_wrap=True)
-    if not worker.work(names, place, settings, slots, _watcher(names, [slot.name for slot in slots], place)):
+    watcher = _watcher(names, [slot.name for slot in slots], place)
+    if not worker.work(names, place, settings, slots, watcher, leave=leave):
         left = "is taken back by the next worker" if place.leaving.is_set() else "is back in the queue"
         again = "the same command goes on where it stopped"
         err.print(f"interrupted: what ran {left}; {again}", markup=False, soft_wrap=True)

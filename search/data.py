@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from search.errors import DataError
+from search.errors import DataError, MachineError
 from studies.definition import Data
 
 Array = NDArray[Any]
@@ -62,7 +62,7 @@ def load(name: str, data: Data, folders: Sequence[Path]) -> Dataset:
     """The dataset `name` (see `studies.definition`), as `data` wants it.
 
     Files are looked for in `folders`; mnist and fashion_mnist are downloaded to the last of them where they are in
-    none. Raises DataError, with the way out in its one sentence.
+    none. Raises DataError, with the way out in its one sentence, and MachineError where a function cannot be imported.
     """
     arrays = _source(name, folders)
     keys = ("x_train", "y_train") + (("x_test", "y_test") if data.validation == "test" else ())
@@ -177,7 +177,7 @@ def _from_file(path: Path) -> _Arrays:
 
 def _from_function(name: str) -> _Arrays:
     """What ``package.module:function`` gives, called without arguments, as `keras.datasets.*.load_data` does."""
-    function = import_function(name, DataError)
+    function = import_function(name)
     try:
         (x_train, y_train), (x_test, y_test) = function()
     except DataError:
@@ -195,8 +195,8 @@ def _from_function(name: str) -> _Arrays:
     }
 
 
-def import_function(name: str, kind: type[Exception]) -> Callable[..., Any]:
-    """The function that ``package.module:function`` names; `kind` is raised where it cannot be imported."""
+def import_function(name: str) -> Callable[..., Any]:
+    """The function that ``package.module:function`` names. Raises MachineError where it cannot be imported."""
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         # People keep their modules in the folder where they work. It comes last: Keras imports parts of itself and of
@@ -204,13 +204,13 @@ def import_function(name: str, kind: type[Exception]) -> Callable[..., Any]:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # importing runs a user's code
-        raise kind(
+    except (Exception, SystemExit) as error:  # importing runs a user's code
+        raise MachineError(
             f"{name} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}): is the module in "
             "this folder, on PYTHONPATH or installed, and the function in it?"
         ) from error
     if not callable(function):
-        raise kind(f"{name} is of type {type(function).__name__}, not a function: name one")
+        raise MachineError(f"{name} is of type {type(function).__name__}, not a function: name one")
     return function  # type: ignore[no-any-return]
 
 

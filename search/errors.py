@@ -10,7 +10,11 @@ class DataError(TrialyardError):
 
 
 class ModelError(TrialyardError):
-    """A model cannot be imported or built."""
+    """A model cannot be built."""
+
+
+class MachineError(TrialyardError):
+    """This machine cannot train a study: Keras, a user's own module or the data cannot be used here."""
 
 
 class DeviceError(TrialyardError):

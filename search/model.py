@@ -14,7 +14,7 @@ import keras
 from keras import layers
 
 from search.data import import_function
-from search.errors import ModelError
+from search.errors import MachineError, ModelError
 from search.layers import BatchNormalization, Dropout
 from studies.models import WITH_MOMENTUM
 
@@ -37,7 +37,8 @@ def build(
     `plain` builds it of Keras's own layers alone, with the same weights in the same order, and does not compile it:
     the form that is saved. It loads where there is no Trialyard, and an optimizer's state would triple its size.
 
-    Raises ModelError where a user's own function fails or gives no model, or the images are too small.
+    Raises ModelError where a user's own function fails or gives no model, or the images are too small; MachineError
+    where that function, or a module that it needs, cannot be imported.
     """
     if ":" in name:
         return _own(name, hyperparameters, image_shape, classes)
@@ -155,9 +156,14 @@ def _mnist_cnn(h: Hyperparameters, batch_norm: Any, dropout: Any) -> list[layers
 
 
 def _own(name: str, hyperparameters: Hyperparameters, image_shape: tuple[int, int, int], classes: int) -> keras.Model:
-    function = import_function(name, ModelError)
+    function = import_function(name)
     try:
         model = function(dict(hyperparameters), image_shape, classes)
+    except ImportError as error:  # a module that it imports when it is called
+        raise MachineError(
+            f"{name} needs a module that cannot be imported on this machine ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}): install it, or put it into this folder or on PYTHONPATH"
+        ) from error
     except Exception as error:  # a user's own code may raise anything
         raise ModelError(
             f"{name} failed to build a model of {dict(hyperparameters)} for images of {image_shape} "

@@ -15,9 +15,9 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
 
 from search.display import Watcher
-from search.errors import DeviceError
+from search.errors import DeviceError, MachineError
 from search.records import Epoch, Resumed, Trained
-from search.trainer import Failed, Job, Trainer, TrainerDied
+from search.trainer import START_SECONDS, Failed, Job, Trainer, TrainerDied
 from storage import artifacts, claims, retention
 from storage.claims import Beating, Claim
 from storage.errors import ClaimLost, StorageError, StudyGone, TrialyardError
@@ -29,7 +29,13 @@ from studies.space import Point, suggest
 
 log = logging.getLogger(__name__)
 
-_MACHINE: dict[str, type[TrialyardError]] = {"disk": StorageError, "device": DeviceError}
+# The machine's fault, which would cost the study one trial after the other.
+_MACHINE: dict[str, type[TrialyardError]] = {
+    "disk": StorageError,
+    "device": DeviceError,
+    "import": MachineError,
+    "load": MachineError,
+}
 POLL_SECONDS = 0.2  # how soon a stop or a lost claim is noticed between epochs
 
 
@@ -72,7 +78,8 @@ def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watche
 
     The trial ends complete, pruned or failed; or goes back to the queue when `interrupted` is set, the study is paused
     or stopped, or its trainer dies. Where the claim is lost meanwhile, or the study deleted, nothing more is written.
-    Raises StorageError or DeviceError where this machine can train nothing, the trial back in the queue.
+    Raises StorageError or DeviceError where this machine can train nothing, and MachineError where it cannot train this
+    study; the trial is back in the queue then, and the attempt does not count as a crash.
     """
     try:
         try:
@@ -90,14 +97,17 @@ def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watche
             raise
         log.debug("what met it", exc_info=error)
         trainer.kill()
+    except MachineError:
+        trainer.kill()  # only a new process sees what was repaired: modules stay as they were imported
+        _ended(study, claim, watcher)
+        raise
     _ended(study, claim, watcher)
 
 
 def _write_down(study: Study, claim: Claim, trainer: Trainer, settings: Settings, end: "_End | Failed") -> None:
-    """The end of a job, however it ended. Raises ClaimLost; StorageError and DeviceError as `run` does."""
+    """The end of a job, however it ended. Raises ClaimLost; StorageError, DeviceError and MachineError as `run`."""
     storage = study.storage
     if isinstance(end, Failed) and end.kind in _MACHINE:
-        # The machine's fault, which would cost the study one trial after the other.
         claims.requeue(storage, claim, "interrupted", end.message, _files(settings, claim))
         raise _MACHINE[end.kind](end.message)
     if isinstance(end, Failed):
@@ -118,7 +128,10 @@ def _write_down(study: Study, claim: Claim, trainer: Trainer, settings: Settings
 
 
 def _give_up(study: Study, claim: Claim, settings: Settings, died: TrainerDied) -> None:
-    """The end of a trainer in mid-job. Raises ClaimLost."""
+    """The end of a trainer in mid-job. Raises ClaimLost, and MachineError where it never began the job."""
+    if not died.ready:
+        claims.requeue(study.storage, claim, "interrupted", str(died), _files(settings, claim))
+        raise MachineError(f"{died}: repair Keras or its backend")
     log.warning("study %s: trial %d: %s", claim.study, claim.number, died)
     if died.out_of_memory:  # the same would happen again
         failure = {"kind": "memory", "message": str(died)}
@@ -167,18 +180,24 @@ def _train(
     except (ValueError, RuntimeError, ArithmeticError) as error:
         return Failed(kind="sampler", message=f"{type(error).__name__}: {error}")
     watcher.began(claim, point, definition.budget.epochs)
-    trainer.submit(
-        Job(
-            definition=definition,
-            hyperparameters={**definition.fixed, **point},
-            seed=_seed(study, claim),
-            slot=trainer.slot,
-            data_folders=settings.data_folders,
-            folder=_folder(settings, claim),
-            checkpoint_seconds=settings.checkpoint_seconds,
-            attempt=claim.attempt,
-        )
+    job = Job(
+        definition=definition,
+        hyperparameters={**definition.fixed, **point},
+        seed=_seed(study, claim),
+        slot=trainer.slot,
+        data_folders=settings.data_folders,
+        folder=_folder(settings, claim),
+        checkpoint_seconds=settings.checkpoint_seconds,
+        attempt=claim.attempt,
     )
+    trainer.submit(job)
+    try:
+        return _follow(study, opened, claim, trainer, settings, watcher, beating, interrupted)
+    except TrainerDied as died:
+        if died.ready:
+            raise
+        log.info("study %s: trial %d begins once more in a new process: %s", claim.study, claim.number, died)
+    trainer.submit(job)
     return _follow(study, opened, claim, trainer, settings, watcher, beating, interrupted)
 
 
@@ -211,7 +230,8 @@ def _follow(
 ) -> _End | Failed:
     """Takes the trainer's records as they come, until its job ends. Raises TrainerDied and ClaimLost."""
     budget = study.definition.budget
-    kill_at = time.monotonic() + budget.trial_minutes * 60 if budget.trial_minutes else float("inf")
+    start_by = time.monotonic() + START_SECONDS
+    kill_at = float("inf")  # set when Keras is imported: how long that takes is not the trial's fault
     stop_by = float("inf")  # when a trainer that was told to stop is killed
     pruned, why, last = False, "", None
     listed: list[str] = []
@@ -242,6 +262,10 @@ def _follow(
                 pruned, stop_by = True, time.monotonic() + settings.stop_seconds
                 trainer.stop("drop")
         now = time.monotonic()
+        if budget.trial_minutes and kill_at == float("inf") and trainer.ready:
+            kill_at = now + budget.trial_minutes * 60
+        if now > start_by and not trainer.ready:
+            raise trainer.hung()
         if stop_by == float("inf") and (interrupted.is_set() or wanted != "open"):
             why = "the worker was told to stop" if interrupted.is_set() else f"the study was {wanted}"
             stop_by = now + settings.stop_seconds

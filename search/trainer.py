@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MEMORY_GROWTH = 0.15
+START_SECONDS = 600.0  # that a process may take to import Keras
+START_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +69,25 @@ class Checked:
 class Failed:
     """A job that ended in an error of its own: it would do so again."""
 
-    kind: str  # "nan", "memory", "data", "model" or "error"; "disk" or "device": any job would, on this machine
+    # "nan", "memory", "data", "model" or "error". The machine's fault, which no trial must pay for: "import" (Keras or
+    # a user's module), "load" (the data), "disk" and "device".
+    kind: str
     message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """The process has imported Keras: what happens from now on is about its job."""
 
 
 class TrainerDied(Exception):  # noqa: N818 - it is an event
     """The process ended in the middle of a job."""
 
-    def __init__(self, message: str, *, out_of_memory: bool) -> None:
-        super().__init__(message)
+    def __init__(self, how: str, log_file: Path | None = None, *, out_of_memory: bool, ready: bool = True) -> None:
+        super().__init__(how if log_file is None else f"{how}; what it printed is in {log_file}")
+        self.how = how
         self.out_of_memory = out_of_memory  # the kernel killed a process for want of memory meanwhile
+        self.ready = ready  # Keras had been imported; if not, the job is not to blame
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,7 @@ class Trainer:
         self._sending = threading.Lock()  # a stop may come from the worker's main thread
         self._first: int | None = None  # bytes that the process held after its first job
         self._jobs = 0  # of this process
+        self._ready = False  # whether this process has imported Keras
         self._kills = 0  # the kernel's kills for want of memory, when the job began
 
     def __enter__(self) -> "Trainer":
@@ -111,9 +124,37 @@ class Trainer:
         self.kill()
 
     @property
+    def ready(self) -> bool:
+        """Whether the process has imported Keras."""
+        return self._ready
+
+    @property
     def pid(self) -> int | None:
         """The process's number, while there is one."""
         return self._process.pid if self._process else None
+
+    def start(self) -> Failed | None:
+        """Starts a new process, and returns once it has imported Keras, or why it cannot. Raises TrainerDied."""
+        self._start()
+        start_by = time.monotonic() + START_SECONDS
+        while not self._ready:
+            message = self._next(START_POLL_SECONDS)
+            if isinstance(message, Failed):
+                return message
+            if time.monotonic() > start_by:
+                raise self.hung()
+        return None
+
+    def hung(self) -> TrainerDied:
+        """Kills a process that has not imported Keras within START_SECONDS, and returns what to raise."""
+        pid = self.pid
+        self.kill()
+        return TrainerDied(
+            f"the trainer process {pid} did not import Keras within {START_SECONDS:.0f} s and was killed",
+            self.log_file,
+            out_of_memory=False,
+            ready=False,
+        )
 
     def submit(self, job: Job) -> None:
         """Begins `job`. The messages that follow are to be fetched with `receive` up to the one that ends it."""
@@ -131,11 +172,23 @@ class Trainer:
 
     def receive(self, seconds: float) -> Epoch | Resumed | Trained | Checked | Failed | None:
         """The next message, or None if none came within `seconds`. Raises TrainerDied."""
+        deadline = time.monotonic() + seconds
+        message = self._next(seconds)
+        while isinstance(message, Ready):
+            message = self._next(max(0.0, deadline - time.monotonic()))
+        return message
+
+    def _next(self, seconds: float) -> Ready | Epoch | Resumed | Trained | Checked | Failed | None:
         assert self._connection is not None
         try:
-            return self._connection.recv() if self._connection.poll(seconds) else None
+            message = self._connection.recv() if self._connection.poll(seconds) else None
         except (EOFError, OSError):
             raise self._died() from None
+        if isinstance(message, Ready):
+            self._ready = True
+        if isinstance(message, Failed) and not self._ready:
+            self.kill()  # it ends by itself, and must not be given another job until then
+        return message
 
     def kill(self) -> None:
         """Ends the process now."""
@@ -166,14 +219,14 @@ class Trainer:
         )
         return True
 
-    def _send(self, message: Job | _Stop) -> None:
+    def _send(self, message: Slot | Job | _Stop) -> None:
         with self._sending, contextlib.suppress(OSError):  # it died: `receive` will say so
             if self._connection is not None and not self._connection.closed:
                 self._connection.send(message)
 
     def _start(self) -> None:
         self.kill()
-        self._first, self._jobs = None, 0
+        self._first, self._jobs, self._ready = None, 0, False
         ours, theirs = Pipe()
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as output:
@@ -189,6 +242,7 @@ class Trainer:
             )
         theirs.close()
         self._connection = ours
+        self._send(self.slot)
 
     def _died(self) -> TrainerDied:
         assert self._process is not None
@@ -198,9 +252,12 @@ class Trainer:
         how = f"by signal {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
         out_of_memory = code == -signal.SIGKILL and _memory_kills() > self._kills
         hint = " when memory ran out" if out_of_memory else ""
+        early = "" if self._ready else " before it had imported Keras"
         return TrainerDied(
-            f"the trainer process {self._process.pid} ended {how}{hint}; what it printed is in {self.log_file}",
+            f"the trainer process {self._process.pid} ended {how}{hint}{early}",
+            self.log_file,
             out_of_memory=out_of_memory,
+            ready=self._ready,
         )
 
 
@@ -226,11 +283,18 @@ def _memory_kills(files: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.events"
 
 
 def main(descriptor: int) -> None:
-    """Trains one job after another until the worker's end of the socket closes."""
+    """Imports Keras for the slot that comes first, says so, and trains one job after another.
+
+    Until the worker's end of the socket closes, or Keras cannot be imported.
+    """
     # Whoever ends a whole process group, or a service, means the worker, which then says what to do.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(descriptor)
+    try:
+        slot: Slot = connection.recv()
+    except (EOFError, OSError):
+        return  # the worker has ended already
     jobs: queue.Queue[Job] = queue.Queue()
     stops: list[Stop] = []
 
@@ -249,11 +313,40 @@ def main(descriptor: int) -> None:
                 stops.append(message.how)
 
     threading.Thread(target=listen, name="listen", daemon=True).start()
+    failed = _import_keras(slot)
+    connection.send(failed or Ready())
+    if failed is not None:
+        return
     datasets: dict[Any, Dataset] = {}
     while True:
         end = _run(jobs.get(), connection, stops, datasets)
         _give_back_memory()
         connection.send(end)
+
+
+def _import_keras(slot: Slot) -> Failed | None:
+    """Imports all that a job needs, pinned to `slot`; returns why it cannot be."""
+    from search import checks
+    from search.errors import DeviceError
+
+    try:
+        devices.pin(slot)  # before the framework's first use
+        import search.training  # noqa: F401
+    except DeviceError as error:
+        return Failed(kind="device", message=str(error))
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken installation may raise anything
+        traceback.print_exc()  # whole, into the log file
+        backend = checks.software()["backend"]
+        return Failed(
+            kind="import",
+            message=f"Keras cannot be imported on this machine with the backend {backend} ({_in_one_line(error)}): "
+            "install what is missing, or set KERAS_BACKEND to a backend that is installed",
+        )
+    return None
+
+
+def _in_one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]
 
 
 def _give_back_memory() -> None:
@@ -268,14 +361,24 @@ def _give_back_memory() -> None:
 def _run(
     job: Job, connection: "Connection[Any, Any]", stops: "list[Stop]", datasets: "dict[Any, Dataset]"
 ) -> Trained | Checked | Failed:
-    from search.errors import DataError, DeviceError, ModelError
+    from search.errors import DataError, MachineError, ModelError
 
     try:
-        return _trained(job, connection, stops, datasets)
+        dataset = _loaded(job, datasets)
+    except MachineError as error:
+        return Failed(kind="import", message=str(error))
+    except DataError as error:
+        return Failed(kind="load", message=str(error))
+    except Exception as error:  # noqa: BLE001 - no job with these data could begin here
+        traceback.print_exc()
+        message = f"{job.definition.dataset} cannot be loaded on this machine ({_in_one_line(error)})"
+        return Failed(kind="load", message=message)
+    try:
+        return _trained(job, dataset, connection, stops)
     except StorageError as error:
         return Failed(kind="disk", message=str(error))
-    except DeviceError as error:
-        return Failed(kind="device", message=str(error))
+    except MachineError as error:
+        return Failed(kind="import", message=str(error))
     except DataError as error:
         return Failed(kind="data", message=str(error))
     except ModelError as error:
@@ -283,12 +386,10 @@ def _run(
         return Failed(kind="memory" if memory else "model", message=str(error))
     except Exception as error:  # noqa: BLE001 - whatever a user's model raises ends its trial, not the study
         traceback.print_exc()  # whole, into the log file
-        name = type(error).__name__
-        message = " ".join(str(error).split())
-        if name == "NotANumber":
-            return Failed(kind="nan", message=message)
+        if type(error).__name__ == "NotANumber":
+            return Failed(kind="nan", message=" ".join(str(error).split()))
         kind = "memory" if _is_out_of_memory(error) else "error"
-        return Failed(kind=kind, message=f"{name}: {message}"[:2000])
+        return Failed(kind=kind, message=_in_one_line(error))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -297,18 +398,23 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ in names or "RESOURCE_EXHAUSTED" in str(error)
 
 
-def _trained(
-    job: Job, connection: "Connection[Any, Any]", stops: "list[Stop]", datasets: "dict[Any, Dataset]"
-) -> Trained | Checked:
-    devices.pin(job.slot)  # before the framework's first use
-    from search import checks, data, training
+def _loaded(job: Job, datasets: "dict[Any, Dataset]") -> "Dataset":
+    from search import data
 
     wanted = job.definition
     key = (wanted.dataset, wanted.data, job.data_folders)
     if key not in datasets:
         datasets.clear()  # one at a time: a machine may serve many studies
         datasets[key] = data.load(wanted.dataset, wanted.data, job.data_folders)
-    dataset = datasets[key]
+    return datasets[key]
+
+
+def _trained(
+    job: Job, dataset: "Dataset", connection: "Connection[Any, Any]", stops: "list[Stop]"
+) -> Trained | Checked:
+    from search import checks, training
+
+    wanted = job.definition
     if job.folder is None:
         checks.check_with_keras(wanted, dataset)
         return Checked(data=dataset.summary())

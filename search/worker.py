@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 import optuna
@@ -14,6 +15,7 @@ import optuna
 from search import checks, objective
 from search.devices import Slot
 from search.display import Watcher
+from search.errors import MachineError
 from search.objective import Study
 from search.presence import Presence
 from search.publisher import Publisher
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # between looks for work while other workers hold what is left, or none is there
 TICK_SECONDS = 0.2
+LEFT_SECONDS = 300.0  # between two looks at a study that this machine cannot train: somebody may have repaired it
 LEAVE_SECONDS = 5.0  # beyond the trainers' own time: for the last words to the database
 
 
@@ -38,15 +41,20 @@ def work(
     settings: Settings,
     slots: Sequence[Slot],
     watcher: Watcher,
+    *,
+    leave: bool = False,
 ) -> bool:
     """Fills `slots` with trials of the studies `names`, the first study first; None: of all studies, for ever.
+
+    A study that this machine cannot train is left to other workers with a warning where `leave` is true or `names` is
+    None, and checked again every LEFT_SECONDS. Otherwise it ends the work: the caller has called `check_fit` before.
 
     Returns True when all of them have ended or are paused, False when a signal ended the work: the first SIGINT or
     SIGTERM has the trainers write a checkpoint and puts their trials back into the queue, a second one leaves at once.
     """
     interrupted = threading.Event()
     errors: list[BaseException] = []
-    open_studies = _OpenStudies(names, storage, settings)
+    open_studies = _OpenStudies(names, storage, settings, leave=leave or names is None)
     publisher = Publisher(watcher, storage, settings.artifact_folder)
     presence = Presence(publisher, storage, settings.beat_seconds, slots)
 
@@ -89,8 +97,11 @@ def work(
 
 
 def check_fit(name: str, storage: PatientStorage, settings: Settings) -> None:
-    """Raises a TrialyardError that says why, unless this machine has the data and the software of study `name`."""
-    data = checks.check_data(registry.definition_of(name, storage), settings)
+    """Raises a TrialyardError with the reason, unless this machine can train study `name` with its data and software.
+
+    The software comes last: a study without trials takes that of the first machine as its own.
+    """
+    data = checks.check(registry.definition_of(name, storage), settings)
     registry.check_direction(name, storage)
     registry.check_data(name, storage, data)
     registry.check_software(name, storage, checks.software())
@@ -117,7 +128,10 @@ def _fill(
             except (StudyGone, StudyUnreadable):
                 continue  # deleted or overwritten a moment ago; the next look will not find it
             if claim is not None:
-                objective.run(study, claim, trainer, settings, watcher, interrupted)
+                try:
+                    objective.run(study, claim, trainer, settings, watcher, interrupted)
+                except MachineError as error:
+                    open_studies.leave(study, error)
                 break
         else:
             if open_studies.done():
@@ -126,16 +140,27 @@ def _fill(
             interrupted.wait(IDLE_SECONDS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Left:
+    """A study that is left to other workers."""
+
+    why: str
+    until: float  # by the monotonic clock
+
+
 class _OpenStudies:
     """The studies that trials are taken from, oldest first: those that were named, or whatever is there."""
 
-    def __init__(self, names: Sequence[str] | None, storage: PatientStorage, settings: Settings) -> None:
+    def __init__(
+        self, names: Sequence[str] | None, storage: PatientStorage, settings: Settings, *, leave: bool
+    ) -> None:
         self._storage, self._settings = storage, settings
-        self._names = names
+        self._names, self._leave = names, leave
         self._lock = threading.Lock()  # the slots' threads look one after another
         self._looked = float("-inf")
         self._studies: list[Study] = []
-        self._admitted: dict[tuple[int, str | None], Study | None] = {}  # None: refused
+        self._admitted: dict[tuple[int, str | None], Study] = {}
+        self._left: dict[tuple[int, str | None], _Left] = {}
         self._ended: set[ledger.Study] = set()  # whose budget is spent: a larger one makes another entry
         self._gone: set[str] = set()  # of those that were named, which were deleted
 
@@ -154,6 +179,23 @@ class _OpenStudies:
         with self._lock:
             return not self._look()
 
+    def leave(self, study: Study, error: MachineError) -> None:
+        """Leaves `study` to other workers for a while, and says why. Raises `error` where it was named."""
+        if not self._leave:
+            raise error
+        key = (study.study_id, study.incarnation)
+        with self._lock:
+            if self._admitted.pop(key, None) is not None:  # else another slot was first
+                checks.check_keras.cache_clear()
+                self._studies = [other for other in self._studies if (other.study_id, other.incarnation) != key]
+                self._leave_for_now(key, study.name, error)
+
+    def _leave_for_now(self, key: tuple[int, str | None], name: str, error: TrialyardError) -> None:
+        before = self._left.get(key)
+        if before is None or before.why != str(error):
+            log.warning("study %s is left to other workers: %s", name, error)
+        self._left[key] = _Left(why=str(error), until=time.monotonic() + LEFT_SECONDS)
+
     def _look(self) -> list[Study]:
         found = []
         standing = {entry.name: entry for entry in ledger.studies(self._storage)}
@@ -166,16 +208,18 @@ class _OpenStudies:
             entry = standing[name]
             if entry.state != "open" or self._has_ended(entry):
                 continue
-            study_id, incarnation = entry.id, entry.incarnation
+            key = (entry.id, entry.incarnation)
+            left = self._left.get(key)
+            if key not in self._admitted and left is not None and time.monotonic() < left.until:
+                continue
             try:
-                if (study_id, incarnation) not in self._admitted:
-                    self._admitted[study_id, incarnation] = self._admit(name, study_id, incarnation)
+                study = self._admitted.get(key) or self._admit(name, *key)
             except (StudyError, StudyGone, KeyError):
                 if name in registry.names(self._storage):
                     raise
                 continue  # deleted while it was looked at
-            study = self._admitted[study_id, incarnation]
             if study is not None:
+                self._admitted[key] = study
                 found.append(study)
         return found
 
@@ -193,17 +237,19 @@ class _OpenStudies:
         # version. Those that were named have been looked at already.
         try:
             definition = registry.definition_of(name, self._storage)
-            if self._names is None and not _is_done(self._storage, study_id):
+            if self._leave and not _is_done(self._storage, study_id):
                 check_fit(name, self._storage, self._settings)
         except StorageError as error:
             if not isinstance(error, StudyUnreadable):
                 raise
-            log.warning("%s", error)
+            self._leave_for_now((study_id, incarnation), name, error)
             return None
         except TrialyardError as error:
             if name not in registry.names(self._storage):
                 raise  # deleted a moment ago
-            log.warning("study %s is left to other workers: %s", name, error)
+            if not self._leave:
+                raise
+            self._leave_for_now((study_id, incarnation), name, error)
             return None
         return Study(
             name=name,

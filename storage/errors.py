@@ -11,7 +11,8 @@ TrialyardError
 ├── DefinitionError    (studies) a definition breaks a rule
 ├── StudyError         (studies) no such study, or it stands with another definition
 ├── DataError          (search) images or labels cannot be loaded or do not fit
-├── ModelError         (search) a model cannot be imported or built
+├── ModelError         (search) a model cannot be built
+├── MachineError       (search) this machine cannot import or load what a study needs
 ├── DeviceError        (search) there is no such GPU, or the framework does not see it
 ├── DashboardError     (search) the dashboard cannot be served so
 └── WorkerError        (search) no worker of this machine works

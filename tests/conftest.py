@@ -171,6 +171,20 @@ def write_module(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
     return write
 
 
+@pytest.fixture
+def broken(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Puts a ``tensorflow.py`` of this text first on the path of new processes: a broken installation."""
+    folder = tmp_path_factory.mktemp("broken")
+
+    def make(text: str) -> Path:
+        (folder / "tensorflow.py").write_text(text, encoding="utf-8")
+        path = [str(folder), os.environ.get("PYTHONPATH", str(Path(__file__).parents[1]))]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+        return folder / "tensorflow.py"
+
+    return make
+
+
 TRIVIAL = """
 name = "trivial"
 dataset = "digits"

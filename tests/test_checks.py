@@ -4,12 +4,24 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
 import pytest
 
 from search import checks
+from search.errors import MachineError
+
+
+def test_a_crash_while_keras_is_imported_is_a_sentence_with_what_it_printed(broken: Callable[[str], Path]) -> None:
+    broken("import os; print('no such instruction', flush=True); os.abort()")
+    checks.check_keras.cache_clear()
+    with pytest.raises(
+        MachineError, match=r"tensorflow .* by signal SIGABRT before it had imported Keras; it printed: "
+    ):
+        checks.check_keras("tensorflow")
+
 
 ASK = "import keras; print(keras.backend.backend())"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from search import checks, data
-from search.errors import DataError
+from search.errors import DataError, MachineError
 from storage import settings
 from studies.definition import Data, parse
 
@@ -232,17 +232,21 @@ def test_own_data_are_taken_as_keras_gives_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "message", "kind"),
     [
-        ("nowhere.at_all:load", r"nowhere.at_all:load cannot be imported \(ModuleNotFoundError: No module"),
-        ("own_data:none", r"own_data:none cannot be imported \(AttributeError: "),
-        ("own_data:number", r"own_data:number is of type int, not a function"),
-        ("own_data:broken", r"ended in RuntimeError: the disk is gone; correct it there"),
-        ("own_data:half", r"must give \(\(x_train, y_train\), \(x_test, y_test\)\)"),
+        (
+            "nowhere.at_all:load",
+            r"nowhere.at_all:load cannot be imported \(ModuleNotFoundError: No module",
+            MachineError,
+        ),
+        ("own_data:none", r"own_data:none cannot be imported \(AttributeError: ", MachineError),
+        ("own_data:number", r"own_data:number is of type int, not a function", MachineError),
+        ("own_data:broken", r"ended in RuntimeError: the disk is gone; correct it there", DataError),
+        ("own_data:half", r"must give \(\(x_train, y_train\), \(x_test, y_test\)\)", DataError),
     ],
 )
 @pytest.mark.usefixtures("_own")
-def test_own_data_that_fail_are_named(name: str, message: str) -> None:
-    with pytest.raises(DataError, match=message) as caught:
+def test_own_data_that_fail_are_named(name: str, message: str, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=message) as caught:
         data.load(name, Data(), [])
     assert "\n" not in str(caught.value)

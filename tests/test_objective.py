@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from search import objective
 from search.devices import Slot, cpu
 from search.display import Watcher
-from search.errors import DeviceError
+from search.errors import DeviceError, MachineError
 from search.objective import Study
 from search.records import Epoch, Trained
 from search.trainer import Failed, Trainer, TrainerDied
@@ -155,14 +155,35 @@ def test_a_pruner_that_finds_the_trial_ended_ends_no_worker(
     assert "trial 0 was ended by somebody else meanwhile" in caplog.text
 
 
-@pytest.mark.parametrize(("kind", "error"), [("disk", StorageError), ("device", DeviceError)])
-def test_a_machine_that_can_train_nothing_gives_its_trial_back_and_ends(
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("disk", StorageError), ("device", DeviceError), ("import", MachineError), ("load", MachineError)],
+)
+def test_a_machine_s_fault_costs_the_trial_nothing(
     storage: PatientStorage, tmp_path: Path, me: Worker, kind: str, error: type[TrialyardError]
 ) -> None:
     for _ in range(claims.RETRIES + 1):  # it costs the trial nothing, however often
         with pytest.raises(error, match="what is wrong"):
             _run(storage, tmp_path, me, Failed(kind=kind, message="what is wrong"))
     assert _only(storage).state == TrialState.WAITING
+
+
+EARLY = TrainerDied("it ended by signal SIGILL", out_of_memory=False, ready=False)
+KILLED_EARLY = TrainerDied("it ended by signal SIGKILL", out_of_memory=True, ready=False)
+
+
+@pytest.mark.parametrize("death", [EARLY, KILLED_EARLY])
+def test_a_trainer_that_dies_before_it_is_ready_is_tried_once_more_and_costs_the_trial_nothing(
+    storage: PatientStorage, tmp_path: Path, me: Worker, death: TrainerDied
+) -> None:
+    for _ in range(claims.RETRIES + 1):
+        with pytest.raises(MachineError, match="it ended by signal SIG"):
+            _run(storage, tmp_path, me, death, death)
+    assert _only(storage).state == TrialState.WAITING
+    _run(storage, tmp_path, me, death, _epoch(1, 0.5), _trained(stopped=False))
+    assert _only(storage).state == TrialState.COMPLETE
+    outcomes = [attempt["outcome"] for attempt in _only(storage).user_attrs["attempts"]]
+    assert outcomes == ["interrupted"] * (claims.RETRIES + 1) + ["finished"]
 
 
 def test_a_file_that_cannot_be_removed_ends_no_worker(

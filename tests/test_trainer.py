@@ -151,7 +151,13 @@ def test_data_and_models_that_fail_are_told_apart(trainer: Trainer, job: Make) -
     missing = _messages(trainer)[-1]
     trainer.submit(job(definition=good.definition.model_copy(update={"model": "nowhere:build"}), folder=None))
     unknown = _messages(trainer)[-1]
-    assert (missing.kind, unknown.kind) == ("data", "model")
+    assert (missing.kind, unknown.kind) == ("load", "import")
+    trainer.submit(job(hyperparameters={"batch_size": 1000}))
+    too_large = _messages(trainer)[-1]  # unlike those above it is the trial's own fault
+    assert (too_large.kind, too_large.message.split(":")[0]) == (
+        "data",
+        "batch_size = 1000 is larger than the 240 training images",
+    )
     assert "none.npz does not exist" in missing.message
     assert "nowhere:build cannot be imported" in unknown.message
 
@@ -223,6 +229,81 @@ def test_a_folder_that_cannot_be_written_is_the_machine_s_fault(trainer: Trainer
     failed = _messages(trainer)[-1]
     assert failed.kind == "disk"
     assert "history.json cannot be written (File exists): is the disk full" in failed.message
+
+
+OWN = """
+import os
+{at_import}
+
+def build(hyperparameters, image_shape, classes):
+    {in_build}
+"""
+
+
+@pytest.mark.parametrize(
+    ("at_import", "in_build", "kind", "words"),
+    [
+        ("import nowhere", "", "import", "mine:build cannot be imported (ModuleNotFoundError: No module named"),
+        ("raise SystemExit(0)", "", "import", "mine:build cannot be imported (SystemExit: 0)"),
+        ("", "import nowhere", "import", "mine:build needs a module that cannot be imported on this machine"),
+        ("", "raise ValueError('too wide')", "model", "(ValueError: too wide): correct it there"),
+    ],
+)
+def test_a_module_that_is_missing_is_the_machine_s_fault_and_an_error_in_a_model_is_not(
+    trainer: Trainer, job: Make, home: Path, at_import: str, in_build: str, kind: str, words: str
+) -> None:
+    (home / "mine.py").write_text(OWN.format(at_import=at_import, in_build=in_build or "pass"), encoding="utf-8")
+    trainer.submit(job(definition=job().definition.model_copy(update={"model": "mine:build"})))
+    failed = _messages(trainer)[-1]
+    assert failed.kind == kind
+    assert words in failed.message
+
+
+@pytest.mark.parametrize(
+    ("shim", "words"),
+    [
+        ("raise ImportError('libcudart.so.12: cannot open shared object file')", "(ImportError: libcudart.so.12: "),
+        ("raise AttributeError('no __version__')", "with the backend tensorflow (AttributeError: no __version__)"),
+    ],
+)
+def test_a_backend_that_cannot_be_imported_is_the_machine_s_fault(
+    trainer: Trainer, job: Make, broken: Callable[[str], Path], shim: str, words: str
+) -> None:
+    file = broken(shim)
+    for _ in range(2):
+        trainer.submit(job())
+        failed = _messages(trainer)[-1]
+        assert failed.kind == "import"
+        assert words in failed.message
+    file.unlink()
+    trainer.submit(job())
+    assert isinstance(_messages(trainer)[-1], Trained), "the next process does not see the repair"
+
+
+def test_a_death_before_keras_is_imported_is_told_from_one_of_a_job(
+    trainer: Trainer, job: Make, home: Path, broken: Callable[[str], Path]
+) -> None:
+    file = broken("import os; os.abort()")
+    trainer.submit(job())
+    with pytest.raises(TrainerDied, match=r"ended by signal SIGABRT before it had imported Keras; .*log") as died:
+        _messages(trainer)
+    assert not died.value.ready
+    file.unlink()
+    (home / "mine.py").write_text(OWN.format(at_import="", in_build="os.abort()"), encoding="utf-8")
+    trainer.submit(job(definition=job().definition.model_copy(update={"model": "mine:build"})))
+    with pytest.raises(TrainerDied, match="ended by signal SIGABRT; ") as died:
+        _messages(trainer)
+    assert died.value.ready
+
+
+def test_a_process_that_hangs_before_keras_is_imported_is_killed(
+    trainer: Trainer, broken: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken("import time; time.sleep(600)")
+    monkeypatch.setattr(trainers, "START_SECONDS", 1.0)
+    with pytest.raises(TrainerDied, match="did not import Keras within 1 s and was killed"):
+        trainer.start()
+    assert trainer.pid is None
 
 
 GROWING = """

