@@ -17,8 +17,8 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 from search.devices import Slot, cpu
-from search.records import Epoch
-from search.trainer import MEMORY_GROWTH, Job, Trainer
+from search.messages import Epoch, Job
+from search.trainer import MEMORY_GROWTH, Trainer
 from studies.definition import parse
 
 DEFINITION = """

@@ -20,11 +20,11 @@ from rich.table import Table
 
 from search import objective
 from search.devices import Slot, cpu
-from search.display import Watcher
+from search.messages import Epoch, Job, Trained
 from search.objective import Study
-from search.records import Epoch, Trained
-from search.trainer import Job, Trainer
-from storage import claims, database, workers
+from search.progress import Watcher
+from search.trainer import Trainer
+from storage import claims, database, owners
 from storage.settings import Settings
 from studies import registry, sampling
 from studies.definition import Definition, parse
@@ -99,7 +99,7 @@ class Ours:
             cached=optuna.storages.get_storage(storage),
         )
         self._settings = Settings(home=folder)
-        self._worker = workers.worker("cpu:0")
+        self._worker = owners.this_slot("cpu:0")
         self._trainer, self._watcher, self._interrupted = Instant(), Watcher(), threading.Event()
 
     def run(self, trials: int) -> None:

@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
-from storage import claims, database, workers
+from storage import claims, database, owners
 from storage.database import PatientStorage
 from storage.tables import (
     TrialHeartbeatModel,
@@ -104,7 +104,7 @@ def claimant(
 ) -> None:
     """Claims, reports and finishes in one study after another; sends the times of its claims, in seconds."""
     storage = database.connect(url)
-    me = workers.worker(f"cpu:{index}")
+    me = owners.this_slot(f"cpu:{index}")
     out.put([])  # it is there
     while (job := jobs.get()) is not None:
         study, seconds = job

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from search import data, devices, worker
 from search.devices import Slot, cpu
-from search.display import Watcher
+from search.progress import Watcher
 from storage import database
 from storage.settings import Settings
 from studies import registry

@@ -26,8 +26,8 @@ from rich.table import Table
 
 from search import data, devices
 from search.data import Dataset
-from search.records import Epoch
-from search.training import train
+from search.messages import Epoch
+from search.training_loop import train
 from storage import settings
 from studies.definition import Data
 

@@ -1,5 +1,5 @@
 """How a trial is run, and the program.
 
-The way of a trial: definition -> claim -> suggest -> train -> report -> finish -> query. It can be followed from
-`worker.work` to `objective.run` to `training.train`. Only the trainer process (`search.trainer`) imports Keras.
+The path of a trial: definition -> claim -> suggest -> train -> report -> finish -> result. Follow it from
+`worker.work` to `objective.run` to `training_loop.train`. Only the trainer process (`trainer_process`) imports Keras.
 """

@@ -19,7 +19,7 @@ import numpy as np
 from keras.src.random.seed_generator import global_seed_generator  # that of layers without one of their own
 
 from search.data import Array
-from search.records import Epoch
+from search.messages import Epoch
 from storage.artifacts import stored
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,10 @@ from search import data
 from search.data import Dataset
 from search.devices import Slot, cpu
 from search.errors import DataError, MachineError, ModelError
-from search.trainer import Checked, Failed, Job, Trainer, TrainerDied
+from search.messages import Checked, Failed, Job
+from search.trainer import Trainer, TrainerDied
 from storage.settings import Settings
-from studies import models, sampling
+from studies import model_rules, sampling
 from studies.definition import Definition
 from studies.space import Choice, Int, in_order
 
@@ -157,11 +158,11 @@ def _check_sizes(definition: Definition, dataset: Dataset) -> None:
             f"{key} = {largest} is larger than the {images} training images of {definition.dataset}: "
             "choose a smaller one, or use more images"
         )
-    if definition.model not in models.NAMES:
+    if definition.model not in model_rules.NAMES:
         return
     height, width, _ = dataset.image_shape
     for depth in _depths(definition):
-        smallest = models.smallest_image(definition.model, depth)
+        smallest = model_rules.smallest_image(definition.model, depth)
         if min(height, width) < smallest:
             which = definition.model + (f" of depth {depth}" if depth else "")
             raise DataError(

@@ -23,23 +23,22 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-from search import display
-from search.display import Lines, LiveTable, Watcher
+from search import progress
 from search.errors import WorkerError
-from storage import artifacts, attributes, database, ledger, retention
+from search.progress import Lines, LiveTable, Watcher
+from storage import artifacts, attributes, database, ledger, owners, retention
 from storage import settings as environment
-from storage import workers as workers_list
 from storage.database import PatientStorage
 from storage.errors import SettingsError, StorageError, TrialyardError
+from storage.owners import SlotStatus
 from storage.settings import Settings
-from storage.workers import Present
 from studies import definition as definitions
-from studies import exports, imported, notebook, notes, queries, registry
+from studies import exports, imported, notebook, notes, registry, results
 from studies.definition import Definition
 from studies.errors import DefinitionError, StudyError
-from studies.queries import Row, Status
-from studies.report import SHOWN_ROWS, Told, counts, table, tell
+from studies.report import SHOWN_ROWS, ReportContent, collect, counts, table
 from studies.report import report as report_of
+from studies.results import Row, Status
 
 if TYPE_CHECKING:
     from search.devices import Slot
@@ -193,7 +192,7 @@ def run(
     slots = devices.slots(chosen_devices, per_device, workers)
     definition = definitions.load(source, name=name, trials=trials, epochs=epochs, limit=limit)
     place, _ = _create(definition, settings, settings.patience_seconds)
-    if not queries.status(definition.name, place).ended:
+    if not results.status(definition.name, place).ended:
         registry.check_software(definition.name, place, checks.software())
     _work([definition.name], place, settings, slots)
     _print_result(definition.name, place, settings, as_json)
@@ -215,17 +214,17 @@ def work(
         raise typer.BadParameter("with --forever it takes from all studies: name none")
     settings = _settings(storage)
     slots = devices.slots(chosen_devices, per_device, workers)
-    place = database.connect_patiently(settings.url, settings.patience_seconds)
+    place = database.connect_with_retries(settings.url, settings.patience_seconds)
     if forever:
         _work(None, place, settings, slots)
         return
     names = list(dict.fromkeys(studies or registry.names(place)))
-    unended = [name for name in names if not queries.status(name, place).ended]
+    unended = [name for name in names if not results.status(name, place).ended]
     for name in unended if studies else []:
         worker.check_fit(name, place, settings)
     _work(unended, place, settings, slots, leave=not studies)
     for name in _standing(names, place):
-        out.print(display.progress(queries.status(name, place)), markup=False)
+        out.print(progress.progress_line(results.status(name, place)), markup=False)
     if not names:
         out.print("there is no study to work on: `trialyard create digits` makes one", markup=False)
 
@@ -286,7 +285,7 @@ def report(
     if form == "table":
         if output is not None:
             raise typer.BadParameter("--format table is for the terminal: --output goes with html or markdown")
-        _print_report(tell(study, place))
+        _print_report(collect(study, place))
         return
     text = report_of(study, place, form, settings.artifact_folder)
     file = output or Path(f"{study}-report.{'html' if form == 'html' else 'md'}")
@@ -333,7 +332,7 @@ def export(
 def delete(study: StudyArgument, storage: StorageOption = None, yes: YesOption = False) -> None:
     """Remove a study with all its trials, models and histories; asks first."""
     place = _connected(storage)
-    found = queries.status(study, place)
+    found = results.status(study, place)
     done = found.complete + found.pruned + found.failed
     _ask(f"Remove study {study} with its {done} finished trials, and their models and histories?", yes)
     freed = registry.delete(study, place)
@@ -348,8 +347,8 @@ def status(
 ) -> None:
     """Counts, best so far, who is running what, time left."""
     place = _connected(storage)
-    found = [queries.status(name, place) for name in ([study] if study else registry.names(place))]
-    workers = [] if study else queries.workers(place)
+    found = [results.status(name, place) for name in ([study] if study else registry.names(place))]
+    workers = [] if study else results.workers(place)
     if as_json:
         records = [dataclasses.asdict(one) for one in found]
         everything = {"studies": records, "workers": [dataclasses.asdict(one) for one in workers]}
@@ -366,7 +365,7 @@ def status(
 def alive(storage: StorageOption = None) -> None:
     """Does a worker of this machine work? For health checks: exit code 1, and why, where none does."""
     settings = _settings(storage)
-    silent = database.read(database.connect(settings.url), workers_list.silence)
+    silent = database.read(database.connect(settings.url), owners.silence)
     if silent is None:
         raise WorkerError("there is no worker on this machine that the database knows of: `trialyard work` is one")
     if silent > settings.grace_seconds:
@@ -381,7 +380,7 @@ def alive(storage: StorageOption = None) -> None:
 def best(study: StudyArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
     """The best trial: value, hyperparameters, where its model lies."""
     settings = _settings(storage)
-    trial = queries.best_trial(study, database.connect(settings.url))
+    trial = results.best_trial(study, database.connect(settings.url))
     if as_json:
         _print_json(_record(study, trial, settings))
     else:
@@ -396,7 +395,7 @@ def leaderboard(
     as_json: JsonOption = False,
 ) -> None:
     """Trials as a table, best first."""
-    rows = queries.leaderboard(study, _connected(storage), top)
+    rows = results.leaderboard(study, _connected(storage), top)
     if as_json:
         _print_json([dataclasses.asdict(row) for row in rows])
     else:
@@ -487,7 +486,7 @@ def _work(
     from search import worker
     from search.devices import precision_for
 
-    if names is not None and all(queries.status(name, place).ended for name in names):
+    if names is not None and all(results.status(name, place).ended for name in names):
         for name in names:
             _print_closed(name, place)
         return
@@ -504,7 +503,7 @@ def _work(
         err.print(f"waiting for studies, {_told(slots)}", markup=False, highlight=False, soft_wrap=True)
     watcher = _watcher(names, [slot.name for slot in slots], place)
     if not worker.work(names, place, settings, slots, watcher, leave=leave):
-        left = "is taken back by the next worker" if place.leaving.is_set() else "is back in the queue"
+        left = "is taken back by the next worker" if place.shutting_down.is_set() else "is back in the queue"
         again = "the same command goes on where it stopped"
         err.print(f"interrupted: what ran {left}; {again}", markup=False, soft_wrap=True)
         raise typer.Exit(130)
@@ -514,7 +513,7 @@ def _work(
 
 def _print_closed(name: str, place: PatientStorage) -> None:
     """Says of a study that is not open that it is not, and how it is opened."""
-    state = queries.status(name, place).state
+    state = results.status(name, place).state
     if state != "open":
         told = f"study {name} is {state}: `trialyard resume {name}`, and the same command goes on"
         err.print(told, markup=False, soft_wrap=True)
@@ -534,20 +533,20 @@ def _told(slots: "list[Slot]") -> str:
 
 def _watcher(names: list[str] | None, slots: list[str], place: PatientStorage) -> Watcher:
     def ask(name: str) -> Status:
-        return queries.status(name, place)
+        return results.status(name, place)
 
     return LiveTable(err, names, slots, ask) if err.is_terminal else Lines(err, ask)
 
 
 def _print_result(study: str, place: PatientStorage, settings: Settings, as_json: bool) -> None:
-    found = queries.status(study, place)
+    found = results.status(study, place)
     if found.failures:
         err.print(_failed(found), markup=False, highlight=False, soft_wrap=True)
-    trial = queries.best_trial(study, place)
+    trial = results.best_trial(study, place)
     if as_json:
         _print_json(_record(study, trial, settings))
         return
-    _print_rows(queries.leaderboard(study, place))
+    _print_rows(results.leaderboard(study, place))
     out.print()
     _print_best(study, trial, settings)
 
@@ -589,7 +588,7 @@ def _print_best(study: str, trial: FrozenTrial, settings: Settings) -> None:
     told = trial.user_attrs
     judged = "test (the notebook's protocol)" if told.get("protocol") == "test" else "validation"
     out.print(f"best of {study}: trial {trial.number}, {judged} accuracy {trial.values[0]:.4f}", markup=False)
-    out.print(f"  hyperparameters  {display.shown(trial.params)}", markup=False)
+    out.print(f"  hyperparameters  {progress.shown(trial.params)}", markup=False)
     best_epoch, epochs, parameters, seconds, speed = numbers = [
         attributes.number(told.get(key))
         for key in ("best_epoch", "epochs", "parameters", "seconds", "images_per_second")
@@ -618,7 +617,7 @@ def _print_rows(rows: list[Row]) -> None:
     out.file.writelines(f"{line}\n" for line in lines)
 
 
-def _print_workers(workers: list[Present]) -> None:
+def _print_workers(workers: list[SlotStatus]) -> None:
     for one in workers:
         doing = "waits" if one.study is None else f"{one.study} trial {one.trial}, epoch {one.epoch}"
         out.print(
@@ -632,7 +631,7 @@ def _print_status(found: Status) -> None:
     if found.state != "open":
         line = f"{found.study}: {found.state}"
     else:
-        line = f"{found.study}: ended" if found.ended else display.progress(found)
+        line = f"{found.study}: ended" if found.ended else progress.progress_line(found)
     out.print(line, style="bold", markup=False)
     if found.protocol == "test":
         out.print("  judged on the test set: the notebook's protocol, for comparison only", markup=False)
@@ -684,13 +683,13 @@ def _publish(study: str, place: PatientStorage, settings: Settings) -> None:
 
 def _write(file: Path, text: str) -> None:
     try:
-        with artifacts.written_whole(file) as temporary:
+        with artifacts.written_atomically(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise StudyError(f"{file} cannot be written ({error.strerror}): give another file with --output") from None
 
 
-def _print_report(told: Told) -> None:
+def _print_report(told: ReportContent) -> None:
     out.print(told.definition.name, style="bold", markup=False)
     out.print(f"  {counts(told.status)}", markup=False)
     for title, sentences in (

@@ -45,7 +45,7 @@ from sqlalchemy import Connection, select
 from search.errors import DashboardError
 from storage import artifacts
 from storage.database import PatientStorage, forbid_writing, read
-from storage.standings import is_scored
+from storage.ranking import is_scored
 from storage.tables import (
     StudyDirectionModel,
     StudyModel,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.artifacts import written_whole
+from storage.artifacts import written_atomically
 
 
 def main(name: str, file: str) -> None:
@@ -16,7 +16,7 @@ def main(name: str, file: str) -> None:
     import keras
 
     (x_train, y_train), (x_test, y_test) = getattr(keras.datasets, name).load_data()
-    with written_whole(Path(file)) as path:
+    with written_atomically(Path(file)) as path:
         np.savez_compressed(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
 
 

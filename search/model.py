@@ -16,7 +16,7 @@ from keras import layers
 from search.data import import_function
 from search.errors import MachineError, ModelError
 from search.layers import BatchNormalization, Dropout
-from studies.models import WITH_MOMENTUM
+from studies.model_rules import WITH_MOMENTUM
 
 Hyperparameters = Mapping[str, Any]
 

@@ -14,10 +14,10 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
 
-from search.display import Watcher
 from search.errors import DeviceError, MachineError
-from search.records import Epoch, Resumed, Trained
-from search.trainer import START_SECONDS, Failed, Job, Trainer, TrainerDied
+from search.messages import Epoch, Failed, Job, Resumed, Trained
+from search.progress import Watcher
+from search.trainer import START_SECONDS, Trainer, TrainerDied
 from storage import artifacts, claims, retention
 from storage.claims import Beating, Claim
 from storage.errors import ClaimLost, StorageError, StudyGone, TrialyardError
@@ -86,9 +86,9 @@ def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watche
             with Beating(study.storage, claim, settings.beat_seconds) as beating:
                 end = _train(study, claim, trainer, settings, watcher, beating, interrupted)
         except TrainerDied as died:
-            _give_up(study, claim, settings, died)
+            _record_crash(study, claim, settings, died)
         else:
-            _write_down(study, claim, trainer, settings, end)
+            _record_end(study, claim, trainer, settings, end)
     except ClaimLost as lost:
         log.warning("%s", lost)
         trainer.kill()  # somebody else trains this trial now
@@ -99,12 +99,12 @@ def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watche
         trainer.kill()
     except MachineError:
         trainer.kill()  # only a new process sees what was repaired: modules stay as they were imported
-        _ended(study, claim, watcher)
+        _notify_end(study, claim, watcher)
         raise
-    _ended(study, claim, watcher)
+    _notify_end(study, claim, watcher)
 
 
-def _write_down(study: Study, claim: Claim, trainer: Trainer, settings: Settings, end: "_End | Failed") -> None:
+def _record_end(study: Study, claim: Claim, trainer: Trainer, settings: Settings, end: "_End | Failed") -> None:
     """The end of a job, however it ended. Raises ClaimLost; StorageError, DeviceError and MachineError as `run`."""
     storage = study.storage
     if isinstance(end, Failed) and end.kind in _MACHINE:
@@ -114,11 +114,11 @@ def _write_down(study: Study, claim: Claim, trainer: Trainer, settings: Settings
         claims.finish(storage, claim, TrialState.FAIL, None, {"failure": asdict(end)})
     elif end.pruned and (end.trained is None or end.trained.stopped):  # else it was at its end when that was decided
         attributes = _attributes(study, claim, trainer, end.trained)
-        claims.finish(storage, claim, TrialState.PRUNED, end.last_value, attributes, _left(end.trained))
+        claims.finish(storage, claim, TrialState.PRUNED, end.last_value, attributes, _files_left(end.trained))
     elif end.trained is not None and not end.trained.stopped:
         attributes = _attributes(study, claim, trainer, end.trained)
-        claims.finish(storage, claim, TrialState.COMPLETE, end.trained.value, attributes, _left(end.trained))
-        with _unremoved(claim):
+        claims.finish(storage, claim, TrialState.COMPLETE, end.trained.value, attributes, _files_left(end.trained))
+        with _ignore_leftover_file(claim):
             retention.trim(storage, claim, settings.artifact_folder, settings.keep_models)
     else:
         claims.requeue(storage, claim, "interrupted", end.why, _files(settings, claim))
@@ -127,7 +127,7 @@ def _write_down(study: Study, claim: Claim, trainer: Trainer, settings: Settings
     _remove_checkpoint(settings, claim)
 
 
-def _give_up(study: Study, claim: Claim, settings: Settings, died: TrainerDied) -> None:
+def _record_crash(study: Study, claim: Claim, settings: Settings, died: TrainerDied) -> None:
     """The end of a trainer in mid-job. Raises ClaimLost, and MachineError where it never began the job."""
     if not died.ready:
         claims.requeue(study.storage, claim, "interrupted", str(died), _files(settings, claim))
@@ -142,12 +142,12 @@ def _give_up(study: Study, claim: Claim, settings: Settings, died: TrainerDied) 
 
 
 def _remove_checkpoint(settings: Settings, claim: Claim) -> None:
-    with _unremoved(claim):
+    with _ignore_leftover_file(claim):
         artifacts.remove(_folder(settings, claim) / artifacts.CHECKPOINT)
 
 
 @contextmanager
-def _unremoved(claim: Claim) -> Iterator[None]:
+def _ignore_leftover_file(claim: Claim) -> Iterator[None]:
     """A file that cannot be removed costs a place on the disk, and `storage prune` finds it: no reason to end."""
     try:
         yield
@@ -155,7 +155,7 @@ def _unremoved(claim: Claim) -> Iterator[None]:
         log.warning("study %s: a file of trial %d stays: %s", claim.study, claim.number, error)
 
 
-def _ended(study: Study, claim: Claim, watcher: Watcher) -> None:
+def _notify_end(study: Study, claim: Claim, watcher: Watcher) -> None:
     try:
         trial = study.storage.get_trial(claim.trial_id)
     except KeyError:
@@ -205,7 +205,7 @@ def _folder(settings: Settings, claim: Claim) -> Path:
     return artifacts.folder(settings.artifact_folder, claim.study, claim.number)
 
 
-def _left(trained: Trained | None) -> list[str]:
+def _files_left(trained: Trained | None) -> list[str]:
     """The names of the files that a training leaves to a finished trial."""
     if trained is None:
         return []
@@ -215,7 +215,7 @@ def _left(trained: Trained | None) -> list[str]:
 def _files(settings: Settings, claim: Claim) -> list[str]:
     """The names of the trial's files that are there, of those that the dashboard offers."""
     folder = _folder(settings, claim)
-    return [name for name in artifacts.LISTED if (folder / name).is_file()]
+    return [name for name in artifacts.DOWNLOADABLE if (folder / name).is_file()]
 
 
 def _follow(
@@ -258,7 +258,7 @@ def _follow(
             last = message.val_accuracy
             watcher.epoch(claim, message)
             # After its last epoch a trial is complete, and a pruner has nothing to save.
-            if not pruned and message.epoch < budget.epochs and _hopeless(study, opened, claim, message.epoch):
+            if not pruned and message.epoch < budget.epochs and _should_prune(study, opened, claim, message.epoch):
                 pruned, stop_by = True, time.monotonic() + settings.stop_seconds
                 trainer.stop("drop")
         now = time.monotonic()
@@ -279,7 +279,7 @@ def _follow(
             return _End(trained=None, pruned=pruned, last_value=last, why=why)
 
 
-def _hopeless(study: Study, opened: optuna.Study, claim: Claim, epoch: int) -> bool:
+def _should_prune(study: Study, opened: optuna.Study, claim: Claim, epoch: int) -> bool:
     trial = study.storage.get_trial(claim.trial_id)
     # A trial that runs again from its first epoch still has later values of its last attempt.
     trial.intermediate_values = {step: value for step, value in trial.intermediate_values.items() if step <= epoch}

@@ -12,13 +12,13 @@ from optuna.trial import FrozenTrial
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.devices import Slot
-from search.display import Relay, Watcher
-from search.records import Epoch
-from storage import workers
+from search.messages import Epoch
+from search.progress import Relay, Watcher
+from storage import owners
 from storage.claims import Claim
 from storage.database import PatientStorage, write
 from storage.errors import StorageError
-from storage.workers import Doing, Worker
+from storage.owners import Owner, SlotActivity
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +36,12 @@ class Presence(Relay):
     def __init__(self, inner: Watcher, storage: PatientStorage, seconds: float, slots: Sequence[Slot]) -> None:
         super().__init__(inner)
         self._storage, self._seconds = storage, seconds
-        self._slots = {workers.worker(slot.name): slot.device.name for slot in slots}
-        self._doing: dict[Worker, Doing] = {}
+        self._slots = {owners.this_slot(slot.name): slot.device.name for slot in slots}
+        self._doing: dict[Owner, SlotActivity] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
 
-    def worker(self, slot: Slot) -> Worker:
+    def worker(self, slot: Slot) -> Owner:
         """This process's `slot`, as it is told to others."""
         return next(worker for worker in self._slots if worker.slot == slot.name)
 
@@ -60,22 +60,22 @@ class Presence(Relay):
 
     def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
         """Remembers the slot's trial."""
-        self._doing[claim.worker] = Doing(study=claim.study, trial=claim.number, epoch=0)
+        self._doing[claim.owner] = SlotActivity(study=claim.study, trial=claim.number, epoch=0)
         super().began(claim, point, epochs)
 
     def epoch(self, claim: Claim, record: Epoch) -> None:
         """Remembers the epoch."""
-        self._doing[claim.worker] = Doing(study=claim.study, trial=claim.number, epoch=record.epoch)
+        self._doing[claim.owner] = SlotActivity(study=claim.study, trial=claim.number, epoch=record.epoch)
         super().epoch(claim, record)
 
     def ended(self, claim: Claim, trial: FrozenTrial) -> None:
         """Forgets the trial."""
-        self._doing[claim.worker] = Doing()
+        self._doing[claim.owner] = SlotActivity()
         super().ended(claim, trial)
 
     def gone(self, claim: Claim) -> None:
         """Forgets the trial."""
-        self._doing[claim.worker] = Doing()
+        self._doing[claim.owner] = SlotActivity()
         super().gone(claim)
 
     def _run(self) -> None:
@@ -86,10 +86,10 @@ class Presence(Relay):
                 beaten = time.monotonic()
             self._told(self._inner.tick)
             self._done.wait(TICK_SECONDS)
-        self._told(lambda: write(self._storage, None, lambda connection: workers.leave(connection, list(self._slots))))
+        self._told(lambda: write(self._storage, None, lambda connection: owners.leave(connection, list(self._slots))))
 
     def _beat(self) -> None:
-        write(self._storage, None, lambda connection: workers.beat(connection, self._slots, dict(self._doing)))
+        write(self._storage, None, lambda connection: owners.beat(connection, self._slots, dict(self._doing)))
 
     def _told(self, work: Callable[[], None]) -> None:
         try:

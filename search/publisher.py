@@ -10,7 +10,7 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
-from search.display import Relay, Watcher
+from search.progress import Relay, Watcher
 from storage import ledger
 from storage.claims import Claim
 from storage.database import PatientStorage
@@ -87,7 +87,7 @@ class Publisher(Relay):
             return notes.publish(study, self._storage, self._artifacts, self._cached(study), last=last)
         except Exception as error:
             # Whatever failed, training must go on.
-            if not self._storage.leaving.is_set():
+            if not self._storage.shutting_down.is_set():
                 log.warning("the notes and figures of study %s were not written: %s", study, error)
                 log.debug("the whole error", exc_info=error)
             return False

@@ -1,83 +1,32 @@
-"""The trainer process of one slot: started with its device pinned, fed with jobs, stopped, killed, replaced.
+"""The worker's side of a slot's trainer process: started with its device pinned, fed with jobs, stopped, replaced.
 
-It is a program of its own (``python -P -m search.trainer FD``) and not a fork, because Keras must first be imported
-with the environment that pins it, and because it may crash, hang or run out of memory without harm to the worker.
-It talks over one socket: jobs and stops come in, one record an epoch and an end go out. It never waits for the
-worker between epochs, touches no database, and ends at once when the worker is gone.
+The process (`search.trainer_process`) is a program of its own and not a fork: Keras must first be imported with the
+environment that pins its device, and the process may crash, hang or run out of memory without harm to the worker.
 """
 
 import contextlib
-import ctypes
-import gc
 import logging
 import os
-import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
-from search import devices
-from search.devices import Slot, precision_for
-from search.records import Epoch, Resumed, Trained
-from storage.errors import StorageError, TrialyardError
-from studies.definition import Definition
-
-if TYPE_CHECKING:
-    from search.data import Dataset
-    from search.training import Stop
+from search.devices import Slot
+from search.messages import Checked, Epoch, Failed, Job, Ready, Resumed, Stop, StopMode, Trained
 
 log = logging.getLogger(__name__)
 
 MEMORY_GROWTH = 0.15
-START_SECONDS = 600.0  # that a process may take to import Keras
+START_SECONDS = 600.0  # how long a process may take to import Keras
 START_POLL_SECONDS = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One training, or only its first look (`check`): load the data, build the model, train nothing."""
-
-    definition: Definition
-    hyperparameters: dict[str, Any]
-    seed: int
-    slot: Slot
-    data_folders: tuple[Path, ...]
-    folder: Path | None  # for model, history and checkpoint; None to check only
-    checkpoint_seconds: float = 30.0
-    attempt: int = 1  # for the log
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checked:
-    """A job that was only checked: what its data are."""
-
-    data: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failed:
-    """A job that ended in an error of its own: it would do so again."""
-
-    # "nan", "memory", "data", "model" or "error". The machine's fault, which no trial must pay for: "import" (Keras or
-    # a user's module), "load" (the data), "disk" and "device".
-    kind: str
-    message: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ready:
-    """The process has imported Keras: what happens from now on is about its job."""
 
 
 class TrainerDied(Exception):  # noqa: N818 - it is an event
@@ -88,13 +37,6 @@ class TrainerDied(Exception):  # noqa: N818 - it is an event
         self.how = how
         self.out_of_memory = out_of_memory  # the kernel killed a process for want of memory meanwhile
         self.ready = ready  # Keras had been imported; if not, the job is not to blame
-
-
-@dataclass(frozen=True)
-class _Stop:
-    """The message that ends the running job after its batch."""
-
-    how: "Stop"
 
 
 class Trainer:
@@ -163,12 +105,12 @@ class Trainer:
         self._jobs, self._kills = self._jobs + 1, _memory_kills()
         self._send(job)
 
-    def stop(self, how: "Stop") -> None:
+    def stop(self, how: StopMode) -> None:
         """Asks the running job to end after its batch; its end is still to be received.
 
         "keep" has it write a checkpoint of its last whole epoch. Without a job nothing happens.
         """
-        self._send(_Stop(how))
+        self._send(Stop(mode=how))
 
     def receive(self, seconds: float) -> Epoch | Resumed | Trained | Checked | Failed | None:
         """The next message, or None if none came within `seconds`. Raises TrainerDied."""
@@ -219,7 +161,7 @@ class Trainer:
         )
         return True
 
-    def _send(self, message: Slot | Job | _Stop) -> None:
+    def _send(self, message: Slot | Job | Stop) -> None:
         with self._sending, contextlib.suppress(OSError):  # it died: `receive` will say so
             if self._connection is not None and not self._connection.closed:
                 self._connection.send(message)
@@ -232,7 +174,7 @@ class Trainer:
         with self.log_file.open("ab") as output:
             self._process = subprocess.Popen(
                 # -P: a user's search.py or storage/ in the current folder must not be imported in place of ours.
-                [sys.executable, "-P", "-m", "search.trainer", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "search.trainer_process", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -277,181 +219,3 @@ def _memory_kills(files: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.events"
         except OSError:
             continue  # not Linux, or no control groups of version 2
     return 0
-
-
-# --- the process's own side -------------------------------------------------------------------------------
-
-
-def main(descriptor: int) -> None:
-    """Imports Keras for the slot that comes first, says so, and trains one job after another.
-
-    Until the worker's end of the socket closes, or Keras cannot be imported.
-    """
-    # Whoever ends a whole process group, or a service, means the worker, which then says what to do.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    connection: Connection[Any, Any] = Connection(descriptor)
-    try:
-        slot: Slot = connection.recv()
-    except (EOFError, OSError):
-        return  # the worker has ended already
-    jobs: queue.Queue[Job] = queue.Queue()
-    stops: list[Stop] = []
-
-    def listen() -> None:
-        # A thread, so that a stop is heard within a batch, and the worker's death at once: a trainer that went on
-        # alone would train a trial that somebody else has claimed by then.
-        while True:
-            try:
-                message = connection.recv()
-            except (EOFError, OSError):
-                os._exit(0)
-            if isinstance(message, Job):
-                stops.clear()
-                jobs.put(message)
-            else:
-                stops.append(message.how)
-
-    threading.Thread(target=listen, name="listen", daemon=True).start()
-    failed = _import_keras(slot)
-    connection.send(failed or Ready())
-    if failed is not None:
-        return
-    datasets: dict[Any, Dataset] = {}
-    while True:
-        end = _run(jobs.get(), connection, stops, datasets)
-        _give_back_memory()
-        connection.send(end)
-
-
-def _import_keras(slot: Slot) -> Failed | None:
-    """Imports all that a job needs, pinned to `slot`; returns why it cannot be."""
-    from search import checks
-    from search.errors import DeviceError
-
-    try:
-        devices.pin(slot)  # before the framework's first use
-        import search.training  # noqa: F401
-    except DeviceError as error:
-        return Failed(kind="device", message=str(error))
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken installation may raise anything
-        traceback.print_exc()  # whole, into the log file
-        backend = checks.software()["backend"]
-        return Failed(
-            kind="import",
-            message=f"Keras cannot be imported on this machine with the backend {backend} ({_in_one_line(error)}): "
-            "install what is missing, or set KERAS_BACKEND to a backend that is installed",
-        )
-    return None
-
-
-def _in_one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]
-
-
-def _give_back_memory() -> None:
-    """What the last model held, as far as Python and the C library can be made to."""
-    if "keras" in sys.modules:
-        sys.modules["keras"].backend.clear_session()
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _run(
-    job: Job, connection: "Connection[Any, Any]", stops: "list[Stop]", datasets: "dict[Any, Dataset]"
-) -> Trained | Checked | Failed:
-    from search.errors import DataError, MachineError, ModelError
-
-    try:
-        dataset = _loaded(job, datasets)
-    except MachineError as error:
-        return Failed(kind="import", message=str(error))
-    except DataError as error:
-        return Failed(kind="load", message=str(error))
-    except Exception as error:  # noqa: BLE001 - no job with these data could begin here
-        traceback.print_exc()
-        message = f"{job.definition.dataset} cannot be loaded on this machine ({_in_one_line(error)})"
-        return Failed(kind="load", message=message)
-    try:
-        return _trained(job, dataset, connection, stops)
-    except StorageError as error:
-        return Failed(kind="disk", message=str(error))
-    except MachineError as error:
-        return Failed(kind="import", message=str(error))
-    except DataError as error:
-        return Failed(kind="data", message=str(error))
-    except ModelError as error:
-        memory = error.__cause__ is not None and _is_out_of_memory(error.__cause__)
-        return Failed(kind="memory" if memory else "model", message=str(error))
-    except Exception as error:  # noqa: BLE001 - whatever a user's model raises ends its trial, not the study
-        traceback.print_exc()  # whole, into the log file
-        if type(error).__name__ == "NotANumber":
-            return Failed(kind="nan", message=" ".join(str(error).split()))
-        kind = "memory" if _is_out_of_memory(error) else "error"
-        return Failed(kind=kind, message=_in_one_line(error))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # TensorFlow's own type, JAX's word for it, and PyTorch's type.
-    names = ("MemoryError", "_ArrayMemoryError", "ResourceExhaustedError", "OutOfMemoryError")
-    return type(error).__name__ in names or "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _loaded(job: Job, datasets: "dict[Any, Dataset]") -> "Dataset":
-    from search import data
-
-    wanted = job.definition
-    key = (wanted.dataset, wanted.data, job.data_folders)
-    if key not in datasets:
-        datasets.clear()  # one at a time: a machine may serve many studies
-        datasets[key] = data.load(wanted.dataset, wanted.data, job.data_folders)
-    return datasets[key]
-
-
-def _trained(
-    job: Job, dataset: "Dataset", connection: "Connection[Any, Any]", stops: "list[Stop]"
-) -> Trained | Checked:
-    from search import checks, training
-
-    wanted = job.definition
-    if job.folder is None:
-        checks.check_with_keras(wanted, dataset)
-        return Checked(data=dataset.summary())
-    precision = precision_for(job.slot.device, wanted.precision)
-    trial = f"{job.folder.parent.name} trial {job.folder.name} attempt {job.attempt}"
-    _log(f"{trial} begins in {precision[0]}: {precision[1]}")
-
-    def on_epoch(record: Epoch) -> None:
-        _log(f"{trial} epoch {record.epoch} loss {record.loss:.9g} validation {record.val_accuracy:.9g}")
-        connection.send(record)
-
-    def on_resume(history: list[Epoch]) -> None:
-        _log(f"{trial} goes on after epoch {history[-1].epoch}")
-        connection.send(Resumed(history=tuple(history)))
-
-    return training.train(
-        model=wanted.model,
-        hyperparameters=job.hyperparameters,
-        dataset=dataset,
-        epochs=wanted.budget.epochs,
-        seed=job.seed,
-        precision=precision,
-        folder=job.folder,
-        on_epoch=on_epoch,
-        on_resume=on_resume,
-        checkpoint_seconds=job.checkpoint_seconds,
-        stopping=lambda: stops[0] if stops else None,
-    )
-
-
-def _log(line: str) -> None:
-    print(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {line}", flush=True)
-
-
-if __name__ == "__main__":
-    # Under its own name, not as __main__: the worker pickles these classes by it.
-    from search import trainer
-
-    with contextlib.suppress(TrialyardError, BrokenPipeError):
-        trainer.main(int(sys.argv[1]))

@@ -14,13 +14,13 @@ import optuna
 
 from search import checks, objective
 from search.devices import Slot
-from search.display import Watcher
 from search.errors import MachineError
 from search.objective import Study
 from search.presence import Presence
+from search.progress import Watcher
 from search.publisher import Publisher
 from search.trainer import Trainer
-from storage import claims, ledger, workers
+from storage import claims, ledger, owners
 from storage.database import PatientStorage
 from storage.errors import StorageError, StudyGone, StudyUnreadable, TrialyardError
 from storage.settings import Settings
@@ -62,7 +62,7 @@ def work(
         try:
             _fill(open_studies, settings, trainer, presence.worker(slot), presence, interrupted)
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
-            if not storage.leaving.is_set():  # which is no error, but makes some
+            if not storage.shutting_down.is_set():  # which is no error, but makes some
                 errors.append(error)
             interrupted.set()
 
@@ -87,7 +87,7 @@ def work(
             if time.monotonic() > leave_at:
                 # Their trials stay RUNNING: they are taken back as those of a process that ended, and go on from
                 # their checkpoints.
-                storage.leaving.set()
+                storage.shutting_down.set()
                 break
         for thread in threads:
             thread.join(LEAVE_SECONDS)
@@ -116,7 +116,7 @@ def _fill(
     open_studies: "_OpenStudies",
     settings: Settings,
     trainer: Trainer,
-    me: workers.Worker,
+    me: owners.Owner,
     watcher: Watcher,
     interrupted: threading.Event,
 ) -> None:

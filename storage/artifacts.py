@@ -14,7 +14,7 @@ MODEL = "model.keras"
 HISTORY = "history.json"
 SUMMARY = "summary.txt"  # of the model's layers, beside its history
 CHECKPOINT = "checkpoint.npz"
-LISTED = (MODEL, HISTORY, CHECKPOINT)  # those that optuna-dashboard offers while they are there
+DOWNLOADABLE = (MODEL, HISTORY, CHECKPOINT)  # those that optuna-dashboard offers while they are there
 
 _NAMES = uuid.UUID("6f0ed9c4-6bb5-4a55-9a0e-8f5d3f1d3c52")  # of our artifacts' ids
 
@@ -53,7 +53,7 @@ def listing(study: str, number: int, name: str) -> tuple[str, str]:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_atomically(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, and renames it to `path` when the block ends well.
 
     A process killed at any moment leaves the old file or the new one, never a part. The temporary name
@@ -73,9 +73,9 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def stored(path: Path) -> Iterator[Path]:
-    """As `written_whole`, for a file of a trial. Raises StorageError where the disk is full or the folder another's."""
+    """As `written_atomically`, for a trial's file. Raises StorageError if it cannot be written."""
     try:
-        with written_whole(path) as temporary:
+        with written_atomically(path) as temporary:
             yield temporary
     except OSError as error:
         raise StorageError(

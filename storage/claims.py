@@ -35,6 +35,7 @@ from storage.attributes import Attempts
 from storage.database import read, write
 from storage.errors import ClaimLost, StorageError, StudyGone
 from storage.ledger import State, budget_of, finished_and_running, is_late, state_of, study_id_of
+from storage.owners import Owner, database_now, server_started
 from storage.tables import (
     TrialHeartbeatModel,
     TrialIntermediateValueModel,
@@ -50,7 +51,6 @@ from storage.tables import (
     utc_now,
     value_row,
 )
-from storage.workers import Worker, database_now, server_started
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Claim:
     trial_id: int  # unique in the database
     number: int  # unique in the study, from 0
     attempt: int  # from 1
-    worker: Worker
+    owner: Owner
 
 
 def delete(storage: RDBStorage, study: str, grace_seconds: float) -> None:
@@ -101,7 +101,7 @@ def trial_exists(storage: RDBStorage, claim: Claim) -> bool:
 
 
 def claim(
-    storage: RDBStorage, study: str, worker: Worker, grace_seconds: float, incarnation: str | None = None
+    storage: RDBStorage, study: str, worker: Owner, grace_seconds: float, incarnation: str | None = None
 ) -> Claim | None:
     """The oldest waiting trial of `study`, or a new one while the budget lasts and the study is open; else None.
 
@@ -148,7 +148,7 @@ def claim(
             trial_id=trial_id,
             number=number,
             attempt=len(attempts),
-            worker=worker,
+            owner=worker,
         )
 
     return write(storage, study, work)
@@ -223,7 +223,7 @@ def report(storage: RDBStorage, claim: Claim, step: int, value: float, files: Se
 
     Written again after a restart, a step's value replaces the earlier one. A value that is not finite is stored as NaN:
     Optuna can read it, and its pruners and TPE take it for the worst of all. `files` are the names of those that the
-    trial now has, of `artifacts.LISTED`; None: the same as before. Raises ClaimLost.
+    trial now has, of `artifacts.DOWNLOADABLE`; None: the same as before. Raises ClaimLost.
     """
     return resume(storage, claim, {step: value}, None, files)
 
@@ -275,7 +275,7 @@ def finish(
     A `value` that is not finite is never stored. A COMPLETE trial without a finite value ends as FAIL with that reason,
     and a PRUNED one has no value, as with Optuna's own `tell`.
 
-    `files` are the names of those that it leaves, of `artifacts.LISTED`: optuna-dashboard offers them.
+    `files` are the names of those that it leaves, of `artifacts.DOWNLOADABLE`: optuna-dashboard offers them.
 
     Optuna's samplers that Trialyard offers do nothing in `after_trial` for one objective without constraints, so
     the state is set directly, under the lock.
@@ -360,7 +360,7 @@ class Beating:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Holding:
+class RunningTrial:
     """A RUNNING trial and who runs it."""
 
     number: int
@@ -372,10 +372,10 @@ class Holding:
     silent_seconds: float  # since its last beat
 
 
-def holdings(storage: RDBStorage, study_id: int) -> list[Holding]:
+def running_trials(storage: RDBStorage, study_id: int) -> list[RunningTrial]:
     """Who is running what, by trial number."""
 
-    def work(connection: Connection) -> list[Holding]:
+    def work(connection: Connection) -> list[RunningTrial]:
         now = database_now(connection)
         last = (
             select(func.max(TrialIntermediateValueModel.step))
@@ -394,7 +394,7 @@ def holdings(storage: RDBStorage, study_id: int) -> list[Holding]:
         )
         parsed = [(attributes.attempts(attributes.decoded(row[2])), row) for row in rows]
         return [
-            _holding(number, attempts, epoch or 0, (now - beaten).total_seconds())
+            _running_trial(number, attempts, epoch or 0, (now - beaten).total_seconds())
             for attempts, (number, beaten, _, epoch) in parsed
             if attempts
         ]
@@ -402,9 +402,9 @@ def holdings(storage: RDBStorage, study_id: int) -> list[Holding]:
     return read(storage, work)
 
 
-def _holding(number: int, attempts: Attempts, epoch: int, silent: float) -> Holding:
+def _running_trial(number: int, attempts: Attempts, epoch: int, silent: float) -> RunningTrial:
     owner = _owner(attempts)
-    return Holding(
+    return RunningTrial(
         number=number,
         host=owner.host,
         pid=owner.pid,
@@ -424,12 +424,12 @@ def _compare(connection: Connection, claim: Claim, or_finished: bool = False) ->
         select(TrialModel.state).where(TrialModel.trial_id == claim.trial_id).with_for_update()
     ).scalar()
     attempts = _attempts(connection, claim.trial_id) if state is not None else []
-    mine = len(attempts) == claim.attempt and _owner(attempts) == claim.worker
+    mine = len(attempts) == claim.attempt and _owner(attempts) == claim.owner
     if mine and (state == TrialState.RUNNING or (or_finished and attempts[-1].get("outcome") == "finished")):
         return attempts
     raise ClaimLost(
-        f"study {claim.study}: trial {claim.number} is no longer held by {claim.worker.slot} of process "
-        f"{claim.worker.pid} on {claim.worker.host} (attempt {claim.attempt}): its result is dropped"
+        f"study {claim.study}: trial {claim.number} is no longer held by {claim.owner.slot} of process "
+        f"{claim.owner.pid} on {claim.owner.host} (attempt {claim.attempt}): its result is dropped"
     )
 
 
@@ -450,7 +450,7 @@ def _last_epoch(connection: Connection, trial_id: int) -> int:
 def _list_files(connection: Connection, claim: Claim, names: Sequence[str]) -> None:
     """Has optuna-dashboard offer just the files `names` of the trial, of those that its worker writes."""
     stored = TrialSystemAttributeModel
-    listed = {name: artifacts.listing(claim.study, claim.number, name) for name in artifacts.LISTED}
+    listed = {name: artifacts.listing(claim.study, claim.number, name) for name in artifacts.DOWNLOADABLE}
     keys = [key for key, _ in listed.values()]
     connection.execute(delete_rows(stored).where(stored.trial_id == claim.trial_id, stored.key.in_(keys)))
     there = [listed[name] for name in names]
@@ -465,9 +465,9 @@ def _beat(connection: Connection, trial_id: int) -> None:
         connection.execute(insert(stored).values(trial_id=trial_id, heartbeat=now))
 
 
-def _owner(attempts: Attempts) -> Worker:
+def _owner(attempts: Attempts) -> Owner:
     last = attempts[-1]
-    return Worker(machine=last["machine"], host=last["host"], pid=last["pid"], born=last["born"], slot=last["slot"])
+    return Owner(machine=last["machine"], host=last["host"], pid=last["pid"], born=last["born"], slot=last["slot"])
 
 
 def _ending(outcome: Outcome) -> dict[str, str]:

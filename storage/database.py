@@ -29,10 +29,10 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from storage import attributes, legacy
-from storage.artifacts import written_whole
+from storage.artifacts import written_atomically
 from storage.errors import StorageError
+from storage.owners import table as workers_table
 from storage.tables import ALL_TABLES, TrialModel, TrialValueModel
-from storage.workers import table as workers_table
 
 if TYPE_CHECKING:  # imported where they are used: reading needs neither, and they bring asyncio along
     import filelock
@@ -64,12 +64,12 @@ class _Versions(_VersionManager):
 class PatientStorage(RDBStorage):
     """Optuna's storage, each of whose calls is tried again while the database is away.
 
-    `patience` is how long, in seconds; 0 tries once. `leaving`, once set, ends all waiting at once. A call that was
-    waited for in vain ends in StorageError.
+    `patience` is for how many seconds; 0 tries once. Setting `shutting_down` ends all waiting. A call that still fails
+    after that ends in StorageError.
     """
 
     def __init__(self, url: str, *, patience: float, **options: Any) -> None:
-        self.patience, self.leaving = patience, threading.Event()
+        self.patience, self.shutting_down = patience, threading.Event()
         super().__init__(url, **options)
 
     @classmethod
@@ -83,7 +83,7 @@ class PatientStorage(RDBStorage):
         sessions = orm.scoped_session(orm.sessionmaker(bind=engine))
         vars(storage).update(
             patience=0.0,
-            leaving=threading.Event(),
+            shutting_down=threading.Event(),
             engine_kwargs=engine_kwargs,
             url=url,
             skip_compatibility_check=False,
@@ -108,13 +108,13 @@ class PatientStorage(RDBStorage):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "leaving"}
+        return {name: value for name, value in super().__getstate__().items() if name != "shutting_down"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.leaving = threading.Event()
+        self.shutting_down = threading.Event()
         super().__setstate__(state)
 
-    def patiently(self, call: Callable[[], T]) -> T:
+    def with_retries(self, call: Callable[[], T]) -> T:
         """What `call` gives, tried again as long as the database is away. It may be done twice."""
         if self.patience <= 0:
             return call()
@@ -125,9 +125,9 @@ class PatientStorage(RDBStorage):
             # The jitter keeps a hundred workers from knocking all at once when the database is back.
             wait=tenacity.wait_random_exponential(multiplier=0.25, max=5.0),
             stop=tenacity.stop_any(
-                tenacity.stop_after_delay(self.patience), tenacity.stop_when_event_set(self.leaving)
+                tenacity.stop_after_delay(self.patience), tenacity.stop_when_event_set(self.shutting_down)
             ),
-            sleep=tenacity.sleep_using_event(self.leaving),
+            sleep=tenacity.sleep_using_event(self.shutting_down),
             before_sleep=_told,
         )
         try:
@@ -165,12 +165,12 @@ def _told(state: "tenacity.RetryCallState") -> None:
         log.warning("the database is away, to be tried again: %s", cause_of(error))
 
 
-def _patient(name: str) -> Callable[..., Any]:
+def _retried(name: str) -> Callable[..., Any]:
     original = getattr(RDBStorage, name)
 
     @functools.wraps(original)
     def call(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
-        return self.patiently(lambda: original(self, *args, **kwargs))
+        return self.with_retries(lambda: original(self, *args, **kwargs))
 
     return call
 
@@ -184,7 +184,7 @@ for _name in (
     *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "get_trial", "get_all_trials"),
     *("_get_trials", "get_best_trial", "_get_best_trial_id", "get_n_trials", "record_heartbeat"),
 ):
-    setattr(PatientStorage, _name, _patient(_name))
+    setattr(PatientStorage, _name, _retried(_name))
 
 
 def is_transient(error: BaseException) -> bool:
@@ -233,7 +233,7 @@ def connect(url: str, patience: float = 0.0) -> PatientStorage:
     """Optuna's storage on the database at `url`, which must stand already (see `create`).
 
     `patience` is how many seconds a call waits for a database that is away; connecting itself is tried once (but see
-    `connect_patiently`).
+    `connect_with_retries`).
     Raises StorageError where the URL does not parse, is of no known kind, or there is no database of ours there.
     """
     parsed = _parsed(url)
@@ -243,7 +243,7 @@ def connect(url: str, patience: float = 0.0) -> PatientStorage:
             f"there is no database at {redact(url)}: `trialyard create digits` makes it with a first study, "
             "or set TRIALYARD_STORAGE to the one you mean"
         )
-    lacking = _lacking(parsed)
+    lacking = _missing_tables_problem(parsed)
     if lacking:
         raise StorageError(f"the database {redact(url)} {lacking}")
     if _revision(parsed) == _head():
@@ -254,7 +254,7 @@ def connect(url: str, patience: float = 0.0) -> PatientStorage:
     return storage
 
 
-def connect_patiently(url: str, patience: float) -> PatientStorage:
+def connect_with_retries(url: str, patience: float) -> PatientStorage:
     """As `connect`, but tried again for `patience` seconds while the server is away: workers start before it does.
 
     Raises StorageError as `connect` does: at once where waiting would not help, as with a wrong password, a database
@@ -302,8 +302,8 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
                     draft.unlink(missing_ok=True)
                     _make_tables(_parsed(f"sqlite:///{draft}"))
                     draft.replace(path)
-        elif _lacking(parsed):
-            # Doing it twice is harmless, so a creation that was cut off is completed.
+        elif _missing_tables_problem(parsed):
+            # SlotActivity it twice is harmless, so a creation that was cut off is completed.
             with _advisory_lock(parsed):
                 _make_tables(parsed)
     except (OSError, OptunaError, SQLAlchemyError) as error:
@@ -359,7 +359,7 @@ def _add_ours(storage: RDBStorage) -> None:
         workers_table.create(connection, checkfirst=True)
 
 
-def _lacking(url: URL) -> str | None:
+def _missing_tables_problem(url: URL) -> str | None:
     """What is not there that must be, in words that follow the database's name. Raises StorageError."""
     engine = _engine(url)
     outdated: dict[int, str] = {}
@@ -518,7 +518,7 @@ def read(storage: RDBStorage, work: Callable[[Connection], T]) -> T:
         with storage.engine.connect() as connection:
             return work(connection)
 
-    return storage.patiently(once) if isinstance(storage, PatientStorage) else once()
+    return storage.with_retries(once) if isinstance(storage, PatientStorage) else once()
 
 
 def write(storage: RDBStorage, study: str | None, work: Callable[[Connection], T]) -> T:
@@ -539,7 +539,7 @@ def write(storage: RDBStorage, study: str | None, work: Callable[[Connection], T
             _lock_row(connection, study)
             return work(connection)
 
-    return storage.patiently(once) if isinstance(storage, PatientStorage) else once()
+    return storage.with_retries(once) if isinstance(storage, PatientStorage) else once()
 
 
 def _in_sqlite(storage: RDBStorage, work: Callable[[Connection], T]) -> T:
@@ -664,7 +664,7 @@ def backup(storage: RDBStorage, path: Path) -> int:
     if path.exists():
         raise StorageError(f"{path} stands already: give the backup another name")
     try:
-        with written_whole(path) as draft:
+        with written_atomically(path) as draft:
             if _sqlite_file(storage) is not None:
                 _copy_file(storage, draft)
             else:

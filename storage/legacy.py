@@ -9,7 +9,7 @@ from sqlalchemy.orm import aliased
 
 from storage.attributes import PREFIX, SHAPES, decoded
 from storage.errors import trials_text
-from storage.standings import is_finite
+from storage.ranking import is_finite
 from storage.tables import (
     StudyModel,
     StudyUserAttributeModel,

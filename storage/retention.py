@@ -21,13 +21,13 @@ from storage import artifacts, attributes
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
 from storage.claims import Claim
 from storage.database import read, write
-from storage.standings import ranked
+from storage.ranking import ranked
 from storage.tables import StudyModel, TrialModel, TrialSystemAttributeModel, TrialUserAttributeModel
 
 # Behind the best, so many are looked at when a trial ends: what a worker left that was killed at that moment.
-BEHIND = 20
+LOOK_PAST_KEPT = 20
 OLD_SECONDS = 24 * 3600.0  # a temporary file that is older was left by a process that was killed
-PART = 100  # files that are removed under one hold of the lock
+DELETE_BATCH = 100  # files that are removed under one hold of the lock
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 # No other file is ever touched, wherever the settings point.
 _OURS = re.compile(rf"(\.[0-9a-f]{{32}}-)?({'|'.join(map(re.escape, (MODEL, HISTORY, SUMMARY, CHECKPOINT)))})")
@@ -54,7 +54,7 @@ def trim(storage: RDBStorage, claim: Claim, root: Path, keep: int) -> None:
         study_id = _study_id(connection, claim.study)
         if study_id is None:
             return []
-        best = ranked(connection, study_id, keep + BEHIND, with_model=True)
+        best = ranked(connection, study_id, keep + LOOK_PAST_KEPT, with_model=True)
         numbers = {standing.number for standing in best[keep:]}
         own = (TrialModel.study_id == study_id, TrialModel.number == claim.number)
         if connection.execute(select(TrialModel.state).where(*own)).scalar() == TrialState.COMPLETE:
@@ -91,8 +91,8 @@ def remove(storage: RDBStorage, root: Path, keep: int, listed: Sequence[Superflu
     for file in listed:
         by_study[file.study].append(file)
     for study, files in by_study.items():
-        for begin in range(0, len(files), PART):
-            part = [(file.study, file.number, file.path) for file in files[begin : begin + PART]]
+        for begin in range(0, len(files), DELETE_BATCH):
+            part = [(file.study, file.number, file.path) for file in files[begin : begin + DELETE_BATCH]]
 
             def work(connection: Connection, part: list[tuple[str, int, Path]] = part) -> int:
                 gone = _superfluous(connection, root, keep, part)

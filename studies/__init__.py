@@ -11,9 +11,9 @@ The examples of these docstrings are run as tests, on a study `digits` of two tr
 
 from studies.exports import export
 from studies.imported import import_trials
-from studies.queries import Curve, Row, Status, best_model, best_trial, curves, leaderboard, status, workers
 from studies.registry import delete, names, open, pause, resume, stop
 from studies.report import report
+from studies.results import Curve, Row, Status, best_model, best_trial, curves, leaderboard, status, workers
 
 __all__ = [
     "Curve",

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from storage.errors import nearest
-from studies import models
+from studies import model_rules
 from studies.errors import DefinitionError
 from studies.space import (
     Choice,
@@ -291,10 +291,10 @@ def _check_source(definition: Definition) -> str | None:
             f"dataset = {_shown(dataset)} must be one of {', '.join(DATASETS)}, the path of an .npz file, or "
             f'"{FUNCTION}"{nearest(dataset, DATASETS)}'
         )
-    if not (model in models.NAMES or _is_function(model)):
+    if not (model in model_rules.NAMES or _is_function(model)):
         return (
-            f'model = {_shown(model)} must be one of {", ".join(models.NAMES)}, or "{FUNCTION}"'
-            f"{nearest(model, models.NAMES)}"
+            f'model = {_shown(model)} must be one of {", ".join(model_rules.NAMES)}, or "{FUNCTION}"'
+            f"{nearest(model, model_rules.NAMES)}"
         )
     if "\0" in dataset:
         return f"dataset = {_shown(dataset)} is not a path: remove the zero byte"
@@ -312,7 +312,7 @@ def _check_names(definition: Definition) -> str | None:
     for name in definition.fixed:
         if name in definition.space:
             return f"fixed.{name} = {_shown(definition.fixed[name])} is in [space] too: leave one of them out"
-    rules = models.rules(definition.model)
+    rules = model_rules.rules(definition.model)
     if rules is not None:
         for table, names in (("space", definition.space), ("fixed", definition.fixed)):
             for name in names:
@@ -322,7 +322,7 @@ def _check_names(definition: Definition) -> str | None:
                         f"{', '.join(rules)}{nearest(name, rules)}"
                     )
         if "depth" in rules and "depth" not in (*definition.space, *definition.fixed):
-            return f"depth is missing: give it in [space] or [fixed], one of {', '.join(map(str, models.DEPTHS))}"
+            return f"depth is missing: give it in [space] or [fixed], one of {', '.join(map(str, model_rules.DEPTHS))}"
         depth = definition.space.get("depth")
         if depth is not None and depth.when:
             return f"space.depth.when = {_shown(depth.when)}: a convnet always needs its depth: leave `when` out"
@@ -354,7 +354,7 @@ def _check_conditions(definition: Definition) -> str | None:
 
 
 def _check_rules(definition: Definition) -> str | None:
-    rules = models.rules(definition.model) or models.TRAINING
+    rules = model_rules.rules(definition.model) or model_rules.TRAINING
     for name, value in definition.fixed.items():
         broken = name in rules and rules[name].broken_by(value)
         if broken:
@@ -367,7 +367,7 @@ def _check_rules(definition: Definition) -> str | None:
             if isinstance(parameter, Choice)
             else [("low", parameter.low), ("high", parameter.high)]
         )
-        if isinstance(rules[name], models.OneOf) and isinstance(parameter, Int):
+        if isinstance(rules[name], model_rules.OneOf) and isinstance(parameter, Int):
             ends = [("low to high", value) for value in parameter.points()[:1000]]
         for end, value in ends:
             broken = rules[name].broken_by(value)
@@ -377,15 +377,15 @@ def _check_rules(definition: Definition) -> str | None:
 
 
 def _check_momentum(definition: Definition) -> str | None:
-    if definition.model not in models.NAMES or "momentum" not in (*definition.space, *definition.fixed):
+    if definition.model not in model_rules.NAMES or "momentum" not in (*definition.space, *definition.fixed):
         return None  # a user's own model may use it in its own way
     searched = definition.space.get("optimizer")
     optimizers = searched.choices if isinstance(searched, Choice) else (definition.fixed.get("optimizer", "adam"),)
-    if any(optimizer in models.WITH_MOMENTUM for optimizer in optimizers):
+    if any(optimizer in model_rules.WITH_MOMENTUM for optimizer in optimizers):
         return None
     return (
         f"momentum is given, and the optimizer {' or '.join(map(str, optimizers))} has none: choose "
-        f"{' or '.join(models.WITH_MOMENTUM)}, or leave momentum out"
+        f"{' or '.join(model_rules.WITH_MOMENTUM)}, or leave momentum out"
     )
 
 

@@ -16,10 +16,10 @@ from optuna.trial import FrozenTrial
 from storage.artifacts import HISTORY, MODEL
 from storage.errors import nearest
 from studies import definition as definitions
-from studies import queries, registry
+from studies import registry, results
 from studies.definition import Definition
 from studies.errors import StudyError
-from studies.registry import Place
+from studies.registry import StorageLike
 
 Format = Literal["tflite", "onnx", "savedmodel"]
 
@@ -59,7 +59,9 @@ Its layers may be your own: import the module of `{model}` first.
 """
 
 
-def export(name: str, folder: str | os.PathLike[str], format: Format | None = None, storage: Place = None) -> Path:
+def export(
+    name: str, folder: str | os.PathLike[str], format: Format | None = None, storage: StorageLike = None
+) -> Path:
     """Writes the best trial of study `name` to `folder`, which must not exist yet; returns its path.
 
     The folder has `model.keras`, `history.json`, `definition.toml`, `trial.json`, and a README.md that loads and uses
@@ -78,8 +80,8 @@ def export(name: str, folder: str | os.PathLike[str], format: Format | None = No
     target, place = Path(folder).absolute(), registry.storage_of(storage)
     if os.path.lexists(target):
         raise StudyError(f"{target} exists already: name a folder that does not exist yet")
-    trial = queries.best_trial(name, place)
-    model, history = (queries.file_of(name, trial, artifact) for artifact in ("model", "history"))
+    trial = results.best_trial(name, place)
+    model, history = (results.file_of(name, trial, artifact) for artifact in ("model", "history"))
     definition = registry.definition_of(name, place)
     draft = target.with_name(f".{uuid.uuid4().hex}-{target.name}")
     try:

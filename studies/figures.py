@@ -15,10 +15,10 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 from plotly.subplots import make_subplots
 
-from storage.standings import is_scored
+from storage.ranking import is_scored
 from studies import notebook
 from studies.definition import Definition
-from studies.queries import Curve
+from studies.results import Curve
 from studies.space import Choice
 
 LIMIT = 1000  # points in a plot: a page with 10,000 is slow, and tells no more

@@ -12,10 +12,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes
-from storage.standings import is_scored
-from studies import models, notebook
+from storage.ranking import is_scored
+from studies import model_rules, notebook
 from studies.definition import Definition
-from studies.models import Number
+from studies.model_rules import Number
 from studies.space import Choice, Int, Parameter, listed
 
 EDGE = 0.02  # share of a continuous range, from either end, that counts as its edge
@@ -67,7 +67,7 @@ def findings(trials: Sequence[FrozenTrial], definition: Definition, data: Mappin
 
 
 def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The complete and feasible ones, best first; of equals, the first (as `storage.standings` has it)."""
+    """The complete and feasible ones, best first; of equals, the first (as `storage.ranking` has it)."""
     complete = [trial for trial in trials if is_scored(trial) and is_feasible(trial)]
     return sorted(complete, key=lambda trial: (-float(trial.values[0]), trial.number))
 
@@ -120,7 +120,7 @@ def edges(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
     complete = ranked(trials)
     if not complete:
         return []
-    rules = models.rules(definition.model) or models.TRAINING
+    rules = model_rules.rules(definition.model) or model_rules.TRAINING
     warned = []
     for name, value in complete[0].params.items():
         parameter = definition.space.get(name)

@@ -12,8 +12,8 @@ from storage.ledger import Imported
 from studies import registry
 from studies.definition import Definition
 from studies.errors import StudyError
-from studies.models import Number, OneOf, Rule
-from studies.registry import Place
+from studies.model_rules import Number, OneOf, Rule
+from studies.registry import StorageLike
 from studies.space import Choice, Int, Parameter, broken_rule, in_order, listed
 
 _SHARE = Number(low=0.0, high=1.0)
@@ -31,7 +31,7 @@ COLUMNS: Mapping[str, Rule | None] = {
 }
 
 
-def import_trials(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, storage: Place = None) -> int:
+def import_trials(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, storage: StorageLike = None) -> int:
     """Imports results obtained elsewhere into study `name`, as complete trials; returns how many were new.
 
     A row has the hyperparameters that the study searches (those that do not apply left out or empty), ``accuracy``

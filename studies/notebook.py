@@ -11,7 +11,7 @@ from typing import Any
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from storage.standings import is_scored
+from storage.ranking import is_scored
 from studies import definition as definitions
 from studies import imported, registry
 from studies.definition import Definition

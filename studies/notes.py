@@ -23,9 +23,9 @@ from sqlalchemy import Connection, delete, insert, or_, select
 from storage import attributes, ledger
 from storage.artifacts import SUMMARY, inside
 from storage.database import write
+from storage.owners import database_now
 from storage.tables import StudySystemAttributeModel, dashboard_note_prefix, dashboard_plot_prefix
-from storage.workers import database_now
-from studies import findings, notebook, queries, registry
+from studies import findings, notebook, registry, results
 from studies.definition import Definition, to_toml
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def publish(
     state, budget = ledger.state(storage, study_id), ledger.budget(storage, study_id)
     trials = cached.get_all_trials(study_id, deepcopy=False)
     total = definition.trials if budget is None else budget.total
-    curves = queries.curves_of(trials, artifacts, CURVES)
+    curves = results.curves_of(trials, artifacts, CURVES)
     drawn = figures.drawn(trials, definition, curves, notebook.replays(definition, storage))
     attributes = {
         **{f"{dashboard_plot_prefix()}{name}:": figure.to_json() for name, figure in drawn.items()},
@@ -88,7 +88,7 @@ def publish(
         for key, trial in noted.items():
             # A finished trial's note never changes; ours is one piece, until a person edits it.
             if MARK not in str(stored.get(f"{key}0")) and MARK not in _body(stored, key):
-                curve = queries.curves_of([trial], artifacts)
+                curve = results.curves_of([trial], artifacts)
                 wanted[key] = trial_note(trial, definition, curve, _summary(trial, artifacts))
         changes = _changes(stored, wanted, keep=noted)
         now = _published_at(connection)
@@ -139,7 +139,7 @@ def study_note(
 
 
 def trial_note(
-    trial: FrozenTrial, definition: Definition, curves: Sequence[queries.Curve], summary: Sequence[str] = ()
+    trial: FrozenTrial, definition: Definition, curves: Sequence[results.Curve], summary: Sequence[str] = ()
 ) -> str:
     """Markdown: the last epoch, the model and the lines of its `summary`, device and speed; or why the trial failed."""
     told = trial.user_attrs

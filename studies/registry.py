@@ -21,10 +21,10 @@ from studies.errors import StudyError
 
 log = logging.getLogger(__name__)
 
-Place = str | RDBStorage | None  # a database's URL, an open storage, or None for the one that the settings name
+StorageLike = str | RDBStorage | None  # a database's URL, an open storage, or None for the one that the settings name
 
 
-def storage_of(place: Place) -> RDBStorage:
+def storage_of(place: StorageLike) -> RDBStorage:
     """The open storage at `place`. Raises StorageError where there is no database."""
     if isinstance(place, RDBStorage):
         return place
@@ -79,7 +79,7 @@ def create(
     return creation.changed
 
 
-def pause(name: str, storage: Place = None) -> None:
+def pause(name: str, storage: StorageLike = None) -> None:
     """No trial of study `name` starts, and those that run go back to the queue, until it is resumed.
 
     All its workers act within an epoch or a beat (10 s), whichever is sooner.
@@ -93,7 +93,7 @@ def pause(name: str, storage: Place = None) -> None:
     _set_state(name, storage, "paused")
 
 
-def resume(name: str, storage: Place = None) -> None:
+def resume(name: str, storage: StorageLike = None) -> None:
     """Lets the workers go on with a study that was paused or stopped.
 
     >>> studies.resume("digits")
@@ -105,7 +105,7 @@ def resume(name: str, storage: Place = None) -> None:
     _set_state(name, storage, "open")
 
 
-def stop(name: str, storage: Place = None) -> None:
+def stop(name: str, storage: StorageLike = None) -> None:
     """Ends study `name` with the trials that it has finished, as `pause` does but for good.
 
     >>> studies.stop("digits")
@@ -117,7 +117,7 @@ def stop(name: str, storage: Place = None) -> None:
     _set_state(name, storage, "stopped")
 
 
-def delete(name: str, storage: Place = None) -> int:
+def delete(name: str, storage: StorageLike = None) -> int:
     """Removes study `name` with all its trials from the database, and its files; returns the bytes that these took.
 
     Killed in the middle it leaves at most files, which `trialyard storage prune` removes.
@@ -135,13 +135,13 @@ def delete(name: str, storage: Place = None) -> int:
     return retention.remove(place, here.artifact_folder, here.keep_models, leftovers)
 
 
-def _set_state(name: str, storage: Place, state: ledger.State) -> None:
+def _set_state(name: str, storage: StorageLike, state: ledger.State) -> None:
     place = storage_of(storage)
     stored_definition(name, place)
     ledger.set_state(place, name, state)
 
 
-def open(name: str, storage: Place = None) -> optuna.Study:
+def open(name: str, storage: StorageLike = None) -> optuna.Study:
     """The study `name`, as Optuna's own object, with the sampler and pruner of its definition.
 
     `storage` is a database's URL, or None for the one that TRIALYARD_STORAGE or TRIALYARD_HOME names.
@@ -163,7 +163,7 @@ def open(name: str, storage: Place = None) -> optuna.Study:
         )
 
 
-def names(storage: Place = None) -> list[str]:
+def names(storage: StorageLike = None) -> list[str]:
     """The studies that Trialyard made, oldest first. One that is not readable is left out, with a warning.
 
     >>> studies.names()
@@ -284,7 +284,7 @@ def _quiet() -> Iterator[None]:
 
 
 __all__: builtins.list[str] = [
-    "Place",
+    "StorageLike",
     "create",
     "definition_of",
     "names",

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes, settings
-from studies import findings, notebook, notes, queries, registry
+from studies import findings, notebook, notes, registry, results
 from studies.definition import Definition, to_toml
 from studies.findings import Findings
-from studies.queries import Row, Status
-from studies.registry import Place
+from studies.registry import StorageLike
+from studies.results import Row, Status
 
 Format = Literal["html", "markdown"]
 
@@ -37,7 +37,7 @@ li.mind { color: #8a3b00; } .quiet { color: #666; } figure { margin: 1.5rem 0; }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class ReportContent:
     """All that a report says, before it has a form."""
 
     definition: Definition
@@ -50,7 +50,7 @@ class Told:
     made: datetime
 
 
-def report(name: str, storage: Place = None, format: Format = "html", artifacts: str | Path | None = None) -> str:
+def report(name: str, storage: StorageLike = None, format: Format = "html", artifacts: str | Path | None = None) -> str:
     """The report of study `name`: what was found, what made the difference, and what cannot be concluded.
 
     As ``html`` it is one page with figures that opens without a network; as ``markdown`` it has no figures. Learning
@@ -61,25 +61,25 @@ def report(name: str, storage: Place = None, format: Format = "html", artifacts:
 
     Raises StudyError where there is no such study.
     """
-    told = tell(name, storage)
+    told = collect(name, storage)
     if format == "markdown":
         return _markdown(told)
     folder = Path(artifacts) if artifacts is not None else settings.load().artifact_folder
-    return _html(told, queries.curves_of(told.trials, folder, CURVES))
+    return _html(told, results.curves_of(told.trials, folder, CURVES))
 
 
-def tell(name: str, storage: Place = None) -> Told:
+def collect(name: str, storage: StorageLike = None) -> ReportContent:
     """What a report of study `name` says. Raises StudyError where there is none."""
     place = registry.storage_of(storage)
     study_id = registry.study_id(name, place)
     definition = registry.definition_of(name, place)
     trials = place.get_all_trials(study_id, deepcopy=False)
     data = registry.data_of(name, place)
-    return Told(
+    return ReportContent(
         definition=definition,
-        status=queries.status(name, place),
+        status=results.status(name, place),
         findings=findings.findings(trials, definition, data),
-        rows=queries.leaderboard(name, place),
+        rows=results.leaderboard(name, place),
         environment=_environment(trials, definition, data),
         trials=trials,
         replays=notebook.replays(definition, place),
@@ -153,7 +153,7 @@ def _left_out(rows: Sequence[Row]) -> str:
 # --- Markdown ---------------------------------------------------------------------------------------------
 
 
-def _markdown(told: Told) -> str:
+def _markdown(told: ReportContent) -> str:
     definition, escaped = told.definition, notes.escaped
     titles, cells = table(told.rows[:SHOWN_ROWS])
     lines = [
@@ -194,7 +194,7 @@ def _rows(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 # --- HTML -------------------------------------------------------------------------------------------------
 
 
-def _html(told: Told, curves: Sequence[queries.Curve]) -> str:
+def _html(told: ReportContent, curves: Sequence[results.Curve]) -> str:
     # Plotly takes a moment to import, which only this needs.
     import plotly.io
     import plotly.offline

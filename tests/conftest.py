@@ -21,9 +21,9 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 from sklearn.datasets import load_digits
 
-from storage import artifacts, claims, database, workers
+from storage import artifacts, claims, database, owners
 from storage.database import PatientStorage
-from storage.workers import Worker
+from storage.owners import Owner
 from studies import registry
 from studies.definition import Definition, parse
 
@@ -154,9 +154,9 @@ def storage(sqlite_url: str) -> Iterator[PatientStorage]:
 
 
 @pytest.fixture
-def me() -> Worker:
+def me() -> Owner:
     """This process, as a worker."""
-    return workers.worker("cpu:0")
+    return owners.this_slot("cpu:0")
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def finished_yard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     registry.create(parse(TRIVIAL), place, {"fingerprint": "0" * 16})
     ends = [(TrialState.COMPLETE, 0.8), (TrialState.COMPLETE, 0.9), (TrialState.PRUNED, 0.5)]
     for state, value in [*ends, (TrialState.FAIL, None), (TrialState.COMPLETE, 0.9)]:
-        claim = claims.claim(place, name, workers.worker("cpu:0"), 60.0)
+        claim = claims.claim(place, name, owners.this_slot("cpu:0"), 60.0)
         assert claim is not None
         place.set_trial_param(claim.trial_id, "dropout", claim.number / 10, FloatDistribution(0.0, 0.7))
         if claim.number == 0:

@@ -13,7 +13,7 @@ def test_every_trial_has_its_own_folder(tmp_path: Path) -> None:
 
 def test_a_file_appears_whole_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "digits" / "0" / artifacts.MODEL
-    with artifacts.written_whole(path) as temporary:
+    with artifacts.written_atomically(path) as temporary:
         assert temporary.suffix == path.suffix  # Keras chooses its format by it
         temporary.write_bytes(b"part")
         assert not path.exists()
@@ -27,7 +27,7 @@ def test_an_error_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     path.write_bytes(b"old")
 
     def fail() -> None:
-        with artifacts.written_whole(path) as temporary:
+        with artifacts.written_atomically(path) as temporary:
             temporary.write_bytes(b"ha")
             raise RuntimeError("in the middle")
 

@@ -13,9 +13,9 @@ from storage import artifacts, attributes, claims, database, ledger
 from storage.database import PatientStorage
 from storage.errors import StudyUnreadable
 from storage.ledger import Budget
-from storage.standings import ranked
-from storage.workers import Worker
-from studies import notes, queries, registry
+from storage.owners import Owner
+from storage.ranking import ranked
+from studies import notes, registry, results
 from studies.definition import Definition
 from studies.report import report
 
@@ -33,20 +33,20 @@ def storage(either_url: str) -> Iterator[PatientStorage]:
 
 def _readable(storage: PatientStorage, name: str) -> None:
     """Calls whatever reads a study."""
-    queries.status(name, storage)
-    queries.leaderboard(name, storage)
-    queries.curves(name, storage)
+    results.status(name, storage)
+    results.leaderboard(name, storage)
+    results.curves(name, storage)
     report(name, storage, "markdown")
     report(name, storage, "html")
     notes.publish(name, storage, Path("nowhere"), optuna.storages.get_storage(storage), last=True)
     ledger.check(storage)
     study_id = registry.study_id(name, storage)
     ledger.has_ended(storage, study_id)
-    claims.holdings(storage, study_id)
+    claims.running_trials(storage, study_id)
 
 
 def test_a_study_of_others_with_attributes_of_our_names_is_none_of_ours(
-    storage: PatientStorage, study: str, me: Worker
+    storage: PatientStorage, study: str, me: Owner
 ) -> None:
     for at, value in enumerate(JUNK):
         other = optuna.create_study(study_name=f"other-{at}", storage=storage)
@@ -86,12 +86,12 @@ def test_a_study_whose_attribute_is_not_of_our_shape_is_left_out_with_one_warnin
         ledger.attribute(storage, study_id, name)
     if name in ("budget", "definition", "state"):
         with pytest.raises(StudyUnreadable, match="is not readable"):
-            queries.status("other", storage)
+            results.status("other", storage)
 
 
 @pytest.mark.parametrize("value", JUNK, ids=str)
 def test_a_trial_of_others_with_attributes_of_our_names_is_no_obstacle(
-    storage: PatientStorage, study: str, me: Worker, value: Any
+    storage: PatientStorage, study: str, me: Owner, value: Any
 ) -> None:
     study_id = registry.study_id(study, storage)
     ledger.raise_budget(storage, study, Budget(trials=20, hours=1.0))
@@ -108,14 +108,14 @@ def test_a_trial_of_others_with_attributes_of_our_names_is_no_obstacle(
     opened.enqueue_trial({}, user_attrs=told)
     _readable(storage, study)
     assert ledger.started_outside(storage, study_id) == [3]
-    assert [holding.number for holding in claims.holdings(storage, study_id)] == [0]
+    assert [holding.number for holding in claims.running_trials(storage, study_id)] == [0]
     (problem,) = ledger.check(storage)
     assert problem == (
         f"study {study}: 1 trial was started outside Trialyard and has not ended: trial 3; `optuna tell` ends it"
     )
-    status = queries.status(study, storage)
+    status = results.status(study, storage)
     assert (status.outside, status.failures) == ((3,), ("unknown: no reason was stored",))
-    (row,) = queries.leaderboard(study, storage)
+    (row,) = results.leaderboard(study, storage)
     assert {type(cell) for cell in (row.epochs, row.parameters, row.seconds)} <= {int, float, type(None)}
     assert attributes.attempts(value) == []
     waiting = claims.claim(storage, study, me, 60.0)
@@ -125,7 +125,7 @@ def test_a_trial_of_others_with_attributes_of_our_names_is_no_obstacle(
     claims.finish(storage, ours, TrialState.COMPLETE, 0.5, {})
 
 
-def test_hours_are_counted_from_a_trial_of_ours(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_hours_are_counted_from_a_trial_of_ours(storage: PatientStorage, study: str, me: Owner) -> None:
     ledger.raise_budget(storage, study, Budget(trials=20, hours=1.0))
     opened = registry.open(study, storage)
     for value in JUNK:

@@ -11,9 +11,9 @@ import pytest
 from search import averages, data
 from search.averages import MovingAverages
 from search.data import Dataset
+from search.messages import Epoch
 from search.model import build
-from search.records import Epoch
-from search.training import train
+from search.training_loop import train
 from storage.artifacts import MODEL
 from studies.definition import Data
 

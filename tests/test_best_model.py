@@ -11,9 +11,9 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 import studies
-from search import data, training
-from search.training import train
-from storage import artifacts, claims, database, workers
+from search import data, training_loop
+from search.training_loop import train
+from storage import artifacts, claims, database, owners
 from studies import registry
 from studies.definition import parse
 from studies.errors import StudyError
@@ -54,7 +54,7 @@ def _ended(
     fixed = "fixed.depth = 3" if model == "convnet" else ""
     definition = parse(DEFINITION.format(name=name, model=model, dataset=dataset) + fixed)
     registry.create(definition, place, {"fingerprint": "0" * 16})
-    claim = claims.claim(place, name, workers.worker("cpu:0"), 60.0)
+    claim = claims.claim(place, name, owners.this_slot("cpu:0"), 60.0)
     assert claim is not None
     claims.finish(place, claim, TrialState.COMPLETE, 0.9, told)
     return artifacts.folder(Path("yard/artifacts").absolute(), name, 0)
@@ -78,14 +78,14 @@ def test_it_predicts_to_the_bit_as_at_the_end_of_its_training(
     dataset = data.load("digits", parse(DEFINITION.format(name="n", dataset="digits", model="mnist_cnn")).data, [])
     images = dataset.x_validation[:64]
     predicted: list[Any] = []
-    write = training._write_model
+    write = training_loop._write_model
 
     def spy(path: Path, net: keras.Model, weights: Any, *others: Any) -> None:
         net.set_weights(weights)  # the best epoch's, in the very model that was trained
         predicted.append(net.predict(images, verbose=0))
         write(path, net, weights, *others)
 
-    monkeypatch.setattr(training, "_write_model", spy)
+    monkeypatch.setattr(training_loop, "_write_model", spy)
     folder = _ended(place, "mine", {"model": "mine/0/model.keras"}, model, "digits")
     train(
         model=model,

@@ -3,7 +3,7 @@
 import pytest
 
 from studies.definition import Definition, catalog, load
-from studies.models import DEPTHS
+from studies.model_rules import DEPTHS
 from studies.space import Float
 
 NOTEBOOK = [

@@ -21,13 +21,13 @@ import sqlalchemy
 from optuna.artifacts import get_all_artifact_meta
 from optuna.trial import TrialState
 
-from storage import claims, database, ledger, workers
+from storage import claims, database, ledger, owners
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL
 from storage.claims import RETRIES, Beating, Claim
 from storage.database import PatientStorage
 from storage.errors import ClaimLost, StorageError
 from storage.ledger import Budget, Imported
-from storage.workers import Doing, Worker
+from storage.owners import Owner, SlotActivity
 from studies import registry
 from studies.definition import Definition, parse
 
@@ -54,7 +54,7 @@ def storage(either_url: str) -> Iterator[PatientStorage]:
     made.engine.dispose()
 
 
-def _claim(storage: PatientStorage, study: str, worker: Worker) -> Claim:
+def _claim(storage: PatientStorage, study: str, worker: Owner) -> Claim:
     claim = claims.claim(storage, study, worker, GRACE)
     assert claim is not None
     return claim
@@ -65,7 +65,7 @@ def _finish(storage: PatientStorage, claim: Claim, value: float = 0.5) -> None:
 
 
 @pytest.fixture
-def dead(me: Worker) -> Worker:
+def dead(me: Owner) -> Owner:
     """A process of this machine that has ended."""
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     born = psutil.Process(process.pid).create_time() - psutil.boot_time()
@@ -74,7 +74,7 @@ def dead(me: Worker) -> Worker:
 
 
 @pytest.fixture
-def elsewhere(me: Worker) -> Worker:
+def elsewhere(me: Owner) -> Owner:
     """A process of another machine."""
     return replace(me, machine="another", host="another")
 
@@ -84,7 +84,7 @@ def elsewhere(me: Worker) -> Worker:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
 def test_a_trial_without_a_finite_score_is_not_complete(
-    storage: PatientStorage, study: str, me: Worker, value: float | None
+    storage: PatientStorage, study: str, me: Owner, value: float | None
 ) -> None:
     claim = _claim(storage, study, me)
     claims.finish(storage, claim, TrialState.COMPLETE, value, {"epochs": 2})
@@ -99,7 +99,7 @@ def test_a_trial_without_a_finite_score_is_not_complete(
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_an_epoch_s_score_that_is_not_finite_is_the_worst_for_pruners(
-    storage: PatientStorage, study: str, me: Worker, value: float
+    storage: PatientStorage, study: str, me: Owner, value: float
 ) -> None:
     for _ in range(2):
         claim = _claim(storage, study, me)
@@ -118,7 +118,7 @@ def test_an_epoch_s_score_that_is_not_finite_is_the_worst_for_pruners(
     trial = storage.get_trial(claim.trial_id)
     assert (trial.state, trial.values) == (TrialState.PRUNED, None)
     claims.resume(storage, _claim(storage, study, me), {1: value, 2: 0.5}, 2)
-    assert claims.holdings(storage, claim.study_id)[0].epoch == 2
+    assert claims.running_trials(storage, claim.study_id)[0].epoch == 2
 
 
 def test_an_import_of_a_score_that_is_not_finite_adds_nothing(storage: PatientStorage, study: str) -> None:
@@ -130,7 +130,7 @@ def test_an_import_of_a_score_that_is_not_finite_adds_nothing(storage: PatientSt
 # --- the budget -------------------------------------------------------------------------------------------
 
 
-def test_a_study_ends_with_exactly_its_budget(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_a_study_ends_with_exactly_its_budget(storage: PatientStorage, study: str, me: Owner) -> None:
     numbers = []
     while (claim := claims.claim(storage, study, me, GRACE)) is not None:
         numbers.append(claim.number)
@@ -141,7 +141,7 @@ def test_a_study_ends_with_exactly_its_budget(storage: PatientStorage, study: st
     assert ledger.counts(storage, study_id) == ledger.Counts(complete=5, pruned=0, failed=0, running=0, waiting=0)
 
 
-def test_running_trials_count_against_the_budget(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_running_trials_count_against_the_budget(storage: PatientStorage, study: str, me: Owner) -> None:
     running = [_claim(storage, study, me) for _ in range(5)]
     assert claims.claim(storage, study, me, GRACE) is None
     assert not ledger.has_ended(storage, registry.study_id(study, storage))
@@ -150,13 +150,13 @@ def test_running_trials_count_against_the_budget(storage: PatientStorage, study:
 
 
 @pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL])
-def test_every_ending_for_good_counts(storage: PatientStorage, study: str, me: Worker, state: TrialState) -> None:
+def test_every_ending_for_good_counts(storage: PatientStorage, study: str, me: Owner, state: TrialState) -> None:
     for _ in range(5):
         claims.finish(storage, _claim(storage, study, me), state, None if state == TrialState.FAIL else 0.5, {})
     assert claims.claim(storage, study, me, GRACE) is None
 
 
-def test_a_budget_grows_and_never_shrinks(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_a_budget_grows_and_never_shrinks(storage: PatientStorage, study: str, me: Owner) -> None:
     for _ in range(5):
         _finish(storage, _claim(storage, study, me))
     assert ledger.raise_budget(storage, study, Budget(trials=4, hours=None)) == Budget(trials=5, hours=None)
@@ -164,7 +164,7 @@ def test_a_budget_grows_and_never_shrinks(storage: PatientStorage, study: str, m
     assert _claim(storage, study, me).number == 5
 
 
-def test_a_study_is_counted_as_of_one_moment(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_a_study_is_counted_as_of_one_moment(storage: PatientStorage, study: str, me: Owner) -> None:
     """Nobody who looks without the lock may meet a trial between two states: he would think that all have ended."""
     _claim(storage, study, me)
     statements: list[str] = []
@@ -174,7 +174,7 @@ def test_a_study_is_counted_as_of_one_moment(storage: PatientStorage, study: str
     assert len(statements) == 1
 
 
-def test_no_trial_starts_after_the_study_s_hours(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_no_trial_starts_after_the_study_s_hours(storage: PatientStorage, study: str, me: Owner) -> None:
     ledger.raise_budget(storage, study, Budget(trials=5, hours=1e-7))
     first = _claim(storage, study, me)  # the hours begin with the first trial
     time.sleep(0.01)
@@ -185,7 +185,7 @@ def test_no_trial_starts_after_the_study_s_hours(storage: PatientStorage, study:
     assert ledger.has_ended(storage, study_id)
 
 
-def test_a_study_that_was_never_made_whole_gives_no_trial(storage: PatientStorage, me: Worker) -> None:
+def test_a_study_that_was_never_made_whole_gives_no_trial(storage: PatientStorage, me: Owner) -> None:
     optuna.create_study(study_name="half", storage=storage)
     with pytest.raises(StorageError, match="has no budget: run `trialyard create`"):
         claims.claim(storage, "half", me, GRACE)
@@ -194,15 +194,15 @@ def test_a_study_that_was_never_made_whole_gives_no_trial(storage: PatientStorag
 # --- ownership --------------------------------------------------------------------------------------------
 
 
-def test_a_running_trial_always_has_an_owner_and_a_heartbeat(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_a_running_trial_always_has_an_owner_and_a_heartbeat(storage: PatientStorage, study: str, me: Owner) -> None:
     claim = _claim(storage, study, me)
-    (holding,) = claims.holdings(storage, claim.study_id)
+    (holding,) = claims.running_trials(storage, claim.study_id)
     assert (holding.number, holding.pid, holding.attempt) == (0, os.getpid(), 1)
     assert holding.silent_seconds < GRACE
     assert ledger.check(storage) == []
 
 
-def test_check_sees_what_must_not_be(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_check_sees_what_must_not_be(storage: PatientStorage, study: str, me: Owner) -> None:
     optuna_study = registry.open(study, storage)
     optuna_study.ask()  # RUNNING without owner or heartbeat: not by our hand
     assert ledger.check(storage) == [
@@ -214,7 +214,7 @@ def test_check_sees_what_must_not_be(storage: PatientStorage, study: str, me: Wo
 
 
 def test_a_trial_of_an_ended_process_is_claimed_again_at_once(
-    storage: PatientStorage, study: str, me: Worker, dead: Worker
+    storage: PatientStorage, study: str, me: Owner, dead: Owner
 ) -> None:
     lost = _claim(storage, study, dead)
     again = _claim(storage, study, me)
@@ -225,14 +225,14 @@ def test_a_trial_of_an_ended_process_is_claimed_again_at_once(
     assert "outcome" not in second
 
 
-def test_a_process_id_that_is_used_again_is_another_process(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_a_process_id_that_is_used_again_is_another_process(storage: PatientStorage, study: str, me: Owner) -> None:
     earlier = replace(me, born=me.born - 3600)
     assert earlier.gone()
     assert not me.gone()
     assert _claim(storage, study, earlier).trial_id == _claim(storage, study, me).trial_id
 
 
-def test_a_clock_that_is_set_ends_no_worker(me: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_is_set_ends_no_worker(me: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
     # Linux counts a process's start from the machine's: psutil adds the latter, which follows the clock.
     booted = psutil.boot_time()
     monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 3600.0)
@@ -241,7 +241,7 @@ def test_a_clock_that_is_set_ends_no_worker(me: Worker, monkeypatch: pytest.Monk
 
 
 def test_a_silent_trial_of_another_machine_is_claimed_after_the_grace(
-    storage: PatientStorage, study: str, me: Worker, elsewhere: Worker
+    storage: PatientStorage, study: str, me: Owner, elsewhere: Owner
 ) -> None:
     lost = _claim(storage, study, elsewhere)
     assert _claim(storage, study, me).number == 1, "it was silent for less than the grace"
@@ -252,7 +252,7 @@ def test_a_silent_trial_of_another_machine_is_claimed_after_the_grace(
 
 
 def test_a_beat_keeps_a_trial_of_another_machine(
-    storage: PatientStorage, study: str, me: Worker, elsewhere: Worker
+    storage: PatientStorage, study: str, me: Owner, elsewhere: Owner
 ) -> None:
     held = _claim(storage, study, elsewhere)
     time.sleep(2.1)
@@ -262,7 +262,7 @@ def test_a_beat_keeps_a_trial_of_another_machine(
     assert again.trial_id != held.trial_id
 
 
-def test_a_worker_that_slept_drops_its_result(storage: PatientStorage, study: str, me: Worker, dead: Worker) -> None:
+def test_a_worker_that_slept_drops_its_result(storage: PatientStorage, study: str, me: Owner, dead: Owner) -> None:
     slept = _claim(storage, study, dead)
     again = _claim(storage, study, me)
     for late in (
@@ -281,7 +281,7 @@ def test_a_worker_that_slept_drops_its_result(storage: PatientStorage, study: st
     assert storage.get_trial(again.trial_id).values == [0.4]
 
 
-def test_the_same_worker_s_earlier_attempt_is_lost_too(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_the_same_worker_s_earlier_attempt_is_lost_too(storage: PatientStorage, study: str, me: Owner) -> None:
     first = _claim(storage, study, me)
     claims.requeue(storage, first, "crashed", "its trainer died")
     second = _claim(storage, study, me)
@@ -291,7 +291,7 @@ def test_the_same_worker_s_earlier_attempt_is_lost_too(storage: PatientStorage, 
     _finish(storage, second)
 
 
-def test_somebody_s_own_ask_is_left_alone(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_somebody_s_own_ask_is_left_alone(storage: PatientStorage, study: str, me: Owner) -> None:
     asked = registry.open(study, storage).ask()
     assert _claim(storage, study, me).number == asked.number + 1
     assert storage.get_trial(asked._trial_id).state == TrialState.RUNNING
@@ -301,7 +301,7 @@ def test_somebody_s_own_ask_is_left_alone(storage: PatientStorage, study: str, m
 
 
 def test_a_requeued_trial_keeps_its_row_hyperparameters_and_values(
-    storage: PatientStorage, study: str, me: Worker, trivial: Definition
+    storage: PatientStorage, study: str, me: Owner, trivial: Definition
 ) -> None:
     first = _claim(storage, study, me)
     drawn = optuna.Trial(registry.open(study, storage), first.trial_id).suggest_float("dropout", 0.0, 0.7)
@@ -315,7 +315,7 @@ def test_a_requeued_trial_keeps_its_row_hyperparameters_and_values(
 
 
 def test_a_trial_that_keeps_crashing_fails_for_good_and_says_why(
-    storage: PatientStorage, study: str, me: Worker
+    storage: PatientStorage, study: str, me: Owner
 ) -> None:
     for _ in range(RETRIES + 1):
         claim = _claim(storage, study, me)
@@ -332,7 +332,7 @@ def test_a_trial_that_keeps_crashing_fails_for_good_and_says_why(
 
 
 def test_a_trial_that_gets_further_each_time_is_tried_again_and_again(
-    storage: PatientStorage, study: str, me: Worker
+    storage: PatientStorage, study: str, me: Owner
 ) -> None:
     for epoch in range(1, 2 * RETRIES + 1):
         claim = _claim(storage, study, me)
@@ -348,14 +348,14 @@ def test_a_trial_that_gets_further_each_time_is_tried_again_and_again(
     assert [attempt["epoch"] for attempt in trial.user_attrs["attempts"]] == [1, 2, 3, 4, 5, 6, 6, 6, 6]
 
 
-def test_interruptions_are_not_held_against_a_trial(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_interruptions_are_not_held_against_a_trial(storage: PatientStorage, study: str, me: Owner) -> None:
     for _ in range(RETRIES + 3):
         claim = _claim(storage, study, me)
         claims.requeue(storage, claim, "interrupted", "told to stop")
     assert _claim(storage, study, me).attempt == RETRIES + 4
 
 
-def test_the_oldest_waiting_trial_is_taken_first(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_the_oldest_waiting_trial_is_taken_first(storage: PatientStorage, study: str, me: Owner) -> None:
     first, second, third = (_claim(storage, study, me) for _ in range(3))
     claims.requeue(storage, third, "interrupted", "")
     claims.requeue(storage, first, "interrupted", "")
@@ -367,7 +367,7 @@ def test_the_oldest_waiting_trial_is_taken_first(storage: PatientStorage, study:
 
 
 def test_a_heartbeat_survives_beats_that_fail(
-    storage: PatientStorage, study: str, me: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    storage: PatientStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     claim = _claim(storage, study, me)
     results: list[str] = []
@@ -391,7 +391,7 @@ def test_a_heartbeat_survives_beats_that_fail(
     assert caplog.text.count("to be tried again: the database is away") == 2
 
 
-def test_a_heartbeat_notices_a_lost_claim(storage: PatientStorage, study: str, me: Worker, dead: Worker) -> None:
+def test_a_heartbeat_notices_a_lost_claim(storage: PatientStorage, study: str, me: Owner, dead: Owner) -> None:
     slept = _claim(storage, study, dead)
     _claim(storage, study, me)
     with Beating(storage, slept, 0.02) as beating:
@@ -407,7 +407,7 @@ def test_a_heartbeat_notices_a_lost_claim(storage: PatientStorage, study: str, m
 def _work(url: str, study: str, seed: int, go: Event) -> None:
     """Claims and ends trials until nothing is left, in all the ways that a trial may end."""
     storage = database.connect(url)
-    me = workers.worker(f"cpu:{seed}")
+    me = owners.this_slot(f"cpu:{seed}")
     dice = random.Random(seed)
     study_id = storage.get_study_id_from_name(study)
     go.wait()
@@ -478,7 +478,7 @@ def test_many_processes_some_of_them_killed_spend_exactly_the_budget(
 CRASH = """
 import os, sys
 import sqlalchemy
-from storage import claims, database, workers
+from storage import claims, database, owners
 
 url, study, statement = sys.argv[1], sys.argv[2], int(sys.argv[3])
 storage = database.connect(url)
@@ -497,7 +497,7 @@ def committing(connection):
 
 sqlalchemy.event.listen(storage.engine, "before_cursor_execute", counted)
 sqlalchemy.event.listen(storage.engine, "commit", committing)
-claims.claim(storage, study, workers.worker("cpu:0"), 60.0)
+claims.claim(storage, study, owners.this_slot("cpu:0"), 60.0)
 print(changes)
 os.kill(os.getpid(), 9)
 """
@@ -505,7 +505,7 @@ os.kill(os.getpid(), 9)
 
 @pytest.mark.parametrize("statement", [0, 1, 2, 3, 99, 100])
 def test_a_crash_at_any_line_of_a_claim_strands_nothing(
-    storage: PatientStorage, study: str, me: Worker, statement: int
+    storage: PatientStorage, study: str, me: Owner, statement: int
 ) -> None:
     """SIGKILL before the claim's first change, between any two, before its commit, and after it."""
     command = [sys.executable, "-c", CRASH, storage.url, study, str(statement)]
@@ -525,9 +525,7 @@ def test_a_crash_at_any_line_of_a_claim_strands_nothing(
 # --- what is wanted of a study ----------------------------------------------------------------------------
 
 
-def test_a_paused_study_gives_no_trial_and_tells_those_that_run(
-    storage: PatientStorage, study: str, me: Worker
-) -> None:
+def test_a_paused_study_gives_no_trial_and_tells_those_that_run(storage: PatientStorage, study: str, me: Owner) -> None:
     claim = _claim(storage, study, me)
     assert claims.beat(storage, claim) == "open"
     registry.pause(study, storage)
@@ -540,7 +538,7 @@ def test_a_paused_study_gives_no_trial_and_tells_those_that_run(
     assert _claim(storage, study, me).number == 0
 
 
-def test_a_stopped_study_has_ended_once_nothing_runs(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_a_stopped_study_has_ended_once_nothing_runs(storage: PatientStorage, study: str, me: Owner) -> None:
     _finish(storage, _claim(storage, study, me))
     claim = _claim(storage, study, me)
     registry.stop(study, storage)
@@ -551,7 +549,7 @@ def test_a_stopped_study_has_ended_once_nothing_runs(storage: PatientStorage, st
 
 
 def test_what_a_checkpoint_has_and_the_database_lacks_is_written_at_once(
-    storage: PatientStorage, study: str, me: Worker
+    storage: PatientStorage, study: str, me: Owner
 ) -> None:
     claim = _claim(storage, study, me)
     claims.report(storage, claim, 1, 0.1)
@@ -562,7 +560,7 @@ def test_what_a_checkpoint_has_and_the_database_lacks_is_written_at_once(
     assert trial.user_attrs["attempts"][-1]["resumed_after"] == 3
 
 
-def test_a_finish_that_came_through_unheard_is_done_once(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_a_finish_that_came_through_unheard_is_done_once(storage: PatientStorage, study: str, me: Owner) -> None:
     claim = _claim(storage, study, me)
     for _ in range(2):
         claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {"epochs": 2})
@@ -580,7 +578,7 @@ def _offered(storage: PatientStorage, claim: Claim) -> list[str]:
 
 
 def test_a_trial_s_files_are_optuna_s_artifacts_while_they_are_there(
-    storage: PatientStorage, study: str, me: Worker, dead: Worker
+    storage: PatientStorage, study: str, me: Owner, dead: Owner
 ) -> None:
     claim = _claim(storage, study, dead)
     storage.set_trial_system_attr(claim.trial_id, "artifacts:own", json.dumps(OWN_ARTIFACT))
@@ -602,7 +600,7 @@ def test_a_trial_s_files_are_optuna_s_artifacts_while_they_are_there(
     assert _offered(storage, other) == []
 
 
-def test_all_studies_are_seen_in_one_query(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_all_studies_are_seen_in_one_query(storage: PatientStorage, study: str, me: Owner) -> None:
     optuna.create_study(storage=storage, study_name="somebody's own")
     registry.create(parse(OTHER), storage, {"fingerprint": "1" * 16})
     ledger.set_state(storage, "other", "paused")
@@ -620,18 +618,18 @@ def test_all_studies_are_seen_in_one_query(storage: PatientStorage, study: str, 
 
 
 def test_workers_are_listed_with_what_they_do_until_they_leave(
-    storage: PatientStorage, me: Worker, dead: Worker, elsewhere: Worker
+    storage: PatientStorage, me: Owner, dead: Owner, elsewhere: Owner
 ) -> None:
-    doing = {me: Doing(study="small", trial=3, epoch=2)}
+    doing = {me: SlotActivity(study="small", trial=3, epoch=2)}
     slots = {me: "Some Processor", dead: "Some Processor", elsewhere: "Some GPU"}
     for _ in range(2):
-        database.write(storage, None, lambda connection: workers.beat(connection, slots, doing))
-    there, mine = sorted(database.read(storage, workers.present), key=lambda one: one.study or "")
+        database.write(storage, None, lambda connection: owners.beat(connection, slots, doing))
+    there, mine = sorted(database.read(storage, owners.present), key=lambda one: one.study or "")
     assert (mine.slot, mine.device, mine.study, mine.trial, mine.epoch) == ("cpu:0", "Some Processor", "small", 3, 2)
     assert (there.host, there.study) == ("another", None)
     assert 0 <= mine.silent_seconds < GRACE
-    database.write(storage, None, lambda connection: workers.leave(connection, [me, elsewhere]))
-    assert database.read(storage, workers.present) == []
+    database.write(storage, None, lambda connection: owners.leave(connection, [me, elsewhere]))
+    assert database.read(storage, owners.present) == []
 
 
 # --- imported trials --------------------------------------------------------------------------------------
@@ -642,7 +640,7 @@ def _results(*values: float) -> list[Imported]:
     return [Imported(value=value, params={"dropout": (rate, 0.1)}, attributes={"label": "by hand"}) for value in values]
 
 
-def test_imported_trials_stand_beside_the_budget(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_imported_trials_stand_beside_the_budget(storage: PatientStorage, study: str, me: Owner) -> None:
     running = _claim(storage, study, me)
     assert ledger.import_trials(storage, study, _results(0.8, 0.9)) == 2
     assert ledger.budget(storage, running.study_id) == Budget(trials=5, hours=None, imported=2)
@@ -677,7 +675,7 @@ def test_optuna_reads_imported_trials_as_its_own(storage: PatientStorage, study:
     assert trial.duration is not None
 
 
-def test_hours_are_counted_from_the_first_trial_that_ran_here(storage: PatientStorage, study: str, me: Worker) -> None:
+def test_hours_are_counted_from_the_first_trial_that_ran_here(storage: PatientStorage, study: str, me: Owner) -> None:
     ledger.import_trials(storage, study, _results(0.8))
     ledger.raise_budget(storage, study, Budget(trials=5, hours=1.0))
     study_id = registry.study_id(study, storage)

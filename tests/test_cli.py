@@ -15,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 import search.cli
-from storage import claims, database, workers
+from storage import claims, database, owners
 from studies import registry
 
 Result = tuple[int, str, str]
@@ -265,7 +265,7 @@ def finished(home: Path, trialyard: Call) -> None:
     trialyard("create", "digits", "--trials", "4")
     storage = database.connect(f"sqlite:///{home}/yard/studies.db")
     for value in (0.7, None, 0.9):
-        claim = claims.claim(storage, "digits", workers.worker("cpu:0"), 60.0)
+        claim = claims.claim(storage, "digits", owners.this_slot("cpu:0"), 60.0)
         assert claim is not None
         opened = registry.open("digits", storage)
         assert len(opened.trials) > claim.number  # Optuna's cache must have seen it
@@ -298,7 +298,7 @@ def test_status_tells_counts_best_and_why_trials_failed(trialyard: Call) -> None
 @pytest.mark.usefixtures("finished")
 def test_status_tells_who_runs_what(home: Path, trialyard: Call) -> None:
     storage = database.connect(f"sqlite:///{home}/yard/studies.db")
-    claims.claim(storage, "digits", workers.worker("cpu:0"), 60.0)
+    claims.claim(storage, "digits", owners.this_slot("cpu:0"), 60.0)
     assert "  trial 3 on cpu:0 of " in trialyard("status", "digits")[1]
     (one,) = json.loads(trialyard("status", "digits", "--json")[1])["workers"]
     assert (one["number"], one["slot"], one["attempt"]) == (3, "cpu:0", 1)
@@ -357,8 +357,8 @@ def test_ctrl_c_outside_of_work_exits_with_130(home: Path) -> None:
 
 def test_alive_tells_a_worker_that_has_fallen_silent(home: Path, trialyard: Call) -> None:
     storage = database.create(f"sqlite:///{home}/yard/studies.db")
-    me = workers.worker("cpu:0")
-    database.write(storage, None, lambda connection: workers.beat(connection, {me: "a processor"}, {}))
+    me = owners.this_slot("cpu:0")
+    database.write(storage, None, lambda connection: owners.beat(connection, {me: "a processor"}, {}))
     code, out, err = trialyard("alive")
     assert (code, err) == (0, "")
     assert out.startswith("a worker of this machine gave its last sign ")
@@ -427,7 +427,7 @@ def test_report_writes_the_form_that_is_asked_for(home: Path, trialyard: Call) -
 @pytest.mark.usefixtures("finished")
 def test_a_model_that_is_elsewhere_is_told(home: Path, trialyard: Call) -> None:
     storage = database.connect(f"sqlite:///{home}/yard/studies.db")
-    claim = claims.claim(storage, "digits", workers.worker("cpu:0"), 60.0)
+    claim = claims.claim(storage, "digits", owners.this_slot("cpu:0"), 60.0)
     assert claim is not None
     claims.finish(storage, claim, TrialState.COMPLETE, 0.95, {"model": "digits/3/model.keras"})
     path = home / "yard" / "artifacts" / "digits" / "3" / "model.keras"

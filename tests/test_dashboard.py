@@ -31,7 +31,7 @@ from search.errors import DashboardError
 from storage import artifacts, claims, database, ledger, retention, settings
 from storage.database import PatientStorage
 from storage.errors import SettingsError
-from storage.workers import Worker
+from storage.owners import Owner
 from studies import registry
 from studies.definition import Definition
 
@@ -403,7 +403,7 @@ def _same(ours: Answer, stock: Answer) -> dict[str, Any]:
     return found
 
 
-def test_a_study_s_page_is_the_package_s_own(home: Path, place: PatientStorage, me: Worker) -> None:
+def test_a_study_s_page_is_the_package_s_own(home: Path, place: PatientStorage, me: Owner) -> None:
     """Through a study's life: finished, running and waiting trials; notes, plots, artifacts, infinities."""
     ledger.raise_budget(place, "trivial", ledger.Budget(trials=10, hours=None))
     study = registry.open("trivial", place)
@@ -453,7 +453,7 @@ def test_a_study_of_another_kind_is_answered_by_the_package(
 
 
 def test_a_new_study_with_a_deleted_one_s_id_shows_its_own_trials(
-    home: Path, place: PatientStorage, serve: Callable[..., Any], trivial: Definition, me: Worker
+    home: Path, place: PatientStorage, serve: Callable[..., Any], trivial: Definition, me: Owner
 ) -> None:
     app = serve()
     assert len(Answer(app, "GET", "/api/studies/1").json["trials"]) == 5
@@ -510,7 +510,7 @@ def test_a_trial_s_file_is_downloaded_from_where_it_is(home: Path, serve: Callab
 
 
 def test_a_model_that_retention_took_is_offered_no_more(
-    home: Path, place: PatientStorage, serve: Callable[..., Any], me: Worker
+    home: Path, place: PatientStorage, serve: Callable[..., Any], me: Owner
 ) -> None:
     """By a dashboard that had read the finished trial before."""
     ledger.raise_budget(place, "trivial", ledger.Budget(trials=7, hours=None))

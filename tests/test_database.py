@@ -321,7 +321,7 @@ def test_patience_ends(postgresql_url: str) -> None:
     with pytest.raises(StorageError, match=r"has been away for too long .*run the command again"):
         database.write(storage, None, work)
     storage.patience = 600.0
-    threading.Timer(0.5, storage.leaving.set).start()
+    threading.Timer(0.5, storage.shutting_down.set).start()
     with pytest.raises(StorageError, match="has been away for too long"):
         database.write(storage, None, work)
     storage.engine.dispose()
@@ -344,7 +344,9 @@ def test_the_quick_connection_is_what_optuna_s_constructor_makes(sqlite_url: str
     quick = database.create(sqlite_url)
     slow = database._storage(database._parsed(sqlite_url))
     assert vars(quick).keys() == vars(slow).keys()
-    same = [name for name in vars(slow) if name not in ("leaving", "engine", "scoped_session", "_version_manager")]
+    same = [
+        name for name in vars(slow) if name not in ("shutting_down", "engine", "scoped_session", "_version_manager")
+    ]
     assert {name: repr(vars(quick)[name]) for name in same if name != "engine_kwargs"} == {
         name: repr(vars(slow)[name]) for name in same if name != "engine_kwargs"
     }
@@ -382,7 +384,7 @@ def test_what_waiting_does_not_help_is_told_at_once(own_server: PostgresServer) 
         (guarded.set(password="the right one"), "`trialyard storage create` makes them"),
     ):
         with pytest.raises(StorageError, match=words):
-            database.connect_patiently(wrong.render_as_string(hide_password=False), 600.0)
+            database.connect_with_retries(wrong.render_as_string(hide_password=False), 600.0)
     assert time.monotonic() - began < 60.0
 
 
@@ -391,11 +393,11 @@ def test_a_server_that_starts_late_is_waited_for(own_server: PostgresServer, cap
     database.create(url).engine.dispose()
     own_server.stop()
     with pytest.raises(StorageError, match="does not answer"):
-        database.connect_patiently(url, 0.5)
+        database.connect_with_retries(url, 0.5)
     caplog.clear()
     starting = threading.Timer(3.0, own_server.ensure_postgres_running)
     starting.start()
-    storage = database.connect_patiently(url, 60.0)
+    storage = database.connect_with_retries(url, 60.0)
     starting.join()
     assert storage.patience == 60.0
     assert database.check(storage) == []

@@ -18,7 +18,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 import studies
-from storage import artifacts, claims, database, workers
+from storage import artifacts, claims, database, owners
 from studies import definition as definitions
 from studies import exports, registry
 from studies.definition import Definition, parse, to_toml
@@ -54,7 +54,7 @@ def finished(home: Path, trivial: Definition, saved: Path) -> RDBStorage:
     storage = database.create(f"sqlite:///{home}/yard/studies.db")
     registry.create(trivial, storage, {"fingerprint": "0" * 16})
     for value in (0.7, 0.9):
-        claim = claims.claim(storage, trivial.name, workers.worker("cpu:0"), 60.0)
+        claim = claims.claim(storage, trivial.name, owners.this_slot("cpu:0"), 60.0)
         assert claim is not None
         folder = artifacts.folder(home / "yard" / "artifacts", trivial.name, claim.number)
         folder.mkdir(parents=True)

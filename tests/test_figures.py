@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from studies import definition as definitions
-from studies import figures, notebook, queries
+from studies import figures, notebook, results
 from studies.definition import Definition, parse
 
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
@@ -80,7 +80,7 @@ def _trace(figure: Any, name: str) -> Any:
 def test_every_figure_of_a_finished_study_has_data(
     trials: list[FrozenTrial], digits: Definition, artifacts: Path
 ) -> None:
-    drawn = figures.drawn(trials, digits, queries.curves_of(trials, artifacts))
+    drawn = figures.drawn(trials, digits, results.curves_of(trials, artifacts))
     assert set(drawn) == {"learning-curves", "dropout", "cost", "progress"}  # digits is not the notebook's
     for figure in drawn.values():
         assert all(len(trace.x) == len(trace.y) > 0 for trace in figure.data)
@@ -89,19 +89,19 @@ def test_every_figure_of_a_finished_study_has_data(
 
 
 def test_curves_are_those_of_the_history_best_trial_first(trials: list[FrozenTrial], artifacts: Path) -> None:
-    curves = queries.curves_of(trials, artifacts)
+    curves = results.curves_of(trials, artifacts)
     assert [curve.number for curve in curves] == [3, 5, 4, 1, 2, 0, 6]
     assert (curves[0].loss, curves[0].val_loss) == ((1.0, 1 / 2, 1 / 3), (2.0, 1.0, 2 / 3))
     # A history that is broken or elsewhere leaves what the database knows.
     assert (curves[1].loss, curves[1].val_accuracy) == ((), (0.5, 0.94))
     assert (curves[-1].state, curves[-1].val_accuracy) == ("pruned", (0.5, 0.6))
-    assert len(queries.curves_of(trials, artifacts, 2)) == 2
+    assert len(results.curves_of(trials, artifacts, 2)) == 2
 
 
 def test_losses_are_drawn_as_the_notebook_drew_them(
     trials: list[FrozenTrial], digits: Definition, artifacts: Path
 ) -> None:
-    figure = figures.learning_curves(queries.curves_of(trials, artifacts), digits)
+    figure = figures.learning_curves(results.curves_of(trials, artifacts), digits)
     assert list(_trace(figure, "trial 3, training").y) == [1.0, 1 / 2, 1 / 3]
     assert list(_trace(figure, "trial 3, validation").x) == [1, 2, 3]
     assert len(figure.data) == 2
@@ -110,7 +110,7 @@ def test_losses_are_drawn_as_the_notebook_drew_them(
 def test_without_any_history_the_accuracy_by_epoch_is_drawn(
     trials: list[FrozenTrial], digits: Definition, tmp_path: Path
 ) -> None:
-    figure = figures.learning_curves(queries.curves_of(trials, tmp_path), digits)
+    figure = figures.learning_curves(results.curves_of(trials, tmp_path), digits)
     assert list(_trace(figure, "trial 3").y) == [0.5, 0.95]
     assert "not on this machine" in figure.layout.title.text
 
@@ -245,7 +245,7 @@ def test_names_that_people_gave_are_no_markup(trial: Callable[..., FrozenTrial])
         '[space]\nkind = { choices = ["<img src=x>", "b"] }'
     )
     one = trial(0, COMPLETE, 0.9, params={"kind": "<img src=x>"}, definition=definition, label="<script>")
-    curve = replace(queries.curves_of([one], Path())[0], loss=(1.0,), val_loss=(1.0,))
+    curve = replace(results.curves_of([one], Path())[0], loss=(1.0,), val_loss=(1.0,))
     for figure in figures.drawn([one], definition, [curve]).values():
         told = json.loads(figure.to_json())
         assert "<img" not in json.dumps(told)

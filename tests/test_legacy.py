@@ -12,9 +12,9 @@ from optuna.trial import TrialState
 from storage import attributes, claims, database, ledger, legacy
 from storage.database import PatientStorage
 from storage.errors import StorageError
+from storage.owners import Owner
 from storage.tables import TrialValueModel
-from storage.workers import Worker
-from studies import queries, registry
+from studies import registry, results
 from studies.definition import Definition
 from studies.errors import StudyError
 
@@ -30,7 +30,7 @@ def storage(either_url: str) -> Iterator[PatientStorage]:
 
 
 @pytest.fixture
-def scores(storage: PatientStorage, trivial: Definition, me: Worker) -> str:
+def scores(storage: PatientStorage, trivial: Definition, me: Owner) -> str:
     """A study whose complete trials have the scores 0.5, NaN, infinity, 0.7 and minus infinity."""
     registry.create(trivial, storage, DATA)
     for value in (0.5, math.nan, math.inf, 0.7, -math.inf):
@@ -48,11 +48,11 @@ def scores(storage: PatientStorage, trivial: Definition, me: Worker) -> str:
 
 
 def test_a_score_that_is_not_finite_is_in_no_ranking(storage: PatientStorage, scores: str) -> None:
-    assert queries.best_trial(scores, storage).number == 3
-    assert [(row.number, row.value) for row in queries.leaderboard(scores, storage)] == [(3, 0.7), (0, 0.5)]
-    status = queries.status(scores, storage)
+    assert results.best_trial(scores, storage).number == 3
+    assert [(row.number, row.value) for row in results.leaderboard(scores, storage)] == [(3, 0.7), (0, 0.5)]
+    status = results.status(scores, storage)
     assert (status.best, status.complete, status.ended) == (0.7, 5, True)
-    assert [curve.number for curve in queries.curves(scores, storage)] == [3, 0]
+    assert [curve.number for curve in results.curves(scores, storage)] == [3, 0]
 
 
 def test_a_study_with_a_score_of_nan_is_read_by_optuna(storage: PatientStorage, scores: str) -> None:
@@ -79,7 +79,7 @@ def test_check_finds_scores_that_are_not_finite_and_upgrade_repairs_them(
     assert [trial.values for trial in study.trials] == [[0.5], None, None, [0.7], None]
     assert study.best_trial.number == 3
     assert study.trials[1].user_attrs["failure"]["kind"] == "nan"
-    (failure,) = queries.status(scores, storage).failures
+    (failure,) = results.status(scores, storage).failures
     assert failure.startswith("nan: its score was not a finite number")
     assert database.upgrade(either_url)[1] == []
 
@@ -101,7 +101,7 @@ def _make_old(storage: PatientStorage, name: str) -> None:
 
 
 @pytest.fixture
-def old(storage: PatientStorage, trivial: Definition, me: Worker) -> str:
+def old(storage: PatientStorage, trivial: Definition, me: Owner) -> str:
     """A study with every attribute and one trial, as the older version left it."""
     registry.create(trivial, storage, DATA)
     registry.check_software(trivial.name, storage, {"keras": "3.15"})
@@ -121,7 +121,7 @@ def test_a_database_of_older_studies_alone_says_what_to_run(storage: PatientStor
 
 
 def test_upgrade_gives_the_attributes_of_older_studies_their_prefix(
-    storage: PatientStorage, old: str, either_url: str, trivial: Definition, me: Worker
+    storage: PatientStorage, old: str, either_url: str, trivial: Definition, me: Owner
 ) -> None:
     assert registry.names(storage) == []
     before = storage.get_study_user_attrs(registry.study_id(old, storage))
@@ -162,7 +162,7 @@ def test_older_studies_beside_current_ones_are_named(
         f"study {old} is of an older Trialyard, and is left out: run `trialyard storage upgrade`"
     ]
     with pytest.raises(StudyError, match="of an older Trialyard: run `trialyard storage upgrade`"):
-        queries.status(old, storage)
+        results.status(old, storage)
     with pytest.raises(StorageError, match="of an older Trialyard: run `trialyard storage upgrade`"):
         registry.create(trivial, storage, DATA)
 

@@ -10,7 +10,7 @@ import pytest
 from search import layers
 from search.errors import ModelError
 from search.model import build, summary
-from studies import models
+from studies import model_rules
 
 MNIST = (28, 28, 1)
 
@@ -105,14 +105,14 @@ def test_depth_seven_drops_after_its_third_and_fifth_convolution() -> None:
 
 @pytest.mark.parametrize(("name", "depth"), [("convnet", 3), ("convnet", 5), ("convnet", 7), ("mnist_cnn", None)])
 def test_the_smallest_image_is_the_smallest_that_can_be_built(name: str, depth: int | None) -> None:
-    smallest = models.smallest_image(name, depth)
+    smallest = model_rules.smallest_image(name, depth)
     hyperparameters = {} if depth is None else {"depth": depth}
     build(name, hyperparameters, (smallest, smallest, 1), 10)
     with pytest.raises(ModelError, match="too small for its convolutions"):
         build(name, hyperparameters, (smallest - 1, smallest - 1, 1), 10)
 
 
-@pytest.mark.parametrize("optimizer", models.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", model_rules.OPTIMIZERS)
 def test_every_optimizer_that_a_definition_may_name_can_be_built(optimizer: str) -> None:
     told = {"optimizer": optimizer, "learning_rate": 0.5, "weight_decay": 0.01, "label_smoothing": 0.1}
     model = build("mnist_cnn", told | {"width": 0.1}, (8, 8, 1), 10)
@@ -146,7 +146,7 @@ def test_every_hyperparameter_that_a_definition_may_name_is_used() -> None:
         model = build("convnet", hyperparameters, MNIST, 10)
         return str((model.get_config(), model.optimizer.get_config(), model.loss.get_config()))
 
-    rules = models.rules("convnet")
+    rules = model_rules.rules("convnet")
     assert rules is not None
     assert set(values) | {"batch_size", "batch_norm_averages"} == set(rules)  # those two are the training's
     for name, value in values.items():

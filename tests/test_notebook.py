@@ -10,9 +10,9 @@ from optuna.trial import TrialState
 
 from storage import claims, ledger
 from storage.database import PatientStorage
-from storage.workers import Worker
+from storage.owners import Owner
 from studies import definition as definitions
-from studies import imported, notebook, queries, registry
+from studies import imported, notebook, registry, results
 from studies.errors import StudyError
 
 # Typed from the notebook's output, apart from the program's own table.
@@ -34,7 +34,7 @@ def test_the_results_are_the_notebook_s_at_the_rates_that_it_ran_with() -> None:
 def test_it_becomes_a_study_of_finished_trials_once(storage: PatientStorage) -> None:
     assert notebook.create(storage)
     assert not notebook.create(storage)
-    found = queries.status("notebook", storage)
+    found = results.status("notebook", storage)
     assert (found.complete, found.budget, found.ended, found.protocol) == (21, 21, True, "test")
     assert ledger.check(storage) == []
     study = optuna.load_study(study_name="notebook", storage=storage)
@@ -47,7 +47,7 @@ def test_it_becomes_a_study_of_finished_trials_once(storage: PatientStorage) -> 
     assert "train_accuracy" not in study.trials[3].user_attrs
 
 
-def test_no_worker_ever_runs_the_notebook_s_study(storage: PatientStorage, me: Worker) -> None:
+def test_no_worker_ever_runs_the_notebook_s_study(storage: PatientStorage, me: Owner) -> None:
     notebook.create(storage)
     assert claims.claim(storage, "notebook", me, 60.0) is None
 
@@ -62,14 +62,14 @@ def test_a_creation_that_was_cut_off_is_completed(storage: PatientStorage, monke
             notebook.create(storage)
     assert "notebook" not in registry.names(storage)
     assert notebook.create(storage)
-    assert queries.status("notebook", storage).complete == 21
+    assert results.status("notebook", storage).complete == 21
 
 
 def test_another_study_of_that_name_is_left_alone(storage: PatientStorage) -> None:
     registry.create(definitions.load("digits", name="notebook"), storage, {"fingerprint": "0"})
     with pytest.raises(StudyError, match="another study is named 'notebook' already"):
         notebook.create(storage)
-    assert queries.status("notebook", storage).complete == 0
+    assert results.status("notebook", storage).complete == 0
 
 
 # --- anybody's --------------------------------------------------------------------------------------------
@@ -88,32 +88,32 @@ def test_rows_become_complete_trials_that_can_win(storage: PatientStorage, digit
         {"depth": np.int64(7), "dropout": np.float64(0.5), "accuracy": 0.97, "parameters": 1000, "batch_size": 64},
     ]
     assert imported.import_trials(digits, rows, storage) == 2
-    best = queries.best_trial(digits, storage)
+    best = results.best_trial(digits, storage)
     assert (best.values, best.params) == ([0.97], {"depth": 7, "dropout": 0.5})
     assert best.user_attrs["imported"] is True
     assert (best.user_attrs["protocol"], best.user_attrs["parameters"]) == ("validation", 1000)
     assert best.duration is not None
-    second = queries.leaderboard(digits, storage)[1]
+    second = results.leaderboard(digits, storage)[1]
     assert (second.params, second.seconds) == ({"depth": 3, "dropout": 0.0}, 12.0)
     assert registry.open(digits, storage).best_value == 0.97
 
 
-def test_the_budget_grows_with_what_is_imported(storage: PatientStorage, digits: str, me: Worker) -> None:
+def test_the_budget_grows_with_what_is_imported(storage: PatientStorage, digits: str, me: Owner) -> None:
     rows = [{"depth": 3, "dropout": 0.1 * n, "accuracy": 0.9} for n in range(4)]
     imported.import_trials(digits, rows, storage)
-    found = queries.status(digits, storage)
+    found = results.status(digits, storage)
     assert (found.budget, found.complete, found.waiting, found.seconds_left) == (16, 4, 3, None)
     ran = 0
     while (claim := claims.claim(storage, digits, me, 60.0)) is not None:
         claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})
         ran += 1
     assert ran == 12
-    assert queries.status(digits, storage).ended
+    assert results.status(digits, storage).ended
     assert ledger.check(storage) == []
     # The same definition again changes nothing, and a larger budget is more of our own.
     assert not registry.create(definitions.load("digits"), storage, {"fingerprint": "0"})
     assert registry.create(definitions.load("digits", trials=13), storage, {"fingerprint": "0"})
-    assert queries.status(digits, storage).budget == 17
+    assert results.status(digits, storage).budget == 17
 
 
 def test_the_same_rows_again_add_nothing_but_two_alike_are_two(storage: PatientStorage, digits: str) -> None:
@@ -123,7 +123,7 @@ def test_the_same_rows_again_add_nothing_but_two_alike_are_two(storage: PatientS
     assert imported.import_trials(digits, [row, row, row | {"accuracy": 0.8}], storage) == 1
 
 
-def test_the_time_left_is_reckoned_from_what_ran_here(storage: PatientStorage, digits: str, me: Worker) -> None:
+def test_the_time_left_is_reckoned_from_what_ran_here(storage: PatientStorage, digits: str, me: Owner) -> None:
     imported.import_trials(digits, [{"depth": 3, "dropout": 0.1, "accuracy": 0.9}] * 50, storage)
     claim = claims.claim(storage, digits, me, 60.0)
     assert claim is not None
@@ -132,7 +132,7 @@ def test_the_time_left_is_reckoned_from_what_ran_here(storage: PatientStorage, d
     ended = storage.get_trial(claim.trial_id).datetime_complete
     assert began is not None
     assert ended is not None
-    left = queries.status(digits, storage).seconds_left
+    left = results.status(digits, storage).seconds_left
     assert left == pytest.approx((ended - began).total_seconds() * 11)
 
 
@@ -162,8 +162,8 @@ def test_one_wrong_row_and_nothing_is_written(
     good = {"depth": 3, "dropout": 0.1, "accuracy": 0.9}
     with pytest.raises(StudyError, match=message):
         imported.import_trials(digits, [good, good | change], storage)
-    assert queries.status(digits, storage).complete == 0
-    assert queries.status(digits, storage).budget == 12
+    assert results.status(digits, storage).complete == 0
+    assert results.status(digits, storage).budget == 12
 
 
 def test_a_hyperparameter_that_does_not_apply_is_left_out(storage: PatientStorage) -> None:
@@ -219,7 +219,7 @@ def test_a_csv_file_that_is_wrong_says_where(
     file.write_bytes(text)
     with pytest.raises(StudyError, match=message):
         imported.import_trials(digits, file, storage)
-    assert queries.status(digits, storage).complete == 0
+    assert results.status(digits, storage).complete == 0
 
 
 def test_a_file_or_study_that_is_not_there_is_a_sentence(storage: PatientStorage, digits: str, tmp_path: Path) -> None:

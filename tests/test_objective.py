@@ -13,16 +13,16 @@ from optuna.trial import TrialState
 
 from search import objective
 from search.devices import Slot, cpu
-from search.display import Watcher
 from search.errors import DeviceError, MachineError
+from search.messages import Epoch, Failed, Trained
 from search.objective import Study
-from search.records import Epoch, Trained
-from search.trainer import Failed, Trainer, TrainerDied
-from storage import claims, database, workers
+from search.progress import Watcher
+from search.trainer import Trainer, TrainerDied
+from storage import claims, database, owners
 from storage.database import PatientStorage
 from storage.errors import StorageError, TrialyardError
+from storage.owners import Owner
 from storage.settings import Settings
-from storage.workers import Worker
 from studies import registry
 
 pytestmark = pytest.mark.usefixtures("study")
@@ -81,7 +81,7 @@ def _trained(*, stopped: bool) -> Trained:
     )
 
 
-def _run(storage: PatientStorage, folder: Path, me: Worker, *messages: Message | Callable[[], Message]) -> Scripted:
+def _run(storage: PatientStorage, folder: Path, me: Owner, *messages: Message | Callable[[], Message]) -> Scripted:
     """Runs one trial with a trainer that says `messages`."""
     claim = claims.claim(storage, "trivial", me, 60.0)
     assert claim is not None
@@ -104,9 +104,9 @@ def _only(storage: PatientStorage) -> optuna.trial.FrozenTrial:
 
 @pytest.mark.parametrize(("stopped", "state"), [(True, TrialState.PRUNED), (False, TrialState.COMPLETE)])
 def test_a_trial_at_its_end_is_complete_though_it_was_to_be_pruned(
-    storage: PatientStorage, tmp_path: Path, me: Worker, monkeypatch: pytest.MonkeyPatch, stopped: bool, state: Any
+    storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch, stopped: bool, state: Any
 ) -> None:
-    monkeypatch.setattr(objective, "_hopeless", lambda study, opened, claim, epoch: epoch == 1)
+    monkeypatch.setattr(objective, "_should_prune", lambda study, opened, claim, epoch: epoch == 1)
     trainer = _run(storage, tmp_path, me, _epoch(1, 0.5), _epoch(2, 0.6), _trained(stopped=stopped))
     assert trainer.told == ["drop"]
     assert (_only(storage).state, _only(storage).values) == (state, [0.6 if stopped else 0.9])
@@ -114,8 +114,8 @@ def test_a_trial_at_its_end_is_complete_though_it_was_to_be_pruned(
 
 def _taken_over(storage: PatientStorage) -> None:
     """Another machine holds the trial now."""
-    last = claims.holdings(storage, storage.get_study_id_from_name("trivial"))[0]
-    other = replace(workers.worker("cpu:0"), machine="other", host="other")
+    last = claims.running_trials(storage, storage.get_study_id_from_name("trivial"))[0]
+    other = replace(owners.this_slot("cpu:0"), machine="other", host="other")
 
     def take(connection: Any) -> None:
         attempts = claims._attempts(connection, trial_id)
@@ -127,7 +127,7 @@ def _taken_over(storage: PatientStorage) -> None:
 
 
 def test_a_trainer_that_dies_when_the_trial_is_another_s_ends_no_worker(
-    storage: PatientStorage, tmp_path: Path, me: Worker, caplog: pytest.LogCaptureFixture
+    storage: PatientStorage, tmp_path: Path, me: Owner, caplog: pytest.LogCaptureFixture
 ) -> None:
     def dies() -> Message:
         _taken_over(storage)
@@ -142,7 +142,7 @@ def test_a_trainer_that_dies_when_the_trial_is_another_s_ends_no_worker(
 def test_a_pruner_that_finds_the_trial_ended_ends_no_worker(
     storage: PatientStorage,
     tmp_path: Path,
-    me: Worker,
+    me: Owner,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -160,7 +160,7 @@ def test_a_pruner_that_finds_the_trial_ended_ends_no_worker(
     [("disk", StorageError), ("device", DeviceError), ("import", MachineError), ("load", MachineError)],
 )
 def test_a_machine_s_fault_costs_the_trial_nothing(
-    storage: PatientStorage, tmp_path: Path, me: Worker, kind: str, error: type[TrialyardError]
+    storage: PatientStorage, tmp_path: Path, me: Owner, kind: str, error: type[TrialyardError]
 ) -> None:
     for _ in range(claims.RETRIES + 1):  # it costs the trial nothing, however often
         with pytest.raises(error, match="what is wrong"):
@@ -174,7 +174,7 @@ KILLED_EARLY = TrainerDied("it ended by signal SIGKILL", out_of_memory=True, rea
 
 @pytest.mark.parametrize("death", [EARLY, KILLED_EARLY])
 def test_a_trainer_that_dies_before_it_is_ready_is_tried_once_more_and_costs_the_trial_nothing(
-    storage: PatientStorage, tmp_path: Path, me: Worker, death: TrainerDied
+    storage: PatientStorage, tmp_path: Path, me: Owner, death: TrainerDied
 ) -> None:
     for _ in range(claims.RETRIES + 1):
         with pytest.raises(MachineError, match="it ended by signal SIG"):
@@ -189,7 +189,7 @@ def test_a_trainer_that_dies_before_it_is_ready_is_tried_once_more_and_costs_the
 def test_a_file_that_cannot_be_removed_ends_no_worker(
     storage: PatientStorage,
     tmp_path: Path,
-    me: Worker,
+    me: Owner,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

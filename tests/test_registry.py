@@ -11,8 +11,8 @@ from sqlalchemy import delete
 
 from storage import claims, database, ledger
 from storage.database import PatientStorage
+from storage.owners import Owner
 from storage.tables import StudyUserAttributeModel
-from storage.workers import Worker
 from studies import registry
 from studies.definition import Definition, parse
 from studies.errors import StudyError
@@ -42,7 +42,7 @@ def test_a_study_is_created_once(storage: PatientStorage, trivial: Definition) -
     assert registry.definition_of("trivial", storage) == trivial
 
 
-def test_a_grid_waits_in_the_queue_each_point_once(storage: PatientStorage, me: Worker) -> None:
+def test_a_grid_waits_in_the_queue_each_point_once(storage: PatientStorage, me: Owner) -> None:
     definition = parse(GRID)
     registry.create(definition, storage, DATA)
     registry.create(definition, storage, DATA)
@@ -75,7 +75,7 @@ def test_a_creation_that_was_killed_half_way_is_completed(storage: PatientStorag
 
 
 def test_a_larger_budget_is_taken_and_a_smaller_one_changes_nothing(
-    storage: PatientStorage, study: str, trivial: Definition, me: Worker, caplog: pytest.LogCaptureFixture
+    storage: PatientStorage, study: str, trivial: Definition, me: Owner, caplog: pytest.LogCaptureFixture
 ) -> None:
     def with_trials(trials: int) -> Definition:
         return trivial.model_copy(update={"budget": trivial.budget.model_copy(update={"trials": trials})})

@@ -22,14 +22,14 @@ from optuna_dashboard._note import get_note_from_system_attrs
 from optuna_dashboard._serializer import serialize_frozen_trial
 
 from search import dashboard
-from search.display import Watcher
+from search.progress import Watcher
 from search.publisher import Publisher
 from storage import claims, database, ledger
 from storage.claims import Claim
 from storage.database import PatientStorage
 from storage.ledger import Imported
+from storage.owners import Owner
 from storage.tables import TrialSystemAttributeModel
-from storage.workers import Worker
 from studies import definition as definitions
 from studies import findings, notebook, notes, registry
 from studies.definition import Definition, parse
@@ -49,7 +49,7 @@ def artifacts(home: Path) -> Path:
 
 
 @pytest.fixture
-def run(storage: PatientStorage, me: Worker, artifacts: Path) -> Callable[..., Claim]:
+def run(storage: PatientStorage, me: Owner, artifacts: Path) -> Callable[..., Claim]:
     """Runs one trial of a study to an end, without training."""
 
     def end(study: str, params: dict[str, Any], state: TrialState, value: float | None, **told: Any) -> Claim:
@@ -544,7 +544,7 @@ def test_the_notebook_s_own_study_shows_its_replays_once_they_have_ended(
 
 
 def test_publishing_leaves_trials_and_claims_as_they_are(
-    either_url: str, me: Worker, artifacts: Path, trivial: Definition, publish: Callable[..., bool]
+    either_url: str, me: Owner, artifacts: Path, trivial: Definition, publish: Callable[..., bool]
 ) -> None:
     place = database.create(either_url)
     registry.create(trivial, place, DATA)

@@ -16,14 +16,14 @@ from optuna.trial import TrialState
 from sqlalchemy import func, select
 
 import studies
-from storage import artifacts, claims, database, ledger, retention, workers
+from storage import artifacts, claims, database, ledger, owners, retention
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
 from storage.claims import Claim
 from storage.database import PatientStorage
 from storage.errors import ClaimLost, StorageError, StudyGone
 from storage.ledger import Budget
+from storage.owners import Owner
 from storage.tables import BaseModel
-from storage.workers import Worker
 from studies import registry
 from studies.definition import Definition
 from studies.imported import import_trials
@@ -45,7 +45,7 @@ def _write(root: Path, study: str, number: int, *names: str) -> None:
         (folder / name).write_bytes(b"x" * 100)
 
 
-def _claim(storage: RDBStorage, study: str, me: Worker) -> Claim:
+def _claim(storage: RDBStorage, study: str, me: Owner) -> Claim:
     claim = claims.claim(storage, study, me, 60.0)
     assert claim is not None
     return claim
@@ -62,7 +62,7 @@ def _end(storage: RDBStorage, root: Path, claim: Claim, state: TrialState, value
     claims.finish(storage, claim, state, value, told, [MODEL, HISTORY] if state == COMPLETE else [HISTORY])
 
 
-def _trial(storage: RDBStorage, root: Path, study: str, me: Worker, value: float, keep: int = 2) -> Claim:
+def _trial(storage: RDBStorage, root: Path, study: str, me: Owner, value: float, keep: int = 2) -> Claim:
     claim = _claim(storage, study, me)
     _end(storage, root, claim, COMPLETE, value)
     retention.trim(storage, claim, root, keep)
@@ -93,7 +93,7 @@ def _models(root: Path) -> set[int]:
 @examples(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(st.sampled_from([0.1, 0.5, 0.5, 0.7, 0.9]), min_size=1, max_size=8), keep=st.integers(1, 4))
 def test_just_the_best_models_and_all_histories_are_left(
-    storage: RDBStorage, trivial: Definition, root: Path, me: Worker, values: list[float], keep: int
+    storage: RDBStorage, trivial: Definition, root: Path, me: Owner, values: list[float], keep: int
 ) -> None:
     name = f"s{time.monotonic_ns()}"
     registry.create(trivial.model_copy(update={"name": name}), storage, {"fingerprint": "0" * 16})
@@ -108,7 +108,7 @@ def test_just_the_best_models_and_all_histories_are_left(
 
 
 def _race(url: str, root: Path, study: str, slot: int, trials: int) -> None:
-    storage, me = database.connect(url, patience=60.0), workers.worker(f"cpu:{slot}")
+    storage, me = database.connect(url, patience=60.0), owners.this_slot(f"cpu:{slot}")
     for _ in range(trials):
         claim = _claim(storage, study, me)
         _trial_value = (claim.number * 7919 % 101) / 101
@@ -135,7 +135,7 @@ def test_many_workers_at_once_leave_the_best(either_url: str, trivial: Definitio
 
 
 def test_what_a_worker_left_that_was_killed_goes_with_the_next_trial(
-    storage: RDBStorage, study: str, root: Path, me: Worker
+    storage: RDBStorage, study: str, root: Path, me: Owner
 ) -> None:
     for value in (0.1, 0.3, 0.2):
         _end(storage, root, _claim(storage, study, me), COMPLETE, value)  # and no trim
@@ -143,14 +143,14 @@ def test_what_a_worker_left_that_was_killed_goes_with_the_next_trial(
     assert _models(root) == {1, 3}
 
 
-def test_results_had_elsewhere_take_no_model_s_place(storage: RDBStorage, study: str, root: Path, me: Worker) -> None:
+def test_results_had_elsewhere_take_no_model_s_place(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
     import_trials(study, [{"dropout": 0.1 * n, "accuracy": 0.99} for n in range(3)], storage)
     numbers = [_trial(storage, root, study, me, value).number for value in (0.5, 0.7, 0.6)]
     assert _models(root) == {numbers[1], numbers[2]}
     assert retention.superfluous(storage, root, 2) == []
 
 
-def test_the_model_of_a_running_trial_stays(storage: RDBStorage, study: str, root: Path, me: Worker) -> None:
+def test_the_model_of_a_running_trial_stays(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
     running = _claim(storage, study, me)
     _write(root, study, running.number, MODEL, HISTORY)  # written, and not yet told
     for value in (0.7, 0.8, 0.9):
@@ -158,7 +158,7 @@ def test_the_model_of_a_running_trial_stays(storage: RDBStorage, study: str, roo
     assert _models(root) == {running.number, 3}
 
 
-def test_an_infeasible_trial_s_model_makes_room(storage: RDBStorage, study: str, root: Path, me: Worker) -> None:
+def test_an_infeasible_trial_s_model_makes_room(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
     claim = _claim(storage, study, me)
     storage.set_trial_system_attr(claim.trial_id, "constraints:size", 1.0)
     _end(storage, root, claim, COMPLETE, 0.99)
@@ -167,7 +167,7 @@ def test_an_infeasible_trial_s_model_makes_room(storage: RDBStorage, study: str,
 
 
 def test_a_worker_that_slept_through_a_deletion_removes_nothing_of_the_study_that_came_after(
-    storage: RDBStorage, trivial: Definition, study: str, root: Path, me: Worker
+    storage: RDBStorage, trivial: Definition, study: str, root: Path, me: Owner
 ) -> None:
     old = _claim(storage, study, me)
     _end(storage, root, old, COMPLETE, 0.1)
@@ -189,7 +189,7 @@ def _backdate(path: Path) -> None:
 
 
 def test_prune_removes_what_no_trial_needs_and_nothing_else(
-    storage: RDBStorage, study: str, root: Path, me: Worker
+    storage: RDBStorage, study: str, root: Path, me: Owner
 ) -> None:
     for value in (0.1, 0.3, 0.2):  # trials 0, 1, 2
         _end(storage, root, _claim(storage, study, me), COMPLETE, value)
@@ -231,7 +231,7 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
 
 
 def test_what_was_listed_is_looked_at_again_before_it_is_removed(
-    storage: RDBStorage, trivial: Definition, root: Path, me: Worker
+    storage: RDBStorage, trivial: Definition, root: Path, me: Owner
 ) -> None:
     _write(root, trivial.name, 0, CHECKPOINT, HISTORY)
     listed = retention.superfluous(storage, root, 5)
@@ -242,7 +242,7 @@ def test_what_was_listed_is_looked_at_again_before_it_is_removed(
     assert len(_files(root)) == 2
 
 
-def test_files_that_a_copy_of_the_study_names_stay(storage: RDBStorage, study: str, root: Path, me: Worker) -> None:
+def test_files_that_a_copy_of_the_study_names_stay(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
     _end(storage, root, _claim(storage, study, me), COMPLETE, 0.9)
     _write(root, study, 0, SUMMARY)
     optuna.copy_study(from_study_name=study, from_storage=storage, to_storage=storage, to_study_name="copy")
@@ -267,7 +267,7 @@ def _rows(storage: RDBStorage) -> dict[str, int]:
 
 
 def test_deletion_leaves_no_row_of_the_study_and_all_of_the_others(
-    either_url: str, trivial: Definition, root: Path, me: Worker
+    either_url: str, trivial: Definition, root: Path, me: Owner
 ) -> None:
     storage = database.create(either_url)
     other = trivial.model_copy(update={"name": "other"})
@@ -294,7 +294,7 @@ def test_deletion_leaves_no_row_of_the_study_and_all_of_the_others(
 
 
 def test_a_study_that_is_worked_on_is_deleted_only_when_it_was_stopped(
-    storage: RDBStorage, study: str, me: Worker
+    storage: RDBStorage, study: str, me: Owner
 ) -> None:
     claim = _claim(storage, study, me)
     before = _rows(storage)
@@ -310,15 +310,15 @@ def test_a_study_that_is_worked_on_is_deleted_only_when_it_was_stopped(
 
 
 def test_a_trial_whose_worker_is_gone_keeps_no_study_from_its_deletion(
-    storage: RDBStorage, study: str, me: Worker
+    storage: RDBStorage, study: str, me: Owner
 ) -> None:
-    _claim(storage, study, Worker(machine=me.machine, host=me.host, pid=me.pid, born=1.0, slot="cpu:1"))
+    _claim(storage, study, Owner(machine=me.machine, host=me.host, pid=me.pid, born=1.0, slot="cpu:1"))
     claims.delete(storage, study, 60.0)
     assert registry.names(storage) == []
 
 
 def test_a_claim_for_a_study_that_was_deleted_is_none_for_its_successor(
-    storage: RDBStorage, trivial: Definition, study: str, me: Worker
+    storage: RDBStorage, trivial: Definition, study: str, me: Owner
 ) -> None:
     incarnation = ledger.incarnation(storage, registry.study_id(study, storage))
     assert incarnation is not None
@@ -331,7 +331,7 @@ def test_a_claim_for_a_study_that_was_deleted_is_none_for_its_successor(
 
 
 def test_delete_removes_the_files_too_and_a_crash_before_leaves_only_files(
-    home: Path, trivial: Definition, me: Worker, monkeypatch: pytest.MonkeyPatch
+    home: Path, trivial: Definition, me: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage: PatientStorage = database.create(f"sqlite:///{home}/yard/studies.db")
     root = home / "yard" / "artifacts"

@@ -15,7 +15,7 @@ from scipy.stats import qmc
 from search.objective import Study
 from storage import claims, database
 from storage.claims import Claim
-from storage.workers import Worker
+from storage.owners import Owner
 from studies import registry, sampling
 from studies.definition import Definition, parse
 from studies.errors import DefinitionError
@@ -74,7 +74,7 @@ def _definition(
 class Searched:
     """A study on SQLite, whose trials are drawn as a worker draws them, and never trained."""
 
-    def __init__(self, storage: RDBStorage, definition: Definition, me: Worker) -> None:
+    def __init__(self, storage: RDBStorage, definition: Definition, me: Owner) -> None:
         registry.create(definition, storage, DATA)
         self.storage, self.me = storage, me
         self.study = Study(
@@ -108,7 +108,7 @@ class Searched:
 
 
 @pytest.fixture
-def searched(tmp_path: Path, me: Worker) -> Iterable[Any]:
+def searched(tmp_path: Path, me: Owner) -> Iterable[Any]:
     """Makes studies, each in a database of its own."""
     made: list[RDBStorage] = []
 
@@ -165,7 +165,7 @@ def test_trials_that_run_at_once_never_draw_the_same_points(searched: Any, kind:
 
 
 @pytest.mark.parametrize("kind", DRAWING)
-def test_the_points_of_the_start_are_not_repeated_by_a_restart(searched: Any, kind: str, me: Worker) -> None:
+def test_the_points_of_the_start_are_not_repeated_by_a_restart(searched: Any, kind: str, me: Owner) -> None:
     study = searched(_definition(PLAIN, sampler=kind))
     before = study.draw(4, value=None)
     again = Searched(study.storage, study.study.definition, me)

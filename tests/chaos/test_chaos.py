@@ -109,7 +109,7 @@ class Yard:
         """
         at = self.dice.randrange(WORKERS)
         pid = self.workers[at].pid
-        held = claims.holdings(self.storage, self.study_id)
+        held = claims.running_trials(self.storage, self.study_id)
         runs = _runs(self.home)
         mine = [runs[one.number][one.attempt].epochs for one in held if one.pid == pid]
         if not mine or not all(mine):

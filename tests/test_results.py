@@ -9,16 +9,16 @@ import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from search.records import Epoch
+from search.messages import Epoch
 from storage import claims
-from storage.workers import Worker
-from studies import queries, registry
+from storage.owners import Owner
+from studies import registry, results
 from studies.errors import StudyError
 
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 
 
-def _end(storage: RDBStorage, study: str, me: Worker, *ends: tuple[TrialState, float | None]) -> None:
+def _end(storage: RDBStorage, study: str, me: Owner, *ends: tuple[TrialState, float | None]) -> None:
     for state, value in ends:
         claim = claims.claim(storage, study, me, 60.0)
         assert claim is not None
@@ -26,11 +26,11 @@ def _end(storage: RDBStorage, study: str, me: Worker, *ends: tuple[TrialState, f
         claims.finish(storage, claim, state, value, told)
 
 
-def test_the_best_is_the_first_of_the_highest_complete_ones(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_the_best_is_the_first_of_the_highest_complete_ones(storage: RDBStorage, study: str, me: Owner) -> None:
     _end(storage, study, me, (COMPLETE, 0.7), (PRUNED, 0.99), (COMPLETE, 0.9), (FAIL, None), (COMPLETE, 0.9))
-    best = queries.best_trial(study, storage)
+    best = results.best_trial(study, storage)
     assert (best.number, best.values) == (2, [0.9])
-    rows = queries.leaderboard(study, storage)
+    rows = results.leaderboard(study, storage)
     assert [(row.rank, row.number, row.value, row.epochs) for row in rows] == [
         (1, 2, 0.9, 2),
         (2, 4, 0.9, 2),
@@ -38,16 +38,16 @@ def test_the_best_is_the_first_of_the_highest_complete_ones(storage: RDBStorage,
     ]
 
 
-def test_without_a_complete_trial_there_is_no_best(storage: RDBStorage, study: str, me: Worker) -> None:
-    assert queries.leaderboard(study, storage) == []
+def test_without_a_complete_trial_there_is_no_best(storage: RDBStorage, study: str, me: Owner) -> None:
+    assert results.leaderboard(study, storage) == []
     with pytest.raises(StudyError, match=r"no complete trial yet: `trialyard work trivial`"):
-        queries.best_trial(study, storage)
+        results.best_trial(study, storage)
     _end(storage, study, me, *[(FAIL, None)] * 4, (PRUNED, 0.5))
     with pytest.raises(StudyError, match=r"ended without a complete trial \(4 failed, 1 pruned\)"):
-        queries.best_trial(study, storage)
+        results.best_trial(study, storage)
 
 
-def test_a_violated_constraint_never_wins(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_a_violated_constraint_never_wins(storage: RDBStorage, study: str, me: Owner) -> None:
     # As a study of somebody's own with constraints has them: in Optuna 5's form, and in the one before.
     told = ({"constraints:size": 1.5}, {"constraints:size": -1.0}, {"constraints": [-1.0, 2.0]}, {"constraints": None})
     for value, constraints in zip((0.99, 0.7, 0.98, 0.8), told, strict=True):
@@ -56,25 +56,25 @@ def test_a_violated_constraint_never_wins(storage: RDBStorage, study: str, me: W
         for key, constraint in constraints.items():
             storage.set_trial_system_attr(claim.trial_id, key, constraint)
         claims.finish(storage, claim, COMPLETE, value, {})
-    assert queries.best_trial(study, storage).number == 3
-    assert [row.number for row in queries.leaderboard(study, storage)] == [3, 1]
-    assert [row.number for row in queries.leaderboard(study, storage, top=1)] == [3]
-    assert (queries.status(study, storage).best, queries.status(study, storage).best_number) == (0.8, 3)
+    assert results.best_trial(study, storage).number == 3
+    assert [row.number for row in results.leaderboard(study, storage)] == [3, 1]
+    assert [row.number for row in results.leaderboard(study, storage, top=1)] == [3]
+    assert (results.status(study, storage).best, results.status(study, storage).best_number) == (0.8, 3)
     assert registry.open(study, storage).best_trial.number == 3  # Optuna's own judgement
 
 
-def test_a_constraint_that_all_violate_is_named(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_a_constraint_that_all_violate_is_named(storage: RDBStorage, study: str, me: Owner) -> None:
     claim = claims.claim(storage, study, me, 60.0)
     assert claim is not None
     storage.set_trial_system_attr(claim.trial_id, "constraints:size", 1.5)
     claims.finish(storage, claim, COMPLETE, 0.9, {})
-    assert queries.status(study, storage).best is None
+    assert results.status(study, storage).best is None
     with pytest.raises(StudyError, match="all 1 complete trials of study 'trivial' violate a constraint"):
-        queries.best_trial(study, storage)
+        results.best_trial(study, storage)
 
 
 def test_an_accuracy_that_is_not_finite_is_not_in_a_curve_s_way(
-    storage: RDBStorage, study: str, me: Worker, tmp_path: Path
+    storage: RDBStorage, study: str, me: Owner, tmp_path: Path
 ) -> None:
     claim = claims.claim(storage, study, me, 60.0)
     assert claim is not None
@@ -92,12 +92,12 @@ def test_an_accuracy_that_is_not_finite_is_not_in_a_curve_s_way(
     ]
     (tmp_path / "history.json").write_text(json.dumps([epoch.to_json() for epoch in epochs], allow_nan=False))
     claims.finish(storage, claim, COMPLETE, 0.5, {"history": "history.json"})
-    (curve,) = queries.curves(study, storage, tmp_path)
+    (curve,) = results.curves(study, storage, tmp_path)
     assert (math.isnan(curve.val_accuracy[0]), curve.val_accuracy[1], curve.val_loss) == (True, 0.5, (2.0, 2.0))
 
 
 def test_a_leaderboard_is_the_same_however_many_trials_are_named(
-    storage: RDBStorage, study: str, me: Worker, monkeypatch: pytest.MonkeyPatch
+    storage: RDBStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for value in (0.7, 0.9, 0.8):
         claim = claims.claim(storage, study, me, 60.0)
@@ -106,37 +106,37 @@ def test_a_leaderboard_is_the_same_however_many_trials_are_named(
         assert len(opened.trials) > claim.number  # Optuna's cache must have seen it
         optuna.Trial(opened, claim.trial_id).suggest_float("dropout", 0.0, 0.7)
         claims.finish(storage, claim, COMPLETE, value, {"epochs": 2, "parameters": 9, "seconds": 1.5})
-    named = queries.leaderboard(study, storage)
+    named = results.leaderboard(study, storage)
     assert [set(row.params) for row in named] == [{"dropout"}] * 3
     assert [(row.epochs, row.parameters, row.seconds) for row in named] == [(2, 9, 1.5)] * 3
-    monkeypatch.setattr(queries, "NAMED", 1)
-    assert queries.leaderboard(study, storage) == named
-    assert queries.leaderboard(study, storage, top=2) == named[:2]
+    monkeypatch.setattr(results, "MAX_IDS_IN_CLAUSE", 1)
+    assert results.leaderboard(study, storage) == named
+    assert results.leaderboard(study, storage, top=2) == named[:2]
     assert [trial.params for trial in registry.open(study, storage).trials] == [
         row.params for row in sorted(named, key=lambda row: row.number)
     ]
 
 
-def test_status_counts_exactly(storage: RDBStorage, study: str, me: Worker) -> None:
-    found = queries.status(study, storage)
+def test_status_counts_exactly(storage: RDBStorage, study: str, me: Owner) -> None:
+    found = results.status(study, storage)
     assert (found.budget, found.ended, found.best, found.seconds_left) == (5, False, None, None)
     _end(storage, study, me, (COMPLETE, 0.7), (PRUNED, 0.2), (FAIL, None))
     running, waiting = (claims.claim(storage, study, me, 60.0) for _ in range(2))
     assert running is not None
     assert waiting is not None
     claims.requeue(storage, waiting, "interrupted", "")
-    found = queries.status(study, storage)
+    found = results.status(study, storage)
     assert (found.complete, found.pruned, found.failed, found.running, found.waiting) == (1, 1, 1, 1, 1)
     assert (found.best, found.best_number, found.failures) == (0.7, 0, ("nan: the loss became nan",))
     assert [holding.number for holding in found.workers] == [3]
     assert found.seconds_left is not None
     claims.finish(storage, running, COMPLETE, 0.8, {})
     _end(storage, study, me, (COMPLETE, 0.6))
-    found = queries.status(study, storage)
+    found = results.status(study, storage)
     assert (found.ended, found.seconds_left, found.best) == (True, 0.0, 0.8)
 
 
-def test_reading_changes_nothing(storage: RDBStorage, study: str, me: Worker) -> None:
+def test_reading_changes_nothing(storage: RDBStorage, study: str, me: Owner) -> None:
     _end(storage, study, me, (COMPLETE, 0.7), (FAIL, None))
 
     def dump() -> list[str]:
@@ -144,9 +144,9 @@ def test_reading_changes_nothing(storage: RDBStorage, study: str, me: Worker) ->
             return list(connection.connection.driver_connection.iterdump())  # type: ignore[union-attr]
 
     before = dump()
-    queries.best_trial(study, storage)
-    queries.leaderboard(study, storage)
-    queries.status(study, storage)
+    results.best_trial(study, storage)
+    results.leaderboard(study, storage)
+    results.status(study, storage)
     registry.open(study, storage)
     registry.names(storage)
     assert dump() == before

@@ -19,7 +19,7 @@ from storage.tables import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class RankedTrial:
     """A trial that may win."""
 
     trial_id: int  # unique in the database
@@ -29,7 +29,7 @@ class Standing:
 
 def ranked(
     connection: Connection, study_id: int, top: int | None = None, *, with_model: bool = False
-) -> list[Standing]:
+) -> list[RankedTrial]:
     """The study's complete trials, highest value first and of equals the first, or only the `top` of them.
 
     `with_model`: of those that left a model, as trials that were imported did not.
@@ -54,7 +54,7 @@ def ranked(
         .limit(None if top is None else top + len(barred))
     )
     feasible = [
-        Standing(trial_id=trial_id, number=number, value=value)
+        RankedTrial(trial_id=trial_id, number=number, value=value)
         for trial_id, number, value in rows
         if trial_id not in barred
     ]

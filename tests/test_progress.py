@@ -11,15 +11,15 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
 
-from search.display import Lines, LiveTable, Relay, Watcher, ending, progress, shown
+from search.messages import Epoch
 from search.presence import Presence
+from search.progress import Lines, LiveTable, Relay, Watcher, ending, progress, shown
 from search.publisher import Publisher
-from search.records import Epoch
 from storage import claims
 from storage.claims import Claim
 from storage.database import PatientStorage
-from storage.workers import Worker
-from studies import queries
+from storage.owners import Owner
+from studies import results
 
 RECORD = Epoch(
     epoch=2, loss=0.5, accuracy=0.81, val_loss=0.4, val_accuracy=0.8725, seconds=2.0, images_per_second=1234.5
@@ -27,7 +27,7 @@ RECORD = Epoch(
 
 
 @pytest.fixture
-def claim(storage: RDBStorage, study: str, me: Worker) -> Claim:
+def claim(storage: RDBStorage, study: str, me: Owner) -> Claim:
     """The running first trial of 5."""
     claimed = claims.claim(storage, study, me, 60.0)
     assert claimed is not None
@@ -36,7 +36,7 @@ def claim(storage: RDBStorage, study: str, me: Worker) -> Claim:
 
 def test_the_live_table_shows_progress_and_each_slot(storage: RDBStorage, claim: Claim) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=110, color_system=None)
-    table = LiveTable(console, [claim.study], ["cpu:0", "cpu:1"], lambda name: queries.status(name, storage))
+    table = LiveTable(console, [claim.study], ["cpu:0", "cpu:1"], lambda name: results.status(name, storage))
     table.tick()
 
     def drawn() -> list[str]:
@@ -66,7 +66,7 @@ def test_the_live_table_leaves_the_terminal_as_it_was_even_after_an_error(storag
     console = Console(file=output, force_terminal=True, width=110)
 
     def broken() -> None:
-        with LiveTable(console, [claim.study], ["cpu:0"], lambda name: queries.status(name, storage)):
+        with LiveTable(console, [claim.study], ["cpu:0"], lambda name: results.status(name, storage)):
             raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
@@ -76,7 +76,7 @@ def test_the_live_table_leaves_the_terminal_as_it_was_even_after_an_error(storag
 
 def test_lines_are_whole_lines_whatever_their_length(storage: RDBStorage, claim: Claim) -> None:
     output = io.StringIO()
-    lines = Lines(Console(file=output, width=40), lambda name: queries.status(name, storage))
+    lines = Lines(Console(file=output, width=40), lambda name: results.status(name, storage))
     lines.began(claim, {"dropout": 0.25, "note": "[bold]" + "x" * 60}, epochs=8)
     lines.epoch(claim, RECORD)
     claims.requeue(storage, claim, "interrupted", "")
@@ -110,7 +110,7 @@ def test_every_ending_has_its_words() -> None:
 def test_the_time_left_is_told_in_fitting_units(
     storage: RDBStorage, study: str, seconds: float | None, words: str
 ) -> None:
-    status = dataclasses.replace(queries.status(study, storage), seconds_left=seconds)
+    status = dataclasses.replace(results.status(study, storage), seconds_left=seconds)
     assert progress(status).endswith(words)
 
 

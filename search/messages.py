@@ -1,9 +1,68 @@
-"""What a training tells of itself. Apart from `search.training`, because the worker reads it without Keras."""
+"""What the two processes of a slot say to each other: the worker's `search.trainer` and its `search.trainer_process`.
+
+Apart from the code that trains, because the worker reads these messages without Keras. They are pickled, so a class
+must be importable under the same name in both processes.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+from search.devices import Slot
+from studies.definition import Definition
+
+StopMode = Literal["keep", "drop"]  # whether a training that is stopped writes a checkpoint of its last whole epoch
+
+
+# --- to the trainer process; its slot comes first -----------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training; or with `folder` None only a check: load the data, build the model, train nothing."""
+
+    definition: Definition
+    hyperparameters: dict[str, Any]
+    seed: int
+    slot: Slot
+    data_folders: tuple[Path, ...]
+    folder: Path | None  # for model, history and checkpoint
+    checkpoint_seconds: float = 30.0
+    attempt: int = 1  # for the log
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """Ends the running job after its batch. Without a job nothing happens."""
+
+    mode: StopMode
+
+
+# --- from the trainer process -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """The process has imported Keras. What happens from now on is about its job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """The end of a check: a summary of the data."""
+
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """The end of a job in an error that it would meet again."""
+
+    # "nan", "memory", "data", "model" or "error". The machine's fault, which no trial must pay for: "import" (Keras or
+    # a user's module), "load" (the data), "disk" and "device".
+    kind: str
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,25 +19,24 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Select, and_, func, select
 
-from storage import attributes, claims, ledger, settings
-from storage import workers as present_workers
+from storage import attributes, claims, ledger, owners, settings
 from storage.artifacts import inside
-from storage.claims import Holding
+from storage.claims import RunningTrial
 from storage.database import read
-from storage.standings import is_scored, ranked
+from storage.owners import SlotStatus
+from storage.ranking import is_scored, ranked
 from storage.tables import TrialModel, TrialParamModel, TrialUserAttributeModel
-from storage.workers import Present
 from studies import registry
 from studies.errors import StudyError
-from studies.registry import Place
+from studies.registry import StorageLike
 
 if TYPE_CHECKING:
     import keras
 
 log = logging.getLogger(__name__)
 
-NAMED = 500  # trials that one statement names
-TOLD = ("epochs", "parameters", "seconds")  # user attributes that a leaderboard shows
+MAX_IDS_IN_CLAUSE = 500  # trials that one statement names
+LEADERBOARD_ATTRIBUTES = ("epochs", "parameters", "seconds")  # user attributes that a leaderboard shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class Status:
     best: float | None  # the best value so far
     best_number: int | None
     seconds_left: float | None  # a guess, from the pace since the first trial began; None before one finished
-    workers: tuple[Holding, ...]
+    workers: tuple[RunningTrial, ...]
     outside: tuple[int, ...]  # numbers of RUNNING trials that no worker started: somebody's own `study.ask()`
     failures: tuple[str, ...]  # why trials failed, as "kind: message", each reason once
 
@@ -95,7 +94,7 @@ class Curve:
     seconds: tuple[float, ...]
 
 
-def best_trial(name: str, storage: Place = None) -> FrozenTrial:
+def best_trial(name: str, storage: StorageLike = None) -> FrozenTrial:
     """The complete trial with the highest validation accuracy; of equals, the first.
 
     Pruned and failed trials never win, nor those with a violated constraint.
@@ -139,7 +138,7 @@ def _why_none(name: str, place: RDBStorage, study_id: int) -> str:
     )
 
 
-def best_model(name: str, storage: Place = None) -> "keras.Model":
+def best_model(name: str, storage: StorageLike = None) -> "keras.Model":
     """The trained model of the best trial, with the weights of its best epoch, ready to predict.
 
     It takes images of (n, height, width, channels) on 0 to 255, as it was trained on, and gives class probabilities of
@@ -192,7 +191,7 @@ def file_of(name: str, trial: FrozenTrial, artifact: Literal["model", "history"]
     return path
 
 
-def leaderboard(name: str, storage: Place = None, top: int | None = None) -> list[Row]:
+def leaderboard(name: str, storage: StorageLike = None, top: int | None = None) -> list[Row]:
     """The complete and feasible trials of study `name`, best first, or only the `top` of them.
 
     >>> for row in studies.leaderboard("digits"):
@@ -210,7 +209,7 @@ def leaderboard(name: str, storage: Place = None, top: int | None = None) -> lis
 def _rows(connection: Connection, study_id: int, top: int | None) -> list[Row]:
     standings = ranked(connection, study_id, top)
     # A few trials are named; of many, the study's whole tables are read, since a statement's length has a limit.
-    some = [standing.trial_id for standing in standings] if len(standings) <= NAMED else None
+    some = [standing.trial_id for standing in standings] if len(standings) <= MAX_IDS_IN_CLAUSE else None
 
     def of(stored: type[TrialParamModel] | type[TrialUserAttributeModel], *columns: Any) -> Select[Any]:
         chosen = select(stored.trial_id, *columns)
@@ -226,7 +225,7 @@ def _rows(connection: Connection, study_id: int, top: int | None) -> list[Row]:
         params[trial_id][name] = _distribution(distribution).to_external_repr(value)
     told: dict[int, dict[str, Any]] = defaultdict(dict)
     attribute = TrialUserAttributeModel
-    wanted = of(attribute, attribute.key, attribute.value_json).where(attribute.key.in_(TOLD))
+    wanted = of(attribute, attribute.key, attribute.value_json).where(attribute.key.in_(LEADERBOARD_ATTRIBUTES))
     for trial_id, key, value_json in connection.execute(wanted):
         told[trial_id][key] = attributes.number(attributes.decoded(value_json))
     return [
@@ -235,7 +234,7 @@ def _rows(connection: Connection, study_id: int, top: int | None) -> list[Row]:
             number=standing.number,
             value=standing.value,
             params=params[standing.trial_id],
-            **{key: told[standing.trial_id].get(key) for key in TOLD},
+            **{key: told[standing.trial_id].get(key) for key in LEADERBOARD_ATTRIBUTES},
         )
         for rank, standing in enumerate(standings, start=1)
     ]
@@ -246,7 +245,7 @@ def _distribution(as_json: str) -> BaseDistribution:
     return json_to_distribution(as_json)  # a study has few of them, and each of its trials names them again
 
 
-def status(name: str, storage: Place = None) -> Status:
+def status(name: str, storage: StorageLike = None) -> Status:
     """Where study `name` stands.
 
     >>> state = studies.status("digits")
@@ -278,23 +277,23 @@ def status(name: str, storage: Place = None) -> Status:
         best=best[0].value if best else None,
         best_number=best[0].number if best else None,
         seconds_left=_seconds_left(place, study_id, counts, trials, imported),
-        workers=tuple(claims.holdings(place, study_id)),
+        workers=tuple(claims.running_trials(place, study_id)),
         outside=tuple(ledger.started_outside(place, study_id)) if counts.running else (),
         failures=_failures(place, study_id) if counts.failed else (),
     )
 
 
-def workers(storage: Place = None) -> list[Present]:
+def workers(storage: StorageLike = None) -> list[SlotStatus]:
     """Every slot of every worker that beats, whatever study it is at, and also those that wait for one.
 
     >>> [slot.device for slot in studies.workers()]
     []
     """
-    return read(registry.storage_of(storage), present_workers.present)
+    return read(registry.storage_of(storage), owners.present)
 
 
 def curves(
-    name: str, storage: Place = None, artifacts: str | Path | None = None, top: int | None = None
+    name: str, storage: StorageLike = None, artifacts: str | Path | None = None, top: int | None = None
 ) -> list[Curve]:
     """The learning curves of study `name`: complete trials, best first, then pruned ones; `top` limits how many.
 

@@ -15,12 +15,12 @@ import keras
 import numpy as np
 import pytest
 
-import search.training
+import search.training_loop
 from search import data
 from search.data import Dataset
 from search.errors import DataError, ModelError
-from search.records import Epoch, Trained
-from search.training import NotANumber, train
+from search.messages import Epoch, Trained
+from search.training_loop import NotANumber, train
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
 from studies.definition import Data
 
@@ -170,7 +170,7 @@ def test_an_epoch_without_a_finite_accuracy_is_never_the_best(
             weights.append(self.model.get_weights())
 
     fit = keras.Model.fit
-    monkeypatch.setattr(search.training, "accuracy_of", scored)
+    monkeypatch.setattr(search.training_loop, "accuracy_of", scored)
     monkeypatch.setattr(
         keras.Model,
         "fit",
@@ -317,11 +317,11 @@ def test_a_batch_larger_than_the_data_is_refused(dataset: Dataset, tmp_path: Pat
 JAX = """
 import sys
 from pathlib import Path
-from search import data, training
+from search import data, training_loop
 from studies.definition import Data
 
 dataset = data.load(sys.argv[1], Data(validation=0.2), [])
-trained = training.train(
+trained = training_loop.train(
     model="convnet",
     hyperparameters={"depth": 7, "width": 0.1, "dropout": 0.2, "batch_size": 20, "learning_rate": 1e-2,
                      "batch_norm_momentum": 0.9},

@@ -14,11 +14,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from search.records import Epoch
+from search.messages import Epoch
 from storage import attributes
 from storage.claims import Claim
 from studies.errors import StudyError
-from studies.queries import Status
+from studies.results import Status
 
 STATUS_SECONDS = 2.0  # how often the live table asks the database
 
@@ -160,19 +160,19 @@ class LiveTable(Watcher):
     def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
         """Shows the trial in its slot's row."""
         with self._lock:
-            self._slots[claim.worker.slot] = _Slot(claim, point, epochs)
+            self._slots[claim.owner.slot] = _Slot(claim, point, epochs)
 
     def epoch(self, claim: Claim, record: Epoch) -> None:
         """Shows the epoch in its slot's row."""
         with self._lock:
-            slot = self._slots[claim.worker.slot]
+            slot = self._slots[claim.owner.slot]
             if slot is not None:
                 slot.record = record
 
     def ended(self, claim: Claim, trial: FrozenTrial) -> None:
         """Leaves a line above the table, and empties the slot's row."""
         with self._lock:
-            self._slots[claim.worker.slot] = None
+            self._slots[claim.owner.slot] = None
             self._asked = 0.0
         line = f"{claim.study} trial {claim.number} {ending(trial)}  {shown(trial.params)}"
         self._console.print(line, markup=False, highlight=False)
@@ -180,7 +180,7 @@ class LiveTable(Watcher):
     def gone(self, claim: Claim) -> None:
         """Leaves a line above the table, and empties the slot's row."""
         with self._lock:
-            self._slots[claim.worker.slot] = None
+            self._slots[claim.owner.slot] = None
             self._asked = 0.0
         line = f"study {claim.study} was deleted, and its trial {claim.number} with it"
         self._console.print(line, markup=False, highlight=False)
@@ -201,7 +201,7 @@ class LiveTable(Watcher):
 
     def _drawn(self) -> Group:
         with self._lock:
-            lines = [Text(progress(status), style="bold") for status in self._statuses.values()]
+            lines = [Text(progress_line(status), style="bold") for status in self._statuses.values()]
             table = Table(box=None, padding=(0, 2, 0, 0))
             for title in ("slot", "trial", "epoch", "validation", "images/s", "hyperparameters"):
                 table.add_column(title, header_style="dim", no_wrap=title != "hyperparameters")
@@ -221,7 +221,7 @@ class LiveTable(Watcher):
         return Group(*lines, table)
 
 
-def progress(status: Status) -> str:
+def progress_line(status: Status) -> str:
     """One line: trials done of the budget, the best so far, the time left."""
     done = status.complete + status.pruned + status.failed
     best = "none yet" if status.best is None else f"{status.best:.4f} (trial {status.best_number})"

@@ -44,7 +44,7 @@ table = Table(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Worker:
+class Owner:
     """One slot of one process, as other processes can recognise it."""
 
     machine: str  # this boot of this machine, and the process namespace within it
@@ -68,7 +68,7 @@ class Worker:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doing:
+class SlotActivity:
     """What a slot is at; all None between trials."""
 
     study: str | None = None
@@ -77,7 +77,7 @@ class Doing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Present:
+class SlotStatus:
     """A slot of a worker, as `status` shows it."""
 
     host: str
@@ -90,9 +90,9 @@ class Present:
     silent_seconds: float  # since its last beat
 
 
-def worker(slot: str) -> Worker:
+def this_slot(slot: str) -> Owner:
     """This process's `slot`."""
-    return Worker(
+    return Owner(
         machine=_machine(),
         host=socket.gethostname(),
         pid=os.getpid(),
@@ -116,19 +116,19 @@ def _machine() -> str:
         return f"{socket.gethostname()}/{psutil.boot_time():.0f}"
 
 
-def beat(connection: Connection, slots: Mapping[Worker, str], doing: Mapping[Worker, Doing]) -> None:
+def beat(connection: Connection, slots: Mapping[Owner, str], doing: Mapping[Owner, SlotActivity]) -> None:
     """Says that these slots (each with its device's name) live, and what they are at; forgets the long silent."""
     leave(connection, list(slots))
     now = database_now(connection)
     rows = [
-        asdict(one) | {"device": device[:255], "beaten": now} | asdict(doing.get(one, Doing()))
+        asdict(one) | {"device": device[:255], "beaten": now} | asdict(doing.get(one, SlotActivity()))
         for one, device in slots.items()
     ]
     connection.execute(insert(table), rows)
     connection.execute(delete(table).where(table.c.beaten < now - timedelta(hours=FORGOTTEN_HOURS)))
 
 
-def leave(connection: Connection, slots: Sequence[Worker]) -> None:
+def leave(connection: Connection, slots: Sequence[Owner]) -> None:
     """Takes these slots off the list."""
     for one in slots:
         connection.execute(
@@ -136,17 +136,17 @@ def leave(connection: Connection, slots: Sequence[Worker]) -> None:
         )
 
 
-def present(connection: Connection) -> list[Present]:
+def present(connection: Connection) -> list[SlotStatus]:
     """The slots that beat, by host, process and slot. Those of processes that are known to be gone are left out."""
     now = database_now(connection)
     rows = connection.execute(select(table).order_by(table.c.host, table.c.pid, table.c.slot)).mappings().all()
     return [
-        Present(
+        SlotStatus(
             **{name: row[name] for name in ("host", "pid", "slot", "device", "study", "trial", "epoch")},
             silent_seconds=max(0.0, (now - row["beaten"]).total_seconds()),
         )
         for row in rows
-        if not Worker(**{name: row[name] for name in ("machine", "host", "pid", "born", "slot")}).gone()
+        if not Owner(**{name: row[name] for name in ("machine", "host", "pid", "born", "slot")}).gone()
     ]
 
 
@@ -155,7 +155,7 @@ def silence(connection: Connection) -> float | None:
     mine = [column for column in table.c if column.name in ("machine", "host", "pid", "born", "slot", "beaten")]
     rows = connection.execute(select(*mine).where(table.c.machine == _machine())).mappings().all()
     now = database_now(connection)
-    living = [row for row in rows if not Worker(**{name: row[name] for name in row if name != "beaten"}).gone()]
+    living = [row for row in rows if not Owner(**{name: row[name] for name in row if name != "beaten"}).gone()]
     return min((max(0.0, (now - row["beaten"]).total_seconds()) for row in living), default=None)
 
 

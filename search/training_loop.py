@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import numpy as np
@@ -16,13 +16,11 @@ from search import averages, checkpoint
 from search.batches import batches
 from search.data import Array, Dataset
 from search.errors import DataError
+from search.messages import Epoch, StopMode, Trained, best_epoch
 from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary
-from search.records import Epoch, Trained, best_epoch
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, stored
 
 log = logging.getLogger(__name__)
-
-Stop = Literal["keep", "drop"]
 
 
 class NotANumber(Exception):  # noqa: N818 - what happened, in the words of `failure.kind`
@@ -39,7 +37,7 @@ def train(
     precision: tuple[str, str],
     folder: Path,
     on_epoch: Callable[[Epoch], None],
-    stopping: Callable[[], Stop | None],
+    stopping: Callable[[], StopMode | None],
     on_resume: Callable[[list[Epoch]], None] = lambda history: None,
     checkpoint_seconds: float = 30.0,
 ) -> Trained:
@@ -224,7 +222,7 @@ def _write_model(
 class _StopAtBatch(keras.callbacks.Callback):  # type: ignore[misc]
     """Ends a fit after the running batch once `stopping` says so."""
 
-    def __init__(self, stopping: Callable[[], Stop | None]) -> None:
+    def __init__(self, stopping: Callable[[], StopMode | None]) -> None:
         super().__init__()
         self._stopping = stopping
         self.stopped = False

@@ -1,0 +1,199 @@
+"""The trainer process of one slot: imports Keras, and trains one job after another. Started by `search.trainer`.
+
+It talks to the worker over one socket (`search.messages`): the slot, jobs and stops come in; one message an epoch and
+one for the end of a job go out. It never waits for the worker between epochs, opens no database, and ends at once when
+the worker is gone. Keras and what needs it is imported in functions, after the device is pinned.
+"""
+
+import contextlib
+import ctypes
+import gc
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from search import devices
+from search.devices import Slot, precision_for
+from search.messages import Checked, Epoch, Failed, Job, Ready, Resumed, StopMode, Trained
+from storage.errors import StorageError, TrialyardError
+
+if TYPE_CHECKING:
+    from search.data import Dataset
+
+
+def main(descriptor: int) -> None:
+    """Imports Keras for the slot that comes first, says so, and trains one job after another.
+
+    Until the worker's end of the socket closes, or Keras cannot be imported.
+    """
+    # Whoever ends a whole process group, or a service, means the worker, which then says what to do.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    connection: Connection[Any, Any] = Connection(descriptor)
+    try:
+        slot: Slot = connection.recv()
+    except (EOFError, OSError):
+        return  # the worker has ended already
+    jobs: queue.Queue[Job] = queue.Queue()
+    stops: list[StopMode] = []
+
+    def listen() -> None:
+        # A thread, so that a stop is heard within a batch, and the worker's death at once: a trainer that went on
+        # alone would train a trial that somebody else has claimed by then.
+        while True:
+            try:
+                message = connection.recv()
+            except (EOFError, OSError):
+                os._exit(0)
+            if isinstance(message, Job):
+                stops.clear()
+                jobs.put(message)
+            else:
+                stops.append(message.mode)
+
+    threading.Thread(target=listen, name="listen", daemon=True).start()
+    failed = _import_keras(slot)
+    connection.send(failed or Ready())
+    if failed is not None:
+        return
+    datasets: dict[Any, Dataset] = {}
+    while True:
+        end = _run(jobs.get(), connection, stops, datasets)
+        _give_back_memory()
+        connection.send(end)
+
+
+def _import_keras(slot: Slot) -> Failed | None:
+    """Imports all that a job needs, pinned to `slot`; returns why it cannot be."""
+    from search import checks
+    from search.errors import DeviceError
+
+    try:
+        devices.pin(slot)  # before the framework's first use
+        import search.training_loop  # noqa: F401
+    except DeviceError as error:
+        return Failed(kind="device", message=str(error))
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken installation may raise anything
+        traceback.print_exc()  # whole, into the log file
+        backend = checks.software()["backend"]
+        return Failed(
+            kind="import",
+            message=f"Keras cannot be imported on this machine with the backend {backend} ({_in_one_line(error)}): "
+            "install what is missing, or set KERAS_BACKEND to a backend that is installed",
+        )
+    return None
+
+
+def _in_one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]
+
+
+def _give_back_memory() -> None:
+    """What the last model held, as far as Python and the C library can be made to."""
+    if "keras" in sys.modules:
+        sys.modules["keras"].backend.clear_session()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _run(
+    job: Job, connection: "Connection[Any, Any]", stops: "list[StopMode]", datasets: "dict[Any, Dataset]"
+) -> Trained | Checked | Failed:
+    from search.errors import DataError, MachineError, ModelError
+
+    try:
+        dataset = _loaded(job, datasets)
+    except MachineError as error:
+        return Failed(kind="import", message=str(error))
+    except DataError as error:
+        return Failed(kind="load", message=str(error))
+    except Exception as error:  # noqa: BLE001 - no job with these data could begin here
+        traceback.print_exc()
+        message = f"{job.definition.dataset} cannot be loaded on this machine ({_in_one_line(error)})"
+        return Failed(kind="load", message=message)
+    try:
+        return _trained(job, dataset, connection, stops)
+    except StorageError as error:
+        return Failed(kind="disk", message=str(error))
+    except MachineError as error:
+        return Failed(kind="import", message=str(error))
+    except DataError as error:
+        return Failed(kind="data", message=str(error))
+    except ModelError as error:
+        memory = error.__cause__ is not None and _is_out_of_memory(error.__cause__)
+        return Failed(kind="memory" if memory else "model", message=str(error))
+    except Exception as error:  # noqa: BLE001 - whatever a user's model raises ends its trial, not the study
+        traceback.print_exc()  # whole, into the log file
+        if type(error).__name__ == "NotANumber":
+            return Failed(kind="nan", message=" ".join(str(error).split()))
+        kind = "memory" if _is_out_of_memory(error) else "error"
+        return Failed(kind=kind, message=_in_one_line(error))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # TensorFlow's own type, JAX's word for it, and PyTorch's type.
+    names = ("MemoryError", "_ArrayMemoryError", "ResourceExhaustedError", "OutOfMemoryError")
+    return type(error).__name__ in names or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _loaded(job: Job, datasets: "dict[Any, Dataset]") -> "Dataset":
+    from search import data
+
+    wanted = job.definition
+    key = (wanted.dataset, wanted.data, job.data_folders)
+    if key not in datasets:
+        datasets.clear()  # one at a time: a machine may serve many studies
+        datasets[key] = data.load(wanted.dataset, wanted.data, job.data_folders)
+    return datasets[key]
+
+
+def _trained(
+    job: Job, dataset: "Dataset", connection: "Connection[Any, Any]", stops: "list[StopMode]"
+) -> Trained | Checked:
+    from search import checks, training_loop
+
+    wanted = job.definition
+    if job.folder is None:
+        checks.check_with_keras(wanted, dataset)
+        return Checked(data=dataset.summary())
+    precision = precision_for(job.slot.device, wanted.precision)
+    trial = f"{job.folder.parent.name} trial {job.folder.name} attempt {job.attempt}"
+    _log(f"{trial} begins in {precision[0]}: {precision[1]}")
+
+    def on_epoch(record: Epoch) -> None:
+        _log(f"{trial} epoch {record.epoch} loss {record.loss:.9g} validation {record.val_accuracy:.9g}")
+        connection.send(record)
+
+    def on_resume(history: list[Epoch]) -> None:
+        _log(f"{trial} goes on after epoch {history[-1].epoch}")
+        connection.send(Resumed(history=tuple(history)))
+
+    return training_loop.train(
+        model=wanted.model,
+        hyperparameters=job.hyperparameters,
+        dataset=dataset,
+        epochs=wanted.budget.epochs,
+        seed=job.seed,
+        precision=precision,
+        folder=job.folder,
+        on_epoch=on_epoch,
+        on_resume=on_resume,
+        checkpoint_seconds=job.checkpoint_seconds,
+        stopping=lambda: stops[0] if stops else None,
+    )
+
+
+def _log(line: str) -> None:
+    print(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {line}", flush=True)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(TrialyardError, BrokenPipeError):
+        main(int(sys.argv[1]))
