@@ -1,4 +1,4 @@
-"""One trial: suggest -> train -> report / prune -> value. All that it tells the database is told here."""
+"""One trial: suggest -> train -> report / prune -> value. All that a trial writes to the database is written here."""
 
 import logging
 import time
@@ -29,7 +29,7 @@ from studies.space import Point, suggest
 
 log = logging.getLogger(__name__)
 
-# The machine's fault, which would cost the study one trial after the other.
+# Faults of the machine: as failures of trials they would cost the study one trial after the other.
 _MACHINE: dict[str, type[TrialyardError]] = {
     "disk": StorageError,
     "device": DeviceError,
@@ -41,40 +41,40 @@ POLL_SECONDS = 0.2  # how soon a stop or a lost claim is noticed between epochs
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study as a worker holds it."""
+    """A study as a worker uses it."""
 
     name: str
     study_id: int
-    incarnation: str | None = None  # tells it from another one that later has its name and number
+    incarnation: str | None = None  # differs from that of a later study with the same name and id
     definition: Definition
     storage: RDBStorage
-    cached: BaseStorage  # the same with Optuna's cache of finished trials, for samplers and pruners
+    cached: BaseStorage  # the same storage with Optuna's cache of finished trials, for samplers and pruners
 
     def opened(self, number: int) -> optuna.Study:
-        """Optuna's object for trial `number`. One a trial: it keeps what it has read of the others."""
+        """Optuna's study for trial `number`. One for each trial, because it caches what it has read of others."""
         study = optuna.load_study(
             study_name=self.name,
             storage=self.cached,
             sampler=sampling.sampler(self.definition, number),
             pruner=sampling.pruner(self.definition),
         )
-        # The cache must have seen a trial before its parameters are set.
+        # The cache must have read a trial before its parameters can be set.
         study.get_trials(deepcopy=False)
         return study
 
 
 @dataclass(frozen=True, kw_only=True)
 class _End:
-    """How the trainer's job ended, if not in an error."""
+    """How the trainer's job ended, without an error."""
 
     trained: Trained | None  # None if it had to be killed
     pruned: bool
     last_value: float | None  # validation accuracy of the last reported epoch
-    why: str  # it was stopped, where it was
+    why: str  # why it was stopped, if it was
 
 
 def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watcher: Watcher, interrupted: Event) -> None:
-    """Runs the claimed trial to its end, whatever that is, and writes it down.
+    """Runs the claimed trial to its end and records it.
 
     The trial ends complete, pruned or failed; or goes back to the queue when `interrupted` is set, the study is paused
     or stopped, or its trainer dies. Where the claim is lost meanwhile, or the study deleted, nothing more is written.
@@ -92,13 +92,13 @@ def run(study: Study, claim: Claim, trainer: Trainer, settings: Settings, watche
     except ClaimLost as lost:
         log.warning("%s", lost)
         trainer.kill()  # somebody else trains this trial now
-    except (KeyError, StudyGone) as error:  # KeyError is Optuna's word for a row that is not there
+    except (KeyError, StudyGone) as error:  # Optuna raises KeyError for a missing row
         if claims.trial_exists(study.storage, claim):
             raise
-        log.debug("what met it", exc_info=error)
+        log.debug("the study was deleted", exc_info=error)
         trainer.kill()
     except MachineError:
-        trainer.kill()  # only a new process sees what was repaired: modules stay as they were imported
+        trainer.kill()  # only a new process sees a repaired installation: imported modules stay as they are
         _notify_end(study, claim, watcher)
         raise
     _notify_end(study, claim, watcher)
@@ -112,7 +112,7 @@ def _record_end(study: Study, claim: Claim, trainer: Trainer, settings: Settings
         raise _MACHINE[end.kind](end.message)
     if isinstance(end, Failed):
         claims.finish(storage, claim, TrialState.FAIL, None, {"failure": asdict(end)})
-    elif end.pruned and (end.trained is None or end.trained.stopped):  # else it was at its end when that was decided
+    elif end.pruned and (end.trained is None or end.trained.stopped):  # else it had ended before the stop arrived
         attributes = _attributes(study, claim, trainer, end.trained)
         claims.finish(storage, claim, TrialState.PRUNED, end.last_value, attributes, _files_left(end.trained))
     elif end.trained is not None and not end.trained.stopped:
@@ -123,7 +123,7 @@ def _record_end(study: Study, claim: Claim, trainer: Trainer, settings: Settings
     else:
         claims.requeue(storage, claim, "interrupted", end.why, _files(settings, claim))
         return
-    # Only now: had the database stayed away, the trial would go on from it.
+    # Only now: if the database had stayed away, the trial would have resumed from it.
     _remove_checkpoint(settings, claim)
 
 
@@ -133,7 +133,7 @@ def _record_crash(study: Study, claim: Claim, settings: Settings, died: TrainerD
         claims.requeue(study.storage, claim, "interrupted", str(died), _files(settings, claim))
         raise MachineError(f"{died}: repair Keras or its backend")
     log.warning("study %s: trial %d: %s", claim.study, claim.number, died)
-    if died.out_of_memory:  # the same would happen again
+    if died.out_of_memory:  # it would happen again
         failure = {"kind": "memory", "message": str(died)}
         claims.finish(study.storage, claim, TrialState.FAIL, None, {"failure": failure})
         _remove_checkpoint(settings, claim)
@@ -148,7 +148,7 @@ def _remove_checkpoint(settings: Settings, claim: Claim) -> None:
 
 @contextmanager
 def _ignore_leftover_file(claim: Claim) -> Iterator[None]:
-    """A file that cannot be removed costs a place on the disk, and `storage prune` finds it: no reason to end."""
+    """A file that cannot be removed only takes disk space until `storage prune` removes it: no reason to stop."""
     try:
         yield
     except OSError as error:
@@ -206,14 +206,14 @@ def _folder(settings: Settings, claim: Claim) -> Path:
 
 
 def _files_left(trained: Trained | None) -> list[str]:
-    """The names of the files that a training leaves to a finished trial."""
+    """The names of the files that a finished trial keeps."""
     if trained is None:
         return []
     return [artifacts.HISTORY] if trained.stopped else [artifacts.MODEL, artifacts.HISTORY]
 
 
 def _files(settings: Settings, claim: Claim) -> list[str]:
-    """The names of the trial's files that are there, of those that the dashboard offers."""
+    """The names of the trial's existing files, of those that the dashboard offers."""
     folder = _folder(settings, claim)
     return [name for name in artifacts.DOWNLOADABLE if (folder / name).is_file()]
 
@@ -228,11 +228,11 @@ def _follow(
     beating: Beating,
     interrupted: Event,
 ) -> _End | Failed:
-    """Takes the trainer's records as they come, until its job ends. Raises TrainerDied and ClaimLost."""
+    """Handles the trainer's messages until its job ends. Raises TrainerDied and ClaimLost."""
     budget = study.definition.budget
     start_by = time.monotonic() + START_SECONDS
     kill_at = float("inf")  # set when Keras is imported: how long that takes is not the trial's fault
-    stop_by = float("inf")  # when a trainer that was told to stop is killed
+    stop_by = float("inf")  # when a trainer that was asked to stop is killed
     pruned, why, last = False, "", None
     listed: list[str] = []
     while True:
@@ -251,13 +251,13 @@ def _follow(
             last = values[max(values)]
             watcher.epoch(claim, message.history[-1])
         if isinstance(message, Epoch):
-            # The trainer writes a checkpoint after it has told of an epoch: one is listed with the next.
+            # The trainer writes a checkpoint after it has sent an epoch, so the next epoch lists it.
             there = _files(settings, claim)
             news, listed = (None if there == listed else there), there
             wanted = claims.report(study.storage, claim, message.epoch, message.val_accuracy, news)
             last = message.val_accuracy
             watcher.epoch(claim, message)
-            # After its last epoch a trial is complete, and a pruner has nothing to save.
+            # After its last epoch a trial is complete: pruning would save nothing.
             if not pruned and message.epoch < budget.epochs and _should_prune(study, opened, claim, message.epoch):
                 pruned, stop_by = True, time.monotonic() + settings.stop_seconds
                 trainer.stop("drop")
@@ -281,11 +281,11 @@ def _follow(
 
 def _should_prune(study: Study, opened: optuna.Study, claim: Claim, epoch: int) -> bool:
     trial = study.storage.get_trial(claim.trial_id)
-    # A trial that runs again from its first epoch still has later values of its last attempt.
+    # A trial that starts over still has values of later epochs, from its last attempt.
     trial.intermediate_values = {step: value for step, value in trial.intermediate_values.items() if step <= epoch}
     try:
         return opened.pruner.prune(opened, trial)
-    except UpdateFinishedTrialError as error:  # some keep their state in the trial
+    except UpdateFinishedTrialError as error:  # some pruners store state in the trial
         raise ClaimLost(f"study {claim.study}: trial {claim.number} was ended by somebody else meanwhile") from error
 
 
@@ -294,7 +294,7 @@ def _seed(study: Study, claim: Claim) -> int:
 
 
 def _attributes(study: Study, claim: Claim, trainer: Trainer, trained: Trained | None) -> dict[str, Any]:
-    """What is recorded with a trial beside its value; paths are below the artifact folder."""
+    """The user attributes of a finished trial; paths are relative to the artifacts folder."""
     if trained is None:
         return {}
     files = artifacts.folder(Path(), claim.study, claim.number)

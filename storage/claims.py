@@ -1,13 +1,13 @@
 """The only place where a trial changes hands: claim, beat, report, finish, requeue.
 
-A trial's way is WAITING -> RUNNING -> (COMPLETE | PRUNED | FAIL), and RUNNING -> WAITING when whoever ran it was
-interrupted, crashed or vanished: the same row runs again, with the same hyperparameters. Everything here that
-changes a state is one transaction under the study's one lock (`database.write`), so that
+A trial goes WAITING -> RUNNING -> (COMPLETE | PRUNED | FAIL), and RUNNING -> WAITING when its worker was interrupted,
+crashed or vanished: the same row runs again, with the same hyperparameters. Every change of a state is one transaction
+under the study's one lock (`database.write`), so that
 
 - finished + running never exceeds the budget, and a study ends with exactly its budget;
-- a crash at any line leaves things as they were before it: a RUNNING trial always has an owner and a heartbeat;
-- no two workers hold one trial: the owner is the last of the trial's ``attempts``, and is compared before
-  anything is written in its name.
+- a crash at any line changes nothing: a RUNNING trial always has an owner and a heartbeat;
+- no two workers hold one trial: the owner is in the last of the trial's ``attempts``, and is compared before
+  anything is written in the trial's name.
 
 The statements are our own, on Optuna's tables: its storage has no call for "the oldest waiting trial, unless the
 budget is spent", and its calls are a transaction each.
@@ -54,7 +54,7 @@ from storage.tables import (
 
 log = logging.getLogger(__name__)
 
-RETRIES = 3  # how often in a row a trial that took its trainer or worker down is tried again without getting further
+RETRIES = 3  # how often in a row a trial is tried again after a crash or a lost worker, without a new epoch
 
 Outcome = Literal["finished", "interrupted", "crashed", "lost"]
 
@@ -72,9 +72,9 @@ class Claim:
 
 
 def delete(storage: RDBStorage, study: str, grace_seconds: float) -> None:
-    """Removes `study` with its trials, all or nothing. Its workers notice at their next beat or epoch, and go on.
+    """Deletes `study` with its trials, all or nothing. Its workers notice at their next beat or epoch, and continue.
 
-    Raises StorageError while a worker that lives runs a trial of it, unless the study was stopped; StudyGone.
+    Raises StorageError while a living worker runs a trial of it, unless the study was stopped; and StudyGone.
     """
 
     def work(connection: Connection) -> None:
@@ -92,7 +92,7 @@ def delete(storage: RDBStorage, study: str, grace_seconds: float) -> None:
 
 
 def trial_exists(storage: RDBStorage, claim: Claim) -> bool:
-    """Whether the claimed trial is still in the database: its study may have been deleted."""
+    """Whether the claimed trial is still in the database. Its study may have been deleted."""
     found = select(TrialModel.trial_id).where(TrialModel.trial_id == claim.trial_id)
     return read(storage, lambda connection: connection.execute(found).scalar() is not None)
 
@@ -103,10 +103,10 @@ def trial_exists(storage: RDBStorage, claim: Claim) -> bool:
 def claim(
     storage: RDBStorage, study: str, worker: Owner, grace_seconds: float, incarnation: str | None = None
 ) -> Claim | None:
-    """The oldest waiting trial of `study`, or a new one while the budget lasts and the study is open; else None.
+    """Claims the oldest waiting trial of `study`, or a new one while the budget lasts and the study is open; else None.
 
-    First takes back the trials of workers that are gone: at once where the owner was a process of this machine,
-    after `grace_seconds` without a beat elsewhere.
+    First takes back the trials of workers that are gone: at once if the owner was a process of this machine, otherwise
+    after `grace_seconds` without a beat.
 
     Raises StudyGone where there is none, or where it is another one of that name than that `incarnation`.
     """
@@ -164,12 +164,12 @@ def _take_back(connection: Connection, study_id: int, study: str, grace_seconds:
     ).all()
     if not running:
         return
-    # Nobody could beat while the server was away: the silence of all is counted from its start.
+    # While the server was away nobody could beat, so silence counts from the server's start.
     now, since = database_now(connection), server_started(connection)
     for trial_id, number, beaten in running:
         attempts = _attempts(connection, trial_id)
         if not attempts:
-            continue  # somebody's own `study.ask()`: not ours to take
+            continue  # started with plain Optuna's `study.ask()`: not ours to take back
         owner = _owner(attempts)
         silent = (now - max(beaten or datetime.min, since)).total_seconds()
         if owner.gone():
@@ -183,7 +183,7 @@ def _take_back(connection: Connection, study_id: int, study: str, grace_seconds:
 
 
 def _put_back(connection: Connection, trial_id: int, attempts: Attempts, outcome: Outcome, why: str) -> None:
-    """Ends the last attempt; the trial waits again, or fails for good after RETRIES that got it no further."""
+    """Ends the last attempt. The trial waits again, or fails after RETRIES attempts without a new epoch."""
     last = attempts[-1] | _ending(outcome) | {"why": why, "epoch": _last_epoch(connection, trial_id)}
     attempts = [*attempts[:-1], last]
     broken = 0
@@ -191,27 +191,27 @@ def _put_back(connection: Connection, trial_id: int, attempts: Attempts, outcome
         if attempt.get("outcome") in ("crashed", "lost"):
             broken += 1
         if attempt.get("epoch", 0) > before.get("epoch", 0):
-            break  # it got further than any before: what came earlier is forgiven
-    told: dict[str, Any] = {"attempts": attempts}
+            break  # this attempt finished a new epoch: earlier crashes no longer count
+    values: dict[str, Any] = {"attempts": attempts}
     if broken > RETRIES:
-        told["failure"] = {"kind": outcome, "message": f"{why}; tried {broken} times without getting further"}
+        values["failure"] = {"kind": outcome, "message": f"{why}; tried {broken} times without getting further"}
         update_trial(connection, trial_id, state=TrialState.FAIL, _datetime_complete_utc=utc_now())
     else:
         update_trial(connection, trial_id, state=TrialState.WAITING)
-    set_trial_attributes(connection, trial_id, told)
+    set_trial_attributes(connection, trial_id, values)
 
 
 # --- while it runs ----------------------------------------------------------------------------------------
 
 
 def beat(storage: RDBStorage, claim: Claim) -> State:
-    """Says that `claim` is being worked on, and returns what is wanted of the study.
+    """Records that `claim` is being worked on; returns the study's state.
 
-    Raises ClaimLost if it is somebody else's by now.
+    Raises ClaimLost if somebody else has the trial by now.
     """
 
     def work(connection: Connection) -> State:
-        _compare(connection, claim)
+        _attempts_if_owner(connection, claim)
         _beat(connection, claim.trial_id)
         return state_of(connection, claim.study_id)
 
@@ -219,11 +219,11 @@ def beat(storage: RDBStorage, claim: Claim) -> State:
 
 
 def report(storage: RDBStorage, claim: Claim, step: int, value: float, files: Sequence[str] | None = None) -> State:
-    """Writes the intermediate `value` of epoch `step` (from 1), and returns what is wanted of the study.
+    """Records the intermediate `value` of epoch `step` (from 1); returns the study's state.
 
-    Written again after a restart, a step's value replaces the earlier one. A value that is not finite is stored as NaN:
-    Optuna can read it, and its pruners and TPE take it for the worst of all. `files` are the names of those that the
-    trial now has, of `artifacts.DOWNLOADABLE`; None: the same as before. Raises ClaimLost.
+    Recorded again after a restart, a value replaces the earlier one. A value that is not finite is stored as NaN:
+    Optuna can read it, and its pruners and TPE take it for the worst. `files` are the names of the files that the trial
+    has now, of `artifacts.DOWNLOADABLE`; None if they have not changed. Raises ClaimLost.
     """
     return resume(storage, claim, {step: value}, None, files)
 
@@ -235,17 +235,17 @@ def resume(
     epoch: int | None,
     files: Sequence[str] | None = None,
 ) -> State:
-    """Writes intermediate `values` by step, all at once, and that the attempt went on after `epoch`.
+    """Records intermediate `values` by step, in one transaction, and that the attempt resumed after `epoch`.
 
-    They are those of a checkpoint, some of which the database may lack; `files` as for `report`. Raises ClaimLost.
+    The values are those of a checkpoint: the database may lack some of them. `files` as for `report`. Raises ClaimLost.
     """
 
     def work(connection: Connection) -> State:
-        attempts = _compare(connection, claim)
+        attempts = _attempts_if_owner(connection, claim)
         stored = TrialIntermediateValueModel
         connection.execute(delete_rows(stored).where(stored.trial_id == claim.trial_id, stored.step.in_(values)))
         for step, value in values.items():
-            # An infinite accuracy is a failed measurement too, and a pruner would take it for the best.
+            # An infinite accuracy is also a failed measurement, but a pruner would take it for the best.
             known = value if math.isfinite(value) else math.nan
             number, kind = stored.intermediate_value_to_stored_repr(known)
             row = {"trial_id": claim.trial_id, "step": step}
@@ -275,10 +275,10 @@ def finish(
     A `value` that is not finite is never stored. A COMPLETE trial without a finite value ends as FAIL with that reason,
     and a PRUNED one has no value, as with Optuna's own `tell`.
 
-    `files` are the names of those that it leaves, of `artifacts.DOWNLOADABLE`: optuna-dashboard offers them.
+    `files` are the names of the files that it leaves, of `artifacts.DOWNLOADABLE`: optuna-dashboard offers them.
 
-    Optuna's samplers that Trialyard offers do nothing in `after_trial` for one objective without constraints, so
-    the state is set directly, under the lock.
+    The samplers that Trialyard offers do nothing in `after_trial` for one objective without constraints, so the state
+    is set directly, under the lock.
     """
     score = value if value is not None and math.isfinite(value) else None
     if state == TrialState.COMPLETE and score is None:
@@ -286,9 +286,9 @@ def finish(
         state, values = TrialState.FAIL, values | {"failure": failure}
 
     def work(connection: Connection) -> None:
-        attempts = _compare(connection, claim, or_finished=True)
+        attempts = _attempts_if_owner(connection, claim, or_finished=True)
         if "outcome" in attempts[-1]:
-            return  # done already: the commit came through, and its answer did not
+            return  # done already: the commit succeeded, but its answer was lost
         attempts[-1] |= _ending("finished")
         set_trial_attributes(connection, claim.trial_id, values | {"attempts": attempts})
         if score is not None:
@@ -306,13 +306,13 @@ def requeue(
     why: str,
     files: Sequence[str] = (),
 ) -> None:
-    """Gives the trial back to the queue, with its `files` as for `report`. Raises ClaimLost.
+    """Puts the trial back into the queue, with its `files` as for `report`. Raises ClaimLost.
 
-    A trial that keeps crashing fails for good.
+    A trial that keeps crashing fails.
     """
 
     def work(connection: Connection) -> None:
-        _put_back(connection, claim.trial_id, _compare(connection, claim), outcome, why)
+        _put_back(connection, claim.trial_id, _attempts_if_owner(connection, claim), outcome, why)
         _list_files(connection, claim, files)
 
     write(storage, claim.study, work)
@@ -321,8 +321,8 @@ def requeue(
 class Beating:
     """Beats for a claim in the background while the ``with`` block runs.
 
-    A beat that fails (the database is away for a moment) is tried again at the next interval: the thread ends
-    only with the block, or when the claim is lost.
+    A beat that fails because the database is away is tried again at the next interval. The thread ends only with the
+    block, or when the claim is lost.
     """
 
     def __init__(self, storage: RDBStorage, claim: Claim, seconds: float) -> None:
@@ -340,7 +340,7 @@ class Beating:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._done.set()
-        # A beat that waits for a database that is away must not keep the trial from its end.
+        # A beat that waits for an absent database must not delay the end of the trial.
         self._thread.join(timeout=1.0)
 
     def _run(self) -> None:
@@ -368,12 +368,12 @@ class RunningTrial:
     pid: int
     slot: str
     attempt: int
-    epoch: int  # the last whole one that is told; 0 before the first
+    epoch: int  # the last finished one that was recorded; 0 before the first
     silent_seconds: float  # since its last beat
 
 
 def running_trials(storage: RDBStorage, study_id: int) -> list[RunningTrial]:
-    """Who is running what, by trial number."""
+    """The running trials and their owners, by trial number."""
 
     def work(connection: Connection) -> list[RunningTrial]:
         now = database_now(connection)
@@ -418,8 +418,8 @@ def _running_trial(number: int, attempts: Attempts, epoch: int, silent: float) -
 # --- statements -------------------------------------------------------------------------------------------
 
 
-def _compare(connection: Connection, claim: Claim, or_finished: bool = False) -> Attempts:
-    """The trial's attempts, its row locked. Raises ClaimLost unless the last of them is `claim`'s and still runs."""
+def _attempts_if_owner(connection: Connection, claim: Claim, or_finished: bool = False) -> Attempts:
+    """Locks the trial's row; returns its attempts. Raises ClaimLost unless the last one is `claim`'s and runs."""
     state = connection.execute(
         select(TrialModel.state).where(TrialModel.trial_id == claim.trial_id).with_for_update()
     ).scalar()
@@ -448,13 +448,13 @@ def _last_epoch(connection: Connection, trial_id: int) -> int:
 
 
 def _list_files(connection: Connection, claim: Claim, names: Sequence[str]) -> None:
-    """Has optuna-dashboard offer just the files `names` of the trial, of those that its worker writes."""
+    """Sets which of the trial's files optuna-dashboard offers."""
     stored = TrialSystemAttributeModel
     listed = {name: artifacts.listing(claim.study, claim.number, name) for name in artifacts.DOWNLOADABLE}
     keys = [key for key, _ in listed.values()]
     connection.execute(delete_rows(stored).where(stored.trial_id == claim.trial_id, stored.key.in_(keys)))
-    there = [listed[name] for name in names]
-    rows = [{"trial_id": claim.trial_id, "key": key, "value_json": json.dumps(told)} for key, told in there]
+    wanted = [listed[name] for name in names]
+    rows = [{"trial_id": claim.trial_id, "key": key, "value_json": json.dumps(entry)} for key, entry in wanted]
     if rows:
         connection.execute(insert(stored), rows)
 

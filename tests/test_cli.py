@@ -201,7 +201,11 @@ def test_an_older_database_says_what_to_run(home: Path, trialyard: Call) -> None
         assert err.endswith("has studies of an older Trialyard (digits): run `trialyard storage upgrade`\n")
         assert len(err.splitlines()) == 1
     assert "study digits: its attributes have the prefix trialyard: now\n" in trialyard("storage", "upgrade")[1]
-    assert trialyard("create", "digits")[1] == "study digits stands already, and nothing was changed\n"
+    assert trialyard("status")[1].startswith("digits: ")
+    # Its trials are scored as before; the definition of today would score them otherwise.
+    code, _, err = trialyard("create", "digits")
+    assert code == 1
+    assert 'fixed.batch_norm_averages = "keras" in the database and null in this definition' in err
 
 
 @pytest.mark.usefixtures("finished")

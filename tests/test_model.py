@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from search import layers
-from search.errors import ModelError
+from search.errors import MachineError, ModelError
 from search.model import build, summary
 from studies import model_rules
 
@@ -267,16 +267,16 @@ def test_an_own_model_that_is_compiled_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "kind", "message"),
     [
-        ("nowhere:build", r"nowhere:build cannot be imported \(ModuleNotFoundError"),
-        ("own_model:none", r"own_model:none cannot be imported \(AttributeError"),
-        ("own_model:broken", r"own_model:broken failed to build .*\(ValueError: no such layer\)"),
-        ("own_model:nothing", r"own_model:nothing gave a NoneType, and must give a keras.Model"),
+        ("nowhere:build", MachineError, r"nowhere:build cannot be imported \(ModuleNotFoundError"),
+        ("own_model:none", MachineError, r"own_model:none cannot be imported \(AttributeError"),
+        ("own_model:broken", ModelError, r"own_model:broken failed to build .*\(ValueError: no such layer\)"),
+        ("own_model:nothing", ModelError, r"own_model:nothing gave a NoneType, and must give a keras.Model"),
     ],
 )
 @pytest.mark.usefixtures("_own")
-def test_an_own_model_that_fails_is_named(name: str, message: str) -> None:
-    with pytest.raises(ModelError, match=message) as caught:
+def test_an_own_model_that_fails_is_named(name: str, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message) as caught:
         build(name, {}, (4, 4, 1), 3)
     assert "\n" not in str(caught.value)

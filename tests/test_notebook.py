@@ -52,15 +52,15 @@ def test_no_worker_ever_runs_the_notebook_s_study(storage: PatientStorage, me: O
     assert claims.claim(storage, "notebook", me, 60.0) is None
 
 
-def test_a_creation_that_was_cut_off_is_completed(storage: PatientStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_creation_that_was_cut_off_leaves_nothing(storage: PatientStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut_off(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(claims, "set_budget", cut_off)
+        patch.setattr(ledger, "_raise_budget", cut_off)  # the last statement of the transaction
         with pytest.raises(KeyboardInterrupt):
             notebook.create(storage)
-    assert "notebook" not in registry.names(storage)
+    assert storage.get_all_studies() == []
     assert notebook.create(storage)
     assert results.status("notebook", storage).complete == 21
 

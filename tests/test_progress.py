@@ -13,7 +13,7 @@ from rich.console import Console
 
 from search.messages import Epoch
 from search.presence import Presence
-from search.progress import Lines, LiveTable, Relay, Watcher, ending, progress, shown
+from search.progress import Lines, LiveTable, Relay, Watcher, ending, progress_line, shown
 from search.publisher import Publisher
 from storage import claims
 from storage.claims import Claim
@@ -111,7 +111,7 @@ def test_the_time_left_is_told_in_fitting_units(
     storage: RDBStorage, study: str, seconds: float | None, words: str
 ) -> None:
     status = dataclasses.replace(results.status(study, storage), seconds_left=seconds)
-    assert progress(status).endswith(words)
+    assert progress_line(status).endswith(words)
 
 
 def test_hyperparameters_are_short() -> None:

@@ -35,7 +35,7 @@ from studies import findings, notebook, notes, registry
 from studies.definition import Definition, parse
 from studies.errors import StudyError
 from studies.imported import import_trials
-from studies.report import report, tell
+from studies.report import collect, report
 
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 DATA = {"fingerprint": "0" * 16, "train": 1438, "validation": 359, "image_shape": [8, 8, 1], "classes": 10}
@@ -224,7 +224,7 @@ def test_no_caution_vanishes_where_poor_configurations_were_repeated(
     registry.create(definitions.load("digits"), storage, DATA)
     for rate, accuracy in ((0.1, 0.98), (0.2, 0.96), (0.3, 0.5), (0.3, 0.5), (0.4, 0.4)):
         run("digits", {"depth": 3, "dropout": rate}, COMPLETE, accuracy)
-    told = tell("digits", storage).findings.cautions
+    told = collect("digits", storage).findings.cautions
     assert any("The best configuration was trained once" in sentence for sentence in told)
     # On 359 images 0.96 lies outside the interval of the best alone, and inside that of the difference.
     assert any("do not tell the best from the runner-up, trial 1 (0.9600), and with it 1 trial" in one for one in told)
@@ -239,14 +239,14 @@ def test_an_infeasible_trial_wins_nowhere(storage: PatientStorage, run: Callable
             connection.execute(sqlalchemy.insert(TrialSystemAttributeModel).values(row))
     trials = storage.get_all_trials(registry.study_id("digits", storage))
     assert [trial.number for trial in findings.ranked(trials)] == [0]
-    assert "The best of 1 complete trial is trial 0" in tell("digits", storage).findings.found[0]
+    assert "The best of 1 complete trial is trial 0" in collect("digits", storage).findings.found[0]
     assert [trial.number for trial in dashboard._best(trials, StudyDirection.MAXIMIZE)] == [0]
 
 
 def test_an_accuracy_had_elsewhere_has_no_interval_of_these_images(storage: PatientStorage) -> None:
     registry.create(definitions.load("digits"), storage, DATA)
     import_trials("digits", [{"depth": 3, "dropout": 0.1, "accuracy": 0.9}], storage)
-    assert not [sentence for sentence in tell("digits", storage).findings.found if "95 % interval" in sentence]
+    assert not [sentence for sentence in collect("digits", storage).findings.found if "95 % interval" in sentence]
 
 
 def test_a_study_without_trials_has_a_report(storage: PatientStorage, home: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_study_without_trials_has_a_report(storage: PatientStorage, home: Path
 def test_one_trial_is_a_report_too(storage: PatientStorage, run: Callable[..., Claim]) -> None:
     registry.create(definitions.load("digits"), storage, DATA)
     run("digits", {"depth": 3, "dropout": 0.2}, COMPLETE, 1.0)
-    told = tell("digits", storage).findings
+    told = collect("digits", storage).findings
     # The rule of three, where a binomial interval has no width: 3 / 359.
     assert "1.0000 ± 0.0084" in told.found[1]
     assert told.mattered == (
@@ -272,8 +272,8 @@ def test_one_trial_is_a_report_too(storage: PatientStorage, run: Callable[..., C
 
 def test_the_notebook_s_protocol_and_labels_are_warned_of(storage: PatientStorage, home: Path) -> None:
     notebook.create(storage)
-    told = tell("notebook", storage).findings.cautions
-    assert any("labelled its sweeps 0.0 to 0.7" in sentence and "as they ran" in sentence for sentence in told)
+    told = collect("notebook", storage).findings.cautions
+    assert any("labelled its sweeps 0.0 to 0.7" in sentence and "at the rates that they ran with" in sentence for sentence in told)
     assert any("chosen by the test images" in sentence for sentence in told)
     assert any("Imported, not run here: 21 trials" in sentence for sentence in told)
     labelled = definitions.load("notebook-dropout-7-labelled")
@@ -584,7 +584,7 @@ def test_a_study_that_takes_a_deleted_one_s_name_and_number_shows_its_own_trials
         for number, accuracy in enumerate((0.9, 0.1)):
             registry.create(definitions.load("digits"), storage, DATA)
             claim = run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, accuracy)
-            assert publisher._published("digits", last=True)
+            assert publisher._publish("digits", last=True)
             assert f"validation accuracy {accuracy:.4f}" in get_note(
                 optuna.load_study(study_name="digits", storage=storage)
             )
