@@ -1,6 +1,6 @@
 """Seconds that a question takes from the command line, Python's start and imports included.
 
-    python bench/results.py [--trials 100 10000] [--times 5]
+    python bench/queries.py [--trials 100 10000] [--times 5]
 
 One SQLite database with a study of each size, of finished trials with 20 intermediate values each. Each command is a
 process of its own, as a person starts it. Prints a table: the median, and in brackets the median of the processor's

@@ -303,7 +303,7 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
                     _make_tables(_parsed(f"sqlite:///{draft}"))
                     draft.replace(path)
         elif _missing_tables_problem(parsed):
-            # SlotActivity it twice is harmless, so a creation that was cut off is completed.
+            # Doing it twice is harmless, so a creation that was cut off is completed.
             with _advisory_lock(parsed):
                 _make_tables(parsed)
     except (OSError, OptunaError, SQLAlchemyError) as error:
