@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from scale import study_of
 
-from storage import database
-from storage.database import PatientStorage
+from storage import database, transactions
 from storage.tables import StudySystemAttributeModel, TrialModel
+from storage.transactions import PatientStorage
 from studies import registry
 
 POLL_SECONDS = (
@@ -54,7 +54,7 @@ def add_notes(storage: PatientStorage, study_id: int) -> None:
         ]
         connection.execute(sqlalchemy.insert(StudySystemAttributeModel), rows)
 
-    database.write(storage, None, fill)
+    transactions.write(storage, None, fill)
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ def main() -> None:
             for notes in (False,) if arguments.without_notes else (False, True):
                 url = f"sqlite:///{folder}/{trials}-{notes}.db"
                 storage = database.create(url)
-                study_id = registry.study_id(study_of(storage, trials), storage)
+                study_id = registry.find(study_of(storage, trials), storage).id
                 if notes:
                     add_notes(storage, study_id)
                 storage.engine.dispose()

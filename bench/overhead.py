@@ -18,11 +18,10 @@ import optuna
 from rich.console import Console
 from rich.table import Table
 
-from search import objective
+from search.attempt import Attempt, StudyHandle
 from search.devices import Slot, cpu
+from search.heartbeat import Pulse
 from search.messages import Epoch, Job, Trained
-from search.objective import Study
-from search.progress import Watcher
 from search.trainer import Trainer
 from storage import claims, database, owners
 from storage.settings import Settings
@@ -91,23 +90,31 @@ class Ours:
     def __init__(self, folder: Path, definition: Definition) -> None:
         storage = database.create(f"sqlite:///{folder}/ours.db")
         registry.create(definition, storage, {"fingerprint": "0" * 16})
-        self._study = Study(
-            name=definition.name,
-            study_id=registry.study_id(definition.name, storage),
+        self._handle = StudyHandle(
+            study=registry.find(definition.name, storage),
             definition=definition,
             storage=storage,
             cached=optuna.storages.get_storage(storage),
         )
         self._settings = Settings(home=folder)
-        self._worker = owners.this_slot("cpu:0")
-        self._trainer, self._watcher, self._interrupted = Instant(), Watcher(), threading.Event()
+        self._owner = owners.this_slot("cpu:0")
+        self._trainer, self._interrupted = Instant(), threading.Event()
 
     def run(self, trials: int) -> None:
         """Claims and ends so many trials."""
         for _ in range(trials):
-            claim = claims.claim(self._study.storage, self._study.name, self._worker, self._settings.grace_seconds)
+            handle, settings = self._handle, self._settings
+            claim = claims.claim(handle.storage, handle.study, self._owner, settings.grace_seconds)
             assert claim is not None
-            objective.run(self._study, claim, self._trainer, self._settings, self._watcher, self._interrupted)
+            Attempt(
+                handle,
+                claim,
+                self._trainer,
+                settings,
+                pulse=Pulse(),
+                listeners=[],
+                interrupted=self._interrupted,
+            ).run()
 
 
 class Plain:

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import sqlalchemy
@@ -23,16 +24,16 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
-from storage import claims, database, owners
-from storage.database import PatientStorage
+from storage import attempts as attempt_rows
+from storage import claims, database, ledger, owners, transactions
 from storage.tables import (
-    TrialHeartbeatModel,
     TrialIntermediateValueModel,
     TrialModel,
     TrialParamModel,
-    TrialUserAttributeModel,
     TrialValueModel,
+    utc_now,
 )
+from storage.transactions import PatientStorage
 from studies import registry
 from studies.definition import parse
 
@@ -62,7 +63,7 @@ def study_of(storage: PatientStorage, finished: int) -> str:
     name = f"scale-{finished}-{uuid.uuid4().hex[:6]}"
     definition = parse(DEFINITION.format(name=name))
     registry.create(definition, storage, {"fingerprint": "0" * 16})
-    study_id = registry.study_id(name, storage)
+    study_id = registry.find(name, storage).id
     distribution = '{"name": "FloatDistribution", "attributes": {"step": null, "low": 0.0, "high": 0.7, "log": false}}'
     for begin in range(0, finished, 1000):
         numbers = range(begin, min(begin + 1000, finished))
@@ -78,10 +79,19 @@ def study_of(storage: PatientStorage, finished: int) -> str:
             for_each = [{"trial_id": trial_id} for trial_id in ids]
             finite = TrialValueModel.TrialValueType.FINITE
             kind = TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
+            mine = attempt_rows.table
+            attempt = asdict(owners.this_slot("cpu:0")) | {
+                "attempt": 1,
+                "began": utc_now(),
+                "beat": utc_now(),
+                "beat_seconds": 10.0,
+                "epoch": STEPS,
+                "ended": utc_now(),
+                "outcome": "finished",
+            }
             for model, extra in (
                 (TrialValueModel, {"objective": 0, "value": 0.9, "value_type": finite}),
-                (TrialUserAttributeModel, {"key": "attempts", "value_json": "[]"}),
-                (TrialHeartbeatModel, {}),
+                (mine, attempt),
                 (TrialParamModel, {"param_name": "dropout", "param_value": 0.5, "distribution_json": distribution}),
             ):
                 connection.execute(sqlalchemy.insert(model), [row | extra for row in for_each])
@@ -92,7 +102,7 @@ def study_of(storage: PatientStorage, finished: int) -> str:
             ]
             connection.execute(sqlalchemy.insert(TrialIntermediateValueModel), steps)
 
-        database.write(storage, None, fill)
+        transactions.write(storage, None, fill)
     return name
 
 
@@ -108,14 +118,14 @@ def claimant(
     out.put([])  # it is there
     while (job := jobs.get()) is not None:
         study, seconds = job
-        times = []
+        times, found = [], ledger.find(storage, study)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             began = time.perf_counter()
-            claim = claims.claim(storage, study, me, GRACE_SECONDS)
+            claim = claims.claim(storage, found, me, GRACE_SECONDS)
             times.append(time.perf_counter() - began)
             assert claim is not None
-            claims.report(storage, claim, 1, 0.5)
+            claims.record_epochs(storage, claim, {1: 0.5})
             claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {"epochs": 1})
         out.put(times)
 

@@ -21,7 +21,6 @@ from rich.table import Table
 
 from search import data, devices, worker
 from search.devices import Slot, cpu
-from search.progress import Watcher
 from storage import database
 from storage.settings import Settings
 from studies import registry
@@ -82,7 +81,7 @@ def ours(slots: list[Slot], trials: int, epochs: int, depth: int) -> float:
         for name, budget in (("warm", len(slots)), ("timed", trials)):
             definition = parse(DEFINITION.format(name=name, trials=budget, epochs=epochs, depth=depth))
             registry.create(definition, storage, fingerprint)
-        assert worker.work(["warm", "timed"], storage, settings, slots, Watcher())
+        assert worker.work(["warm", "timed"], storage, settings, slots)
         found = optuna.load_study(study_name="timed", storage=storage).trials
         storage.engine.dispose()
     began = min(trial.datetime_start for trial in found if trial.datetime_start)

@@ -48,6 +48,9 @@ class MovingAverages:
     def __init__(self, averages: Sequence[_Averages] = ()) -> None:
         self._averages = averages
 
+    def __bool__(self) -> bool:
+        return bool(self._averages)
+
     @contextmanager
     def corrected(self, steps: int) -> Iterator[None]:
         """While the block runs, the model has corrected averages; `steps` is how many batches it has trained on.

@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ from search.messages import Epoch
 from storage.artifacts import stored
 
 log = logging.getLogger(__name__)
+
+ENTRY = "told"  # the name, in the file, of the JSON with everything that is not an array
+ALWAYS = {"model", "hyperparameters", "seed", "data", "images", "batch_norm_averages"}
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,38 +73,61 @@ def restore(net: keras.Model, checkpoint: Checkpoint) -> None:
 
 def write(path: Path, checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     """Writes `checkpoint` whole or not at all. `identity` is what must be the same for it to be read again."""
-    told = {
+    entry = {
         "identity": identity,
         "history": [epoch.to_json() for epoch in checkpoint.history],
         "random_states": checkpoint.random_states,
     }
-    arrays = {"told": np.array(json.dumps(told))}
+    arrays = {ENTRY: np.array(json.dumps(entry))}
     for name in ("variables", "optimizer", "best_weights"):
         arrays |= {f"{name}-{at}": _storable(value) for at, value in enumerate(getattr(checkpoint, name))}
     with stored(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def read(path: Path, identity: dict[str, Any]) -> Checkpoint | None:
-    """The checkpoint at `path`; None where there is none, or none of this training, which then begins anew."""
+def of_training(paths: Sequence[Path], identity: dict[str, Any]) -> Iterator[Checkpoint]:
+    """The checkpoints at `paths` that are of this training, the longest first. Files that do not exist are left out."""
+    lengths: dict[Path, int] = {}
+    for path in paths:
+        entry = _entry(path)
+        if entry is not None and _is_same(path, entry["identity"], json.loads(json.dumps(identity))):
+            lengths[path] = len(entry["history"])
+    for path in sorted(lengths, key=lambda path: lengths[path], reverse=True):
+        try:
+            yield _read(path)
+        except _UNREADABLE as error:
+            log.warning("%s cannot be read, and is not used: %s", path, error)
+
+
+def _entry(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
         with np.load(path, allow_pickle=False) as archive:
-            told = json.loads(str(archive["told"]))
-            if told["identity"] != json.loads(json.dumps(identity)):
-                log.warning("%s is of another training, and is not used", path)
-                return None
-            lists = {
-                name: [archive[key] for key in archive.files if key.rpartition("-")[0] == name]
-                for name in ("variables", "optimizer", "best_weights")
-            }
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            entry = json.loads(str(archive[ENTRY]))
+        return entry if entry["history"] and isinstance(entry["identity"], dict) else None
+    except _UNREADABLE as error:
         log.warning("%s cannot be read, and is not used: %s", path, error)
         return None
-    return Checkpoint(
-        history=[Epoch.from_json(epoch) for epoch in told["history"]], random_states=told["random_states"], **lists
-    )
+
+
+def _is_same(path: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    # Checkpoints of older versions record less; what they do record must be the same.
+    different = [key for key in sorted(recorded.keys() | ALWAYS) if recorded.get(key) != wanted.get(key)]
+    if different:
+        log.warning("%s is of another training (%s), and is not used", path, ", ".join(different))
+    return not different
+
+
+def _read(path: Path) -> Checkpoint:
+    with np.load(path, allow_pickle=False) as archive:
+        entry = json.loads(str(archive[ENTRY]))
+        lists = {
+            name: [archive[key] for key in archive.files if key.rpartition("-")[0] == name]
+            for name in ("variables", "optimizer", "best_weights")
+        }
+    history = [Epoch.from_json(epoch) for epoch in entry["history"]]
+    return Checkpoint(history=history, random_states=entry["random_states"], **lists)
 
 
 def _variables(net: keras.Model) -> list[Any]:

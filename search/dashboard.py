@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import FrameType
 from typing import Any, BinaryIO, NoReturn
 from urllib.parse import urlsplit
@@ -44,7 +44,8 @@ from sqlalchemy import Connection, select
 
 from search.errors import DashboardError
 from storage import artifacts
-from storage.database import PatientStorage, forbid_writing, read
+from storage.attempts import of_trial
+from storage.attributes import of_study
 from storage.ranking import is_scored
 from storage.tables import (
     StudyDirectionModel,
@@ -54,6 +55,7 @@ from storage.tables import (
     TrialModel,
     TrialSystemAttributeModel,
 )
+from storage.transactions import PatientStorage, forbid_writing, read
 from studies import findings
 
 log = logging.getLogger(__name__)
@@ -535,7 +537,7 @@ def _compressed(body: bytes) -> bytes:
 class TrialFiles:
     """A read-only artifact store over the trials' files, for the metadata that Optuna keeps.
 
-    An artifact is ``<folder>/<study>/<trial>/<file name>``, found by the trial that registered its id, or
+    An artifact is a file of an attempt at the trial that registered its id (`artifacts.attempt_folder`), or
     ``<folder>/<id>`` as Optuna's own ``FileSystemArtifactStore`` writes it.
     """
 
@@ -561,15 +563,26 @@ class TrialFiles:
 
         def work(connection: Connection) -> list[Any]:
             owner = (
-                select(StudyModel.study_name, TrialModel.number, TrialSystemAttributeModel.value_json)
+                select(StudyModel.study_id, StudyModel.study_name, TrialModel.number, TrialModel.trial_id)
+                .add_columns(TrialSystemAttributeModel.value_json)
                 .where(TrialSystemAttributeModel.key == key)
                 .where(TrialModel.trial_id == TrialSystemAttributeModel.trial_id)
                 .where(StudyModel.study_id == TrialModel.study_id)
             )
-            return list(connection.execute(owner))
+            return [
+                (row, of_study(connection, row[0], "incarnation"), of_trial(connection, row[3]))
+                for row in connection.execute(owner).all()
+            ]
 
-        for study, number, stored in read(self._storage, work):
+        for (_, study, number, _, stored), incarnation, attempts in read(self._storage, work):
             name = (json.loads(json.loads(stored)) or {}).get("filename", "")
-            if name and Path(name).name == name:
-                yield artifacts.folder(self._folder, study, number) / name
+            if not name or Path(name).name != name:
+                continue
+            folders = [PurePosixPath(study, str(number))]  # as older versions had it
+            for attempt in attempts if incarnation else ():
+                folders.append(artifacts.attempt_folder(study, incarnation, number, attempt.attempt))
+            for folder in folders:
+                # The id says which of them: it follows from the path. Others' artifacts have random ids.
+                if artifacts.listing(folder / name)[0] == key:
+                    yield self._folder / folder / name
         yield self._folder / artifact_id

@@ -29,8 +29,10 @@ class Job:
     slot: Slot
     data_folders: tuple[Path, ...]
     folder: Path | None  # for model, history and checkpoint
+    checkpoints: tuple[Path, ...] = ()  # where earlier attempts may have left one
+    study: str = ""  # the study's incarnation: no other training continues from its checkpoints
+    trial: str = ""  # for the log
     checkpoint_seconds: float = 30.0
-    attempt: int = 1  # for the log
 
 
 @dataclass(frozen=True, kw_only=True)

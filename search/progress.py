@@ -1,32 +1,44 @@
 """What people see while a worker works: a live table in a terminal, plain lines elsewhere, or nothing."""
 
 import contextlib
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
+from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy.exc import SQLAlchemyError
 
+from search.devices import Slot, precision_for
 from search.messages import Epoch
 from storage import attributes
 from storage.claims import Claim
-from studies.errors import StudyError
-from studies.results import Status
+from storage.errors import StorageError
+from storage.ledger import Study
+from storage.transactions import PatientStorage
+from studies.definition import from_json
+from studies.errors import DefinitionError, StudyError
+from studies.results import Status, status
 
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.2
+LEAVE_SECONDS = 2.0
 STATUS_SECONDS = 2.0  # how often the live table asks the database
 
 
-class Watcher:
-    """Told of everything by the slots' threads; this one keeps quiet."""
+class Listener:
+    """Learns of everything that the slots' threads do, from these threads; this one does nothing."""
 
-    def __enter__(self) -> "Watcher":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -34,58 +46,19 @@ class Watcher:
     ) -> None: ...
 
     def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
-        """A trial begins, or begins again."""
+        """A trial has started, or started again."""
 
     def epoch(self, claim: Claim, record: Epoch) -> None:
-        """An epoch of it has ended."""
+        """One of its epochs has ended."""
 
     def ended(self, claim: Claim, trial: FrozenTrial) -> None:
         """It is over, or back in the queue."""
 
-    def gone(self, claim: Claim) -> None:
-        """Its study was deleted, and it with it."""
-
-    def tick(self) -> None:
-        """Called now and then, by a thread that may wait for the database."""
+    def deleted(self, claim: Claim) -> None:
+        """Its study was deleted, and the trial with it."""
 
 
-class Relay(Watcher):
-    """Passes on to another watcher whatever it hears: what listens in between overrides what it wants to hear."""
-
-    def __init__(self, inner: Watcher) -> None:
-        self._inner = inner
-
-    def __enter__(self) -> "Relay":
-        self._inner.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._inner.__exit__(kind, error, trace)
-
-    def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
-        """Passes it on."""
-        self._inner.began(claim, point, epochs)
-
-    def epoch(self, claim: Claim, record: Epoch) -> None:
-        """Passes it on."""
-        self._inner.epoch(claim, record)
-
-    def ended(self, claim: Claim, trial: FrozenTrial) -> None:
-        """Passes it on."""
-        self._inner.ended(claim, trial)
-
-    def gone(self, claim: Claim) -> None:
-        """Passes it on."""
-        self._inner.gone(claim)
-
-    def tick(self) -> None:
-        """Passes it on."""
-        self._inner.tick()
-
-
-class Lines(Watcher):
+class Lines(Listener):
     """A plain line an event, for logs and pipes."""
 
     def __init__(self, console: Console, status: Callable[[str], Status]) -> None:
@@ -111,13 +84,13 @@ class Lines(Watcher):
         try:
             status = self._status(claim.study)
         except StudyError:  # it was deleted a moment ago
-            self.gone(claim)
+            self.deleted(claim)
             return
         best = "none yet" if status.best is None else f"{status.best:.4f} (trial {status.best_number})"
         done = status.complete + status.pruned + status.failed
         self._print(f"{claim.study} trial {claim.number} {ending(trial)}; {done} of {status.budget} done, best {best}")
 
-    def gone(self, claim: Claim) -> None:
+    def deleted(self, claim: Claim) -> None:
         """Prints it."""
         self._print(f"study {claim.study} was deleted, and its trial {claim.number} with it")
 
@@ -133,7 +106,7 @@ class _Slot:
     record: Epoch | None = None
 
 
-class LiveTable(Watcher):
+class LiveTable(Listener):
     """A table that is drawn over itself: the studies' progress, and what each slot is at."""
 
     def __init__(
@@ -146,16 +119,22 @@ class LiveTable(Watcher):
         self._asked = 0.0
         self._lock = threading.Lock()  # the slots' threads write, the drawing thread reads
         self._live = Live(get_renderable=self._drawn, console=console, refresh_per_second=4, transient=True)
+        self._done = threading.Event()
+        # A thread of its own: it may have to wait for the database.
+        self._thread = threading.Thread(target=self._run, name="display", daemon=True)
 
-    def __enter__(self) -> "LiveTable":
-        self.tick()
+    def __enter__(self) -> Self:
+        self._refresh()
         self._live.start()
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._done.set()
         self._live.stop()
+        self._thread.join(LEAVE_SECONDS)
 
     def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
         """Shows the trial in its slot's row."""
@@ -177,7 +156,7 @@ class LiveTable(Watcher):
         line = f"{claim.study} trial {claim.number} {ending(trial)}  {shown(trial.params)}"
         self._console.print(line, markup=False, highlight=False)
 
-    def gone(self, claim: Claim) -> None:
+    def deleted(self, claim: Claim) -> None:
         """Leaves a line above the table, and empties the slot's row."""
         with self._lock:
             self._slots[claim.owner.slot] = None
@@ -185,10 +164,17 @@ class LiveTable(Watcher):
         line = f"study {claim.study} was deleted, and its trial {claim.number} with it"
         self._console.print(line, markup=False, highlight=False)
 
-    def tick(self) -> None:
-        """Asks the database where the studies stand, now and then."""
-        if time.monotonic() - self._asked < STATUS_SECONDS:
-            return
+    def _run(self) -> None:
+        while not self._done.wait(TICK_SECONDS):
+            if time.monotonic() - self._asked < STATUS_SECONDS:
+                continue
+            try:
+                self._refresh()
+            except (OptunaError, SQLAlchemyError, StorageError) as error:
+                log.warning("the display waits for the database: %s", error)
+
+    def _refresh(self) -> None:
+        """Asks the database how far the studies are."""
         with self._lock:
             at_work = [slot.claim.study for slot in self._slots.values() if slot is not None]
         studies = self._studies if self._studies is not None else list(dict.fromkeys(at_work))
@@ -253,3 +239,31 @@ def ending(trial: FrozenTrial) -> str:
 def shown(point: dict[str, Any]) -> str:
     """Hyperparameters on one line, real numbers with four digits."""
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in point.items())
+
+
+def display(
+    studies: Sequence[Study] | None, storage: PatientStorage, slots: Sequence[Slot], console: Console | None = None
+) -> list[Listener]:
+    """The usual display, on standard error unless another `console` is given; None: of studies that are to come.
+
+    Says first in which precision each study trains here, and why.
+    """
+    shown = console or Console(stderr=True)
+    threads = f" of {slots[0].threads} threads" if slots[0].threads > 1 else ""
+    where = f"on {', '.join(slot.name for slot in slots)}{threads}"
+    lines = [f"waiting for studies, {where}"] if studies is None else []
+    for study in studies or ():
+        with contextlib.suppress(DefinitionError):  # of a later version: the worker says why it leaves this study
+            definition = from_json(study.definition)
+            precision, reason = precision_for(slots[0].device, definition.precision)
+            lines.append(f"{study.name}: {where} in {precision}: {reason}")
+    for line in lines:
+        shown.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def ask(name: str) -> Status:
+        return status(name, storage)
+
+    if not shown.is_terminal:
+        return [Lines(shown, ask)]
+    names = None if studies is None else [study.name for study in studies]
+    return [LiveTable(shown, names, [slot.name for slot in slots], ask)]

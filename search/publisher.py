@@ -5,15 +5,15 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
-from search.progress import Relay, Watcher
-from storage import ledger
+from search.progress import Listener
 from storage.claims import Claim
-from storage.database import PatientStorage
+from storage.transactions import PatientStorage
 from studies import notes, registry
 
 log = logging.getLogger(__name__)
@@ -22,32 +22,29 @@ TICK_SECONDS = 0.5
 LEAVE_SECONDS = 10.0  # how long the worker's end waits for the last publication
 
 
-class Publisher(Relay):
-    """Passes every event on to another watcher, and publishes the studies whose trials end, in its own thread.
+class Publisher(Listener):
+    """Publishes the studies whose trials end, in a thread of its own.
 
     A failure or a slow database is only logged: training and claims never wait for it.
     """
 
-    def __init__(self, inner: Watcher, storage: PatientStorage, artifacts: Path) -> None:
-        super().__init__(inner)
+    def __init__(self, storage: PatientStorage, artifacts: Path) -> None:
         self._storage, self._artifacts = storage, artifacts
         # By name, with the study's identity. A database uses the ids of deleted studies again, and Optuna's cache of
         # finished trials goes by the id.
-        self._caches: dict[str, tuple[tuple[int, str | None], BaseStorage]] = {}
+        self._caches: dict[str, tuple[str, BaseStorage]] = {}
         self._due: dict[str, float] = {}  # studies with news, and when to look at them; by `time.monotonic`
         self._lock = threading.Lock()  # the slots' threads write, the publishing thread reads
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
 
-    def __enter__(self) -> "Publisher":
-        super().__enter__()
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)  # frees the terminal before waiting for the last publication
         self._done.set()
         self._thread.join(LEAVE_SECONDS)
         if self._thread.is_alive():
@@ -57,7 +54,6 @@ class Publisher(Relay):
         """Remembers that the study has news."""
         with self._lock:
             self._due.setdefault(claim.study, time.monotonic())
-        super().ended(claim, trial)
 
     def _run(self) -> None:
         while not self._done.wait(TICK_SECONDS):
@@ -76,10 +72,9 @@ class Publisher(Relay):
             self._publish(study, last=True)
 
     def _cached(self, study: str) -> BaseStorage:
-        study_id = registry.study_id(study, self._storage)
-        identity = (study_id, ledger.incarnation(self._storage, study_id))
-        if study not in self._caches or self._caches[study][0] != identity:
-            self._caches[study] = (identity, optuna.storages.get_storage(self._storage))
+        incarnation = registry.find(study, self._storage).incarnation
+        if study not in self._caches or self._caches[study][0] != incarnation:
+            self._caches[study] = (incarnation, optuna.storages.get_storage(self._storage))
         return self._caches[study][1]
 
     def _publish(self, study: str, *, last: bool) -> bool:

@@ -8,6 +8,7 @@ the worker is gone. Keras and what needs it is imported in functions, after the 
 import contextlib
 import ctypes
 import gc
+import hashlib
 import os
 import queue
 import signal
@@ -16,12 +17,14 @@ import threading
 import traceback
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search import devices
 from search.devices import Slot, precision_for
 from search.messages import Checked, Epoch, Failed, Job, Ready, Resumed, StopMode, Trained
 from storage.errors import StorageError, TrialyardError
+from studies.definition import Definition
 
 if TYPE_CHECKING:
     from search.data import Dataset
@@ -164,7 +167,7 @@ def _trained(
         checks.check_with_keras(wanted, dataset)
         return Checked(data=dataset.summary())
     precision = precision_for(job.slot.device, wanted.precision)
-    trial = f"{job.folder.parent.name} trial {job.folder.name} attempt {job.attempt}"
+    trial = job.trial
     _log(f"{trial} begins in {precision[0]}: {precision[1]}")
 
     def on_epoch(record: Epoch) -> None:
@@ -183,11 +186,23 @@ def _trained(
         seed=job.seed,
         precision=precision,
         folder=job.folder,
+        checkpoints=job.checkpoints,
+        identity={"study": job.study, "sources": _sources(wanted)},
         on_epoch=on_epoch,
         on_resume=on_resume,
         checkpoint_seconds=job.checkpoint_seconds,
         stopping=lambda: stops[0] if stops else None,
     )
+
+
+def _sources(definition: Definition) -> dict[str, str]:
+    """A digest of the source file of each of a user's own functions: a changed one makes another training."""
+    digests = {}
+    for name in (definition.model, definition.dataset):
+        module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
+        if module is not None and module.__file__ is not None:
+            digests[name] = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:16]
+    return digests
 
 
 def _log(line: str) -> None:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,18 @@ def train(
     folder: Path,
     on_epoch: Callable[[Epoch], None],
     stopping: Callable[[], StopMode | None],
+    checkpoints: Sequence[Path] = (),
+    identity: Mapping[str, Any] | None = None,
     on_resume: Callable[[list[Epoch]], None] = lambda history: None,
     checkpoint_seconds: float = 30.0,
 ) -> Trained:
     """Builds `model` and trains it; writes its history and its layers' summary, and the best epoch's weights as a whole
     model, to `folder`.
 
-    Where `folder` has a checkpoint of this very training, it goes on from there, and tells `on_resume` of the epochs
-    that it has already. It writes one at the end of an epoch, at most every `checkpoint_seconds`.
+    It continues from the longest of the `checkpoints` (paths that may not exist) that is of this very training, and
+    tells `on_resume` of the epochs that it has already. `identity` is what makes it this training, besides the other
+    arguments; it must be JSON. It writes a checkpoint to `folder` at the end of an epoch, at most every
+    `checkpoint_seconds`.
 
     `precision` is Keras's dtype policy, and the reason for it. `on_epoch` is told of every epoch at its end; where
     `stopping` says so, the training ends after the running batch and no model is written: "keep" writes a checkpoint
@@ -71,14 +75,21 @@ def train(
     batches_per_epoch = math.ceil(len(y_train) / batch_size)
     moving = _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
     stop = _StopAtBatch(stopping)
-    identity = {
+    # How a model is judged is not one of its hyperparameters, and models without moving averages are judged alike.
+    judged = {"batch_norm_averages": "corrected"} if moving else {}
+    whole_identity = {
         "model": model,
-        "hyperparameters": dict(hyperparameters),
+        "hyperparameters": {name: value for name, value in hyperparameters.items() if name != "batch_norm_averages"},
         "seed": seed,
         "data": dataset.fingerprint,
         "images": [len(y_train), len(y_validation)],
+        "epochs": epochs,
+        "precision": precision[0],
+        "keras": ".".join(version("keras").split(".")[:2]),
+        **judged,
+        **(identity or {}),
     }
-    history, best_weights = _resumed(net, folder / CHECKPOINT, identity)
+    history, best_weights = _resumed(net, checkpoints, whole_identity)
     if history:
         on_resume(history)
     unwritten: checkpoint.Checkpoint | None = None
@@ -118,10 +129,10 @@ def train(
         if epoch < epochs:
             unwritten = checkpoint.take(net, history, best_weights)
             if time.monotonic() - written_at >= checkpoint_seconds:
-                checkpoint.write(folder / CHECKPOINT, unwritten, identity)
+                checkpoint.write(folder / CHECKPOINT, unwritten, whole_identity)
                 unwritten, written_at = None, time.monotonic()
     if stop.stopped and unwritten is not None and stopping() == "keep":
-        checkpoint.write(folder / CHECKPOINT, unwritten, identity)
+        checkpoint.write(folder / CHECKPOINT, unwritten, whole_identity)
     best = best_epoch(history)
     if best is None and not stop.stopped:
         raise NotANumber(
@@ -178,17 +189,16 @@ def _make_state(net: keras.Model, y: Array) -> None:
     net.reset_metrics()
 
 
-def _resumed(net: keras.Model, path: Path, identity: dict[str, Any]) -> tuple[list[Epoch], list[Array]]:
-    """The epochs and the best weights that `net` now has from the checkpoint at `path`; none without one."""
-    found = checkpoint.read(path, identity)
-    if found is None:
-        return [], []
-    try:
-        checkpoint.restore(net, found)
-    except ValueError as error:  # one's own model has changed since
-        log.warning("%s is not used: %s", path, error)
-        return [], []
-    return found.history, found.best_weights
+def _resumed(net: keras.Model, paths: Sequence[Path], identity: dict[str, Any]) -> tuple[list[Epoch], list[Array]]:
+    """The epochs and the best weights that `net` now has from the longest checkpoint; none without one."""
+    for found in checkpoint.of_training(paths, identity):
+        try:
+            checkpoint.restore(net, found)
+        except ValueError as error:  # one's own model has changed since
+            log.warning("a checkpoint after epoch %d is not used: %s", found.history[-1].epoch, error)
+        else:
+            return found.history, found.best_weights
+    return [], []
 
 
 def versions() -> dict[str, str]:

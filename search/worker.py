@@ -1,4 +1,4 @@
-"""A worker machine: for each slot, claim -> objective -> finish, until the studies are done or a signal comes."""
+"""A worker machine: for each slot, claim -> attempt -> outcome, until the studies are done or a signal comes."""
 
 import logging
 import os
@@ -12,19 +12,22 @@ from types import FrameType
 
 import optuna
 
-from search import checks, objective
+from search import checks
+from search.attempt import Attempt, StudyHandle
 from search.devices import Slot
 from search.errors import MachineError
-from search.objective import Study
-from search.presence import Presence
-from search.progress import Watcher
+from search.heartbeat import Heartbeat
+from search.progress import Listener
 from search.publisher import Publisher
 from search.trainer import Trainer
-from storage import claims, ledger, owners
-from storage.database import PatientStorage
+from storage import claims, ledger
 from storage.errors import StorageError, StudyGone, StudyUnreadable, TrialyardError
+from storage.ledger import Study
 from storage.settings import Settings
+from storage.transactions import PatientStorage
+from studies import definition as definitions
 from studies import registry
+from studies.definition import Definition
 from studies.errors import StudyError
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ def work(
     storage: PatientStorage,
     settings: Settings,
     slots: Sequence[Slot],
-    watcher: Watcher,
+    listeners: Sequence[Listener] = (),
     *,
     leave: bool = False,
 ) -> bool:
@@ -55,14 +58,14 @@ def work(
     interrupted = threading.Event()
     errors: list[BaseException] = []
     open_studies = _OpenStudies(names, storage, settings, leave=leave or names is None)
-    publisher = Publisher(watcher, storage, settings.artifact_folder)
-    presence = Presence(publisher, storage, settings.beat_seconds, slots)
+    heartbeat = Heartbeat(storage, settings.beat_seconds, slots)
+    all_listeners = [Publisher(storage, settings.artifact_folder), *listeners]
 
     def fill(slot: Slot, trainer: Trainer) -> None:
         try:
-            _fill(open_studies, settings, trainer, presence.worker(slot), presence, interrupted)
+            _fill(open_studies, settings, trainer, heartbeat, all_listeners, interrupted)
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
-            if not storage.shutting_down.is_set():  # which is no error, but makes some
+            if not storage.shutting_down.is_set():  # then every call to the database ends in an error
                 errors.append(error)
             interrupted.set()
 
@@ -73,7 +76,9 @@ def work(
             for pair in zip(slots, trainers, strict=True)
         ]
         stack.enter_context(_signals(interrupted))
-        stack.enter_context(presence)
+        for listener in all_listeners:
+            stack.enter_context(listener)
+        stack.enter_context(heartbeat)
         for thread in threads:
             thread.start()
         leave_at = float("inf")
@@ -96,15 +101,18 @@ def work(
     return not interrupted.is_set()
 
 
-def check_fit(name: str, storage: PatientStorage, settings: Settings) -> None:
-    """Raises a TrialyardError with the reason, unless this machine can train study `name` with its data and software.
+def check_fit(study: Study, storage: PatientStorage, settings: Settings) -> Definition:
+    """Raises a TrialyardError with the reason, unless this machine can train `study` with its data and software.
 
-    The software comes last: a study without trials takes that of the first machine as its own.
+    The software comes last: a study without trials takes that of the first machine as its own. Returns the study's
+    definition.
     """
-    data = checks.check(registry.definition_of(name, storage), settings)
-    registry.check_direction(name, storage)
-    registry.check_data(name, storage, data)
-    registry.check_software(name, storage, checks.software())
+    definition = definitions.from_json(study.definition)
+    data = checks.check(definition, settings)
+    registry.check_direction(study, storage)
+    registry.check_data(study, data)
+    registry.check_software(study, storage, checks.software())
+    return definition
 
 
 def _trainer(slot: Slot, settings: Settings) -> Trainer:
@@ -116,22 +124,32 @@ def _fill(
     open_studies: "_OpenStudies",
     settings: Settings,
     trainer: Trainer,
-    me: owners.Owner,
-    watcher: Watcher,
+    heartbeat: Heartbeat,
+    listeners: Sequence[Listener],
     interrupted: threading.Event,
 ) -> None:
     """One slot's loop."""
+    owner = heartbeat.owner(trainer.slot)
     while not interrupted.is_set():
-        for study in open_studies.now():
+        for handle in open_studies.now():
             try:
-                claim = claims.claim(study.storage, study.name, me, settings.grace_seconds, study.incarnation)
+                claim = claims.claim(handle.storage, handle.study, owner, settings.grace_seconds, settings.beat_seconds)
             except (StudyGone, StudyUnreadable):
                 continue  # deleted or overwritten a moment ago; the next look will not find it
             if claim is not None:
                 try:
-                    objective.run(study, claim, trainer, settings, watcher, interrupted)
+                    with heartbeat.of(claim) as pulse:
+                        Attempt(
+                            handle,
+                            claim,
+                            trainer,
+                            settings,
+                            pulse=pulse,
+                            listeners=listeners,
+                            interrupted=interrupted,
+                        ).run()
                 except MachineError as error:
-                    open_studies.leave(study, error)
+                    open_studies.leave(handle.study, error)
                 break
         else:
             if open_studies.done():
@@ -144,12 +162,12 @@ def _fill(
 class _Left:
     """A study that is left to other workers."""
 
-    why: str
+    reason: str
     until: float  # by the monotonic clock
 
 
 class _OpenStudies:
-    """The studies that trials are taken from, oldest first: those that were named, or whatever is there."""
+    """The studies that trials are taken from, oldest first: those that were named, or all that exist."""
 
     def __init__(
         self, names: Sequence[str] | None, storage: PatientStorage, settings: Settings, *, leave: bool
@@ -158,19 +176,19 @@ class _OpenStudies:
         self._names, self._leave = names, leave
         self._lock = threading.Lock()  # the slots' threads look one after another
         self._looked = float("-inf")
-        self._studies: list[Study] = []
-        self._admitted: dict[tuple[int, str | None], Study] = {}
-        self._left: dict[tuple[int, str | None], _Left] = {}
-        self._ended: set[ledger.Study] = set()  # whose budget is spent: a larger one makes another entry
-        self._gone: set[str] = set()  # of those that were named, which were deleted
+        self._handles: list[StudyHandle] = []
+        # All by incarnation: a later study of the same name is another one.
+        self._admitted: dict[str, StudyHandle] = {}
+        self._left: dict[str, _Left] = {}
+        self._gone: set[str] = set()  # names of those that were named and deleted
 
-    def now(self) -> list[Study]:
+    def now(self) -> list[StudyHandle]:
         """Those that may have something to do."""
         with self._lock:
             if time.monotonic() - self._looked >= IDLE_SECONDS:
-                self._studies = self._look()
+                self._handles = self._look()
                 self._looked = time.monotonic()
-            return list(self._studies)
+            return list(self._handles)
 
     def done(self) -> bool:
         """Whether nothing will come: all have ended or are paused. Never, where studies are waited for."""
@@ -180,90 +198,75 @@ class _OpenStudies:
             return not self._look()
 
     def leave(self, study: Study, error: MachineError) -> None:
-        """Leaves `study` to other workers for a while, and says why. Raises `error` where it was named."""
+        """Leaves `study` to other workers for a while, and says why. Raises `error` if it was named."""
         if not self._leave:
             raise error
-        key = (study.study_id, study.incarnation)
         with self._lock:
-            if self._admitted.pop(key, None) is not None:  # else another slot was first
+            if self._admitted.pop(study.incarnation, None) is not None:  # else another slot was first
                 checks.check_keras.cache_clear()
-                self._studies = [other for other in self._studies if (other.study_id, other.incarnation) != key]
-                self._leave_for_now(key, study.name, error)
+                self._handles = [handle for handle in self._handles if handle.study.incarnation != study.incarnation]
+                self._leave_for_now(study, error)
 
-    def _leave_for_now(self, key: tuple[int, str | None], name: str, error: TrialyardError) -> None:
-        before = self._left.get(key)
-        if before is None or before.why != str(error):
-            log.warning("study %s is left to other workers: %s", name, error)
-        self._left[key] = _Left(why=str(error), until=time.monotonic() + LEFT_SECONDS)
+    def _leave_for_now(self, study: Study, error: TrialyardError) -> None:
+        before = self._left.get(study.incarnation)
+        if before is None or before.reason != str(error):
+            log.warning("study %s is left to other workers: %s", study.name, error)
+        self._left[study.incarnation] = _Left(reason=str(error), until=time.monotonic() + LEFT_SECONDS)
 
-    def _look(self) -> list[Study]:
-        found = []
-        standing = {entry.name: entry for entry in ledger.studies(self._storage)}
-        for name in standing if self._names is None else self._names:
-            if name not in standing:
+    def _look(self) -> list[StudyHandle]:
+        handles = []
+        existing = {study.name: study for study in ledger.studies(self._storage)}
+        for name in existing if self._names is None else self._names:
+            if name not in existing:
                 if name not in self._gone:
                     log.warning("study %s was deleted, or is not readable: this worker goes on with the others", name)
                 self._gone.add(name)
                 continue
-            entry = standing[name]
-            if entry.state != "open" or self._has_ended(entry):
+            study = existing[name]
+            if study.state != "open" or study.has_ended:
                 continue
-            key = (entry.id, entry.incarnation)
-            left = self._left.get(key)
-            if key not in self._admitted and left is not None and time.monotonic() < left.until:
+            left = self._left.get(study.incarnation)
+            if study.incarnation not in self._admitted and left is not None and time.monotonic() < left.until:
                 continue
             try:
-                study = self._admitted.get(key) or self._admit(name, *key)
+                handle = self._admitted.get(study.incarnation) or self._admit(study)
             except (StudyError, StudyGone, KeyError):
                 if name in registry.names(self._storage):
                     raise
                 continue  # deleted while it was looked at
-            if study is not None:
-                self._admitted[key] = study
-                found.append(study)
-        return found
+            if handle is not None:
+                self._admitted[study.incarnation] = handle
+                handles.append(handle)
+        return handles
 
-    def _has_ended(self, entry: ledger.Study) -> bool:
-        if entry in self._ended:
-            return True
-        ended = ledger.has_ended(self._storage, entry.id)
-        # It may have been stopped since the entry was read, and can be resumed; what is spent stays spent.
-        if ended and ledger.counts(self._storage, entry.id).finished >= entry.budget.total:
-            self._ended.add(entry)
-        return ended
-
-    def _admit(self, name: str, study_id: int, incarnation: str | None) -> Study | None:
+    def _admit(self, study: Study) -> StudyHandle | None:
         # One study that this machine cannot serve must not keep it from the others: its definition may be of a later
         # version. Those that were named have been looked at already.
         try:
-            definition = registry.definition_of(name, self._storage)
-            if self._leave and not _is_done(self._storage, study_id):
-                check_fit(name, self._storage, self._settings)
+            definition = (
+                check_fit(study, self._storage, self._settings)
+                if self._leave
+                else definitions.from_json(study.definition)
+            )
         except StorageError as error:
             if not isinstance(error, StudyUnreadable):
                 raise
-            self._leave_for_now((study_id, incarnation), name, error)
+            self._leave_for_now(study, error)
             return None
         except TrialyardError as error:
-            if name not in registry.names(self._storage):
+            if study.name not in registry.names(self._storage):
                 raise  # deleted a moment ago
             if not self._leave:
                 raise
-            self._leave_for_now((study_id, incarnation), name, error)
+            self._leave_for_now(study, error)
             return None
-        return Study(
-            name=name,
-            study_id=study_id,
-            incarnation=incarnation,
+        return StudyHandle(
+            study=study,
             definition=definition,
             storage=self._storage,
             # One each: Optuna's would give the finished trials of a deleted study that had the same number.
             cached=optuna.storages.get_storage(self._storage),
         )
-
-
-def _is_done(storage: PatientStorage, study_id: int) -> bool:
-    return ledger.has_ended(storage, study_id) or ledger.state(storage, study_id) != "open"
 
 
 @contextmanager

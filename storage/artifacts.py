@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 
 from storage.errors import StorageError
 
@@ -16,12 +16,17 @@ SUMMARY = "summary.txt"  # of the model's layers, beside its history
 CHECKPOINT = "checkpoint.npz"
 DOWNLOADABLE = (MODEL, HISTORY, CHECKPOINT)  # those that optuna-dashboard offers while they are there
 
+ID_LENGTH = 12  # hexadecimal digits of a study's incarnation, in the name of its folder
 _NAMES = uuid.UUID("6f0ed9c4-6bb5-4a55-9a0e-8f5d3f1d3c52")  # of our artifacts' ids
 
 
-def folder(root: Path, study: str, number: int) -> Path:
-    """Where trial `number` of `study` has its files: ``<root>/<study>/<number>``."""
-    return root / study / str(number)
+def attempt_folder(study: str, incarnation: str, number: int, attempt: int) -> PurePosixPath:
+    """Where an attempt at trial `number` has its files, relative to the artifacts folder.
+
+    ``<study>-<id>/<trial>/<attempt>``: no other attempt has this path, whether of another trial, of a later study of
+    this name, or in another database.
+    """
+    return PurePosixPath(f"{study}-{incarnation[:ID_LENGTH]}", str(number), str(attempt))
 
 
 def inside(root: Path, below: object) -> Path | None:
@@ -35,21 +40,21 @@ def inside(root: Path, below: object) -> Path | None:
     return root / path if path.name and not path.is_absolute() and ".." not in path.parts else None
 
 
-def listing(study: str, number: int, name: str) -> tuple[str, str]:
-    """The system attribute, key and value, by which optuna-dashboard offers the file `name` of a trial.
+def listing(path: PurePosixPath) -> tuple[str, str]:
+    """The system attribute, key and value, by which optuna-dashboard offers a trial's file.
 
-    It is the one that ``optuna.artifacts.upload_artifact`` writes. But the id follows from where the file is: written
-    again it is the same, and what removes a file knows it.
+    `path` is relative to the artifacts folder. The attribute is the one that ``optuna.artifacts.upload_artifact``
+    writes, but the id follows from the path: written again it is the same, and whoever removes the file knows it.
     """
-    artifact_id = str(uuid.uuid5(_NAMES, f"{study}/{number}/{name}"))
-    kind, encoding = mimetypes.guess_type(name)
-    told = {
+    artifact_id = str(uuid.uuid5(_NAMES, str(path)))
+    kind, encoding = mimetypes.guess_type(path.name)
+    metadata = {
         "artifact_id": artifact_id,
-        "filename": name,
+        "filename": path.name,
         "mimetype": kind or "application/octet-stream",
         "encoding": encoding,
     }
-    return f"artifacts:{artifact_id}", json.dumps(told)
+    return f"artifacts:{artifact_id}", json.dumps(metadata)
 
 
 @contextmanager

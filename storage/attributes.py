@@ -8,17 +8,14 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import ColumnElement, Connection, select
 
 from storage.errors import StudyUnreadable
 from storage.tables import StudyModel, StudyUserAttributeModel
 
 PREFIX = "trialyard:"
-
-Attempts = list[dict[str, Any]]
 
 
 # --- of a study -------------------------------------------------------------------------------------------
@@ -34,13 +31,16 @@ class StudyAttributes:
     problem: str | None  # why the study is not readable, in a sentence
 
 
-def of_studies(connection: Connection, names: Collection[str]) -> list[StudyAttributes]:
-    """The attributes `names` of all studies that have any of them, oldest first, in one query."""
+def of_studies(connection: Connection, names: Collection[str], *where: ColumnElement[bool]) -> list[StudyAttributes]:
+    """The attributes `names` of all studies that have any of them, oldest first, in one query.
+
+    `where` are conditions on `StudyModel`.
+    """
     stored = StudyUserAttributeModel
     rows = connection.execute(
         select(StudyModel.study_id, StudyModel.study_name, stored.key, stored.value_json)
         .join(stored, stored.study_id == StudyModel.study_id)
-        .where(stored.key.in_([PREFIX + name for name in names]))
+        .where(stored.key.in_([PREFIX + name for name in names]), *where)
         .order_by(StudyModel.study_id)
     )
     values: dict[tuple[int, str], dict[str, Any]] = {}
@@ -123,22 +123,6 @@ SHAPES: Mapping[str, Callable[[Any], bool]] = {
 
 
 # --- of a trial -------------------------------------------------------------------------------------------
-
-
-def attempts(value: Any) -> Attempts:
-    """The attempts at a trial, the first one first. Empty where `value` is not a list of ours: not our trial."""
-    return value if isinstance(value, list) and all(map(_is_attempt, value)) else []
-
-
-def _is_attempt(value: Any) -> bool:
-    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("machine", "host", "slot")):
-        return False
-    try:
-        began = datetime.fromisoformat(value.get("began", ""))
-    except (TypeError, ValueError):
-        return False
-    known = _is_count(value.get("pid")) and number(value.get("born")) is not None and _is_count(value.get("epoch", 0))
-    return known and began.tzinfo is not None
 
 
 def failure(value: Any) -> dict[str, str]:

@@ -1,13 +1,13 @@
-"""The only place where a trial changes hands: claim, beat, report, finish, requeue.
+"""The only place where a trial changes hands: claim, begin, beat, record, finish, requeue.
 
 A trial goes WAITING -> RUNNING -> (COMPLETE | PRUNED | FAIL), and RUNNING -> WAITING when its worker was interrupted,
 crashed or vanished: the same row runs again, with the same hyperparameters. Every change of a state is one transaction
-under the study's one lock (`database.write`), so that
+under the study's one lock (`transactions.write`), so that
 
 - finished + running never exceeds the budget, and a study ends with exactly its budget;
-- a crash at any line changes nothing: a RUNNING trial always has an owner and a heartbeat;
-- no two workers hold one trial: the owner is in the last of the trial's ``attempts``, and is compared before
-  anything is written in the trial's name.
+- a crash at any line changes nothing: a RUNNING trial always has a running attempt, which names its owner;
+- no two workers hold one trial: the owner in the last attempt's row is compared before anything is written in the
+  trial's name.
 
 The statements are our own, on Optuna's tables: its storage has no call for "the oldest waiting trial, unless the
 budget is spent", and its calls are a transaction each.
@@ -16,32 +16,29 @@ budget is spent", and its calls are a transaction each.
 import json
 import logging
 import math
-import threading
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from types import TracebackType
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from optuna.exceptions import OptunaError
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
-from sqlalchemy import Connection, and_, func, insert, select, update
+from sqlalchemy import Connection, insert, select
 from sqlalchemy import delete as delete_rows
-from sqlalchemy.exc import SQLAlchemyError
 
-from storage import artifacts, attributes
-from storage.attributes import Attempts
-from storage.database import read, write
-from storage.errors import ClaimLost, StorageError, StudyGone
-from storage.ledger import State, budget_of, finished_and_running, is_late, state_of, study_id_of
+from storage import artifacts, attempts, deletions, ledger
+from storage import slots as slot_rows
+from storage.attempts import Attempt
+from storage.errors import ClaimLost, StorageError
+from storage.ledger import State, Study
 from storage.owners import Owner, database_now, server_started
 from storage.tables import (
-    TrialHeartbeatModel,
     TrialIntermediateValueModel,
     TrialModel,
+    TrialParamModel,
     TrialSystemAttributeModel,
-    TrialUserAttributeModel,
     TrialValueModel,
     delete_study,
     insert_trial,
@@ -51,12 +48,12 @@ from storage.tables import (
     utc_now,
     value_row,
 )
+from storage.transactions import read, write
 
 log = logging.getLogger(__name__)
 
 RETRIES = 3  # how often in a row a trial is tried again after a crash or a lost worker, without a new epoch
-
-Outcome = Literal["finished", "interrupted", "crashed", "lost"]
+MISSED_BEATS = 3  # a slow heartbeat is not a lost one: so many must be missing, however short the grace period is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,70 +62,66 @@ class Claim:
 
     study: str
     study_id: int
+    incarnation: str
     trial_id: int  # unique in the database
     number: int  # unique in the study, from 0
     attempt: int  # from 1
     owner: Owner
+    checkpoints: tuple[str, ...] = ()  # where earlier attempts may have left one, relative to the artifacts folder
+
+    @property
+    def folder(self) -> PurePosixPath:
+        """Where this attempt has its files, relative to the artifacts folder. No other attempt writes there."""
+        return artifacts.attempt_folder(self.study, self.incarnation, self.number, self.attempt)
 
 
-def delete(storage: RDBStorage, study: str, grace_seconds: float) -> None:
+def delete(storage: RDBStorage, study: Study, grace_seconds: float) -> None:
     """Deletes `study` with its trials, all or nothing. Its workers notice at their next beat or epoch, and continue.
 
     Raises StorageError while a living worker runs a trial of it, unless the study was stopped; and StudyGone.
     """
 
     def work(connection: Connection) -> None:
-        study_id = study_id_of(connection, study)
-        if state_of(connection, study_id) != "stopped":
-            _take_back(connection, study_id, study, grace_seconds)
-            _, running = finished_and_running(connection, study_id)
-            if running:
-                raise StorageError(
-                    f"study {study!r} has {running} running trials: `trialyard stop {study}` first, then delete it"
-                )
-        delete_study(connection, study_id)
+        current = _after_taking_back(connection, study, grace_seconds)
+        if current.state != "stopped" and current.running:
+            raise StorageError(
+                f"study {study.name!r} has {current.running} running trials: `trialyard stop {study.name}` first, "
+                "then delete it"
+            )
+        deletions.record(connection, study.name, study.incarnation)
+        delete_study(connection, study.id)
 
-    write(storage, study, work)
+    write(storage, study.name, work)
 
 
 def trial_exists(storage: RDBStorage, claim: Claim) -> bool:
     """Whether the claimed trial is still in the database. Its study may have been deleted."""
-    found = select(TrialModel.trial_id).where(TrialModel.trial_id == claim.trial_id)
-    return read(storage, lambda connection: connection.execute(found).scalar() is not None)
+    wanted = select(TrialModel.trial_id).where(TrialModel.trial_id == claim.trial_id)
+    return read(storage, lambda connection: connection.execute(wanted).scalar() is not None)
 
 
 # --- claim ------------------------------------------------------------------------------------------------
 
 
 def claim(
-    storage: RDBStorage, study: str, worker: Owner, grace_seconds: float, incarnation: str | None = None
+    storage: RDBStorage, study: Study, owner: Owner, grace_seconds: float, beat_seconds: float = 10.0
 ) -> Claim | None:
     """Claims the oldest waiting trial of `study`, or a new one while the budget lasts and the study is open; else None.
 
     First takes back the trials of workers that are gone: at once if the owner was a process of this machine, otherwise
-    after `grace_seconds` without a beat.
+    after `grace_seconds` without a heartbeat. `beat_seconds` is how often the new owner will send one.
 
-    Raises StudyGone where there is none, or where it is another one of that name than that `incarnation`.
+    Raises StudyGone if the study was deleted, whether or not there is another one of its name.
     """
 
     def work(connection: Connection) -> Claim | None:
-        study_id = study_id_of(connection, study)
-        if incarnation is not None and attributes.of_study(connection, study_id, "incarnation") != incarnation:
-            raise StudyGone(f"study {study!r} was deleted, and another one made: start the worker again")
-        limit = budget_of(connection, study_id)
-        if limit is None:
-            raise StorageError(f"study {study!r} has no budget: run `trialyard create` for it again")
-        _take_back(connection, study_id, study, grace_seconds)
-        finished, running = finished_and_running(connection, study_id)
-        if (
-            finished + running >= limit.total
-            or state_of(connection, study_id) != "open"
-            or is_late(connection, study_id, limit)
-        ):
+        current = _after_taking_back(connection, study, grace_seconds)
+        spent = current.finished + current.running >= current.budget.total
+        if spent or current.state != "open" or current.is_late:
             return None
         waiting = connection.execute(
             select(TrialModel.trial_id, TrialModel.number)
-            .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.WAITING)
+            .where(TrialModel.study_id == study.id, TrialModel.state == TrialState.WAITING)
             .order_by(TrialModel.number)
             .limit(1)
         ).first()
@@ -136,112 +129,133 @@ def claim(
             trial_id, number = waiting
             update_trial(connection, trial_id, state=TrialState.RUNNING, _datetime_start_utc=utc_now())
         else:
-            number = next_number(connection, study_id)
-            trial_id = insert_trial(connection, study_id, number, TrialState.RUNNING, started=utc_now())
-        attempts = _attempts(connection, trial_id)
-        attempts.append(asdict(worker) | {"began": _now().isoformat(timespec="seconds")})
-        set_trial_attributes(connection, trial_id, {"attempts": attempts})
-        _beat(connection, trial_id)
+            number = next_number(connection, study.id)
+            trial_id = insert_trial(connection, study.id, number, TrialState.RUNNING, started=utc_now())
+        earlier = attempts.start(connection, trial_id, owner, beat_seconds)
         return Claim(
-            study=study,
-            study_id=study_id,
+            study=study.name,
+            study_id=study.id,
+            incarnation=study.incarnation,
             trial_id=trial_id,
             number=number,
-            attempt=len(attempts),
-            owner=worker,
+            attempt=len(earlier) + 1,
+            owner=owner,
+            checkpoints=tuple(_checkpoint(study, number, attempt) for attempt in reversed(earlier)),
         )
 
-    return write(storage, study, work)
+    return write(storage, study.name, work)
 
 
-def _take_back(connection: Connection, study_id: int, study: str, grace_seconds: float) -> None:
-    """Puts the RUNNING trials of workers that are gone back into the queue."""
-    running = connection.execute(
-        select(TrialModel.trial_id, TrialModel.number, TrialHeartbeatModel.heartbeat)
-        .outerjoin(TrialHeartbeatModel, TrialHeartbeatModel.trial_id == TrialModel.trial_id)
-        .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING)
-        .order_by(TrialModel.number)
-    ).all()
-    if not running:
-        return
-    # While the server was away nobody could beat, so silence counts from the server's start.
+def _checkpoint(study: Study, number: int, attempt: Attempt) -> str:
+    # A worker that was killed may have written one without a word to the database.
+    folder = artifacts.attempt_folder(study.name, study.incarnation, number, attempt.attempt)
+    return attempt.checkpoint or str(folder / artifacts.CHECKPOINT)
+
+
+def _after_taking_back(connection: Connection, study: Study, grace_seconds: float) -> Study:
+    """Puts the RUNNING trials of workers that are gone back into the queue; returns the study after that."""
+    current = ledger.current(connection, study)
+    if current.running == 0:
+        return current
+    running, taken = attempts.running(connection, study.id), 0
+    # While the server was away nobody could send a heartbeat, so silence counts from the server's start.
     now, since = database_now(connection), server_started(connection)
-    for trial_id, number, beaten in running:
-        attempts = _attempts(connection, trial_id)
-        if not attempts:
-            continue  # started with plain Optuna's `study.ask()`: not ours to take back
-        owner = _owner(attempts)
-        silent = (now - max(beaten or datetime.min, since)).total_seconds()
+    for trial_id, number, attempt in running:
+        owner = attempt.owner
+        silent = (now - max(attempt.beat, since)).total_seconds()
         if owner.gone():
-            why = f"process {owner.pid} on {owner.host} ended"
-        elif silent > grace_seconds:
-            why = f"no sign of process {owner.pid} on {owner.host} for {silent:.0f} s"
+            reason = f"process {owner.pid} on {owner.host} ended"
+        elif silent > max(grace_seconds, MISSED_BEATS * attempt.beat_seconds):
+            reason = f"no sign of process {owner.pid} on {owner.host} for {silent:.0f} s"
         else:
             continue
-        log.warning("study %s: trial %d goes back to the queue: %s", study, number, why)
-        _put_back(connection, trial_id, attempts, "lost", why)
+        log.warning("study %s: trial %d goes back to the queue: %s", study.name, number, reason)
+        _put_back(connection, trial_id, attempt.attempt, "lost", reason)
+        taken += 1
+    return ledger.current(connection, study) if taken else current
 
 
-def _put_back(connection: Connection, trial_id: int, attempts: Attempts, outcome: Outcome, why: str) -> None:
-    """Ends the last attempt. The trial waits again, or fails after RETRIES attempts without a new epoch."""
-    last = attempts[-1] | _ending(outcome) | {"why": why, "epoch": _last_epoch(connection, trial_id)}
-    attempts = [*attempts[:-1], last]
-    broken = 0
-    for attempt, before in zip(reversed(attempts), [*reversed(attempts[:-1]), {}], strict=True):
-        if attempt.get("outcome") in ("crashed", "lost"):
-            broken += 1
-        if attempt.get("epoch", 0) > before.get("epoch", 0):
-            break  # this attempt finished a new epoch: earlier crashes no longer count
-    values: dict[str, Any] = {"attempts": attempts}
+def _put_back(
+    connection: Connection, trial_id: int, attempt: int, outcome: Literal["interrupted", "crashed", "lost"], reason: str
+) -> None:
+    """Ends the attempt. The trial waits again, or fails after RETRIES attempts without a new epoch."""
+    attempts.end(connection, trial_id, attempt, outcome, reason)
+    broken = attempts.broken_in_a_row(attempts.of_trial(connection, trial_id))
     if broken > RETRIES:
-        values["failure"] = {"kind": outcome, "message": f"{why}; tried {broken} times without getting further"}
+        failure = {"kind": outcome, "message": f"{reason}; tried {broken} times without getting further"}
+        set_trial_attributes(connection, trial_id, {"failure": failure})
         update_trial(connection, trial_id, state=TrialState.FAIL, _datetime_complete_utc=utc_now())
     else:
         update_trial(connection, trial_id, state=TrialState.WAITING)
-    set_trial_attributes(connection, trial_id, values)
 
 
 # --- while it runs ----------------------------------------------------------------------------------------
 
 
-def beat(storage: RDBStorage, claim: Claim) -> State:
-    """Records that `claim` is being worked on; returns the study's state.
+def begin(storage: RDBStorage, claim: Claim, params: Mapping[str, tuple[BaseDistribution, Any]]) -> None:
+    """Records the trial's hyperparameters: by name the distribution, and the value. Those that it has stay as they are.
 
-    Raises ClaimLost if somebody else has the trial by now.
+    Raises ClaimLost.
     """
 
-    def work(connection: Connection) -> State:
-        _attempts_if_owner(connection, claim)
-        _beat(connection, claim.trial_id)
-        return state_of(connection, claim.study_id)
+    def work(connection: Connection) -> None:
+        _require_owner(connection, claim)
+        stored = TrialParamModel
+        recorded = set(connection.execute(select(stored.param_name).where(stored.trial_id == claim.trial_id)).scalars())
+        rows = [
+            {
+                "trial_id": claim.trial_id,
+                "param_name": name,
+                "param_value": distribution.to_internal_repr(value),
+                "distribution_json": distribution_to_json(distribution),
+            }
+            for name, (distribution, value) in params.items()
+            if name not in recorded
+        ]
+        if rows:
+            connection.execute(insert(stored), rows)
+
+    write(storage, claim.study, work)
+
+
+def beat(storage: RDBStorage, slots: Mapping[Owner, str], held: Sequence[Claim]) -> dict[Claim, State | None]:
+    """Records in one transaction that the `slots` of a worker live, each with its device's name, and its trials.
+
+    Returns the state of each claim's study, or None where the claim is lost: somebody else has the trial by now, or it
+    was deleted.
+    """
+
+    def work(connection: Connection) -> dict[Claim, State | None]:
+        if slots:
+            slot_rows.beat(connection, slots)
+        now = database_now(connection)
+        states: dict[Claim, State | None] = {}
+        # In one order, so that two transactions never wait for each other.
+        for claim in sorted(held, key=lambda claim: claim.trial_id):
+            ours = attempts.beat(connection, claim.trial_id, claim.attempt, claim.owner, now)
+            states[claim] = ledger.state_of(connection, claim.study_id) if ours else None
+        return states
 
     return write(storage, None, work)
 
 
-def report(storage: RDBStorage, claim: Claim, step: int, value: float, files: Sequence[str] | None = None) -> State:
-    """Records the intermediate `value` of epoch `step` (from 1); returns the study's state.
-
-    Recorded again after a restart, a value replaces the earlier one. A value that is not finite is stored as NaN:
-    Optuna can read it, and its pruners and TPE take it for the worst. `files` are the names of the files that the trial
-    has now, of `artifacts.DOWNLOADABLE`; None if they have not changed. Raises ClaimLost.
-    """
-    return resume(storage, claim, {step: value}, None, files)
-
-
-def resume(
+def record_epochs(
     storage: RDBStorage,
     claim: Claim,
-    values: dict[int, float],
-    epoch: int | None,
+    values: Mapping[int, float],
     files: Sequence[str] | None = None,
+    resumed_after: int | None = None,
 ) -> State:
-    """Records intermediate `values` by step, in one transaction, and that the attempt resumed after `epoch`.
+    """Records the intermediate `values` by epoch (from 1), in one transaction; returns the study's state.
 
-    The values are those of a checkpoint: the database may lack some of them. `files` as for `report`. Raises ClaimLost.
+    Recorded again after a restart, a value replaces the earlier one. A value that is not finite is stored as NaN:
+    Optuna can read it, and its pruners and TPE take it for the worst. `files` are the names of the files that the
+    attempt has now, of `artifacts.DOWNLOADABLE`; None if they have not changed. `resumed_after` is the last epoch of
+    the checkpoint that the attempt continues from: the database may lack some of its values. Raises ClaimLost.
     """
 
     def work(connection: Connection) -> State:
-        attempts = _attempts_if_owner(connection, claim)
+        _require_owner(connection, claim)
         stored = TrialIntermediateValueModel
         connection.execute(delete_rows(stored).where(stored.trial_id == claim.trial_id, stored.step.in_(values)))
         for step, value in values.items():
@@ -252,12 +266,13 @@ def resume(
             connection.execute(
                 insert(stored).values(row | {"intermediate_value": number, "intermediate_value_type": kind})
             )
-        if epoch is not None:
-            attempts[-1]["resumed_after"] = epoch
-            set_trial_attributes(connection, claim.trial_id, {"attempts": attempts})
+        columns: dict[str, Any] = {"epoch": max(values)}
+        if resumed_after is not None:
+            columns["resumed_after"] = resumed_after
+        attempts.change(connection, claim.trial_id, claim.attempt, **columns)
         if files is not None:
-            _list_files(connection, claim, files)
-        return state_of(connection, claim.study_id)
+            _set_files(connection, claim, files)
+        return ledger.state_of(connection, claim.study_id)
 
     return write(storage, claim.study, work)
 
@@ -286,14 +301,15 @@ def finish(
         state, values = TrialState.FAIL, values | {"failure": failure}
 
     def work(connection: Connection) -> None:
-        attempts = _attempts_if_owner(connection, claim, or_finished=True)
-        if "outcome" in attempts[-1]:
+        attempt = _require_owner(connection, claim, or_finished=True)
+        if attempt.outcome is not None:
             return  # done already: the commit succeeded, but its answer was lost
-        attempts[-1] |= _ending("finished")
-        set_trial_attributes(connection, claim.trial_id, values | {"attempts": attempts})
+        attempts.end(connection, claim.trial_id, claim.attempt, "finished")
+        if values:
+            set_trial_attributes(connection, claim.trial_id, values)
         if score is not None:
             connection.execute(insert(TrialValueModel).values(value_row(claim.trial_id, score)))
-        _list_files(connection, claim, files)
+        _set_files(connection, claim, files)
         update_trial(connection, claim.trial_id, state=state, _datetime_complete_utc=utc_now())
 
     write(storage, claim.study, work)
@@ -303,57 +319,21 @@ def requeue(
     storage: RDBStorage,
     claim: Claim,
     outcome: Literal["interrupted", "crashed"],
-    why: str,
-    files: Sequence[str] = (),
+    reason: str,
+    files: Sequence[str] | None = None,
 ) -> None:
-    """Puts the trial back into the queue, with its `files` as for `report`. Raises ClaimLost.
+    """Puts the trial back into the queue, with its `files` as for `record_epochs`. Raises ClaimLost.
 
     A trial that keeps crashing fails.
     """
 
     def work(connection: Connection) -> None:
-        _put_back(connection, claim.trial_id, _attempts_if_owner(connection, claim), outcome, why)
-        _list_files(connection, claim, files)
+        _require_owner(connection, claim)
+        _put_back(connection, claim.trial_id, claim.attempt, outcome, reason)
+        if files is not None:
+            _set_files(connection, claim, files)
 
     write(storage, claim.study, work)
-
-
-class Beating:
-    """Beats for a claim in the background while the ``with`` block runs.
-
-    A beat that fails because the database is away is tried again at the next interval. The thread ends only with the
-    block, or when the claim is lost.
-    """
-
-    def __init__(self, storage: RDBStorage, claim: Claim, seconds: float) -> None:
-        self._storage, self._claim, self._seconds = storage, claim, seconds
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"beat-{claim.study}-{claim.number}", daemon=True)
-        self.lost = False
-        self.wanted: State = "open"  # of the study, as of the last beat
-
-    def __enter__(self) -> "Beating":
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._done.set()
-        # A beat that waits for an absent database must not delay the end of the trial.
-        self._thread.join(timeout=1.0)
-
-    def _run(self) -> None:
-        while not self._done.wait(self._seconds):
-            try:
-                self.wanted = beat(self._storage, self._claim)
-            except ClaimLost as lost:
-                if not self._done.is_set():
-                    log.warning("%s", lost)
-                    self.lost = True
-                return
-            except (OptunaError, SQLAlchemyError, StorageError, OSError) as error:
-                log.warning("a beat for trial %d failed, to be tried again: %s", self._claim.number, error)
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -369,110 +349,59 @@ class RunningTrial:
     slot: str
     attempt: int
     epoch: int  # the last finished one that was recorded; 0 before the first
-    silent_seconds: float  # since its last beat
+    silent_seconds: float  # since its last heartbeat
 
 
 def running_trials(storage: RDBStorage, study_id: int) -> list[RunningTrial]:
     """The running trials and their owners, by trial number."""
 
-    def work(connection: Connection) -> list[RunningTrial]:
-        now = database_now(connection)
-        last = (
-            select(func.max(TrialIntermediateValueModel.step))
-            .where(TrialIntermediateValueModel.trial_id == TrialModel.trial_id)
-            .scalar_subquery()
-        )
-        of_trial = and_(
-            TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "attempts"
-        )
-        rows = connection.execute(
-            select(TrialModel.number, TrialHeartbeatModel.heartbeat, TrialUserAttributeModel.value_json, last)
-            .join(TrialHeartbeatModel, TrialHeartbeatModel.trial_id == TrialModel.trial_id)
-            .join(TrialUserAttributeModel, of_trial)
-            .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING)
-            .order_by(TrialModel.number)
-        )
-        parsed = [(attributes.attempts(attributes.decoded(row[2])), row) for row in rows]
-        return [
-            _running_trial(number, attempts, epoch or 0, (now - beaten).total_seconds())
-            for attempts, (number, beaten, _, epoch) in parsed
-            if attempts
-        ]
+    def work(connection: Connection) -> tuple[datetime, list[tuple[int, int, Attempt]]]:
+        return database_now(connection), attempts.running(connection, study_id)
 
-    return read(storage, work)
-
-
-def _running_trial(number: int, attempts: Attempts, epoch: int, silent: float) -> RunningTrial:
-    owner = _owner(attempts)
-    return RunningTrial(
-        number=number,
-        host=owner.host,
-        pid=owner.pid,
-        slot=owner.slot,
-        attempt=len(attempts),
-        epoch=epoch,
-        silent_seconds=max(0.0, silent),
-    )
+    now, running = read(storage, work)
+    return [
+        RunningTrial(
+            number=number,
+            host=attempt.owner.host,
+            pid=attempt.owner.pid,
+            slot=attempt.owner.slot,
+            attempt=attempt.attempt,
+            epoch=attempt.epoch,
+            silent_seconds=max(0.0, (now - attempt.beat).total_seconds()),
+        )
+        for _, number, attempt in running
+    ]
 
 
 # --- statements -------------------------------------------------------------------------------------------
 
 
-def _attempts_if_owner(connection: Connection, claim: Claim, or_finished: bool = False) -> Attempts:
-    """Locks the trial's row; returns its attempts. Raises ClaimLost unless the last one is `claim`'s and runs."""
+def _require_owner(connection: Connection, claim: Claim, *, or_finished: bool = False) -> Attempt:
+    """Locks the trial's row; returns the claim's attempt. Raises ClaimLost unless it is the last one, and runs."""
     state = connection.execute(
         select(TrialModel.state).where(TrialModel.trial_id == claim.trial_id).with_for_update()
     ).scalar()
-    attempts = _attempts(connection, claim.trial_id) if state is not None else []
-    mine = len(attempts) == claim.attempt and _owner(attempts) == claim.owner
-    if mine and (state == TrialState.RUNNING or (or_finished and attempts[-1].get("outcome") == "finished")):
-        return attempts
+    attempt = attempts.current(connection, claim.trial_id, claim.attempt, claim.owner) if state is not None else None
+    if attempt is not None:
+        runs = attempt.ended is None and state == TrialState.RUNNING
+        if runs or (or_finished and attempt.outcome == "finished"):
+            return attempt
     raise ClaimLost(
         f"study {claim.study}: trial {claim.number} is no longer held by {claim.owner.slot} of process "
         f"{claim.owner.pid} on {claim.owner.host} (attempt {claim.attempt}): its result is dropped"
     )
 
 
-def _attempts(connection: Connection, trial_id: int) -> Attempts:
-    found = connection.execute(
-        select(TrialUserAttributeModel.value_json).where(
-            TrialUserAttributeModel.trial_id == trial_id, TrialUserAttributeModel.key == "attempts"
-        )
-    ).scalar()
-    return attributes.attempts(attributes.decoded(found))
-
-
-def _last_epoch(connection: Connection, trial_id: int) -> int:
-    stored = TrialIntermediateValueModel
-    return int(connection.execute(select(func.max(stored.step)).where(stored.trial_id == trial_id)).scalar() or 0)
-
-
-def _list_files(connection: Connection, claim: Claim, names: Sequence[str]) -> None:
-    """Sets which of the trial's files optuna-dashboard offers."""
+def _set_files(connection: Connection, claim: Claim, names: Sequence[str]) -> None:
+    """Sets which of the trial's files optuna-dashboard offers: these of this attempt, and none of earlier ones."""
     stored = TrialSystemAttributeModel
-    listed = {name: artifacts.listing(claim.study, claim.number, name) for name in artifacts.DOWNLOADABLE}
-    keys = [key for key, _ in listed.values()]
+    folders = {PurePosixPath(path).parent for path in claim.checkpoints} | {claim.folder}
+    paths = [folder / name for folder in folders for name in artifacts.DOWNLOADABLE]
+    keys = [artifacts.listing(path)[0] for path in paths]
     connection.execute(delete_rows(stored).where(stored.trial_id == claim.trial_id, stored.key.in_(keys)))
-    wanted = [listed[name] for name in names]
-    rows = [{"trial_id": claim.trial_id, "key": key, "value_json": json.dumps(entry)} for key, entry in wanted]
+    entries = [artifacts.listing(claim.folder / name) for name in names]
+    rows = [{"trial_id": claim.trial_id, "key": key, "value_json": json.dumps(entry)} for key, entry in entries]
     if rows:
         connection.execute(insert(stored), rows)
-
-
-def _beat(connection: Connection, trial_id: int) -> None:
-    stored, now = TrialHeartbeatModel, database_now(connection)
-    if connection.execute(update(stored).where(stored.trial_id == trial_id).values(heartbeat=now)).rowcount == 0:
-        connection.execute(insert(stored).values(trial_id=trial_id, heartbeat=now))
-
-
-def _owner(attempts: Attempts) -> Owner:
-    last = attempts[-1]
-    return Owner(machine=last["machine"], host=last["host"], pid=last["pid"], born=last["born"], slot=last["slot"])
-
-
-def _ending(outcome: Outcome) -> dict[str, str]:
-    return {"ended": _now().isoformat(timespec="seconds"), "outcome": outcome}
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
+    checkpoint = str(claim.folder / artifacts.CHECKPOINT) if artifacts.CHECKPOINT in names else None
+    attempts.change(connection, claim.trial_id, claim.attempt, checkpoint=checkpoint)

@@ -1,49 +1,44 @@
-"""The database: Optuna's RDBStorage on SQLite or PostgreSQL with safe engine settings, and the one lock a study.
-
-Everything that Trialyard itself reads or writes is a function of one connection in one transaction (`read`, `write`),
-so that a database that goes away in the middle undoes it whole, and it is done again when the database is back. What
-Optuna does for us (suggestions, its own queries) is retried call by call (`PatientStorage`).
-"""
+"""The database: Optuna's tables and ours on SQLite or PostgreSQL; connect, create, upgrade, check and back up."""
 
 import contextlib
 import functools
-import hashlib
 import logging
-import math
 import re
 import sqlite3
-import threading
-import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-import optuna.storages._rdb
 import sqlalchemy
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.storage import _VersionManager
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import URL, Connection, Engine, orm, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy import URL, Engine, text
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from storage import attributes, legacy
+from storage import attempts, attributes, deletions, legacy, slots
 from storage.artifacts import written_atomically
 from storage.errors import StorageError
-from storage.owners import table as workers_table
-from storage.tables import ALL_TABLES, TrialModel, TrialValueModel
+from storage.tables import ALL_TABLES
+from storage.transactions import (
+    PatientStorage,
+    cause_of,
+    file_of,
+    has_password,
+    is_transient,
+    lock_file,
+    lock_row,
+    log_first_failure,
+    redact,
+    schema_head,
+    sqlite_file,
+    write,
+)
 
-if TYPE_CHECKING:  # imported where they are used: reading needs neither, and they bring asyncio along
-    import filelock
-    import tenacity
+__all__ = ["has_password", "redact"]
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
-LOCK_SECONDS = 120.0  # a claim holds the lock for milliseconds: longer than this means that something hangs
-IDLE_SECONDS = 60.0  # a transaction whose process does nothing for so long is ended by the server, its lock freed
 BUSY_SECONDS = 60.0  # how long a statement waits for another process's transaction, on SQLite
 KINDS = "sqlite:///folder/studies.db or postgresql://user@host/database"
 
@@ -51,182 +46,12 @@ KINDS = "sqlite:///folder/studies.db or postgresql://user@host/database"
 INDEXES = (
     "CREATE INDEX IF NOT EXISTS trialyard_trials_by_state ON trials (study_id, state, number)",
     "CREATE INDEX IF NOT EXISTS trialyard_trials_by_number ON trials (study_id, number)",
+    attempts.INDEX,
 )
-
-
-class _Versions(_VersionManager):
-    """Optuna's, for tables that stand: it does not look at them before it is asked."""
-
-    def __init__(self, url: str, engine: Engine, sessions: orm.scoped_session[orm.Session]) -> None:
-        self.url, self.engine, self.scoped_session = url, engine, sessions
-
-
-class PatientStorage(RDBStorage):
-    """Optuna's storage, each of whose calls is tried again while the database is away.
-
-    `patience` is for how many seconds; 0 tries once. Setting `shutting_down` ends all waiting. A call that still fails
-    after that ends in StorageError.
-    """
-
-    def __init__(self, url: str, *, patience: float, **options: Any) -> None:
-        self.patience, self.shutting_down = patience, threading.Event()
-        super().__init__(url, **options)
-
-    @classmethod
-    def on_current_tables(cls, url: str, engine_kwargs: dict[str, Any]) -> "PatientStorage":
-        """The same on tables that are known to be of this very version of Optuna.
-
-        Optuna's own constructor looks for itself, with Alembic, whose import takes as long as the rest of a query.
-        """
-        storage = cls.__new__(cls)
-        engine = sqlalchemy.create_engine(url, **engine_kwargs)
-        sessions = orm.scoped_session(orm.sessionmaker(bind=engine))
-        vars(storage).update(
-            patience=0.0,
-            shutting_down=threading.Event(),
-            engine_kwargs=engine_kwargs,
-            url=url,
-            skip_compatibility_check=False,
-            heartbeat_interval=None,
-            grace_period=None,
-            heartbeat_stale_trial_callback=None,
-            failed_trial_callback=None,
-            engine=engine,
-            scoped_session=sessions,
-            _version_manager=_Versions(url, engine, sessions),
-        )
-        return storage
-
-    def _build_frozen_trial_from_trial_model(self, trial: TrialModel) -> FrozenTrial:
-        """As Optuna, but a trial whose stored value is NaN is read as a failed one.
-
-        Older versions of Trialyard stored such values (`storage.legacy` repairs them). On SQLite they are NULL, and
-        Optuna's own reading of any trial of the study ends in an AssertionError.
-        """
-        return super()._build_frozen_trial_from_trial_model(
-            _WithoutValue(trial) if any(map(_is_nan, trial.values)) else trial  # type: ignore[arg-type]
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "shutting_down"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.shutting_down = threading.Event()
-        super().__setstate__(state)
-
-    def with_retries(self, call: Callable[[], T]) -> T:
-        """What `call` gives, tried again as long as the database is away. It may be done twice."""
-        if self.patience <= 0:
-            return call()
-        import tenacity
-
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(is_transient),
-            # The jitter keeps a hundred workers from knocking all at once when the database is back.
-            wait=tenacity.wait_random_exponential(multiplier=0.25, max=5.0),
-            stop=tenacity.stop_any(
-                tenacity.stop_after_delay(self.patience), tenacity.stop_when_event_set(self.shutting_down)
-            ),
-            sleep=tenacity.sleep_using_event(self.shutting_down),
-            before_sleep=_told,
-        )
-        try:
-            return retrying(call)
-        except tenacity.RetryError as error:
-            cause = error.last_attempt.exception()
-            assert cause is not None
-            raise StorageError(
-                f"the database {redact(self.url)} has been away for too long ({cause_of(cause)}): bring it back, and "
-                "run the command again; what was trained is in the checkpoints"
-            ) from cause
-
-
-class _WithoutValue:
-    """A trial's row as that of a failed trial. A view of it: a change of the row itself would be written back."""
-
-    state, values = TrialState.FAIL, ()
-
-    def __init__(self, trial: TrialModel) -> None:
-        self._trial = trial
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._trial, name)
-
-
-def _is_nan(row: Any) -> bool:  # of TrialValueModel, whose attributes are columns to a type checker
-    finite = row.value_type == TrialValueModel.TrialValueType.FINITE
-    return finite and (row.value is None or math.isnan(row.value))
-
-
-def _told(state: "tenacity.RetryCallState") -> None:
-    assert state.outcome is not None
-    error = state.outcome.exception()
-    if error is not None and state.attempt_number == 1:
-        log.warning("the database is away, to be tried again: %s", cause_of(error))
-
-
-def _retried(name: str) -> Callable[..., Any]:
-    original = getattr(RDBStorage, name)
-
-    @functools.wraps(original)
-    def call(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
-        return self.with_retries(lambda: original(self, *args, **kwargs))
-
-    return call
-
-
-# All of them may be done twice without harm: they read, or they set what is then set. Those that create a row may not,
-# for the first one may have come through: Optuna itself retries the creation of a trial, ours are in `claims`.
-for _name in (
-    *("set_study_user_attr", "set_study_system_attr", "get_study_id_from_name", "get_study_name_from_id"),
-    *("get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "get_all_studies"),
-    *("set_trial_param", "_set_trial_param", "get_trial_param", "get_trial_id_from_study_id_trial_number"),
-    *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "get_trial", "get_all_trials"),
-    *("_get_trials", "get_best_trial", "_get_best_trial_id", "get_n_trials", "record_heartbeat"),
-):
-    setattr(PatientStorage, _name, _retried(_name))
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether `error` says that the database is away or busy, and not that it was asked for something wrong."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, PoolTimeout):
-            return True  # all connections are in others' hands, who wait for a server that does not answer
-        if isinstance(seen, DBAPIError):
-            if isinstance(seen.orig, sqlite3.Error):
-                return "locked" in str(seen.orig)  # it calls a missing table operational, too
-            idle = getattr(seen.orig, "sqlstate", None) == "25P03"  # IDLE_SECONDS passed: this process was asleep
-            return idle or seen.connection_invalidated or isinstance(seen, (OperationalError, InterfaceError))
-        seen = seen.__cause__
-    return False
+OUR_TABLES = (attempts.table, deletions.table, slots.table)
 
 
 # --- connecting -------------------------------------------------------------------------------------------
-
-
-def redact(url: str) -> str:
-    """`url` with its password masked, fit to be shown."""
-    try:
-        parsed = sqlalchemy.make_url(url)
-        hidden = parsed.update_query_dict(dict.fromkeys(_secret_options(parsed), "***"))
-        return hidden.render_as_string(hide_password=True)
-    except (ArgumentError, ValueError):
-        return "(a URL that does not parse)"
-
-
-def has_password(url: str) -> bool:
-    """Whether `url` shows a password, also in a URL that does not parse."""
-    try:
-        parsed = sqlalchemy.make_url(url)
-        return bool(parsed.password or _secret_options(parsed))
-    except (ArgumentError, ValueError):
-        return "@" in url
-
-
-def _secret_options(url: URL) -> list[str]:
-    """Those of libpq's options in `url` that nobody may read."""
-    return [name for name in ("password", "sslpassword") if name in url.query]
 
 
 def connect(url: str, patience: float = 0.0) -> PatientStorage:
@@ -237,16 +62,16 @@ def connect(url: str, patience: float = 0.0) -> PatientStorage:
     Raises StorageError where the URL does not parse, is of no known kind, or there is no database of ours there.
     """
     parsed = _parsed(url)
-    path = _file(parsed)
+    path = file_of(parsed)
     if path is not None and not path.exists():
         raise StorageError(
             f"there is no database at {redact(url)}: `trialyard create digits` makes it with a first study, "
             "or set TRIALYARD_STORAGE to the one you mean"
         )
-    lacking = _missing_tables_problem(parsed)
+    lacking = _unusable_reason(parsed)
     if lacking:
         raise StorageError(f"the database {redact(url)} {lacking}")
-    if _revision(parsed) == _head():
+    if _revision(parsed) == schema_head():
         storage = PatientStorage.on_current_tables(_rendered(parsed), _settings(parsed))
     else:
         storage = _storage(parsed)  # which says what is wrong
@@ -266,7 +91,7 @@ def connect_with_retries(url: str, patience: float) -> PatientStorage:
         retry=tenacity.retry_if_exception(_is_away),
         wait=tenacity.wait_random_exponential(multiplier=0.25, max=5.0),
         stop=tenacity.stop_after_delay(patience),
-        before_sleep=_told,
+        before_sleep=log_first_failure,
         reraise=True,
     )
     return retrying(connect, url, patience)
@@ -290,19 +115,19 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
     Raises StorageError where it cannot be written.
     """
     parsed = _parsed(url)
-    path = _file(parsed)
+    path = file_of(parsed)
     try:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Two first runs at once would each make half of the tables.
-            with _lock_file(path, "database"):
+            with lock_file(path, "database"):
                 if not path.exists() or path.stat().st_size == 0:
                     # Made under another name: a process killed in the middle leaves no half database.
                     draft = path.with_name(f".{path.name}.new")
                     draft.unlink(missing_ok=True)
                     _make_tables(_parsed(f"sqlite:///{draft}"))
                     draft.replace(path)
-        elif _missing_tables_problem(parsed):
+        elif _unusable_reason(parsed):
             # Doing it twice is harmless, so a creation that was cut off is completed.
             with _advisory_lock(parsed):
                 _make_tables(parsed)
@@ -324,12 +149,14 @@ def upgrade(url: str) -> tuple[str, list[str]]:
     Raises StorageError where that fails. Nothing else may use the database meanwhile.
     """
     parsed = _parsed(url)
-    path = _file(parsed)
+    path = file_of(parsed)
     if path is not None and not path.exists():
         raise StorageError(f"there is no database at {redact(url)} to be upgraded: `trialyard storage create` makes it")
     try:
         storage = _storage(parsed, skip_compatibility_check=True)
         storage.upgrade()
+        with storage.engine.begin() as connection:
+            slots.table.drop(connection, checkfirst=True)  # older versions had other columns; workers fill it again
         _add_ours(storage)
         repaired = write(storage, None, legacy.upgrade)
     except (OptunaError, SQLAlchemyError, RuntimeError) as error:
@@ -347,32 +174,38 @@ def _make_tables(url: URL) -> None:
 def _advisory_lock(url: URL) -> Iterator[None]:
     engine = _engine(url)
     with engine.begin() as connection:
-        _lock_row(connection, "")
+        lock_row(connection, "")
         yield
     engine.dispose()
 
 
 def _add_ours(storage: RDBStorage) -> None:
     with storage.engine.begin() as connection:
+        for table in OUR_TABLES:
+            table.create(connection, checkfirst=True)
         for statement in INDEXES:
             connection.execute(text(statement))
-        workers_table.create(connection, checkfirst=True)
+        if sqlite_file(storage) is not None:
+            connection.execute(text(attempts.SQLITE_CASCADE))
 
 
-def _missing_tables_problem(url: URL) -> str | None:
-    """What is not there that must be, in words that follow the database's name. Raises StorageError."""
+def _unusable_reason(url: URL) -> str | None:
+    """Why the database at `url` cannot be used yet, in words that follow its name; None if it can.
+
+    Raises StorageError if it does not answer.
+    """
     engine = _engine(url)
     outdated: dict[int, str] = {}
     try:
         with engine.connect() as connection:
             tables = set(sqlalchemy.inspect(connection).get_table_names())
-            if {"studies", workers_table.name} <= tables:
+            if {"studies", attempts.table.name} <= tables:
                 outdated = legacy.outdated(connection)
                 current = attributes.of_studies(connection, ("definition",)) if outdated else []
     except (SQLAlchemyError, sqlite3.Error) as error:
         hint = (
             "is its server up, and are the user and password right?"
-            if _file(url) is None
+            if file_of(url) is None
             else "is it a database, and may you write it and its folder?"
         )
         raise StorageError(f"the database {redact(str(url))} does not answer ({cause_of(error)}): {hint}") from error
@@ -380,7 +213,7 @@ def _missing_tables_problem(url: URL) -> str | None:
         engine.dispose()
     if "studies" not in tables:
         return "has no studies' tables: `trialyard storage create` makes them"
-    if workers_table.name not in tables:
+    if attempts.table.name not in tables:
         return "was made by an older Trialyard or by plain Optuna: run `trialyard storage upgrade`"
     if outdated and not current:
         return f"has studies of an older Trialyard ({', '.join(outdated.values())}): run `trialyard storage upgrade`"
@@ -402,12 +235,6 @@ def _revision(url: URL) -> str | None:
         return None
     finally:
         engine.dispose()
-
-
-def _head() -> str:
-    """The version of the tables that this Optuna makes: that of the last of its migrations, which its name tells."""
-    migrations = Path(optuna.storages._rdb.__path__[0]) / "alembic" / "versions"
-    return max((file.stem.rstrip("_") for file in migrations.glob("v*.py")), default="")
 
 
 def _engine(url: URL) -> Engine:
@@ -432,7 +259,7 @@ def _storage(url: URL, *, skip_table_creation: bool = True, skip_compatibility_c
 
 
 def _rendered(url: URL) -> str:
-    path = _file(url)
+    path = file_of(url)
     # The path is made absolute: a process that changes its folder must not find another database.
     return f"sqlite:///{path}" if path is not None else url.render_as_string(hide_password=False)
 
@@ -459,11 +286,6 @@ def _parsed(url: str) -> URL:
     return parsed
 
 
-def _file(url: URL) -> Path | None:
-    """The file of a SQLite database; None for a server's."""
-    return Path(str(url.database)).absolute() if url.get_backend_name() == "sqlite" else None
-
-
 def _shown(url: str) -> str:
     # What does not parse may still hold a password: only what stands before the first "@" could be one.
     return "***@" + url.rpartition("@")[2] if "@" in url else url
@@ -481,7 +303,7 @@ def _open(path: str) -> sqlite3.Connection:
 
 def _settings(url: URL) -> dict[str, Any]:
     """What an engine on `url` is made with."""
-    path = _file(url)
+    path = file_of(url)
     if path is not None:
         return {"creator": functools.partial(_open, str(path))}
     return {
@@ -501,148 +323,13 @@ def _settings(url: URL) -> dict[str, Any]:
     }
 
 
-def cause_of(error: BaseException) -> str:
-    """The innermost error's own words, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-# --- the lock, and transactions ---------------------------------------------------------------------------
-
-
-def read(storage: RDBStorage, work: Callable[[Connection], T]) -> T:
-    """What `work` reads, each statement as of its own moment; done again where the database was away."""
-
-    def once() -> T:
-        with storage.engine.connect() as connection:
-            return work(connection)
-
-    return storage.with_retries(once) if isinstance(storage, PatientStorage) else once()
-
-
-def write(storage: RDBStorage, study: str | None, work: Callable[[Connection], T]) -> T:
-    """What `work` gives, done in one transaction under the lock of `study` (by name; None takes no lock).
-
-    Whole or not at all: where the database goes away in the middle, nothing of it is done, and it begins anew. Only
-    where it goes away between the commit and its answer is the work done twice, which `work` must bear.
-
-    Raises StorageError if the lock cannot be had within LOCK_SECONDS. Inside `work`, another `write` would wait for it.
-    """
-
-    def once() -> T:
-        path = _sqlite_file(storage)
-        if path is not None:
-            with _study_lock(path, study) if study is not None else contextlib.nullcontext():
-                return _in_sqlite(storage, work)
-        with _timed_out(study), storage.engine.begin() as connection:
-            _lock_row(connection, study)
-            return work(connection)
-
-    return storage.with_retries(once) if isinstance(storage, PatientStorage) else once()
-
-
-def _in_sqlite(storage: RDBStorage, work: Callable[[Connection], T]) -> T:
-    with storage.engine.connect() as connection:
-        # Before anything is read: a transaction that begins to read and then writes is refused, not made to wait,
-        # where another one wrote meanwhile.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-        try:
-            result = work(connection)
-            connection.commit()
-        except BaseException:
-            connection.rollback()
-            raise
-        return result
-
-
-def _lock_row(connection: Connection, study: str | None) -> None:
-    # `true`: for this transaction only, which also holds behind a transaction-pooling proxy.
-    connection.execute(
-        text(
-            "SELECT set_config('lock_timeout', :lock, true), "
-            "set_config('idle_in_transaction_session_timeout', :idle, true)"
-        ),
-        {"lock": f"{LOCK_SECONDS:.0f}s", "idle": f"{IDLE_SECONDS:.0f}s"},
-    )
-    if study is not None:
-        key = int.from_bytes(hashlib.sha256(f"trialyard:{study}".encode()).digest()[:8], "big", signed=True)
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
-
-
-@contextlib.contextmanager
-def _timed_out(study: str | None) -> Iterator[None]:
-    try:
-        yield
-    except OperationalError as error:
-        if getattr(error.orig, "sqlstate", None) != "55P03":  # lock_not_available
-            raise
-        raise StorageError(
-            f"study {study!r} has been locked for {LOCK_SECONDS:.0f} s by another process: "
-            "see who it is in pg_stat_activity, end it, and run the command again"
-        ) from None
-
-
-@contextlib.contextmanager
-def _study_lock(path: Path, study: str) -> Iterator[None]:
-    """SQLite ignores SELECT ... FOR UPDATE, and lets waiting writers starve: a lock file beside the database stands in.
-
-    The kernel lets go of it when its holder dies.
-    """
-    import filelock
-
-    try:
-        with _lock_file(path, f"study-{urllib.parse.quote(study, safe='')}"):
-            yield
-    except filelock.Timeout as error:
-        raise StorageError(
-            f"study {study!r} has been locked for {LOCK_SECONDS:.0f} s by another process: "
-            f"see who holds {error.lock_file}, end it, and run the command again"
-        ) from None
-
-
-def _lock_file(path: Path, name: str) -> "filelock.BaseFileLock":
-    import filelock
-
-    folder = path.with_name(f"{path.name}.locks")
-    folder.mkdir(exist_ok=True)
-    return filelock.FileLock(
-        folder / f"{name}.lock",
-        timeout=LOCK_SECONDS,
-        poll_interval=0.005,
-        # A soft lock would outlive a killed holder for ever.
-        fallback_to_soft=False,
-        preserve_lock_file=True,
-    )
-
-
-def _sqlite_file(storage: RDBStorage) -> Path | None:
-    return _file(storage.engine.url)
-
-
-def forbid_writing(storage: RDBStorage) -> None:
-    """From now on the database refuses every change through `storage`, whoever asks for it in this process."""
-    engine = storage.engine
-    engine.dispose()  # connections that are open already would not hear of it
-    if _sqlite_file(storage) is not None:
-
-        @sqlalchemy.event.listens_for(engine, "connect")
-        def _query_only(connection: sqlite3.Connection, record: Any) -> None:
-            connection.execute("PRAGMA query_only = ON")
-    else:
-        # A transaction, not a session: a transaction-pooling proxy gives the session to others.
-        @sqlalchemy.event.listens_for(engine, "begin")
-        def _read_only(connection: Connection) -> None:
-            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
-
-
 # --- check and backup -------------------------------------------------------------------------------------
 
 
 def check(storage: RDBStorage) -> list[str]:
     """What is wrong with the database itself, a sentence each; empty if nothing is."""
     problems: list[str] = []
-    if _sqlite_file(storage) is not None:
+    if sqlite_file(storage) is not None:
         with storage.engine.connect() as connection:
             for (line,) in connection.exec_driver_sql("PRAGMA integrity_check"):
                 if line != "ok":
@@ -665,7 +352,7 @@ def backup(storage: RDBStorage, path: Path) -> int:
         raise StorageError(f"{path} stands already: give the backup another name")
     try:
         with written_atomically(path) as draft:
-            if _sqlite_file(storage) is not None:
+            if sqlite_file(storage) is not None:
                 _copy_file(storage, draft)
             else:
                 _copy_rows(storage, draft)
@@ -691,7 +378,7 @@ def _copy_rows(storage: RDBStorage, path: Path) -> None:
     with one_moment.connect() as source, target.engine.begin() as sink:
         # Optuna wrote its version into the new database; the copied row takes its place.
         sink.execute(text("DELETE FROM version_info"))
-        for table in ALL_TABLES:
+        for table in (*ALL_TABLES, attempts.table, deletions.table):
             for part in source.execution_options(yield_per=1000).execute(table.select()).mappings().partitions():
                 sink.execute(table.insert(), [dict(row) for row in part])
         found = source.execute(text("SELECT version_num FROM alembic_version")).scalar_one()

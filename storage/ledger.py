@@ -12,23 +12,22 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
-from sqlalchemy import Connection, and_, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, ScalarSelect, delete, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
-from storage import attributes, legacy
-from storage.database import read, write
-from storage.errors import NotOurStudy, StorageError, StudyGone, WrongDirection, trials_text
+from storage import attempts, attributes, legacy
+from storage.errors import NotOurStudy, StorageError, StudyGone, StudyUnreadable, WrongDirection, trials_text
 from storage.tables import (
     StudyDirectionModel,
+    StudyModel,
     StudyUserAttributeModel,
-    TrialHeartbeatModel,
     TrialModel,
     TrialParamModel,
     TrialSystemAttributeModel,
@@ -41,6 +40,7 @@ from storage.tables import (
     utc_now,
     value_row,
 )
+from storage.transactions import read, write
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +66,33 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study as the database had it at one moment."""
+    """A study as the database had it at one moment. Pass this on, and not its name."""
 
     id: int  # a database may use the id of a deleted study again
     name: str
-    incarnation: str | None  # differs from that of a deleted study with the same id and name
+    incarnation: str  # never used again: tells the study from a deleted one with the same id and name
+    definition: Mapping[str, Any]  # checked JSON
+    data: Mapping[str, Any]  # of its images: fingerprint, sizes
+    software: Mapping[str, str] | None  # that it began with; None before its first worker
     budget: Budget
     state: State
+    finished: int  # trials that are complete, pruned or failed: they count against the budget for good
+    running: int
+    waiting: int
+    first_began: datetime | None  # when its first trial began here, naive UTC; None before that
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its hours are over: no trial starts any more."""
+        if self.budget.hours is None or self.first_began is None:
+            return False
+        return utc_now() - self.first_began >= timedelta(hours=self.budget.hours)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left to run: the budget is spent, or no trial runs and it is stopped or out of time."""
+        over = self.state == "stopped" or self.is_late
+        return self.finished >= self.budget.total or (self.running == 0 and over)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +100,7 @@ class Creation:
     """What `create_study` did."""
 
     changed: bool  # whether the study, a trial or a larger budget is new
-    budget: Budget  # that the study has now
+    study: Study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +165,7 @@ def create_study(
             raise NotOurStudy
         _require_direction(connection, study_id)
         if stored is None:
-            start = {"definition": definition, "data": data, "incarnation": uuid.uuid4().hex}
-            for name, value in start.items():
+            for name, value in {"definition": definition, "data": data}.items():
                 _set_attribute(connection, study_id, name, value)
             for number, point in enumerate(points):
                 trial_id = insert_trial(connection, study_id, number, TrialState.WAITING)
@@ -154,10 +173,13 @@ def create_study(
                 connection.execute(insert(TrialSystemAttributeModel).values(row))
         else:
             accept(stored, attributes.of_study(connection, study_id, "data") or {})
-        before = budget_of(connection, study_id)
+        if attributes.of_study(connection, study_id, "incarnation") is None:
+            _set_attribute(connection, study_id, "incarnation", uuid.uuid4().hex)
+        before = _budget(connection, study_id)
         added = _add_imported(connection, study_id, digests)
         actual = _raise_budget(connection, study_id, budget)
-        return Creation(changed=added > 0 or actual != before, budget=actual)
+        (created,) = _load(connection, StudyModel.study_id == study_id)
+        return Creation(changed=added > 0 or actual != before, study=created)
 
     try:
         return write(storage, study, work)
@@ -166,17 +188,21 @@ def create_study(
         return write(storage, study, work)
 
 
-def raise_budget(storage: RDBStorage, study: str, budget: Budget) -> Budget:
+def raise_budget(storage: RDBStorage, study: Study, budget: Budget) -> Budget:
     """Gives `study` a larger budget in trials, or other hours; returns the budget that it has then.
 
     Fewer trials than it has change nothing: nobody ends a study that others asked more of. `budget.imported` is
-    ignored: the trials in the database count.
+    ignored: the trials in the database count. Raises StudyGone.
     """
-    return write(storage, study, lambda connection: _raise_budget(connection, study_id_of(connection, study), budget))
+
+    def work(connection: Connection) -> Budget:
+        return _raise_budget(connection, current(connection, study).id, budget)
+
+    return write(storage, study.name, work)
 
 
 def _raise_budget(connection: Connection, study_id: int, budget: Budget) -> Budget:
-    existing = budget_of(connection, study_id)
+    existing = _budget(connection, study_id)
     trials = budget.trials if existing is None else max(budget.trials, existing.trials)
     actual = replace(budget, trials=trials, imported=len(_imported_digests(connection, study_id)))
     if actual != existing:
@@ -184,26 +210,25 @@ def _raise_budget(connection: Connection, study_id: int, budget: Budget) -> Budg
     return actual
 
 
-def import_trials(storage: RDBStorage, study: str, trials: Sequence[Imported]) -> int:
+def import_trials(storage: RDBStorage, study: Study, trials: Sequence[Imported]) -> int:
     """Adds trials that were run elsewhere to `study`, finished, all or nothing; returns how many were new.
 
     The budget grows with them: it says what the study may still run. Each is recognized by a digest of all that it
     says, so the same trials given again add nothing, also after a transaction whose answer was lost. Equal trials in
     one call are distinguished by their order.
 
-    Raises ValueError, and adds nothing, if a value is not finite.
+    Raises ValueError, and adds nothing, if a value is not finite; and StudyGone.
     """
     digests = _by_digest(trials)
 
     def work(connection: Connection) -> int:
-        study_id = study_id_of(connection, study)
-        added = _add_imported(connection, study_id, digests)
-        existing = budget_of(connection, study_id)
-        if added and existing is not None:
-            _raise_budget(connection, study_id, existing)
+        existing = current(connection, study)
+        added = _add_imported(connection, study.id, digests)
+        if added:
+            _raise_budget(connection, study.id, existing.budget)
         return added
 
-    return write(storage, study, work)
+    return write(storage, study.name, work)
 
 
 def _by_digest(trials: Sequence[Imported]) -> dict[str, Imported]:
@@ -277,29 +302,31 @@ def _imported_digests(connection: Connection, study_id: int) -> set[str]:
     return {digest for digest in digests if isinstance(digest, str) and IMPORT_KEY_PATTERN.fullmatch(digest)}
 
 
-def record_software(storage: RDBStorage, study: str, software: Mapping[str, str]) -> dict[str, str]:
+def record_software(storage: RDBStorage, study: Study, software: Mapping[str, str]) -> Mapping[str, str]:
     """The software that `study` started with. If none is recorded yet, `software` is, and is returned.
 
     Under the lock, so that of two first workers with different software one sees the other's. Raises StudyGone.
     """
 
-    def work(connection: Connection) -> dict[str, str]:
-        study_id = study_id_of(connection, study)
-        recorded: dict[str, str] | None = attributes.of_study(connection, study_id, "software")
+    def work(connection: Connection) -> Mapping[str, str]:
+        recorded = current(connection, study).software
         if recorded is None:
-            _set_attribute(connection, study_id, "software", dict(software))
+            _set_attribute(connection, study.id, "software", dict(software))
         return recorded or dict(software)
 
-    return write(storage, study, work)
+    return write(storage, study.name, work)
 
 
-def set_state(storage: RDBStorage, study: str, state: State) -> None:
-    """Opens, pauses or stops `study`. Its workers see it at their next beat or epoch, and give their trials back."""
-    write(
-        storage,
-        study,
-        lambda connection: _set_attribute(connection, study_id_of(connection, study), "state", state),
-    )
+def set_state(storage: RDBStorage, study: Study, state: State) -> None:
+    """Opens, pauses or stops `study`. Its workers see it at their next beat or epoch, and give their trials back.
+
+    Raises StudyGone.
+    """
+
+    def work(connection: Connection) -> None:
+        _set_attribute(connection, current(connection, study).id, "state", state)
+
+    write(storage, study.name, work)
 
 
 def _set_attribute(connection: Connection, study_id: int, name: str, value: Any) -> None:
@@ -312,37 +339,107 @@ def _set_attribute(connection: Connection, study_id: int, name: str, value: Any)
 
 
 def studies(storage: RDBStorage) -> list[Study]:
-    """All readable studies of Trialyard, oldest first, in one query.
+    """All readable studies of Trialyard, oldest first, in two statements.
 
     A study that is not readable is left out, with one warning in this process.
     """
-
-    def work(connection: Connection) -> list[Study]:
-        return [
-            Study(
-                id=study.study_id,
-                name=study.name,
-                incarnation=study.values.get("incarnation"),
-                budget=Budget(**study.values["budget"]),
-                state=study.values.get("state") or "open",
-            )
-            for study in attributes.of_studies(connection, ("budget", "incarnation", "state"))
-            if _is_readable(study) and "budget" in study.values
-        ]
-
-    return read(storage, work)
+    return read(storage, _load)
 
 
-def names(storage: RDBStorage) -> list[str]:
-    """The names of `studies` whose definitions are readable, too: what commands list."""
+def find(storage: RDBStorage, name: str) -> Study:
+    """The study of this name.
 
-    def work(connection: Connection) -> list[str]:
-        listed = attributes.of_studies(connection, attributes.SHAPES)
-        return [
-            study.name for study in listed if _is_readable(study) and {"budget", "definition"} <= study.values.keys()
-        ]
+    Raises StudyGone if there is none; NotOurStudy if Trialyard did not create it; StudyUnreadable; and StorageError if
+    it is of an older version, or its creation was cut off.
+    """
+    return read(storage, lambda connection: _find(connection, name))
 
-    return read(storage, work)
+
+def _find(connection: Connection, name: str) -> Study:
+    study_id = find_study(connection, name)
+    if study_id is None:
+        raise StudyGone(_gone_text(name))
+    if study_id in legacy.outdated(connection):
+        raise StorageError(f"study {name!r} is of an older Trialyard: run `trialyard storage upgrade`")
+    here = attributes.of_studies(connection, attributes.SHAPES, StudyModel.study_id == study_id)
+    if not here or ("definition" not in here[0].values and here[0].problem is None):
+        raise NotOurStudy(f"study {name!r} is not one of Trialyard's, it has no definition: open it with plain Optuna")
+    if here[0].problem is not None:
+        raise StudyUnreadable(here[0].problem)
+    found = _load(connection, StudyModel.study_id == study_id)
+    if not found:
+        raise StorageError(f"study {name!r} has no budget: run `trialyard create` for it again")
+    return found[0]
+
+
+def current(connection: Connection, study: Study) -> Study:
+    """The study as it is now, in a transaction of the caller. Raises StudyGone if it was deleted."""
+    now = _load(connection, StudyModel.study_id == study.id)
+    if not now or now[0].name != study.name or now[0].incarnation != study.incarnation:
+        again = find_study(connection, study.name) is not None
+        raise StudyGone(
+            f"study {study.name!r} was deleted, and another one made: start again" if again else _gone_text(study.name)
+        )
+    return now[0]
+
+
+def _gone_text(name: str) -> str:
+    return f"study {name!r} is gone from the database: `trialyard create` makes it again"
+
+
+def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
+    complete = [
+        study
+        for study in attributes.of_studies(connection, attributes.SHAPES, *where)
+        if _is_readable(study) and {"budget", "definition", "incarnation"} <= study.values.keys()
+    ]
+    progress = _progress(connection, [study.study_id for study in complete])
+    return [
+        Study(
+            id=study.study_id,
+            name=study.name,
+            incarnation=study.values["incarnation"],
+            definition=study.values["definition"],
+            data=study.values.get("data") or {},
+            software=study.values.get("software"),
+            budget=Budget(**study.values["budget"]),
+            state=study.values.get("state") or "open",
+            **progress[study.study_id],
+        )
+        for study in complete
+    ]
+
+
+def _progress(connection: Connection, study_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """For each study its finished, running and waiting trials, and when the first one began.
+
+    Only unfinished trials are counted, which are few. One statement sees one moment, also without a lock: a trial that
+    changes its state is counted once.
+    """
+
+    def count(state: TrialState) -> ScalarSelect[int]:
+        mine = (TrialModel.study_id == StudyModel.study_id, TrialModel.state == state)
+        return select(func.count()).where(*mine).correlate(StudyModel).scalar_subquery()
+
+    last = select(func.max(TrialModel.number)).where(TrialModel.study_id == StudyModel.study_id).correlate(StudyModel)
+    rows = connection.execute(
+        select(
+            StudyModel.study_id,
+            last.scalar_subquery(),
+            count(TrialState.RUNNING),
+            count(TrialState.WAITING),
+            attempts.first_began(StudyModel.study_id).correlate(StudyModel).scalar_subquery(),
+        ).where(StudyModel.study_id.in_(study_ids))
+    )
+    return {
+        study_id: {
+            "finished": (0 if number is None else number + 1) - running - waiting,
+            "running": running,
+            "waiting": waiting,
+            "first_began": began,
+        }
+        for study_id, number, running, waiting, began in rows
+    }
 
 
 def _is_readable(study: attributes.StudyAttributes) -> bool:
@@ -353,27 +450,6 @@ def _is_readable(study: attributes.StudyAttributes) -> bool:
 
 
 _warned: set[str] = set()
-
-
-def attribute(storage: RDBStorage, study_id: int, name: str) -> Any:
-    """An attribute of a study, one of `attributes.SHAPES`; None if it has none. Raises StudyUnreadable."""
-    return read(storage, lambda connection: attributes.of_study(connection, study_id, name))
-
-
-def budget(storage: RDBStorage, study_id: int) -> Budget | None:
-    """The study's budget; None for a study that is not ours."""
-    return read(storage, lambda connection: budget_of(connection, study_id))
-
-
-def state(storage: RDBStorage, study_id: int) -> State:
-    """Whether the study is open, paused or stopped."""
-    return read(storage, lambda connection: state_of(connection, study_id))
-
-
-def incarnation(storage: RDBStorage, study_id: int) -> str | None:
-    """What tells the study from a deleted one with the same id and name: a database uses ids again."""
-    value: str | None = attribute(storage, study_id, "incarnation")
-    return value
 
 
 def counts(storage: RDBStorage, study_id: int) -> Counts:
@@ -395,23 +471,9 @@ def counts(storage: RDBStorage, study_id: int) -> Counts:
     )
 
 
-def has_ended(storage: RDBStorage, study_id: int) -> bool:
-    """Whether nothing is left to run: the budget is spent, or no trial runs and the study is stopped or out of time."""
-
-    def work(connection: Connection) -> bool:
-        limit = budget_of(connection, study_id)
-        if limit is None:
-            return True
-        finished, running = finished_and_running(connection, study_id)
-        over = state_of(connection, study_id) == "stopped" or is_late(connection, study_id, limit)
-        return finished >= limit.total or (running == 0 and over)
-
-    return read(storage, work)
-
-
-def check_direction(storage: RDBStorage, study_id: int) -> None:
+def check_direction(storage: RDBStorage, study: Study) -> None:
     """Raises WrongDirection unless the study maximizes exactly one value."""
-    read(storage, lambda connection: _require_direction(connection, study_id))
+    read(storage, lambda connection: _require_direction(connection, study.id))
 
 
 def _require_direction(connection: Connection, study_id: int) -> None:
@@ -426,92 +488,18 @@ def _require_direction(connection: Connection, study_id: int) -> None:
         raise WrongDirection("minimizes its value")
 
 
-def is_outdated(storage: RDBStorage, study: str) -> bool:
-    """Whether the study is of an older version, whose attributes have no prefix."""
-    return read(storage, lambda connection: study in legacy.outdated(connection).values())
-
-
-# --- in a transaction of the caller -----------------------------------------------------------------------
-
-
-def study_id_of(connection: Connection, study: str) -> int:
-    """The id of `study`. Raises StudyGone."""
-    study_id = find_study(connection, study)
-    if study_id is None:
-        raise StudyGone(f"study {study!r} is gone from the database: `trialyard create` makes it again")
-    return study_id
-
-
-def budget_of(connection: Connection, study_id: int) -> Budget | None:
-    """As `budget`."""
-    stored = attributes.of_study(connection, study_id, "budget")
-    return None if stored is None else Budget(**stored)
-
-
 def state_of(connection: Connection, study_id: int) -> State:
-    """As `state`."""
+    """Whether the study is open, paused or stopped, in a transaction of the caller."""
     stored: State | None = attributes.of_study(connection, study_id, "state")
     return stored or "open"
 
 
-def finished_and_running(connection: Connection, study_id: int) -> tuple[int, int]:
-    """How many trials are finished, and how many run. Counts only unfinished trials, which are few."""
-    mine = TrialModel.study_id == study_id
-    waiting, running = (
-        select(func.count()).where(mine, TrialModel.state == state).scalar_subquery()
-        for state in (TrialState.WAITING, TrialState.RUNNING)
-    )
-    last = select(func.max(TrialModel.number)).where(mine).scalar_subquery()
-    # One statement sees one moment, also without a lock: a trial that changes its state is counted once.
-    row = connection.execute(select(last, waiting, running)).one()
-    size = 0 if row[0] is None else int(row[0]) + 1
-    return size - int(row[1]) - int(row[2]), int(row[2])
-
-
-def is_late(connection: Connection, study_id: int, limit: Budget) -> bool:
-    """Whether the study's hours are over."""
-    if limit.hours is None:
-        return False
-    started = _first_started(connection, study_id)
-    return started is not None and datetime.now(UTC) - started >= timedelta(hours=limit.hours)
-
-
-def _first_started(connection: Connection, study_id: int) -> datetime | None:
-    # The trial with the lowest number that was run here. Optuna's own column has the start of its last attempt.
-    number = -1
-    while True:
-        row = connection.execute(
-            select(TrialModel.number, TrialUserAttributeModel.value_json)
-            .join(TrialUserAttributeModel, TrialModel.trial_id == TrialUserAttributeModel.trial_id)
-            .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == "attempts")
-            .where(TrialModel.number > number)
-            .order_by(TrialModel.number)
-            .limit(1)
-        ).first()
-        if row is None:
-            return None
-        number, attempts = row[0], attributes.attempts(attributes.decoded(row[1]))
-        if attempts:  # otherwise somebody else added this trial
-            return datetime.fromisoformat(attempts[0]["began"])
+def _budget(connection: Connection, study_id: int) -> Budget | None:
+    stored = attributes.of_study(connection, study_id, "budget")
+    return None if stored is None else Budget(**stored)
 
 
 # --- check ------------------------------------------------------------------------------------------------
-
-
-def started_outside(storage: RDBStorage, study_id: int) -> list[int]:
-    """The numbers of the RUNNING trials that none of our workers started: somebody called `study.ask()`."""
-    return read(storage, lambda connection: _started_outside(connection, study_id))
-
-
-def _started_outside(connection: Connection, study_id: int) -> list[int]:
-    of_trial = and_(TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "attempts")
-    rows = connection.execute(
-        select(TrialModel.number, TrialUserAttributeModel.value_json)
-        .outerjoin(TrialUserAttributeModel, of_trial)
-        .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING)
-        .order_by(TrialModel.number)
-    )
-    return [number for number, value_json in rows if not attributes.attempts(attributes.decoded(value_json))]
 
 
 def started_outside_text(numbers: Sequence[int]) -> str:
@@ -549,13 +537,14 @@ def _study_problems(connection: Connection, study: attributes.StudyAttributes) -
             f"study {name} {wrong}, and its samplers search for the worst accuracy: `trialyard delete {name}`, and "
             "create it again"
         )
-    limit = budget_of(connection, study_id)
+    limit = _budget(connection, study_id)
     if limit is None:
         problems.append(f"study {name}: it has no budget: `trialyard create` with its definition completes it")
     else:
-        finished, running = finished_and_running(connection, study_id)
-        if finished + running > limit.total:
-            problems.append(f"study {name}: {finished + running} trials, over its {limit.total}")
+        progress = _progress(connection, [study_id])[study_id]
+        begun = progress["finished"] + progress["running"]
+        if begun > limit.total:
+            problems.append(f"study {name}: {begun} trials, over its {limit.total}")
         imported = len(_imported_digests(connection, study_id))
         if imported != limit.imported:
             problems.append(f"study {name}: {imported} imported trials, and its budget says {limit.imported}")
@@ -566,16 +555,6 @@ def _study_problems(connection: Connection, study: attributes.StudyAttributes) -
         .having(func.count() > 1)
     ).scalars()
     problems += [f"study {name}: two trials have the number {number}" for number in twice]
-    outside = _started_outside(connection, study_id)
+    outside = attempts.started_outside(connection, study_id)
     problems += [f"study {name}: {started_outside_text(outside)}"] if outside else []
-    silent = connection.execute(
-        select(TrialModel.number)
-        .outerjoin(TrialHeartbeatModel, TrialHeartbeatModel.trial_id == TrialModel.trial_id)
-        .where(
-            TrialModel.study_id == study_id,
-            TrialModel.state == TrialState.RUNNING,
-            TrialHeartbeatModel.trial_id.is_(None),
-        )
-    ).scalars()
-    problems += [f"study {name}: trial {number} runs without a heartbeat" for number in silent if number not in outside]
     return problems + legacy.problems(connection, study_id, name)

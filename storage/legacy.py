@@ -1,18 +1,25 @@
 """What older versions of Trialyard left in the database: `storage check` finds it, and `storage upgrade` repairs it."""
 
 import json
+import uuid
+from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any
 
 from optuna.trial import TrialState
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, and_, delete, func, insert, select, update
 from sqlalchemy.orm import aliased
 
-from storage.attributes import PREFIX, SHAPES, decoded
+from storage import attempts
+from storage.artifacts import CHECKPOINT
+from storage.attributes import PREFIX, SHAPES, decoded, number
 from storage.errors import trials_text
 from storage.ranking import is_finite
 from storage.tables import (
     StudyModel,
     StudyUserAttributeModel,
+    TrialHeartbeatModel,
+    TrialIntermediateValueModel,
     TrialModel,
     TrialUserAttributeModel,
     TrialValueModel,
@@ -22,6 +29,7 @@ from storage.tables import (
 OLD_NAMES = {"incarnation": "founded"}
 NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
 
+OLD_BEAT_SECONDS = 10.0
 FAILURE = {"kind": "nan", "message": "its score was not a finite number, and an older version stored it as a result"}
 
 
@@ -39,10 +47,21 @@ def problems(connection: Connection, study_id: int, name: str) -> list[str]:
 def upgrade(connection: Connection) -> list[str]:
     """Repairs everything, in the caller's transaction; returns what was done, a sentence each."""
     done = []
-    for study_id, name in outdated(connection).items():
+    older = set(outdated(connection))
+    for study_id in older:
         _rename(connection, study_id)
-        done.append(f"study {name}: its attributes have the prefix {PREFIX} now")
     for study_id, name in _ours(connection):
+        moved = _move_attempts(connection, study_id, name)
+        if study_id in older or moved:
+            _renew_incarnation(connection, study_id)
+            done.append(f"study {name}: brought over from an older Trialyard")
+            if _drops_elsewhere(connection, study_id):
+                done.append(
+                    f"study {name}: at depth 5 the dropout is behind the pooling now, so new trials could not be "
+                    "compared with those that it has, and no worker continues it: create it again with --name"
+                )
+            else:
+                _continue_with_this_version(connection, study_id)
         unscored = _unscored(connection, study_id)
         if unscored:
             _fail(connection, list(unscored))
@@ -50,6 +69,115 @@ def upgrade(connection: Connection) -> list[str]:
                 f"study {name}: {_listed(list(unscored.values()))} marked as failed now, without a finite score"
             )
     return done
+
+
+def _move_attempts(connection: Connection, study_id: int, name: str) -> int:
+    """Moves the attempts of a study's trials from an attribute of each trial to the table; returns how many."""
+    stored, beats = TrialUserAttributeModel, TrialHeartbeatModel
+    rows = connection.execute(
+        select(TrialModel.trial_id, TrialModel.number, TrialModel.state, stored.value_json, beats.heartbeat)
+        .join(stored, and_(stored.trial_id == TrialModel.trial_id, stored.key == "attempts"))
+        .outerjoin(beats, beats.trial_id == TrialModel.trial_id)
+        .where(TrialModel.study_id == study_id)
+        .order_by(TrialModel.number)
+    ).all()
+    last_epochs = {
+        trial_id: int(step)
+        for trial_id, step in connection.execute(
+            select(TrialIntermediateValueModel.trial_id, func.max(TrialIntermediateValueModel.step))
+            .join(TrialModel, TrialModel.trial_id == TrialIntermediateValueModel.trial_id)
+            .where(TrialModel.study_id == study_id)
+            .group_by(TrialIntermediateValueModel.trial_id)
+        )
+    }
+    moved = 0
+    for trial_id, trial, state, value_json, heartbeat in rows:
+        old = attempts_of(decoded(value_json))
+        for index, attempt in enumerate(old, start=1):
+            last = index == len(old)
+            began = _utc(attempt["began"])
+            ended = None if last and state == TrialState.RUNNING else _utc(attempt.get("ended", attempt["began"]))
+            unfinished = last and not state.is_finished()
+            row = {key: attempt[key] for key in ("machine", "host", "pid", "born", "slot")} | {
+                "trial_id": trial_id,
+                "attempt": index,
+                "began": began,
+                "beat": heartbeat if last and heartbeat is not None else ended or began,
+                "beat_seconds": OLD_BEAT_SECONDS,
+                "resumed_after": attempt.get("resumed_after"),
+                "epoch": attempt.get("epoch", last_epochs.get(trial_id, 0)),
+                # Where older versions kept it: a folder for a trial, not for an attempt.
+                "checkpoint": f"{name}/{trial}/{CHECKPOINT}" if unfinished else None,
+                "ended": ended,
+                "outcome": None if ended is None else attempt.get("outcome", "lost"),
+                "reason": attempt.get("why"),
+            }
+            connection.execute(insert(attempts.table).values(row))
+            moved += 1
+        if old:
+            connection.execute(delete(stored).where(stored.trial_id == trial_id, stored.key == "attempts"))
+            connection.execute(delete(beats).where(beats.trial_id == trial_id))
+    return moved
+
+
+def attempts_of(value: Any) -> list[dict[str, Any]]:
+    """The attempts at a trial, as older versions stored them. Empty if `value` is not of that shape: not our trial."""
+    return value if isinstance(value, list) and all(map(_is_attempt, value)) else []
+
+
+def _is_attempt(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("machine", "host", "slot")):
+        return False
+    try:
+        times = [datetime.fromisoformat(value[key]) for key in ("began", "ended") if key in value]
+    except (TypeError, ValueError):
+        return False
+    counts = (value.get("pid"), value.get("epoch", 0), value.get("resumed_after", 0))
+    return (
+        len(times) > 0
+        and "began" in value
+        and all(time.tzinfo is not None for time in times)
+        and number(value.get("born")) is not None
+        and all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
+        and value.get("outcome", "lost") in ("finished", "interrupted", "crashed", "lost")
+        and isinstance(value.get("why", ""), str)
+    )
+
+
+def _utc(moment: str) -> datetime:
+    return datetime.fromisoformat(moment).astimezone(UTC).replace(tzinfo=None)
+
+
+def _renew_incarnation(connection: Connection, study_id: int) -> None:
+    """Gives a study an identity that no other study has: it was the time of its creation, or missing."""
+    stored, key = StudyUserAttributeModel, f"{PREFIX}incarnation"
+    connection.execute(delete(stored).where(stored.study_id == study_id, stored.key == key))
+    connection.execute(insert(stored).values(study_id=study_id, key=key, value_json=json.dumps(uuid.uuid4().hex)))
+
+
+def _continue_with_this_version(connection: Connection, study_id: int) -> None:
+    """Lets this version's workers continue a study: they give its trials the scores that the older version gave."""
+    stored, key = StudyUserAttributeModel, f"{PREFIX}software"
+    mine = (stored.study_id == study_id, stored.key == key)
+    software = decoded(connection.execute(select(stored.value_json).where(*mine)).scalar())
+    if isinstance(software, dict) and "trialyard" in software:
+        software |= {"trialyard": ".".join(version("trialyard").split(".")[:2])}
+        connection.execute(update(stored).where(*mine).values(value_json=json.dumps(software)))
+
+
+def _drops_elsewhere(connection: Connection, study_id: int) -> bool:
+    """Whether a study has models of depth 5 with dropout, which was before the pooling."""
+    stored = StudyUserAttributeModel
+    definition = decoded(
+        connection.execute(
+            select(stored.value_json).where(stored.study_id == study_id, stored.key == f"{PREFIX}definition")
+        ).scalar()
+    )
+    if not isinstance(definition, dict) or definition.get("model") != "convnet":
+        return False
+    fixed, space = definition.get("fixed") or {}, definition.get("space") or {}
+    depths = space["depth"].get("choices", [5]) if isinstance(space.get("depth"), dict) else [fixed.get("depth")]
+    return 5 in depths and any(name in space or fixed.get(name) for name in ("dropout", "conv_dropout"))
 
 
 def outdated(connection: Connection) -> dict[int, str]:

@@ -1,8 +1,12 @@
-"""Which files stay: what a trial that runs or waits has, all histories, and the models of a study's best trials.
+"""Which files stay: those that a trial names, all files of trials that are not finished, and the best trials' models.
 
-What is superfluous is decided by what the database says *now*, under the study's lock, and never by what was listed
-before. Nobody but a finished trial's own rank makes its model superfluous, and a rank never rises. With a file goes the
-trial's entry of it, by which optuna-dashboard offers it.
+A file that no row names is garbage, whoever wrote it: an attempt that lost its trial, or one that was followed by
+another. What is garbage is decided by what the database says *now*, under the study's lock, and never by what was
+listed before. Only a finished trial's own rank makes its model superfluous, and a rank never rises. With a file goes
+the entry by which optuna-dashboard offers it.
+
+An artifacts folder may be shared with other databases: the files of a study that this database neither has nor has
+deleted are left alone.
 """
 
 import contextlib
@@ -11,34 +15,46 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy import Connection, delete, select
 
-from storage import artifacts, attributes
-from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
+from storage import artifacts, attributes, deletions
+from storage.artifacts import CHECKPOINT, HISTORY, ID_LENGTH, MODEL, SUMMARY
 from storage.claims import Claim
-from storage.database import read, write
-from storage.ranking import ranked
+from storage.ranking import RankedTrial, ranked
 from storage.tables import StudyModel, TrialModel, TrialSystemAttributeModel, TrialUserAttributeModel
+from storage.transactions import read, write
 
 # Behind the best, so many are looked at when a trial ends: what a worker left that was killed at that moment.
 LOOK_PAST_KEPT = 20
 OLD_SECONDS = 24 * 3600.0  # a temporary file that is older was left by a process that was killed
 DELETE_BATCH = 100  # files that are removed under one hold of the lock
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
+_STUDY = re.compile(rf"(.+)-([0-9a-f]{{{ID_LENGTH}}})")
 # No other file is ever touched, wherever the settings point.
 _OURS = re.compile(rf"(\.[0-9a-f]{{32}}-)?({'|'.join(map(re.escape, (MODEL, HISTORY, SUMMARY, CHECKPOINT)))})")
+STUDY_GONE, TRIAL_GONE = "its study is gone", "its trial is gone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A file of an attempt at a trial, below the artifacts folder."""
+
+    study: str
+    id: str | None  # the first digits of the study's incarnation; None: of an older version, whose folders had none
+    number: int  # of the trial
+    attempt: int | None  # None: of an older version, which had one folder for a trial
+    path: PurePosixPath  # relative to the artifacts folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Superfluous:
     """A file that no trial needs."""
 
-    study: str
-    number: int  # of the trial
+    file: File
     path: Path
     size: int  # bytes
     why: str
@@ -50,141 +66,166 @@ def trim(storage: RDBStorage, claim: Claim, root: Path, keep: int) -> None:
     Its own, and that of the trial that it pushed out. Killed in between, the next trial's end removes it.
     """
 
-    def beyond(connection: Connection) -> list[Path]:
-        study_id = _study_id(connection, claim.study)
-        if study_id is None:
+    def beyond(connection: Connection) -> list[str]:
+        if _study_of(connection, claim.incarnation) != claim.study_id:
             return []
-        best = ranked(connection, study_id, keep + LOOK_PAST_KEPT, with_model=True)
-        numbers = {standing.number for standing in best[keep:]}
-        own = (TrialModel.study_id == study_id, TrialModel.number == claim.number)
-        if connection.execute(select(TrialModel.state).where(*own)).scalar() == TrialState.COMPLETE:
-            numbers |= {claim.number} - {standing.number for standing in best[:keep]}
-        spared = _told(connection, "model", [standing.trial_id for standing in best[:keep]])
-        paths = (artifacts.folder(root, claim.study, number) / MODEL for number in sorted(numbers))
-        return [path for path in paths if path.exists() and str(path.relative_to(root)) not in spared]
+        best = ranked(connection, claim.study_id, keep + LOOK_PAST_KEPT, with_model=True)
+        trials = {trial.trial_id for trial in best[keep:]} | {claim.trial_id}
+        kept = _paths(connection, "model", [trial.trial_id for trial in best[:keep]])
+        paths = _paths(connection, "model", sorted(trials)) - kept
+        return sorted(path for path in paths if (root / path).exists())
 
     def remove_all(connection: Connection) -> None:
         for path in beyond(connection):
-            artifacts.remove(path)
-            _unlist(connection, claim.study, int(path.parent.name), MODEL)
+            artifacts.remove(root / path)
+            _withdraw(connection, PurePosixPath(path))
 
     # Most often there is nothing to do, and the lock is others' to have.
     if read(storage, beyond):
         write(storage, claim.study, remove_all)
 
 
+def remove_attempts(claim: Claim, root: Path) -> None:
+    """After the finish of `claim`: removes what earlier attempts left, and its own checkpoint."""
+    artifacts.remove(root / claim.folder / CHECKPOINT)
+    for checkpoint in claim.checkpoints:
+        folder = root / PurePosixPath(checkpoint).parent
+        for name in (CHECKPOINT, HISTORY, SUMMARY, MODEL):
+            artifacts.remove(folder / name)
+        _remove_empty(folder)
+
+
 def superfluous(storage: RDBStorage, root: Path, keep: int, study: str | None = None) -> list[Superfluous]:
     """What below `root` no trial needs, by path; only that of `study` if it is given.
 
-    Files of studies and trials that are gone, checkpoints of finished trials, models beyond the best `keep`, and what
-    was left half written more than a day ago.
+    Files of studies that were deleted and of trials that are gone, files of attempts that do not count, checkpoints of
+    finished trials, models beyond the best `keep`, and what was left half written more than a day ago.
     """
-    # First the files: a trial stands in the database before it has one.
-    found = list(_files(root, study))
-    return read(storage, lambda connection: _superfluous(connection, root, keep, found))
+    # First the files: a trial is in the database before it has one.
+    files = [file for file in _files(root) if study is None or file.study == study]
+    return read(storage, lambda connection: _superfluous(connection, root, keep, files))
+
+
+def of_others(storage: RDBStorage, root: Path) -> list[str]:
+    """The folders below `root` of studies that this database neither has nor has deleted."""
+    files = list(_files(root))
+
+    def work(connection: Connection) -> list[str]:
+        studies = _study_ids(connection, files)
+        return sorted({file.path.parts[0] for file in files if studies[file.study, file.id] == _UNKNOWN})
+
+    return read(storage, work)
 
 
 def remove(storage: RDBStorage, root: Path, keep: int, listed: Sequence[Superfluous]) -> int:
     """Removes those of the `listed` files that are superfluous still; returns how many bytes that freed."""
     freed = 0
-    by_study: dict[str, list[Superfluous]] = defaultdict(list)
-    for file in listed:
-        by_study[file.study].append(file)
+    by_study: dict[str, list[File]] = defaultdict(list)
+    for each in listed:
+        by_study[each.file.study].append(each.file)
     for study, files in by_study.items():
         for begin in range(0, len(files), DELETE_BATCH):
-            part = [(file.study, file.number, file.path) for file in files[begin : begin + DELETE_BATCH]]
+            batch = files[begin : begin + DELETE_BATCH]
 
-            def work(connection: Connection, part: list[tuple[str, int, Path]] = part) -> int:
-                gone = _superfluous(connection, root, keep, part)
-                for file in gone:
-                    artifacts.remove(file.path)
-                    _unlist(connection, file.study, file.number, file.path.name)
-                    if file.why in (STUDY_GONE, TRIAL_GONE):
-                        _remove_empty(file.path.parent)
-                    if file.why == STUDY_GONE:
-                        _remove_empty(file.path.parent.parent)
-                return sum(file.size for file in gone)
+            def work(connection: Connection, batch: list[File] = batch) -> int:
+                gone = _superfluous(connection, root, keep, batch)
+                for each in gone:
+                    artifacts.remove(each.path)
+                    _withdraw(connection, each.file.path)
+                    for folder in list(each.path.parents)[: len(each.file.path.parts) - 1]:
+                        _remove_empty(folder)
+                return sum(each.size for each in gone)
 
             freed += write(storage, study, work)
     return freed
 
 
-STUDY_GONE, TRIAL_GONE = "its study is gone", "its trial is gone"
+def _files(root: Path) -> Iterator[File]:
+    """Every file of ours, by path."""
+    for folder in _folders(root):
+        match = _STUDY.fullmatch(folder.name)
+        for trial in _folders(folder):
+            if not _NUMBER.fullmatch(trial.name):
+                continue
+            number = int(trial.name)
+            for path in _plain_files(trial):
+                yield File(study=folder.name, id=None, number=number, attempt=None, path=_below(root, path))
+            for attempt in _folders(trial) if match else ():
+                if _NUMBER.fullmatch(attempt.name):
+                    assert match is not None
+                    for path in _plain_files(attempt):
+                        yield File(
+                            study=match[1],
+                            id=match[2],
+                            number=number,
+                            attempt=int(attempt.name),
+                            path=_below(root, path),
+                        )
 
 
-def _files(root: Path, study: str | None) -> Iterator[tuple[str, int, Path]]:
-    """(study, trial's number, path) of every file of ours, by path."""
-    if not root.is_dir():
-        return
-    for folder in sorted(root.iterdir()):
-        if (study is not None and folder.name != study) or folder.is_symlink() or not folder.is_dir():
-            continue
-        for trial in sorted(folder.iterdir()):
-            if _NUMBER.fullmatch(trial.name) and trial.is_dir() and not trial.is_symlink():
-                for path in sorted(trial.iterdir()):
-                    if _OURS.fullmatch(path.name) and not path.is_symlink():
-                        yield folder.name, int(trial.name), path
+def _folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
 
 
-def _superfluous(
-    connection: Connection, root: Path, keep: int, files: Sequence[tuple[str, int, Path]]
-) -> list[Superfluous]:
-    named = _named(connection, keep)
-    studies = {name: _study_id(connection, name) for name in dict.fromkeys(study for study, _, _ in files)}
-    states = {name: _states(connection, study_id) for name, study_id in studies.items()}
-    best = {
-        name: {standing.number for standing in ranked(connection, study_id, keep, with_model=True)}
-        for name, study_id in studies.items()
-        if study_id is not None
-    }
+def _plain_files(folder: Path) -> list[Path]:
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.is_symlink()]
+    return [path for path in files if _OURS.fullmatch(path.name)]
+
+
+def _below(root: Path, path: Path) -> PurePosixPath:
+    return PurePosixPath(path.relative_to(root))
+
+
+def _superfluous(connection: Connection, root: Path, keep: int, files: Sequence[File]) -> list[Superfluous]:
+    named, models = _named(connection, keep), _paths(connection, "model", None)
+    studies = _study_ids(connection, files)
+    states = {study_id: _states(connection, study_id) for study_id in set(studies.values()) if study_id > 0}
     found = []
-    for study, number, path in files:
-        if str(path.relative_to(root)) in named:
-            continue  # also by a copy of the study
-        if studies[study] is None:
-            why: str | None = STUDY_GONE
-        elif number not in states[study]:
-            why = TRIAL_GONE
-        else:
-            why = _why(path.name, states[study][number], number in best[study], keep)
+    for file in files:
+        study_id = studies[file.study, file.id]
+        if study_id == _UNKNOWN or str(file.path) in named:
+            continue
+        reason = STUDY_GONE if study_id == _DELETED else _reason(file, states[study_id], models, keep)
+        path = root / file.path
         with contextlib.suppress(FileNotFoundError):  # its worker removed it a moment ago
             status = path.stat()
             if path.name.startswith("."):
-                why = "half written, long ago" if time.time() - status.st_mtime > OLD_SECONDS else None
-            if why is not None:
-                found.append(Superfluous(study=study, number=number, path=path, size=status.st_size, why=why))
+                reason = "half written, long ago" if time.time() - status.st_mtime > OLD_SECONDS else None
+            if reason is not None:
+                found.append(Superfluous(file=file, path=path, size=status.st_size, why=reason))
     return found
 
 
-def _why(name: str, state: TrialState, is_best: bool, keep: int) -> str | None:
-    if not state.is_finished():
+def _reason(file: File, states: dict[int, TrialState], models: set[str], keep: int) -> str | None:
+    if file.number not in states:
+        return TRIAL_GONE
+    if not states[file.number].is_finished():
         return None
-    if name == CHECKPOINT:
+    if file.path.name == CHECKPOINT:
         return "the checkpoint of a finished trial"
-    return f"not among the best {keep}" if name == MODEL and not is_best else None
+    return f"not among the best {keep}" if str(file.path) in models else "of an attempt that does not count"
 
 
 def _named(connection: Connection, keep: int) -> set[str]:
-    """The paths, below the artifacts' folder, that trials of any study name, but for models beyond the best `keep`."""
-    histories = _told(connection, "history", None)
-    named = histories | {str(Path(history).with_name(SUMMARY)) for history in histories}
+    """The paths that trials of any study name, but for models beyond the best `keep`. A study may have been copied."""
+    histories = _paths(connection, "history", None)
+    named = histories | {str(PurePosixPath(history).with_name(SUMMARY)) for history in histories}
     for study_id in connection.execute(select(StudyModel.study_id)).scalars().all():
-        best = [standing.trial_id for standing in ranked(connection, study_id, keep, with_model=True)]
-        named |= _told(connection, "model", best)
+        best: list[RankedTrial] = ranked(connection, study_id, keep, with_model=True)
+        named |= _paths(connection, "model", [trial.trial_id for trial in best])
     return named
 
 
-def _unlist(connection: Connection, study: str, number: int, name: str) -> None:
-    """Takes the entry of a file that is gone from its trial, where there is one."""
-    trial = select(TrialModel.trial_id).where(
-        TrialModel.study_id == select(StudyModel.study_id).where(StudyModel.study_name == study).scalar_subquery(),
-        TrialModel.number == number,
-    )
-    stored, key = TrialSystemAttributeModel, artifacts.listing(study, number, name)[0]
-    connection.execute(delete(stored).where(stored.trial_id.in_(trial), stored.key == key))
+def _withdraw(connection: Connection, path: PurePosixPath) -> None:
+    """Removes the entry of a file that is gone from its trial, if there is one."""
+    stored = TrialSystemAttributeModel
+    connection.execute(delete(stored).where(stored.key == artifacts.listing(path)[0]))
 
 
-def _told(connection: Connection, key: str, trial_ids: Sequence[int] | None) -> set[str]:
+def _paths(connection: Connection, key: str, trial_ids: Sequence[int] | None) -> set[str]:
+    """The files that trials name in the user attribute `key`, relative to the artifacts folder."""
     stored = TrialUserAttributeModel
     wanted = select(stored.value_json).where(stored.key == key)
     if trial_ids is not None:
@@ -193,13 +234,37 @@ def _told(connection: Connection, key: str, trial_ids: Sequence[int] | None) -> 
     return {path for path in paths if artifacts.inside(Path(), path) is not None}
 
 
-def _states(connection: Connection, study_id: int | None) -> dict[int, TrialState]:
+def _states(connection: Connection, study_id: int) -> dict[int, TrialState]:
     rows = connection.execute(select(TrialModel.number, TrialModel.state).where(TrialModel.study_id == study_id))
     return {int(number): state for number, state in rows}
 
 
-def _study_id(connection: Connection, study: str) -> int | None:
-    return connection.execute(select(StudyModel.study_id).where(StudyModel.study_name == study)).scalar()
+_UNKNOWN, _DELETED = 0, -1
+
+
+def _study_ids(connection: Connection, files: Sequence[File]) -> dict[tuple[str, str | None], int]:
+    """The ids of the studies that the files are of; _DELETED or _UNKNOWN, as of another database, for one without."""
+    deleted = deletions.all_deleted(connection)
+    existing = {
+        (study.name, str(study.values["incarnation"])[:ID_LENGTH]): study.study_id
+        for study in attributes.of_studies(connection, ("incarnation",))
+        if "incarnation" in study.values
+    }
+    named = connection.execute(select(StudyModel.study_name, StudyModel.study_id))
+    by_name: dict[str, int] = {name: study_id for name, study_id in named}  # noqa: C416 - rows are no pairs to mypy
+    ids: dict[tuple[str, str | None], int] = {}
+    for study, short in {(file.study, file.id) for file in files}:
+        found = by_name.get(study) if short is None else existing.get((study, short))
+        gone = any(name == study and incarnation.startswith(short or "") for name, incarnation in deleted)
+        ids[study, short] = found or (_DELETED if gone else _UNKNOWN)
+    return ids
+
+
+def _study_of(connection: Connection, incarnation: str) -> int | None:
+    for study in attributes.of_studies(connection, ("incarnation",)):
+        if study.values.get("incarnation") == incarnation:
+            return study.study_id
+    return None
 
 
 def _remove_empty(folder: Path) -> None:

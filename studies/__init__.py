@@ -13,12 +13,25 @@ from studies.exports import export
 from studies.imported import import_trials
 from studies.registry import delete, names, open, pause, resume, stop
 from studies.report import report
-from studies.results import Curve, Row, Status, best_model, best_trial, curves, leaderboard, status, workers
+from studies.results import (
+    Curve,
+    Row,
+    Status,
+    attempts,
+    best_model,
+    best_trial,
+    curves,
+    leaderboard,
+    status,
+    statuses,
+    workers,
+)
 
 __all__ = [
     "Curve",
     "Row",
     "Status",
+    "attempts",
     "best_model",
     "best_trial",
     "curves",
@@ -32,6 +45,7 @@ __all__ = [
     "report",
     "resume",
     "status",
+    "statuses",
     "stop",
     "workers",
 ]

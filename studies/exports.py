@@ -80,9 +80,10 @@ def export(
     target, place = Path(folder).absolute(), registry.storage_of(storage)
     if os.path.lexists(target):
         raise StudyError(f"{target} exists already: name a folder that does not exist yet")
-    trial = results.best_trial(name, place)
-    model, history = (results.file_of(name, trial, artifact) for artifact in ("model", "history"))
-    definition = registry.definition_of(name, place)
+    study = registry.find(name, place)
+    trial = results.best_trial_of(study, place)
+    model, history = (results.file_of(study, trial, artifact, place) for artifact in ("model", "history"))
+    definition = definitions.from_json(study.definition)
     draft = target.with_name(f".{uuid.uuid4().hex}-{target.name}")
     try:
         draft.mkdir(parents=True)

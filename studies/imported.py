@@ -10,7 +10,7 @@ from storage import ledger
 from storage.errors import nearest
 from storage.ledger import Imported
 from studies import registry
-from studies.definition import Definition
+from studies.definition import Definition, from_json
 from studies.errors import StudyError
 from studies.model_rules import Number, OneOf, Rule
 from studies.registry import StorageLike
@@ -45,12 +45,13 @@ def import_trials(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, sto
     Raises StudyError, in one sentence, where there is no such study or a row does not fit its definition.
     """
     place = registry.storage_of(storage)
-    definition = registry.definition_of(name, place)
+    study = registry.find(name, place)
+    definition = from_json(study.definition)
     numbered = _read(Path(rows)) if isinstance(rows, (str, Path)) else _listed(rows)
     trials = [trial_of(row, definition, where) for where, row in numbered]
     if not trials:
         raise StudyError(f"there is no row to import into study {name!r}: give at least one")
-    return ledger.import_trials(place, name, trials)
+    return ledger.import_trials(place, study, trials)
 
 
 def trial_of(row: Mapping[str, Any], definition: Definition, where: str) -> Imported:

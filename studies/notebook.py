@@ -11,6 +11,7 @@ from typing import Any
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from storage import ledger
 from storage.ranking import is_scored
 from studies import definition as definitions
 from studies import imported, registry
@@ -140,7 +141,7 @@ def create(storage: RDBStorage) -> bool:
                 "import them into another database with --storage"
             )
     rows = [imported.trial_of(_row(result), mine, result.label) for result in RESULTS]
-    return registry.create(mine, storage, DATA, rows)
+    return registry.create(mine, storage, DATA, rows).changed
 
 
 def _row(result: Result) -> dict[str, Any]:
@@ -182,12 +183,11 @@ class Replay:
 def replays(study: Definition, storage: RDBStorage) -> list[Replay]:
     """The studies in the database that repeat the notebook's results; empty unless `study` holds those results."""
     found: list[Replay] = []
-    for name in registry.names(storage) if is_own(study) else ():
-        definition = registry.definition_of(name, storage)
+    for other in ledger.studies(storage) if is_own(study) else ():
+        definition = definitions.from_json(other.definition)
         rows = reference_results(definition)
         if rows and not _labelled(rows):
-            study_id = registry.study_id(name, storage)
-            complete = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+            complete = storage.get_all_trials(other.id, deepcopy=False, states=(TrialState.COMPLETE,))
             scored = [trial for trial in complete if is_scored(trial)]
             pairs = [(result, trial) for trial in scored for point, result in rows if trial.params == point]
             found += [Replay(definition=definition, trials=tuple(pairs))] if pairs else []

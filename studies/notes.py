@@ -22,11 +22,12 @@ from sqlalchemy import Connection, delete, insert, or_, select
 
 from storage import attributes, ledger
 from storage.artifacts import SUMMARY, inside
-from storage.database import write
 from storage.owners import database_now
 from storage.tables import StudySystemAttributeModel, dashboard_note_prefix, dashboard_plot_prefix
+from storage.transactions import write
 from studies import findings, notebook, registry, results
-from studies.definition import Definition, to_toml
+from studies.definition import Definition, from_json, to_toml
+from studies.registry import StorageLike
 
 log = logging.getLogger(__name__)
 
@@ -57,29 +58,26 @@ def publish(
     come from this worker. `anew` writes them also where they stand: something beside the study has changed.
     Returns whether what stands is up to date, as far as this caller knows.
     """
-    study_id = registry.study_id(name, storage)
+    study = registry.find(name, storage)
     lock = f"{name} (notes)"  # a lock of its own: a claim must not wait for it
-    if not write(storage, lock, lambda connection: _take_turn(connection, study_id, last)) and not anew:
-        return _is_current(storage, study_id)
+    if not write(storage, lock, lambda connection: _take_turn(connection, study, last)) and not anew:
+        return _is_current(storage, study)
     # Plotly takes a moment to import, which no command should spend that draws nothing.
     from studies import figures
 
     began = time.monotonic()
-    definition = registry.definition_of(name, storage)
-    data = registry.data_of(name, storage)
-    state, budget = ledger.state(storage, study_id), ledger.budget(storage, study_id)
-    trials = cached.get_all_trials(study_id, deepcopy=False)
-    total = definition.trials if budget is None else budget.total
+    definition, state, total = from_json(study.definition), study.state, study.budget.total
+    trials = cached.get_all_trials(study.id, deepcopy=False)
     curves = results.curves_of(trials, artifacts, CURVES)
     drawn = figures.drawn(trials, definition, curves, notebook.replays(definition, storage))
     attributes = {
         **{f"{dashboard_plot_prefix()}{name}:": figure.to_json() for name, figure in drawn.items()},
-        dashboard_note_prefix(None): study_note(trials, definition, data, state=state, budget=total),
+        dashboard_note_prefix(None): study_note(trials, definition, study.data, state=state, budget=total),
     }
     noted = {dashboard_note_prefix(trial._trial_id): trial for trial in _noted(trials)}
 
     def work(connection: Connection) -> bool:
-        stored = _stored(connection, study_id)
+        stored = _stored(connection, study.id)
         standing = _published(stored)
         finished = sum(trial.state.is_finished() for trial in trials)
         if standing is not None and standing.finished > finished:
@@ -94,7 +92,7 @@ def publish(
         now = _published_at(connection)
         spent = round(time.monotonic() - began, 3)
         changes[STATE] = asdict(_Published(at=now, finished=finished, state=state, seconds=spent))
-        _apply(connection, study_id, changes)
+        _apply(connection, study.id, changes)
         return True
 
     written = write(storage, lock, work)
@@ -103,6 +101,12 @@ def publish(
     if ended and notebook.reference_results(definition) and notebook.NAME in registry.names(storage):
         publish(notebook.NAME, storage, artifacts, optuna.storages.get_storage(storage), anew=True)
     return written
+
+
+def publish_once(name: str, storage: StorageLike, artifacts: Path) -> None:
+    """As `publish`, for a study that no worker may ever work on."""
+    opened = registry.storage_of(storage)
+    publish(name, opened, artifacts, optuna.storages.get_storage(opened), last=True)
 
 
 # --- the notes --------------------------------------------------------------------------------------------
@@ -303,10 +307,10 @@ def _apply(connection: Connection, study_id: int, changes: Mapping[str, Any]) ->
 # --- whose turn it is -------------------------------------------------------------------------------------
 
 
-def _take_turn(connection: Connection, study_id: int, last: bool) -> bool:
+def _take_turn(connection: Connection, study: ledger.Study, last: bool) -> bool:
     """Whether there is something to publish, and it is time; then nobody else does for a while."""
-    standing = _standing(connection, study_id)
-    counted = _counted(connection, study_id)
+    standing = _standing(connection, study.id)
+    counted = _counted(connection, study)
     if standing is not None:
         if (standing.finished, standing.state) == counted:
             return False
@@ -315,19 +319,20 @@ def _take_turn(connection: Connection, study_id: int, last: bool) -> bool:
             return False
     now = _published_at(connection)
     mine = _Published(at=now) if standing is None else _Published(**(asdict(standing) | {"at": now}))
-    _apply(connection, study_id, {STATE: asdict(mine)})
+    _apply(connection, study.id, {STATE: asdict(mine)})
     return True
 
 
-def _counted(connection: Connection, study_id: int) -> tuple[int, ledger.State]:
+def _counted(connection: Connection, study: ledger.Study) -> tuple[int, ledger.State]:
     """How many trials have finished, and the study's state: if neither changed, there is no news."""
-    return ledger.finished_and_running(connection, study_id)[0], ledger.state_of(connection, study_id)
+    now = ledger.current(connection, study)
+    return now.finished, now.state
 
 
-def _is_current(storage: RDBStorage, study_id: int) -> bool:
+def _is_current(storage: RDBStorage, study: ledger.Study) -> bool:
     with storage.engine.connect() as connection:
-        standing = _standing(connection, study_id)
-        return standing is not None and (standing.finished, standing.state) == _counted(connection, study_id)
+        standing = _standing(connection, study.id)
+        return standing is not None and (standing.finished, standing.state) == _counted(connection, study)
 
 
 def _standing(connection: Connection, study_id: int) -> _Published | None:

@@ -11,9 +11,8 @@ from typing import Any
 import optuna
 from optuna.storages import RDBStorage
 
-from storage import claims, database, ledger, retention, settings
-from storage.errors import NotOurStudy, WrongDirection, nearest
-from storage.tables import find_study
+from storage import claims, database, ledger, retention, settings, transactions
+from storage.errors import NotOurStudy, StudyGone, WrongDirection, nearest
 from studies import definition as definitions
 from studies import sampling
 from studies.definition import Definition
@@ -41,13 +40,13 @@ def create(
     storage: RDBStorage,
     data: dict[str, Any],
     results: Sequence[ledger.Imported] | None = None,
-) -> bool:
+) -> ledger.Creation:
     """Creates a study in the database, whole or not at all: its definition, its queued points, its budget.
 
     `data` describes its images (`fingerprint`, counts); workers compare their own with it. With `results` the study
     has these as imported trials, and nothing is left to run.
 
-    Returns whether anything is new. A study that exists stays as it is, but its budget is raised if the definition's
+    A study that exists stays as it is, but its budget is raised if the definition's
     is larger.
 
     Raises StudyError if a study of this name has a definition whose trials would not be comparable, was not made by
@@ -71,12 +70,12 @@ def create(
             imported=results or (),
             accept=accept,
         )
-    if results is None and creation.budget.trials > budget.trials:
+    if results is None and creation.study.budget.trials > budget.trials:
         log.warning(
             "study %s keeps its budget of %d trials: `trialyard stop %s` ends it sooner",
-            *(name, creation.budget.trials, name),
+            *(name, creation.study.budget.trials, name),
         )
-    return creation.changed
+    return creation
 
 
 def pause(name: str, storage: StorageLike = None) -> None:
@@ -129,16 +128,14 @@ def delete(name: str, storage: StorageLike = None) -> int:
     Raises StudyError where there is none, and StorageError while a worker runs a trial of it, unless it was stopped.
     """
     place, here = storage_of(storage), settings.load()
-    study_id(name, place)
-    claims.delete(place, name, here.grace_seconds)
+    claims.delete(place, find(name, place), here.grace_seconds)
     leftovers = retention.superfluous(place, here.artifact_folder, here.keep_models, study=name)
     return retention.remove(place, here.artifact_folder, here.keep_models, leftovers)
 
 
 def _set_state(name: str, storage: StorageLike, state: ledger.State) -> None:
     place = storage_of(storage)
-    stored_definition(name, place)
-    ledger.set_state(place, name, state)
+    ledger.set_state(place, find(name, place), state)
 
 
 def open(name: str, storage: StorageLike = None) -> optuna.Study:
@@ -153,7 +150,7 @@ def open(name: str, storage: StorageLike = None) -> optuna.Study:
     Raises StudyError where there is none of that name.
     """
     place = storage_of(storage)
-    definition = definition_of(name, place)
+    definition = definitions.from_json(find(name, place).definition)
     with _quiet():
         return optuna.load_study(
             study_name=name,
@@ -169,48 +166,39 @@ def names(storage: StorageLike = None) -> list[str]:
     >>> studies.names()
     ['digits']
     """
-    return ledger.names(storage_of(storage))
+    return [study.name for study in ledger.studies(storage_of(storage))]
 
 
-def study_id(name: str, storage: RDBStorage) -> int:
-    """The database's own number of study `name`. Raises StudyError where there is none."""
-    found = database.read(storage, lambda connection: find_study(connection, name))
-    if found is None:
+def find(name: str, storage: RDBStorage) -> ledger.Study:
+    """The study `name` as the database has it now.
+
+    Raises StudyError if there is none, or if it is not usable: its message says why, and what to do.
+    """
+    try:
+        return ledger.find(storage, name)
+    except StudyGone:
         known = names(storage)
-        place = database.redact(str(storage.engine.url))
+        place = transactions.redact(str(storage.engine.url))
         if not known:
-            raise StudyError(f"there is no study {name!r} in {place}, nor any other: `trialyard create {name}`")
+            raise StudyError(
+                f"there is no study {name!r} in {place}, nor any other: `trialyard create {name}`"
+            ) from None
         raise StudyError(
             f"there is no study {name!r} in {place}{nearest(name, known)}: it has {', '.join(known)}; "
             f"`trialyard create {name}` would make it"
-        )
-    return found
+        ) from None
+    except NotOurStudy as error:
+        raise StudyError(str(error)) from None
 
 
 def definition_of(name: str, storage: RDBStorage) -> Definition:
-    """The definition of study `name`. Raises StudyError where there is none."""
-    return definitions.from_json(stored_definition(name, storage))
+    """The definition of study `name`. Raises StudyError if there is none."""
+    return definitions.from_json(find(name, storage).definition)
 
 
-def stored_definition(name: str, storage: RDBStorage) -> dict[str, Any]:
-    """The same as it is stored: the checked JSON. Raises StudyError where there is none."""
-    stored: dict[str, Any] | None = ledger.attribute(storage, study_id(name, storage), "definition")
-    if stored is None:
-        if ledger.is_outdated(storage, name):
-            raise StudyError(f"study {name!r} is of an older Trialyard: run `trialyard storage upgrade`")
-        raise StudyError(f"study {name!r} is not one of Trialyard's, it has no definition: open it with plain Optuna")
-    return stored
-
-
-def data_of(name: str, storage: RDBStorage) -> dict[str, Any]:
-    """What is recorded of the images of study `name`. Raises StudyError where there is none."""
-    stored: dict[str, Any] | None = ledger.attribute(storage, study_id(name, storage), "data")
-    return stored or {}
-
-
-def check_data(name: str, storage: RDBStorage, data: Mapping[str, Any]) -> None:
-    """Raises StudyError unless `data` are the images that study `name` started with."""
-    _require_same_data(name, data_of(name, storage), data)
+def check_data(study: ledger.Study, data: Mapping[str, Any]) -> None:
+    """Raises StudyError unless `data` are the images that the study started with."""
+    _require_same_data(study.name, study.data, data)
 
 
 def _require_same_data(name: str, stored: Mapping[str, Any], data: Mapping[str, Any]) -> None:
@@ -221,10 +209,10 @@ def _require_same_data(name: str, stored: Mapping[str, Any], data: Mapping[str, 
         )
 
 
-def check_direction(name: str, storage: RDBStorage) -> None:
-    """Raises StudyError unless study `name` maximizes exactly one value: older versions took over any empty study."""
-    with _refusing(name):
-        ledger.check_direction(storage, study_id(name, storage))
+def check_direction(study: ledger.Study, storage: RDBStorage) -> None:
+    """Raises StudyError unless the study maximizes exactly one value: older versions took over any empty study."""
+    with _refusing(study.name):
+        ledger.check_direction(storage, study)
 
 
 @contextlib.contextmanager
@@ -242,22 +230,22 @@ def _refusing(name: str) -> Iterator[None]:
         ) from None
 
 
-def check_software(name: str, storage: RDBStorage, here: dict[str, str]) -> None:
-    """Raises StudyError unless study `name` began with software that gives the same numbers as that `here`.
+def check_software(study: ledger.Study, storage: RDBStorage, here: Mapping[str, str]) -> None:
+    """Raises StudyError unless the study began with software that gives the same numbers as that `here`.
 
     Both are what `search.checks.software` tells; what only one of them tells is not compared. A study that has not
     begun yet, or did before this was recorded, takes `here` for its own.
     """
-    began = ledger.record_software(storage, name, here)
+    began = ledger.record_software(storage, study, here)
     different = [part for part in began if part in here and began[part] != here[part]]
     if different:
         raise StudyError(
-            f"study {name!r} began with {_listed(began, different)}, and here is {_listed(here, different)}, whose "
-            "numbers may be others: install the same here, or begin another study with `trialyard create` and --name"
+            f"study {study.name!r} began with {_listed(began, different)}, and here is {_listed(here, different)}, so "
+            "results may differ: install the same here, or create another study with `trialyard create` and --name"
         )
 
 
-def _listed(software: dict[str, str], parts: list[str]) -> str:
+def _listed(software: Mapping[str, str], parts: list[str]) -> str:
     return " and ".join(f"{part} {software[part]}" for part in parts)
 
 
@@ -287,11 +275,11 @@ __all__: builtins.list[str] = [
     "StorageLike",
     "create",
     "definition_of",
+    "find",
     "names",
     "open",
     "pause",
     "resume",
     "stop",
     "storage_of",
-    "study_id",
 ]

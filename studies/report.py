@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes, settings
 from studies import findings, notebook, notes, registry, results
-from studies.definition import Definition, to_toml
+from studies.definition import Definition, from_json, to_toml
 from studies.findings import Findings
 from studies.registry import StorageLike
 from studies.results import Row, Status
@@ -71,16 +71,15 @@ def report(name: str, storage: StorageLike = None, format: Format = "html", arti
 def collect(name: str, storage: StorageLike = None) -> ReportContent:
     """What a report of study `name` says. Raises StudyError where there is none."""
     place = registry.storage_of(storage)
-    study_id = registry.study_id(name, place)
-    definition = registry.definition_of(name, place)
-    trials = place.get_all_trials(study_id, deepcopy=False)
-    data = registry.data_of(name, place)
+    study = registry.find(name, place)
+    definition = from_json(study.definition)
+    trials = place.get_all_trials(study.id, deepcopy=False)
     return ReportContent(
         definition=definition,
-        status=results.status(name, place),
-        findings=findings.findings(trials, definition, data),
+        status=results.status_of(study, place),
+        findings=findings.findings(trials, definition, study.data),
         rows=results.leaderboard(name, place),
-        environment=_environment(trials, definition, data),
+        environment=_environment(trials, definition, study.data),
         trials=trials,
         replays=notebook.replays(definition, place),
         made=datetime.now().astimezone(),

@@ -9,7 +9,6 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,13 +18,16 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Select, and_, func, select
 
-from storage import attributes, claims, ledger, owners, settings
+from storage import attributes, claims, ledger, settings
 from storage.artifacts import inside
+from storage.attempts import Attempt, of_trial, started_outside
+from storage.attempts import table as attempt_rows
 from storage.claims import RunningTrial
-from storage.database import read
-from storage.owners import SlotStatus
+from storage.ledger import Study
 from storage.ranking import is_scored, ranked
+from storage.slots import SlotStatus, present
 from storage.tables import TrialModel, TrialParamModel, TrialUserAttributeModel
+from storage.transactions import read
 from studies import registry
 from studies.errors import StudyError
 from studies.registry import StorageLike
@@ -108,26 +110,30 @@ def best_trial(name: str, storage: StorageLike = None) -> FrozenTrial:
     Raises StudyError where there is no such study, or no complete trial yet.
     """
     place = registry.storage_of(storage)
-    study_id = registry.study_id(name, place)
-    best = read(place, lambda connection: ranked(connection, study_id, top=1))
+    return best_trial_of(registry.find(name, place), place)
+
+
+def best_trial_of(study: Study, storage: RDBStorage) -> FrozenTrial:
+    """As `best_trial`, for a study that has been read already."""
+    best = read(storage, lambda connection: ranked(connection, study.id, top=1))
     if not best:
-        raise StudyError(_why_none(name, place, study_id))
-    return place.get_trial(best[0].trial_id)
+        raise StudyError(_why_none(study, storage))
+    return storage.get_trial(best[0].trial_id)
 
 
-def _why_none(name: str, place: RDBStorage, study_id: int) -> str:
-    counts = ledger.counts(place, study_id)
+def _why_none(study: Study, storage: RDBStorage) -> str:
+    name, counts = study.name, ledger.counts(storage, study.id)
     if counts.complete:
         return (
             f"all {counts.complete} complete trials of study {name!r} violate a constraint, so none is the best: "
             "loosen the constraints, or search further"
         )
-    if ledger.state(place, study_id) == "stopped":
+    if study.state == "stopped":
         return (
             f"study {name!r} was stopped before any of its trials was complete: `trialyard resume {name}` opens it, "
             f"and `trialyard work {name}` works on it"
         )
-    if ledger.has_ended(place, study_id):
+    if study.has_ended:
         return (
             f"study {name!r} has ended without a complete trial ({counts.failed} failed, {counts.pruned} pruned): "
             f"`trialyard status {name}` says why; correct its definition and give it another name"
@@ -154,11 +160,12 @@ def best_model(name: str, storage: StorageLike = None) -> "keras.Model":
     Raises StudyError where `best_trial` does, where the file is not on this machine, and where Keras cannot load it.
     """
     place = registry.storage_of(storage)
-    trial = best_trial(name, place)
-    path = file_of(name, trial, "model")
+    study = registry.find(name, place)
+    trial = best_trial_of(study, place)
+    path = file_of(study, trial, "model", place)
     import keras
 
-    function = registry.definition_of(name, place).model
+    function = str(study.definition["model"])
     if ":" in function:
         with contextlib.suppress(ImportError):  # the model may be of Keras's own layers, and need no module
             importlib.import_module(function.partition(":")[0])
@@ -173,22 +180,41 @@ def best_model(name: str, storage: StorageLike = None) -> "keras.Model":
         ) from error
 
 
-def file_of(name: str, trial: FrozenTrial, artifact: Literal["model", "history"]) -> Path:
-    """Where this machine has the trial's `artifact`. Raises StudyError where it has none."""
+def file_of(study: Study, trial: FrozenTrial, artifact: Literal["model", "history"], storage: RDBStorage) -> Path:
+    """Where this machine has the trial's `artifact`. Raises StudyError if it has none."""
     path = inside(settings.load().artifact_folder, trial.user_attrs.get(artifact))
     if path is None:
         raise StudyError(
-            f"trial {trial.number} of study {name!r} names no {artifact}: it was not trained by Trialyard; train its "
-            "hyperparameters as a point of a study of your own"
+            f"trial {trial.number} of study {study.name!r} names no {artifact}: it was not trained by Trialyard; train "
+            "its hyperparameters as a point of a study of your own"
         )
     if not path.is_file():
-        attempts = attributes.attempts(trial.user_attrs.get("attempts"))
-        host = attempts[-1]["host"] if attempts else "another machine"
+        attempts = read(storage, lambda connection: of_trial(connection, trial._trial_id))
+        host = attempts[-1].owner.host if attempts else "another machine"
         raise StudyError(
-            f"the {artifact} of trial {trial.number} of study {name!r} is not on this machine ({path} does not exist; "
-            f"it was trained on {host}): set TRIALYARD_ARTIFACTS to the folder that it was written to, or copy it there"
+            f"the {artifact} of trial {trial.number} of study {study.name!r} is not on this machine ({path} does not "
+            f"exist; it was trained on {host}): set TRIALYARD_ARTIFACTS to the folder that it was written to, or copy "
+            "it there"
         )
     return path
+
+
+def attempts(name: str, number: int, storage: StorageLike = None) -> list[Attempt]:
+    """The attempts at trial `number` of study `name`, the first one first: who ran it, when, and how each run ended.
+
+    >>> [attempt.outcome for attempt in studies.attempts("digits", 0)]
+    ['finished']
+
+    Raises StudyError if there is no such study or trial.
+    """
+    place = registry.storage_of(storage)
+    study = registry.find(name, place)
+    try:
+        trial_id = place.get_trial_id_from_study_id_trial_number(study.id, number)
+    except KeyError:
+        trials = study.finished + study.running + study.waiting
+        raise StudyError(f"study {name!r} has no trial {number}: its {trials} trials are numbered from 0") from None
+    return read(place, lambda connection: of_trial(connection, trial_id))
 
 
 def leaderboard(name: str, storage: StorageLike = None, top: int | None = None) -> list[Row]:
@@ -202,8 +228,8 @@ def leaderboard(name: str, storage: StorageLike = None, top: int | None = None) 
     Raises StudyError where there is no such study.
     """
     place = registry.storage_of(storage)
-    study_id = registry.study_id(name, place)
-    return read(place, lambda connection: _rows(connection, study_id, top))
+    study = registry.find(name, place)
+    return read(place, lambda connection: _rows(connection, study.id, top))
 
 
 def _rows(connection: Connection, study_id: int, top: int | None) -> list[Row]:
@@ -255,32 +281,46 @@ def status(name: str, storage: StorageLike = None) -> Status:
     Raises StudyError where there is no such study.
     """
     place = registry.storage_of(storage)
-    study_id = registry.study_id(name, place)
-    stored = registry.stored_definition(name, place)  # unread: reading takes longer than all that follows
-    counts = ledger.counts(place, study_id)
-    budget = ledger.budget(place, study_id)
-    trials = budget.total if budget is not None else registry.definition_of(name, place).trials
-    imported = 0 if budget is None else budget.imported
-    best = read(place, lambda connection: ranked(connection, study_id, top=1))
+    return status_of(registry.find(name, place), place)
+
+
+def statuses(storage: StorageLike = None) -> list[Status]:
+    """Where each study stands, oldest first; a study that is not readable is left out, with a warning.
+
+    >>> [state.study for state in studies.statuses()]
+    ['digits']
+    """
+    place = registry.storage_of(storage)
+    return [status_of(study, place) for study in ledger.studies(place)]
+
+
+def status_of(study: Study, storage: RDBStorage) -> Status:
+    """As `status`, for a study that has been read already."""
+    counts = ledger.counts(storage, study.id)
+    best = read(storage, lambda connection: ranked(connection, study.id, top=1))
     return Status(
-        study=name,
-        description=stored["description"],
-        protocol="test" if stored["data"]["validation"] == "test" else "validation",
+        study=study.name,
+        description=study.definition["description"],
+        protocol="test" if study.definition["data"]["validation"] == "test" else "validation",
         complete=counts.complete,
         pruned=counts.pruned,
         failed=counts.failed,
         running=counts.running,
         waiting=counts.waiting,
-        budget=trials,
-        state=ledger.state(place, study_id),
-        ended=ledger.has_ended(place, study_id),
+        budget=study.budget.total,
+        state=study.state,
+        ended=study.has_ended,
         best=best[0].value if best else None,
         best_number=best[0].number if best else None,
-        seconds_left=_seconds_left(place, study_id, counts, trials, imported),
-        workers=tuple(claims.running_trials(place, study_id)),
-        outside=tuple(ledger.started_outside(place, study_id)) if counts.running else (),
-        failures=_failures(place, study_id) if counts.failed else (),
+        seconds_left=_seconds_left(storage, study),
+        workers=tuple(claims.running_trials(storage, study.id)) if counts.running else (),
+        outside=_outside(storage, study) if counts.running else (),
+        failures=_failures(storage, study.id) if counts.failed else (),
     )
+
+
+def _outside(storage: RDBStorage, study: Study) -> tuple[int, ...]:
+    return tuple(read(storage, lambda connection: started_outside(connection, study.id)))
 
 
 def workers(storage: StorageLike = None) -> list[SlotStatus]:
@@ -289,7 +329,7 @@ def workers(storage: StorageLike = None) -> list[SlotStatus]:
     >>> [slot.device for slot in studies.workers()]
     []
     """
-    return read(registry.storage_of(storage), owners.present)
+    return read(registry.storage_of(storage), present)
 
 
 def curves(
@@ -306,8 +346,8 @@ def curves(
     Raises StudyError where there is no such study.
     """
     place = registry.storage_of(storage)
-    study_id = registry.study_id(name, place)
-    ended = place.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    study = registry.find(name, place)
+    ended = place.get_all_trials(study.id, deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     return curves_of(ended, Path(artifacts) if artifacts is not None else settings.load().artifact_folder, top)
 
 
@@ -374,21 +414,14 @@ def _failures(storage: RDBStorage, study_id: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{reason['kind']}: {reason['message']}" for reason in reasons))
 
 
-def _seconds_left(
-    storage: RDBStorage, study_id: int, counts: ledger.Counts, trials: int, imported: int
-) -> float | None:
-    left, ran = trials - counts.finished, counts.finished - imported
+def _seconds_left(storage: RDBStorage, study: Study) -> float | None:
+    left, ran = study.budget.total - study.finished, study.finished - study.budget.imported
     if left <= 0:
         return 0.0
-    query = select(func.min(TrialModel._datetime_start_utc), func.max(TrialModel._datetime_complete_utc)).where(
-        TrialModel.study_id == study_id
-    )
-    if imported:  # they took no time here
-        query = query.join(
-            TrialUserAttributeModel,
-            and_(TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "attempts"),
-        )
-    began, last = read(storage, lambda connection: connection.execute(query).one())
-    if ran == 0 or not isinstance(began, datetime) or not isinstance(last, datetime):
+    if ran <= 0 or study.first_began is None:
         return None
-    return (last - began).total_seconds() / ran * left
+    # Those that were imported have no attempt, and took no time here.
+    query = select(func.max(attempt_rows.c.ended)).join(TrialModel, TrialModel.trial_id == attempt_rows.c.trial_id)
+    finished = (TrialModel.study_id == study.id, attempt_rows.c.outcome == "finished")
+    last = read(storage, lambda connection: connection.execute(query.where(*finished)).scalar())
+    return None if last is None else (last - study.first_began).total_seconds() / ran * left

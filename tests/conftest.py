@@ -18,12 +18,15 @@ import plotly.graph_objects as go
 import pytest
 import sqlalchemy
 from optuna.distributions import FloatDistribution
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sklearn.datasets import load_digits
 
-from storage import artifacts, claims, database, owners
-from storage.database import PatientStorage
+from storage import artifacts, attempts, claims, database, ledger, owners
+from storage.attempts import Attempt
 from storage.owners import Owner
+from storage.tables import TrialSystemAttributeModel
+from storage.transactions import PatientStorage, read
 from studies import registry
 from studies.definition import Definition, parse
 
@@ -202,6 +205,11 @@ depth = 3
 """
 
 
+def attempts_at(storage: RDBStorage, trial_id: int) -> list[Attempt]:
+    """The attempts at a trial, the first one first."""
+    return read(storage, lambda connection: attempts.of_trial(connection, trial_id))
+
+
 @pytest.fixture
 def trivial() -> Definition:
     """A small definition whose trials are never trained."""
@@ -216,7 +224,9 @@ def study(storage: PatientStorage, trivial: Definition) -> str:
 
 
 NOTE = "# What is searched\n\nThe dropout, and nothing else."
-ARTIFACT = "a0a0a0a0-0000-4000-8000-000000000000"  # the model of trial 0
+INCARNATION = "a" * 32  # of the finished study, so that the paths of its files are known
+MODEL_PATH = artifacts.attempt_folder("trivial", INCARNATION, 0, 1) / artifacts.MODEL  # of trial 0
+ARTIFACT = artifacts.listing(MODEL_PATH)[0].removeprefix("artifacts:")
 
 
 @pytest.fixture(scope="session")
@@ -225,22 +235,27 @@ def finished_yard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     yard = tmp_path_factory.mktemp("finished") / "yard"
     place = database.create(f"sqlite:///{yard}/studies.db")
     name = parse(TRIVIAL).name
-    registry.create(parse(TRIVIAL), place, {"fingerprint": "0" * 16})
+    created = registry.create(parse(TRIVIAL), place, {"fingerprint": "0" * 16})
+    place.set_study_user_attr(created.study.id, "trialyard:incarnation", INCARNATION)
     ends = [(TrialState.COMPLETE, 0.8), (TrialState.COMPLETE, 0.9), (TrialState.PRUNED, 0.5)]
     for state, value in [*ends, (TrialState.FAIL, None), (TrialState.COMPLETE, 0.9)]:
-        claim = claims.claim(place, name, owners.this_slot("cpu:0"), 60.0)
+        claim = claims.claim(place, ledger.find(place, name), owners.this_slot("cpu:0"), 60.0)
         assert claim is not None
         place.set_trial_param(claim.trial_id, "dropout", claim.number / 10, FloatDistribution(0.0, 0.7))
         if claim.number == 0:
-            model = artifacts.folder(yard / "artifacts", name, 0) / artifacts.MODEL
+            model = yard / "artifacts" / MODEL_PATH
             model.parent.mkdir(parents=True)
             model.write_bytes(b"the model")
-            meta = {"artifact_id": ARTIFACT, "filename": model.name, "mimetype": "text/html", "encoding": None}
-            place.set_trial_system_attr(claim.trial_id, f"artifacts:{ARTIFACT}", json.dumps(meta))
         for epoch in (1, 2) if value is not None else ():
-            claims.report(place, claim, epoch, value - 0.1 / epoch)
+            claims.record_epochs(place, claim, {epoch: value - 0.1 / epoch})
         told = {"failure": {"kind": "nan", "message": "the loss became nan"}} if value is None else {"epochs": 2}
-        claims.finish(place, claim, state, value, told)
+        claims.finish(place, claim, state, value, told, [artifacts.MODEL] if claim.number == 0 else [])
+    with place.engine.begin() as connection:  # of a kind that a browser would show as a page
+        stored = TrialSystemAttributeModel
+        model = stored.key == f"artifacts:{ARTIFACT}"
+        entry = connection.execute(sqlalchemy.select(stored.value_json).where(model)).scalar_one()
+        page = json.dumps(json.loads(entry).replace("application/octet-stream", "text/html"))
+        connection.execute(sqlalchemy.update(stored).where(model).values(value_json=page))
     study = registry.open(name, place)
     optuna_dashboard.save_note(study, NOTE)
     optuna_dashboard.save_note(optuna.trial.Trial(study, 1), "**digits** after 2 epochs")

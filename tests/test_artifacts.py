@@ -8,7 +8,7 @@ from storage import artifacts
 
 
 def test_every_trial_has_its_own_folder(tmp_path: Path) -> None:
-    assert artifacts.folder(tmp_path, "digits", 7) == tmp_path / "digits" / "7"
+    assert str(artifacts.attempt_folder("digits", "0123456789abcdef" * 2, 7, 2)) == "digits-0123456789ab/7/2"
 
 
 def test_a_file_appears_whole_at_the_end(tmp_path: Path) -> None:

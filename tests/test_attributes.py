@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from storage import artifacts, attributes, claims, database, ledger
-from storage.database import PatientStorage
+from storage import artifacts, attempts, attributes, claims, database, ledger, legacy, transactions
 from storage.errors import StudyUnreadable
 from storage.ledger import Budget
 from storage.owners import Owner
 from storage.ranking import ranked
+from storage.transactions import PatientStorage
 from studies import notes, registry, results
 from studies.definition import Definition
 from studies.report import report
@@ -40,9 +41,7 @@ def _readable(storage: PatientStorage, name: str) -> None:
     report(name, storage, "html")
     notes.publish(name, storage, Path("nowhere"), optuna.storages.get_storage(storage), last=True)
     ledger.check(storage)
-    study_id = registry.study_id(name, storage)
-    ledger.has_ended(storage, study_id)
-    claims.running_trials(storage, study_id)
+    claims.running_trials(storage, registry.find(name, storage).id)
 
 
 def test_a_study_of_others_with_attributes_of_our_names_is_none_of_ours(
@@ -55,7 +54,7 @@ def test_a_study_of_others_with_attributes_of_our_names_is_none_of_ours(
     assert registry.names(storage) == [study]
     assert [entry.name for entry in ledger.studies(storage)] == [study]
     assert ledger.check(storage) == []
-    assert claims.claim(storage, study, me, 60.0) is not None
+    assert claims.claim(storage, ledger.find(storage, study), me, 60.0) is not None
 
 
 @pytest.mark.parametrize("name", list(attributes.SHAPES))
@@ -74,7 +73,7 @@ def test_a_study_whose_attribute_is_not_of_our_shape_is_left_out_with_one_warnin
     monkeypatch.setattr(ledger, "_warned", set())
     other = trivial.model_copy(update={"name": "other"})
     registry.create(other, storage, DATA)
-    study_id = registry.study_id("other", storage)
+    study_id = registry.find("other", storage).id
     storage.set_study_user_attr(study_id, f"trialyard:{name}", value)
     for _ in range(3):
         assert registry.names(storage) == [study]
@@ -82,20 +81,18 @@ def test_a_study_whose_attribute_is_not_of_our_shape_is_left_out_with_one_warnin
     assert caplog.text.count(sentence) == 1
     (problem,) = ledger.check(storage)
     assert problem.startswith(sentence + json.dumps(value))
-    with pytest.raises(StudyUnreadable, match="is not readable"):
-        ledger.attribute(storage, study_id, name)
-    if name in ("budget", "definition", "state"):
+    for read_it in (ledger.find, lambda storage, name: results.status(name, storage)):
         with pytest.raises(StudyUnreadable, match="is not readable"):
-            results.status("other", storage)
+            read_it(storage, "other")
 
 
 @pytest.mark.parametrize("value", JUNK, ids=str)
 def test_a_trial_of_others_with_attributes_of_our_names_is_no_obstacle(
     storage: PatientStorage, study: str, me: Owner, value: Any
 ) -> None:
-    study_id = registry.study_id(study, storage)
-    ledger.raise_budget(storage, study, Budget(trials=20, hours=1.0))
-    ours = claims.claim(storage, study, me, 60.0)
+    study_id = registry.find(study, storage).id
+    ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=20, hours=1.0))
+    ours = claims.claim(storage, ledger.find(storage, study), me, 60.0)
     assert ours is not None
     names = ("attempts", "import_key", "failure", "imported", "model", "history", "versions", "device", "label")
     told = dict.fromkeys((*names, "epochs", "best_epoch", "parameters", "seconds", "images_per_second"), value)
@@ -107,7 +104,6 @@ def test_a_trial_of_others_with_attributes_of_our_names_is_no_obstacle(
         asked.set_user_attr(name, value)
     opened.enqueue_trial({}, user_attrs=told)
     _readable(storage, study)
-    assert ledger.started_outside(storage, study_id) == [3]
     assert [holding.number for holding in claims.running_trials(storage, study_id)] == [0]
     (problem,) = ledger.check(storage)
     assert problem == (
@@ -117,8 +113,8 @@ def test_a_trial_of_others_with_attributes_of_our_names_is_no_obstacle(
     assert (status.outside, status.failures) == ((3,), ("unknown: no reason was stored",))
     (row,) = results.leaderboard(study, storage)
     assert {type(cell) for cell in (row.epochs, row.parameters, row.seconds)} <= {int, float, type(None)}
-    assert attributes.attempts(value) == []
-    waiting = claims.claim(storage, study, me, 60.0)
+    assert legacy.attempts_of(value) == []
+    waiting = claims.claim(storage, ledger.find(storage, study), me, 60.0)
     assert waiting is not None
     assert (waiting.number, waiting.attempt) == (4, 1)
     claims.finish(storage, waiting, TrialState.COMPLETE, 0.5, {})
@@ -126,17 +122,17 @@ def test_a_trial_of_others_with_attributes_of_our_names_is_no_obstacle(
 
 
 def test_hours_are_counted_from_a_trial_of_ours(storage: PatientStorage, study: str, me: Owner) -> None:
-    ledger.raise_budget(storage, study, Budget(trials=20, hours=1.0))
+    ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=20, hours=1.0))
     opened = registry.open(study, storage)
     for value in JUNK:
         opened.add_trial(create_trial(value=0.9, user_attrs={"attempts": value}))
-    claim = claims.claim(storage, study, me, 60.0)
+    claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
     assert claim is not None
-    assert not ledger.has_ended(storage, claim.study_id)
-    (attempt,) = storage.get_trial(claim.trial_id).user_attrs["attempts"]
-    storage.set_trial_user_attr(claim.trial_id, "attempts", [attempt | {"began": "2020-01-01T00:00:00+00:00"}])
+    assert not ledger.find(storage, study).has_ended
+    with storage.engine.begin() as connection:
+        connection.execute(attempts.table.update().values(began=datetime(2020, 1, 1)))
     claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})
-    assert claims.claim(storage, study, me, 60.0) is None
+    assert claims.claim(storage, ledger.find(storage, study), me, 60.0) is None
 
 
 @pytest.mark.parametrize(
@@ -154,6 +150,6 @@ def test_a_model_of_others_takes_no_place_among_those_that_are_kept(storage: Pat
     opened = registry.open(study, storage)
     for model in ("resnet50", 3, "other/0/model.keras"):
         opened.add_trial(create_trial(value=0.9, user_attrs={"model": model}))
-    study_id = registry.study_id(study, storage)
-    found = database.read(storage, lambda connection: ranked(connection, study_id, with_model=True))
+    study_id = registry.find(study, storage).id
+    found = transactions.read(storage, lambda connection: ranked(connection, study_id, with_model=True))
     assert [standing.number for standing in found] == [2]

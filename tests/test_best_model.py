@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 import studies
 from search import data, training_loop
 from search.training_loop import train
-from storage import artifacts, claims, database, owners
+from storage import claims, database, ledger, owners
 from studies import registry
 from studies.definition import parse
 from studies.errors import StudyError
@@ -54,10 +54,11 @@ def _ended(
     fixed = "fixed.depth = 3" if model == "convnet" else ""
     definition = parse(DEFINITION.format(name=name, model=model, dataset=dataset) + fixed)
     registry.create(definition, place, {"fingerprint": "0" * 16})
-    claim = claims.claim(place, name, owners.this_slot("cpu:0"), 60.0)
+    claim = claims.claim(place, ledger.find(place, name), owners.this_slot("cpu:0"), 60.0)
     assert claim is not None
-    claims.finish(place, claim, TrialState.COMPLETE, 0.9, told)
-    return artifacts.folder(Path("yard/artifacts").absolute(), name, 0)
+    files = {key: str(claim.folder / name) for key, name in told.items() if key == "model"}
+    claims.finish(place, claim, TrialState.COMPLETE, 0.9, told | files)
+    return Path("yard/artifacts").absolute() / claim.folder
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_it_predicts_to_the_bit_as_at_the_end_of_its_training(
         write(path, net, weights, *others)
 
     monkeypatch.setattr(training_loop, "_write_model", spy)
-    folder = _ended(place, "mine", {"model": "mine/0/model.keras"}, model, "digits")
+    folder = _ended(place, "mine", {"model": "model.keras"}, model, "digits")
     train(
         model=model,
         hyperparameters=hyperparameters | {"batch_size": 64},
@@ -106,14 +107,13 @@ def test_it_predicts_to_the_bit_as_at_the_end_of_its_training(
 
 
 def test_a_file_that_is_elsewhere_is_named_with_the_way_out(place: RDBStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = _ended(place, "mine", {"model": "mine/0/model.keras"})
-    with pytest.raises(StudyError, match=r"is not on this machine \(.*mine/0/model.keras .*set TRIALYARD_ARTIFACTS"):
+    folder = _ended(place, "mine", {"model": "model.keras"})
+    with pytest.raises(StudyError, match=r"not on this machine \(.*mine-.*/0/1/model.keras .*set TRIALYARD_ARTIFACTS"):
         studies.best_model("mine")
-    artifacts_elsewhere = folder.parents[2] / "elsewhere"
-    (artifacts_elsewhere / "mine" / "0").mkdir(parents=True)
-    keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)]).save(
-        artifacts_elsewhere / "mine" / "0" / "model.keras"
-    )
+    artifacts_elsewhere = folder.parents[3] / "elsewhere"
+    moved = artifacts_elsewhere / folder.relative_to(folder.parents[2])
+    moved.mkdir(parents=True)
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)]).save(moved / "model.keras")
     monkeypatch.setenv("TRIALYARD_ARTIFACTS", str(artifacts_elsewhere))
     assert studies.best_model("mine").output_shape == (None, 3)
 
@@ -131,7 +131,7 @@ def test_one_s_own_layers_are_known_by_their_module(
     monkeypatch.syspath_prepend(str(home))
     import mine_own  # type: ignore[import-not-found]
 
-    folder = _ended(place, "mine", {"model": "mine/0/model.keras"}, "mine_own:build")
+    folder = _ended(place, "mine", {"model": "model.keras"}, "mine_own:build")
     folder.mkdir(parents=True)
     net = mine_own.build({}, (2, 2, 1), 3)
     net.save(folder / "model.keras")
@@ -148,7 +148,7 @@ def test_one_s_own_layers_are_known_by_their_module(
 
 
 def test_a_damaged_file_is_one_sentence(place: RDBStorage) -> None:
-    folder = _ended(place, "mine", {"model": "mine/0/model.keras"})
+    folder = _ended(place, "mine", {"model": "model.keras"})
     folder.mkdir(parents=True)
     (folder / "model.keras").write_bytes(b"no model")
     with pytest.raises(StudyError, match="cannot be loaded"):

@@ -12,22 +12,28 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime
 from multiprocessing.synchronize import Event
+from typing import Any
 
 import optuna
 import psutil
 import pytest
 import sqlalchemy
+from conftest import attempts_at
 from optuna.artifacts import get_all_artifact_meta
+from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from storage import claims, database, ledger, owners
+from search.devices import Slot, cpu
+from search.heartbeat import Heartbeat
+from storage import attempts, claims, database, ledger, owners, slots, transactions
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL
-from storage.claims import RETRIES, Beating, Claim
-from storage.database import PatientStorage
+from storage.claims import RETRIES, Claim
 from storage.errors import ClaimLost, StorageError
 from storage.ledger import Budget, Imported
-from storage.owners import Owner, SlotActivity
+from storage.owners import Owner
+from storage.transactions import PatientStorage
 from studies import registry
 from studies.definition import Definition, parse
 
@@ -54,10 +60,14 @@ def storage(either_url: str) -> Iterator[PatientStorage]:
     made.engine.dispose()
 
 
-def _claim(storage: PatientStorage, study: str, worker: Owner) -> Claim:
-    claim = claims.claim(storage, study, worker, GRACE)
+def _claim(storage: PatientStorage, study: str, worker: Owner, beat_seconds: float = 10.0) -> Claim:
+    claim = claims.claim(storage, ledger.find(storage, study), worker, GRACE, beat_seconds)
     assert claim is not None
     return claim
+
+
+def _beat(storage: PatientStorage, claim: Claim) -> ledger.State | None:
+    return claims.beat(storage, {}, [claim])[claim]
 
 
 def _finish(storage: PatientStorage, claim: Claim, value: float = 0.5) -> None:
@@ -103,10 +113,10 @@ def test_an_epoch_s_score_that_is_not_finite_is_the_worst_for_pruners(
 ) -> None:
     for _ in range(2):
         claim = _claim(storage, study, me)
-        claims.report(storage, claim, 1, 0.5)
+        claims.record_epochs(storage, claim, {1: 0.5})
         _finish(storage, claim)
     claim = _claim(storage, study, me)
-    claims.report(storage, claim, 1, value)
+    claims.record_epochs(storage, claim, {1: value})
     opened, trial = registry.open(study, storage), storage.get_trial(claim.trial_id)
     assert math.isnan(trial.intermediate_values[1])
     for pruner in (
@@ -117,14 +127,14 @@ def test_an_epoch_s_score_that_is_not_finite_is_the_worst_for_pruners(
     claims.finish(storage, claim, TrialState.PRUNED, value, {})
     trial = storage.get_trial(claim.trial_id)
     assert (trial.state, trial.values) == (TrialState.PRUNED, None)
-    claims.resume(storage, _claim(storage, study, me), {1: value, 2: 0.5}, 2)
+    claims.record_epochs(storage, _claim(storage, study, me), {1: value, 2: 0.5}, resumed_after=2)
     assert claims.running_trials(storage, claim.study_id)[0].epoch == 2
 
 
 def test_an_import_of_a_score_that_is_not_finite_adds_nothing(storage: PatientStorage, study: str) -> None:
     with pytest.raises(ValueError, match="the value of an imported trial is nan: it must be a finite number"):
-        ledger.import_trials(storage, study, _results(0.8, math.nan))
-    assert ledger.counts(storage, registry.study_id(study, storage)).complete == 0
+        ledger.import_trials(storage, ledger.find(storage, study), _results(0.8, math.nan))
+    assert ledger.counts(storage, registry.find(study, storage).id).complete == 0
 
 
 # --- the budget -------------------------------------------------------------------------------------------
@@ -132,19 +142,19 @@ def test_an_import_of_a_score_that_is_not_finite_adds_nothing(storage: PatientSt
 
 def test_a_study_ends_with_exactly_its_budget(storage: PatientStorage, study: str, me: Owner) -> None:
     numbers = []
-    while (claim := claims.claim(storage, study, me, GRACE)) is not None:
+    while (claim := claims.claim(storage, ledger.find(storage, study), me, GRACE)) is not None:
         numbers.append(claim.number)
         _finish(storage, claim)
     assert numbers == [0, 1, 2, 3, 4]
-    study_id = registry.study_id(study, storage)
-    assert ledger.has_ended(storage, study_id)
-    assert ledger.counts(storage, study_id) == ledger.Counts(complete=5, pruned=0, failed=0, running=0, waiting=0)
+    ended = ledger.find(storage, study)
+    assert ended.has_ended
+    assert ledger.counts(storage, ended.id) == ledger.Counts(complete=5, pruned=0, failed=0, running=0, waiting=0)
 
 
 def test_running_trials_count_against_the_budget(storage: PatientStorage, study: str, me: Owner) -> None:
     running = [_claim(storage, study, me) for _ in range(5)]
-    assert claims.claim(storage, study, me, GRACE) is None
-    assert not ledger.has_ended(storage, registry.study_id(study, storage))
+    assert claims.claim(storage, ledger.find(storage, study), me, GRACE) is None
+    assert not ledger.find(storage, study).has_ended
     claims.requeue(storage, running[2], "interrupted", "told to stop")
     assert _claim(storage, study, me).number == 2
 
@@ -153,14 +163,15 @@ def test_running_trials_count_against_the_budget(storage: PatientStorage, study:
 def test_every_ending_for_good_counts(storage: PatientStorage, study: str, me: Owner, state: TrialState) -> None:
     for _ in range(5):
         claims.finish(storage, _claim(storage, study, me), state, None if state == TrialState.FAIL else 0.5, {})
-    assert claims.claim(storage, study, me, GRACE) is None
+    assert claims.claim(storage, ledger.find(storage, study), me, GRACE) is None
 
 
 def test_a_budget_grows_and_never_shrinks(storage: PatientStorage, study: str, me: Owner) -> None:
     for _ in range(5):
         _finish(storage, _claim(storage, study, me))
-    assert ledger.raise_budget(storage, study, Budget(trials=4, hours=None)) == Budget(trials=5, hours=None)
-    assert ledger.raise_budget(storage, study, Budget(trials=6, hours=None)) == Budget(trials=6, hours=None)
+    found = ledger.find(storage, study)
+    assert ledger.raise_budget(storage, found, Budget(trials=4, hours=None)) == Budget(trials=5, hours=None)
+    assert ledger.raise_budget(storage, found, Budget(trials=6, hours=None)) == Budget(trials=6, hours=None)
     assert _claim(storage, study, me).number == 5
 
 
@@ -168,27 +179,28 @@ def test_a_study_is_counted_as_of_one_moment(storage: PatientStorage, study: str
     """Nobody who looks without the lock may meet a trial between two states: he would think that all have ended."""
     _claim(storage, study, me)
     statements: list[str] = []
-    with storage.engine.connect() as connection:
-        sqlalchemy.event.listen(connection, "before_cursor_execute", lambda *told: statements.append(told[2]))
-        assert ledger.finished_and_running(connection, registry.study_id(study, storage)) == (0, 1)
-    assert len(statements) == 1
+    sqlalchemy.event.listen(storage.engine, "before_cursor_execute", lambda *event: statements.append(event[2]))
+    (seen,) = ledger.studies(storage)
+    assert (seen.finished, seen.running, seen.waiting) == (0, 1, 0)
+    assert len([text for text in statements if text.startswith("SELECT") and "FROM trials" in text]) == 1
 
 
 def test_no_trial_starts_after_the_study_s_hours(storage: PatientStorage, study: str, me: Owner) -> None:
-    ledger.raise_budget(storage, study, Budget(trials=5, hours=1e-7))
+    ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=5, hours=1e-7))
     first = _claim(storage, study, me)  # the hours begin with the first trial
     time.sleep(0.01)
-    study_id = registry.study_id(study, storage)
-    assert claims.claim(storage, study, me, GRACE) is None
-    assert not ledger.has_ended(storage, study_id), "its running trial is let end"
+    assert claims.claim(storage, ledger.find(storage, study), me, GRACE) is None
+    assert not ledger.find(storage, study).has_ended, "its running trial may end"
     _finish(storage, first)
-    assert ledger.has_ended(storage, study_id)
+    assert ledger.find(storage, study).has_ended
 
 
 def test_a_study_that_was_never_made_whole_gives_no_trial(storage: PatientStorage, me: Owner) -> None:
-    optuna.create_study(study_name="half", storage=storage)
+    half = optuna.create_study(study_name="half", storage=storage, direction="maximize")
+    half.set_user_attr("trialyard:definition", parse(OTHER).to_json())
     with pytest.raises(StorageError, match="has no budget: run `trialyard create`"):
-        claims.claim(storage, "half", me, GRACE)
+        ledger.find(storage, "half")
+    assert ledger.studies(storage) == []
 
 
 # --- ownership --------------------------------------------------------------------------------------------
@@ -219,10 +231,11 @@ def test_a_trial_of_an_ended_process_is_claimed_again_at_once(
     lost = _claim(storage, study, dead)
     again = _claim(storage, study, me)
     assert (again.trial_id, again.attempt) == (lost.trial_id, 2)
-    first, second = storage.get_trial(again.trial_id).user_attrs["attempts"]
-    assert first["outcome"] == "lost"
-    assert f"process {dead.pid}" in first["why"]
-    assert "outcome" not in second
+    first, second = attempts_at(storage, again.trial_id)
+    assert (first.outcome, first.owner) == ("lost", dead)
+    assert f"process {dead.pid}" in str(first.reason)
+    assert first.ended is not None
+    assert (second.outcome, second.ended, second.owner) == (None, None, me)
 
 
 def test_a_process_id_that_is_used_again_is_another_process(storage: PatientStorage, study: str, me: Owner) -> None:
@@ -243,10 +256,10 @@ def test_a_clock_that_is_set_ends_no_worker(me: Owner, monkeypatch: pytest.Monke
 def test_a_silent_trial_of_another_machine_is_claimed_after_the_grace(
     storage: PatientStorage, study: str, me: Owner, elsewhere: Owner
 ) -> None:
-    lost = _claim(storage, study, elsewhere)
+    lost = _claim(storage, study, elsewhere, beat_seconds=0.1)
     assert _claim(storage, study, me).number == 1, "it was silent for less than the grace"
-    time.sleep(1.1)  # the database's clock has seconds
-    again = claims.claim(storage, study, me, grace_seconds=0.0)
+    time.sleep(0.4)
+    again = claims.claim(storage, ledger.find(storage, study), me, grace_seconds=0.0)
     assert again is not None
     assert again.trial_id == lost.trial_id
 
@@ -254,10 +267,10 @@ def test_a_silent_trial_of_another_machine_is_claimed_after_the_grace(
 def test_a_beat_keeps_a_trial_of_another_machine(
     storage: PatientStorage, study: str, me: Owner, elsewhere: Owner
 ) -> None:
-    held = _claim(storage, study, elsewhere)
+    held = _claim(storage, study, elsewhere, beat_seconds=0.1)
     time.sleep(2.1)
-    claims.beat(storage, held)
-    again = claims.claim(storage, study, me, grace_seconds=1.9)
+    assert _beat(storage, held) == "open"
+    again = claims.claim(storage, ledger.find(storage, study), me, grace_seconds=1.9)
     assert again is not None
     assert again.trial_id != held.trial_id
 
@@ -266,16 +279,17 @@ def test_a_worker_that_slept_drops_its_result(storage: PatientStorage, study: st
     slept = _claim(storage, study, dead)
     again = _claim(storage, study, me)
     for late in (
-        lambda: claims.beat(storage, slept),
-        lambda: claims.report(storage, slept, 1, 0.9),
+        lambda: claims.record_epochs(storage, slept, {1: 0.9}),
+        lambda: claims.begin(storage, slept, {"dropout": (FloatDistribution(0.0, 0.7), 0.5)}),
         lambda: claims.finish(storage, slept, TrialState.COMPLETE, 0.9, {"parameters": 1}),
         lambda: claims.requeue(storage, slept, "interrupted", "too late"),
     ):
         with pytest.raises(ClaimLost, match="its result is dropped"):
             late()
+    assert _beat(storage, slept) is None
     trial = storage.get_trial(again.trial_id)
     assert trial.state == TrialState.RUNNING
-    assert trial.intermediate_values == {}
+    assert (trial.intermediate_values, trial.params) == ({}, {})
     assert "parameters" not in trial.user_attrs
     _finish(storage, again, 0.4)
     assert storage.get_trial(again.trial_id).values == [0.4]
@@ -305,7 +319,7 @@ def test_a_requeued_trial_keeps_its_row_hyperparameters_and_values(
 ) -> None:
     first = _claim(storage, study, me)
     drawn = optuna.Trial(registry.open(study, storage), first.trial_id).suggest_float("dropout", 0.0, 0.7)
-    claims.report(storage, first, 1, 0.3)
+    claims.record_epochs(storage, first, {1: 0.3})
     claims.requeue(storage, first, "interrupted", "told to stop")
     second = _claim(storage, study, me)
     assert second.trial_id == first.trial_id
@@ -327,7 +341,7 @@ def test_a_trial_that_keeps_crashing_fails_for_good_and_says_why(
         "kind": "crashed",
         "message": f"the trainer ended by signal SIGKILL; tried {RETRIES + 1} times without getting further",
     }
-    assert [attempt["outcome"] for attempt in trial.user_attrs["attempts"]] == ["crashed"] * (RETRIES + 1)
+    assert [attempt.outcome for attempt in attempts_at(storage, claim.trial_id)] == ["crashed"] * (RETRIES + 1)
     assert _claim(storage, study, me).number == 1, "the study goes on"
 
 
@@ -336,7 +350,7 @@ def test_a_trial_that_gets_further_each_time_is_tried_again_and_again(
 ) -> None:
     for epoch in range(1, 2 * RETRIES + 1):
         claim = _claim(storage, study, me)
-        claims.report(storage, claim, epoch, 0.5)
+        claims.record_epochs(storage, claim, {epoch: 0.5})
         claims.requeue(storage, claim, "crashed", "the machine was taken away")
     for attempt in range(RETRIES):
         assert storage.get_trial(claim.trial_id).state == TrialState.WAITING, attempt
@@ -345,7 +359,8 @@ def test_a_trial_that_gets_further_each_time_is_tried_again_and_again(
     trial = storage.get_trial(claim.trial_id)
     assert trial.state == TrialState.FAIL
     assert trial.user_attrs["failure"]["message"].endswith(f"tried {RETRIES + 1} times without getting further")
-    assert [attempt["epoch"] for attempt in trial.user_attrs["attempts"]] == [1, 2, 3, 4, 5, 6, 6, 6, 6]
+    epochs = [attempt.epoch for attempt in attempts_at(storage, claim.trial_id)]
+    assert epochs == [1, 2, 3, 4, 5, 6, 0, 0, 0], "each attempt has its own last epoch"
 
 
 def test_interruptions_are_not_held_against_a_trial(storage: PatientStorage, study: str, me: Owner) -> None:
@@ -373,32 +388,37 @@ def test_a_heartbeat_survives_beats_that_fail(
     results: list[str] = []
     real = claims.beat
 
-    def beat(storage: PatientStorage, claim: Claim) -> ledger.State:
+    def beat(storage: PatientStorage, slots: Any, held: list[Claim]) -> Any:
         results.append("tried")
         if len(results) <= 2:
             raise StorageError("the database is away")
-        wanted = real(storage, claim)
+        states = real(storage, slots, held)
         results.append("beaten")
-        return wanted
+        return states
 
     monkeypatch.setattr(claims, "beat", beat)
-    with caplog.at_level(logging.WARNING), Beating(storage, claim, 0.02) as beating:
+    heartbeat = Heartbeat(storage, 0.02, [Slot(device=cpu())])
+    with caplog.at_level(logging.WARNING), heartbeat.of(claim) as pulse, heartbeat:
         deadline = time.monotonic() + 30
         while "beaten" not in results and time.monotonic() < deadline:
             time.sleep(0.02)
     assert results[:4] == ["tried", "tried", "tried", "beaten"]
-    assert not beating.lost
-    assert caplog.text.count("to be tried again: the database is away") == 2
+    assert not pulse.lost
+    assert caplog.text.count("a heartbeat failed, and is sent again in 0 s: the database is away") == 2
+    assert transactions.read(storage, slots.present) == [], "a worker that leaves takes its slots off the list"
 
 
 def test_a_heartbeat_notices_a_lost_claim(storage: PatientStorage, study: str, me: Owner, dead: Owner) -> None:
     slept = _claim(storage, study, dead)
     _claim(storage, study, me)
-    with Beating(storage, slept, 0.02) as beating:
+    held = _claim(storage, study, me)
+    heartbeat = Heartbeat(storage, 0.02, [])
+    with heartbeat.of(slept) as pulse, heartbeat.of(held) as other, heartbeat:
         deadline = time.monotonic() + 30
-        while not beating.lost and time.monotonic() < deadline:
+        while not pulse.lost and time.monotonic() < deadline:
             time.sleep(0.02)
-    assert beating.lost
+    assert pulse.lost
+    assert not other.lost
 
 
 # --- many processes ---------------------------------------------------------------------------------------
@@ -409,14 +429,13 @@ def _work(url: str, study: str, seed: int, go: Event) -> None:
     storage = database.connect(url)
     me = owners.this_slot(f"cpu:{seed}")
     dice = random.Random(seed)
-    study_id = storage.get_study_id_from_name(study)
     go.wait()
-    while not ledger.has_ended(storage, study_id):
-        claim = claims.claim(storage, study, me, GRACE)
+    while not ledger.find(storage, study).has_ended:
+        claim = claims.claim(storage, ledger.find(storage, study), me, GRACE)
         if claim is None:
             time.sleep(0.01)
             continue
-        claims.report(storage, claim, 1, dice.random())
+        claims.record_epochs(storage, claim, {1: dice.random()})
         time.sleep(dice.random() * 0.02)
         ending = dice.randrange(4)
         if ending == 0:
@@ -433,7 +452,7 @@ def test_many_processes_some_of_them_killed_spend_exactly_the_budget(
     wanted = trivial.model_copy(update={"budget": trivial.budget.model_copy(update={"trials": 60})})
     registry.create(wanted, storage, {"fingerprint": "0" * 16})
     url = storage.url
-    study_id = registry.study_id(wanted.name, storage)
+    study_id = registry.find(wanted.name, storage).id
     context = multiprocessing.get_context("spawn")
     go = context.Event()
     dice = random.Random(1)
@@ -470,15 +489,15 @@ def test_many_processes_some_of_them_killed_spend_exactly_the_budget(
     trials = storage.get_all_trials(study_id)
     assert [trial.number for trial in trials] == list(range(60))
     for trial in trials:
-        *earlier, last = trial.user_attrs["attempts"]
-        assert last["outcome"] == "finished" or trial.user_attrs["failure"]["kind"] == "lost"
-        assert {attempt["outcome"] for attempt in earlier} <= {"interrupted", "lost"}
+        *earlier, last = attempts_at(storage, trial._trial_id)
+        assert last.outcome == "finished" or trial.user_attrs["failure"]["kind"] == "lost"
+        assert {attempt.outcome for attempt in earlier} <= {"interrupted", "lost"}
 
 
 CRASH = """
 import os, sys
 import sqlalchemy
-from storage import claims, database, owners
+from storage import claims, database, ledger, owners
 
 url, study, statement = sys.argv[1], sys.argv[2], int(sys.argv[3])
 storage = database.connect(url)
@@ -497,13 +516,13 @@ def committing(connection):
 
 sqlalchemy.event.listen(storage.engine, "before_cursor_execute", counted)
 sqlalchemy.event.listen(storage.engine, "commit", committing)
-claims.claim(storage, study, owners.this_slot("cpu:0"), 60.0)
+claims.claim(storage, ledger.find(storage, study), owners.this_slot("cpu:0"), 60.0)
 print(changes)
 os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.parametrize("statement", [0, 1, 2, 3, 99, 100])
+@pytest.mark.parametrize("statement", [0, 1, 99, 100])
 def test_a_crash_at_any_line_of_a_claim_strands_nothing(
     storage: PatientStorage, study: str, me: Owner, statement: int
 ) -> None:
@@ -515,11 +534,11 @@ def test_a_crash_at_any_line_of_a_claim_strands_nothing(
         assert result.stdout == "", "a claim has fewer changes than this: all are tested"
     assert ledger.check(storage) == []
     numbers = []
-    while (claim := claims.claim(storage, study, me, GRACE)) is not None:
+    while (claim := claims.claim(storage, ledger.find(storage, study), me, GRACE)) is not None:
         numbers.append(claim.number)
         _finish(storage, claim)
     assert numbers == [0, 1, 2, 3, 4]
-    assert ledger.counts(storage, registry.study_id(study, storage)).finished == 5
+    assert ledger.counts(storage, registry.find(study, storage).id).finished == 5
 
 
 # --- what is wanted of a study ----------------------------------------------------------------------------
@@ -527,13 +546,13 @@ def test_a_crash_at_any_line_of_a_claim_strands_nothing(
 
 def test_a_paused_study_gives_no_trial_and_tells_those_that_run(storage: PatientStorage, study: str, me: Owner) -> None:
     claim = _claim(storage, study, me)
-    assert claims.beat(storage, claim) == "open"
+    assert _beat(storage, claim) == "open"
     registry.pause(study, storage)
-    assert claims.beat(storage, claim) == "paused"
-    assert claims.report(storage, claim, 1, 0.5) == "paused"
+    assert _beat(storage, claim) == "paused"
+    assert claims.record_epochs(storage, claim, {1: 0.5}) == "paused"
     claims.requeue(storage, claim, "interrupted", "the study was paused")
-    assert claims.claim(storage, study, me, GRACE) is None
-    assert not ledger.has_ended(storage, claim.study_id)
+    assert claims.claim(storage, ledger.find(storage, study), me, GRACE) is None
+    assert not ledger.find(storage, study).has_ended
     registry.resume(study, storage)
     assert _claim(storage, study, me).number == 0
 
@@ -542,22 +561,23 @@ def test_a_stopped_study_has_ended_once_nothing_runs(storage: PatientStorage, st
     _finish(storage, _claim(storage, study, me))
     claim = _claim(storage, study, me)
     registry.stop(study, storage)
-    assert not ledger.has_ended(storage, claim.study_id)
+    assert not ledger.find(storage, study).has_ended
     claims.requeue(storage, claim, "interrupted", "the study was stopped")
-    assert ledger.has_ended(storage, claim.study_id)
-    assert claims.claim(storage, study, me, GRACE) is None
+    assert ledger.find(storage, study).has_ended
+    assert claims.claim(storage, ledger.find(storage, study), me, GRACE) is None
 
 
 def test_what_a_checkpoint_has_and_the_database_lacks_is_written_at_once(
     storage: PatientStorage, study: str, me: Owner
 ) -> None:
     claim = _claim(storage, study, me)
-    claims.report(storage, claim, 1, 0.1)
-    claims.report(storage, claim, 4, 0.9)  # of an attempt that got further than its checkpoint
-    claims.resume(storage, claim, {1: 0.1, 2: 0.2, 3: 0.3}, 3)
+    claims.record_epochs(storage, claim, {1: 0.1})
+    claims.record_epochs(storage, claim, {4: 0.9})  # of an attempt that got further than its checkpoint
+    claims.record_epochs(storage, claim, {1: 0.1, 2: 0.2, 3: 0.3}, resumed_after=3)
     trial = storage.get_trial(claim.trial_id)
     assert trial.intermediate_values == {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.9}
-    assert trial.user_attrs["attempts"][-1]["resumed_after"] == 3
+    (attempt,) = attempts_at(storage, claim.trial_id)
+    assert (attempt.resumed_after, attempt.epoch) == (3, 3)
 
 
 def test_a_finish_that_came_through_unheard_is_done_once(storage: PatientStorage, study: str, me: Owner) -> None:
@@ -582,54 +602,54 @@ def test_a_trial_s_files_are_optuna_s_artifacts_while_they_are_there(
 ) -> None:
     claim = _claim(storage, study, dead)
     storage.set_trial_system_attr(claim.trial_id, "artifacts:own", json.dumps(OWN_ARTIFACT))
-    claims.report(storage, claim, 1, 0.5, [CHECKPOINT])
+    claims.record_epochs(storage, claim, {1: 0.5}, [CHECKPOINT])
     assert _offered(storage, claim) == [CHECKPOINT, "own.txt"]
-    claims.report(storage, claim, 2, 0.6)
+    claims.record_epochs(storage, claim, {2: 0.6})
     claim = _claim(storage, study, me)  # after the death
     assert (claim.number, claim.attempt) == (0, 2)
     assert _offered(storage, claim) == [CHECKPOINT, "own.txt"]
     claims.requeue(storage, claim, "interrupted", "", [CHECKPOINT, HISTORY])
     assert _offered(storage, claim) == [CHECKPOINT, HISTORY, "own.txt"]
     claim = _claim(storage, study, me)
-    claims.resume(storage, claim, {1: 0.5}, 1, [CHECKPOINT])
+    claims.record_epochs(storage, claim, {1: 0.5}, [CHECKPOINT], resumed_after=1)
     claims.finish(storage, claim, TrialState.COMPLETE, 0.7, {}, [MODEL, HISTORY])
     assert _offered(storage, claim) == [HISTORY, MODEL, "own.txt"]
     other = _claim(storage, study, me)
-    claims.report(storage, other, 1, 0.5, [CHECKPOINT])
+    claims.record_epochs(storage, other, {1: 0.5}, [CHECKPOINT])
     claims.finish(storage, other, TrialState.FAIL, None, {})
     assert _offered(storage, other) == []
 
 
-def test_all_studies_are_seen_in_one_query(storage: PatientStorage, study: str, me: Owner) -> None:
+def test_all_studies_are_seen_in_two_statements(storage: PatientStorage, study: str, me: Owner) -> None:
     optuna.create_study(storage=storage, study_name="somebody's own")
     registry.create(parse(OTHER), storage, {"fingerprint": "1" * 16})
-    ledger.set_state(storage, "other", "paused")
+    ledger.set_state(storage, ledger.find(storage, "other"), "paused")
     texts: list[str] = []
     sqlalchemy.event.listen(storage.engine, "before_cursor_execute", lambda *told: texts.append(told[2]))
     first, second = ledger.studies(storage)
-    assert len([text for text in texts if text.startswith("SELECT")]) == 1
+    assert len([text for text in texts if text.startswith("SELECT")]) == 2
     assert (first.name, first.budget.trials, first.state) == (study, 5, "open")
     assert (second.name, second.budget.trials, second.state) == ("other", 2, "paused")
-    for entry in (first, second):
-        assert entry.id == registry.study_id(entry.name, storage)
-        assert entry.incarnation == ledger.incarnation(storage, entry.id)
-    ledger.raise_budget(storage, study, Budget(trials=6, hours=None))
+    assert [first, second] == [ledger.find(storage, name) for name in (study, "other")]
+    assert first.incarnation != second.incarnation
+    ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=6, hours=None))
     assert ledger.studies(storage)[0] != first
 
 
 def test_workers_are_listed_with_what_they_do_until_they_leave(
-    storage: PatientStorage, me: Owner, dead: Owner, elsewhere: Owner
+    storage: PatientStorage, study: str, me: Owner, dead: Owner, elsewhere: Owner
 ) -> None:
-    doing = {me: SlotActivity(study="small", trial=3, epoch=2)}
-    slots = {me: "Some Processor", dead: "Some Processor", elsewhere: "Some GPU"}
+    _finish(storage, _claim(storage, study, me))
+    claim = _claim(storage, study, me)
+    claims.record_epochs(storage, claim, {1: 0.5, 2: 0.6})
     for _ in range(2):
-        database.write(storage, None, lambda connection: owners.beat(connection, slots, doing))
-    there, mine = sorted(database.read(storage, owners.present), key=lambda one: one.study or "")
-    assert (mine.slot, mine.device, mine.study, mine.trial, mine.epoch) == ("cpu:0", "Some Processor", "small", 3, 2)
-    assert (there.host, there.study) == ("another", None)
+        claims.beat(storage, {me: "Some Processor", dead: "Some Processor", elsewhere: "Some GPU"}, [])
+    there, mine = sorted(transactions.read(storage, slots.present), key=lambda slot: slot.study or "")
+    assert (mine.slot, mine.device, mine.study, mine.trial, mine.epoch) == ("cpu:0", "Some Processor", study, 1, 2)
+    assert (there.host, there.study, there.trial, there.epoch) == ("another", None, None, None)
     assert 0 <= mine.silent_seconds < GRACE
-    database.write(storage, None, lambda connection: owners.leave(connection, [me, elsewhere]))
-    assert database.read(storage, owners.present) == []
+    transactions.write(storage, None, lambda connection: slots.leave(connection, [me, elsewhere]))
+    assert transactions.read(storage, slots.present) == []
 
 
 # --- imported trials --------------------------------------------------------------------------------------
@@ -642,31 +662,32 @@ def _results(*values: float) -> list[Imported]:
 
 def test_imported_trials_stand_beside_the_budget(storage: PatientStorage, study: str, me: Owner) -> None:
     running = _claim(storage, study, me)
-    assert ledger.import_trials(storage, study, _results(0.8, 0.9)) == 2
-    assert ledger.budget(storage, running.study_id) == Budget(trials=5, hours=None, imported=2)
+    assert ledger.import_trials(storage, ledger.find(storage, study), _results(0.8, 0.9)) == 2
+    assert ledger.find(storage, study).budget == Budget(trials=5, hours=None, imported=2)
     _finish(storage, running)
     numbers = []
-    while (claim := claims.claim(storage, study, me, GRACE)) is not None:
+    while (claim := claims.claim(storage, ledger.find(storage, study), me, GRACE)) is not None:
         numbers.append(claim.number)
         _finish(storage, claim)
     assert numbers == [3, 4, 5, 6]
-    assert ledger.has_ended(storage, running.study_id)
+    assert ledger.find(storage, study).has_ended
     assert ledger.counts(storage, running.study_id).complete == 7
     assert ledger.check(storage) == []
-    ledger.raise_budget(storage, study, Budget(trials=6, hours=None))
-    assert ledger.budget(storage, running.study_id) == Budget(trials=6, hours=None, imported=2)
-    assert ledger.raise_budget(storage, study, Budget(trials=4, hours=None)) == Budget(trials=6, hours=None, imported=2)
+    ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=6, hours=None))
+    assert ledger.find(storage, study).budget == Budget(trials=6, hours=None, imported=2)
+    smaller = ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=4, hours=None))
+    assert smaller == Budget(trials=6, hours=None, imported=2)
 
 
 def test_an_import_whose_answer_was_lost_is_not_done_twice(storage: PatientStorage, study: str) -> None:
-    assert ledger.import_trials(storage, study, _results(0.8, 0.8, 0.9)) == 3
-    assert ledger.import_trials(storage, study, _results(0.8, 0.8, 0.9)) == 0
-    assert ledger.counts(storage, registry.study_id(study, storage)).complete == 3
+    assert ledger.import_trials(storage, ledger.find(storage, study), _results(0.8, 0.8, 0.9)) == 3
+    assert ledger.import_trials(storage, ledger.find(storage, study), _results(0.8, 0.8, 0.9)) == 0
+    assert ledger.counts(storage, registry.find(study, storage).id).complete == 3
     assert ledger.check(storage) == []
 
 
 def test_optuna_reads_imported_trials_as_its_own(storage: PatientStorage, study: str) -> None:
-    ledger.import_trials(storage, study, _results(0.8))
+    ledger.import_trials(storage, ledger.find(storage, study), _results(0.8))
     (trial,) = optuna.load_study(study_name=study, storage=storage).trials
     assert (trial.number, trial.state, trial.values) == (0, TrialState.COMPLETE, [0.8])
     assert trial.params == {"dropout": 0.1}
@@ -676,22 +697,18 @@ def test_optuna_reads_imported_trials_as_its_own(storage: PatientStorage, study:
 
 
 def test_hours_are_counted_from_the_first_trial_that_ran_here(storage: PatientStorage, study: str, me: Owner) -> None:
-    ledger.import_trials(storage, study, _results(0.8))
-    ledger.raise_budget(storage, study, Budget(trials=5, hours=1.0))
-    study_id = registry.study_id(study, storage)
+    ledger.import_trials(storage, ledger.find(storage, study), _results(0.8))
+    ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=5, hours=1.0))
     _finish(storage, _claim(storage, study, me))
-    assert not ledger.has_ended(storage, study_id)
+    assert not ledger.find(storage, study).has_ended
     with storage.engine.begin() as connection:
-        connection.exec_driver_sql(
-            'UPDATE trial_user_attributes SET value_json = replace(value_json, \'"began": "20\', \'"began": "19\') '
-            "WHERE key = 'attempts'"
-        )
-    assert ledger.has_ended(storage, study_id)
-    assert claims.claim(storage, study, me, GRACE) is None
+        connection.execute(attempts.table.update().values(began=datetime(2020, 1, 1)))
+    assert ledger.find(storage, study).has_ended
+    assert claims.claim(storage, ledger.find(storage, study), me, GRACE) is None
 
 
 def test_a_budget_that_forgot_an_import_is_noticed(storage: PatientStorage, study: str) -> None:
-    ledger.import_trials(storage, study, _results(0.8))
+    ledger.import_trials(storage, ledger.find(storage, study), _results(0.8))
     with storage.engine.begin() as connection:
         connection.exec_driver_sql(
             'UPDATE study_user_attributes SET value_json = \'{"trials": 5, "hours": null}\' '

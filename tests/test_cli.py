@@ -15,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 import search.cli
-from storage import claims, database, owners
+from storage import claims, database, ledger, owners
 from studies import registry
 
 Result = tuple[int, str, str]
@@ -195,12 +195,13 @@ def test_an_older_database_says_what_to_run(home: Path, trialyard: Call) -> None
     trialyard("create", "digits")
     with registry.storage_of(f"sqlite:///{home}/yard/studies.db").engine.begin() as connection:
         connection.exec_driver_sql("UPDATE study_user_attributes SET key = replace(key, 'trialyard:', '')")
+    registry._connected.cache_clear()  # each command is a process of its own
     for arguments in (["status"], ["work"], ["create", "digits"], ["run", "digits"], ["storage", "check"]):
         code, out, err = trialyard(*arguments)
         assert (code, out) == (1, "")
         assert err.endswith("has studies of an older Trialyard (digits): run `trialyard storage upgrade`\n")
         assert len(err.splitlines()) == 1
-    assert "study digits: its attributes have the prefix trialyard: now\n" in trialyard("storage", "upgrade")[1]
+    assert "study digits: brought over from an older Trialyard\n" in trialyard("storage", "upgrade")[1]
     assert trialyard("status")[1].startswith("digits: ")
     # Its trials are scored as before; the definition of today would score them otherwise.
     code, _, err = trialyard("create", "digits")
@@ -246,7 +247,7 @@ def test_every_ready_definition_is_listed_and_right(trialyard: Call) -> None:
 def test_create_says_what_is_next_and_does_nothing_twice(trialyard: Call) -> None:
     assert trialyard("create", "digits")[:2] == (0, "study digits: 12 trials; `trialyard work digits` runs them\n")
     code, out, _ = trialyard("create", "digits")
-    assert (code, out) == (0, "study digits stands already, and nothing was changed\n")
+    assert (code, out) == (0, "study digits exists already, and nothing was changed\n")
 
 
 def test_options_replace_what_the_definition_says(home: Path, trialyard: Call) -> None:
@@ -269,7 +270,7 @@ def finished(home: Path, trialyard: Call) -> None:
     trialyard("create", "digits", "--trials", "4")
     storage = database.connect(f"sqlite:///{home}/yard/studies.db")
     for value in (0.7, None, 0.9):
-        claim = claims.claim(storage, "digits", owners.this_slot("cpu:0"), 60.0)
+        claim = claims.claim(storage, ledger.find(storage, "digits"), owners.this_slot("cpu:0"), 60.0)
         assert claim is not None
         opened = registry.open("digits", storage)
         assert len(opened.trials) > claim.number  # Optuna's cache must have seen it
@@ -302,7 +303,7 @@ def test_status_tells_counts_best_and_why_trials_failed(trialyard: Call) -> None
 @pytest.mark.usefixtures("finished")
 def test_status_tells_who_runs_what(home: Path, trialyard: Call) -> None:
     storage = database.connect(f"sqlite:///{home}/yard/studies.db")
-    claims.claim(storage, "digits", owners.this_slot("cpu:0"), 60.0)
+    claims.claim(storage, ledger.find(storage, "digits"), owners.this_slot("cpu:0"), 60.0)
     assert "  trial 3 on cpu:0 of " in trialyard("status", "digits")[1]
     (one,) = json.loads(trialyard("status", "digits", "--json")[1])["workers"]
     assert (one["number"], one["slot"], one["attempt"]) == (3, "cpu:0", 1)
@@ -362,17 +363,17 @@ def test_ctrl_c_outside_of_work_exits_with_130(home: Path) -> None:
 def test_alive_tells_a_worker_that_has_fallen_silent(home: Path, trialyard: Call) -> None:
     storage = database.create(f"sqlite:///{home}/yard/studies.db")
     me = owners.this_slot("cpu:0")
-    database.write(storage, None, lambda connection: owners.beat(connection, {me: "a processor"}, {}))
+    claims.beat(storage, {me: "a processor"}, [])
     code, out, err = trialyard("alive")
     assert (code, err) == (0, "")
     assert out.startswith("a worker of this machine gave its last sign ")
     with storage.engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE trialyard_workers SET beaten = datetime(beaten, '-200 seconds')")
+        connection.exec_driver_sql("UPDATE trialyard_workers SET beat = datetime(beat, '-200 seconds')")
     code, out, err = trialyard("alive")
     assert (code, out) == (1, "")
     assert "old, more than TRIALYARD_GRACE_SECONDS = 120: " in err
     with storage.engine.begin() as connection:  # another machine's is no sign of life of this one's
-        connection.exec_driver_sql("UPDATE trialyard_workers SET machine = 'another', beaten = datetime('now')")
+        connection.exec_driver_sql("UPDATE trialyard_workers SET machine = 'another', beat = datetime('now')")
     assert "there is no worker on this machine" in trialyard("alive")[2]
     storage.engine.dispose()
 
@@ -385,7 +386,7 @@ def test_import_takes_a_file_whole_or_not_at_all(home: Path, trialyard: Call) ->
     (home / "good.csv").write_text("depth,dropout,accuracy\n3,0.1,0.9\n5,0.2,0.95\n", encoding="utf-8")
     (home / "bad.csv").write_text("depth,dropout,accuracy\n3,0.3,0.9\n4,0.2,0.95\n", encoding="utf-8")
     assert trialyard("import", "digits", "good.csv") == (0, "study digits: 2 trials were imported\n", "")
-    again = "study digits: 0 trials were imported; all were there already\n"
+    again = "study digits: 0 trials were imported; all of them existed already\n"
     assert trialyard("import", "digits", "good.csv") == (0, again, "")
     before = _dump(home)
     code, out, err = trialyard("import", "digits", "bad.csv")
@@ -401,7 +402,7 @@ def test_import_notebook_makes_its_study_once(home: Path, trialyard: Call) -> No
     code, out, _ = trialyard("import", "notebook")
     assert (code, out.startswith("study notebook has the notebook's 21 results")) == (0, True)
     before = _dump(home)
-    assert "stands already, and nothing was added" in trialyard("import", "notebook")[1]
+    assert "exists already, and nothing was added" in trialyard("import", "notebook")[1]
     assert _dump(home) == before
     assert len(json.loads(trialyard("leaderboard", "notebook", "--json")[1])) == 21
 
@@ -431,7 +432,7 @@ def test_report_writes_the_form_that_is_asked_for(home: Path, trialyard: Call) -
 @pytest.mark.usefixtures("finished")
 def test_a_model_that_is_elsewhere_is_told(home: Path, trialyard: Call) -> None:
     storage = database.connect(f"sqlite:///{home}/yard/studies.db")
-    claim = claims.claim(storage, "digits", owners.this_slot("cpu:0"), 60.0)
+    claim = claims.claim(storage, ledger.find(storage, "digits"), owners.this_slot("cpu:0"), 60.0)
     assert claim is not None
     claims.finish(storage, claim, TrialState.COMPLETE, 0.95, {"model": "digits/3/model.keras"})
     path = home / "yard" / "artifacts" / "digits" / "3" / "model.keras"

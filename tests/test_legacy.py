@@ -2,21 +2,23 @@
 
 import math
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import optuna
 import pytest
 import sqlalchemy
+from conftest import attempts_at
 from optuna.trial import TrialState
 
-from storage import attributes, claims, database, ledger, legacy
-from storage.database import PatientStorage
+from search import checks
+from storage import attempts, attributes, claims, database, ledger, legacy
 from storage.errors import StorageError
 from storage.owners import Owner
-from storage.tables import TrialValueModel
+from storage.tables import TrialHeartbeatModel, TrialValueModel, set_trial_attributes, update_trial, value_row
+from storage.transactions import PatientStorage
 from studies import registry, results
 from studies.definition import Definition
-from studies.errors import StudyError
 
 DATA = {"fingerprint": "0" * 16, "train": 100, "validation": 10}
 
@@ -34,7 +36,7 @@ def scores(storage: PatientStorage, trivial: Definition, me: Owner) -> str:
     """A study whose complete trials have the scores 0.5, NaN, infinity, 0.7 and minus infinity."""
     registry.create(trivial, storage, DATA)
     for value in (0.5, math.nan, math.inf, 0.7, -math.inf):
-        claim = claims.claim(storage, trivial.name, me, 60.0)
+        claim = claims.claim(storage, ledger.find(storage, trivial.name), me, 60.0)
         assert claim is not None
         claims.finish(storage, claim, TrialState.COMPLETE, 0.0, {})
         number, kind = TrialValueModel.value_to_stored_repr(value)  # as the older version did
@@ -73,7 +75,7 @@ def test_check_finds_scores_that_are_not_finite_and_upgrade_repairs_them(
     _, repaired = database.upgrade(either_url)
     assert repaired == [f"study {scores}: trials 1, 2, 4 are marked as failed now, without a finite score"]
     assert ledger.check(storage) == []
-    counts = ledger.counts(storage, registry.study_id(scores, storage))
+    counts = ledger.counts(storage, registry.find(scores, storage).id)
     assert counts == ledger.Counts(complete=2, pruned=0, failed=3, running=0, waiting=0)
     study = registry.open(scores, storage)
     assert [trial.values for trial in study.trials] == [[0.5], None, None, [0.7], None]
@@ -104,14 +106,33 @@ def _make_old(storage: PatientStorage, name: str) -> None:
 def old(storage: PatientStorage, trivial: Definition, me: Owner) -> str:
     """A study with every attribute and one trial, as the older version left it."""
     registry.create(trivial, storage, DATA)
-    registry.check_software(trivial.name, storage, {"keras": "3.15"})
+    registry.check_software(registry.find(trivial.name, storage), storage, {"trialyard": "0.1", "keras": "3.15"})
     registry.pause(trivial.name, storage)
     registry.resume(trivial.name, storage)
-    claim = claims.claim(storage, trivial.name, me, 60.0)
+    claim = claims.claim(storage, ledger.find(storage, trivial.name), me, 60.0)
     assert claim is not None
     claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})
     _make_old(storage, trivial.name)
     return trivial.name
+
+
+OLD_ATTEMPT = {
+    "machine": "a/b",
+    "host": "there",
+    "pid": 7,
+    "born": 12.5,
+    "slot": "cpu:0",
+    "began": "2026-01-02T03:04:05+00:00",
+}
+
+
+def _with_old_attempts(storage: PatientStorage, trial_id: int, attempts_json: list[dict[str, Any]]) -> None:
+    """Puts a trial's attempts where older versions had them."""
+    with storage.engine.begin() as connection:
+        connection.execute(attempts.table.delete().where(attempts.table.c.trial_id == trial_id))
+        set_trial_attributes(connection, trial_id, {"attempts": attempts_json})
+        beat = datetime(2026, 1, 2, 4, 0, 0)
+        connection.execute(sqlalchemy.insert(TrialHeartbeatModel).values(trial_id=trial_id, heartbeat=beat))
 
 
 def test_a_database_of_older_studies_alone_says_what_to_run(storage: PatientStorage, old: str, either_url: str) -> None:
@@ -124,16 +145,21 @@ def test_upgrade_gives_the_attributes_of_older_studies_their_prefix(
     storage: PatientStorage, old: str, either_url: str, trivial: Definition, me: Owner
 ) -> None:
     assert registry.names(storage) == []
-    before = storage.get_study_user_attrs(registry.study_id(old, storage))
+    before = storage.get_study_user_attrs(storage.get_study_id_from_name(old))
     assert set(before) == {legacy.OLD_NAMES.get(name, name) for name in attributes.SHAPES}
     _, repaired = database.upgrade(either_url)
-    assert repaired == [f"study {old}: its attributes have the prefix trialyard: now"]
-    after = storage.get_study_user_attrs(registry.study_id(old, storage))
-    assert after == {f"trialyard:{legacy.NEW_NAMES.get(name, name)}": value for name, value in before.items()}
+    assert repaired == [f"study {old}: brought over from an older Trialyard"]
+    after = storage.get_study_user_attrs(registry.find(old, storage).id)
+    changed = {"founded", "software"}
+    kept = {f"trialyard:{name}": value for name, value in before.items() if name not in changed}
+    assert after.items() >= kept.items()
+    assert set(after) - set(kept) == {"trialyard:incarnation", "trialyard:software"}
+    assert after["trialyard:software"] == {"keras": "3.15", "trialyard": checks.software()["trialyard"]}
+    assert len(after["trialyard:incarnation"]) == 32
     assert registry.names(storage) == [old]
     assert ledger.check(storage) == []
-    assert not registry.create(trivial, storage, DATA)
-    assert claims.claim(storage, old, me, 60.0) is not None
+    assert not registry.create(trivial, storage, DATA).changed
+    assert claims.claim(storage, ledger.find(storage, old), me, 60.0) is not None
     assert database.upgrade(either_url)[1] == []
     database.connect(either_url).engine.dispose()
 
@@ -145,10 +171,16 @@ def test_an_older_study_goes_on_with_the_scores_that_it_began_with(
     storage: PatientStorage, trivial: Definition, either_url: str, fixed: dict[str, Any], averages: str | None
 ) -> None:
     """Its trials were scored with Keras's own averages: those to come must be, or they could not be compared."""
-    registry.create(trivial.model_copy(update={"fixed": fixed}), storage, DATA)
+    created = registry.create(trivial.model_copy(update={"fixed": fixed}), storage, DATA)
+    registry.check_software(created.study, storage, {"trialyard": "0.1"})
     _make_old(storage, trivial.name)
-    database.upgrade(either_url)
+    _, repaired = database.upgrade(either_url)
     assert registry.definition_of(trivial.name, storage).fixed.get("batch_norm_averages") == averages
+    elsewhere = [sentence for sentence in repaired if "at depth 5 the dropout is behind the pooling now" in sentence]
+    assert len(elsewhere) == (fixed == {"depth": 5})
+    assert registry.find(trivial.name, storage).software == {
+        "trialyard": "0.1" if elsewhere else checks.software()["trialyard"]
+    }
 
 
 def test_older_studies_beside_current_ones_are_named(
@@ -161,7 +193,7 @@ def test_older_studies_beside_current_ones_are_named(
     assert ledger.check(storage) == [
         f"study {old} is of an older Trialyard, and is left out: run `trialyard storage upgrade`"
     ]
-    with pytest.raises(StudyError, match="of an older Trialyard: run `trialyard storage upgrade`"):
+    with pytest.raises(StorageError, match="of an older Trialyard: run `trialyard storage upgrade`"):
         results.status(old, storage)
     with pytest.raises(StorageError, match="of an older Trialyard: run `trialyard storage upgrade`"):
         registry.create(trivial, storage, DATA)
@@ -180,3 +212,49 @@ def test_a_study_of_others_is_not_upgraded(storage: PatientStorage, study: str, 
         plain.set_user_attr(name, value)
     assert database.upgrade(either_url)[1] == []
     assert plain.user_attrs == others
+
+
+def test_attempts_of_older_versions_move_to_their_table(
+    storage: PatientStorage, study: str, either_url: str, me: Owner
+) -> None:
+    """A finished trial of two attempts, a running one, a waiting one, and one that others gave such an attribute."""
+    ids = []
+    for _ in range(3):
+        claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
+        assert claim is not None
+        claims.record_epochs(storage, claim, {1: 0.1, 2: 0.2, 3: 0.3})
+        ids.append(claim.trial_id)
+    finished, running, waiting = ids
+    registry.open(study, storage).ask().set_user_attr("attempts", 3)
+    crashed = OLD_ATTEMPT | {"ended": "2026-01-02T03:30:00+00:00", "outcome": "crashed", "why": "a signal", "epoch": 2}
+    last = OLD_ATTEMPT | {"ended": "2026-01-02T03:40:00+00:00", "outcome": "finished", "resumed_after": 2}
+    _with_old_attempts(storage, finished, [crashed, last])
+    gone = {"machine": me.machine, "pid": 99_999_999}  # this machine has no such process
+    _with_old_attempts(storage, running, [OLD_ATTEMPT | gone])
+    _with_old_attempts(storage, waiting, [crashed | {"outcome": "interrupted"}])
+    with storage.engine.begin() as connection:
+        for trial_id, state in ((finished, TrialState.COMPLETE), (waiting, TrialState.WAITING)):
+            update_trial(connection, trial_id, state=state)
+        connection.execute(sqlalchemy.insert(TrialValueModel).values(value_row(finished, 0.3)))
+    _make_old(storage, study)
+
+    database.upgrade(either_url)
+    first, second = attempts_at(storage, finished)
+    assert (first.outcome, first.reason, first.epoch, first.checkpoint) == ("crashed", "a signal", 2, None)
+    assert (second.outcome, second.resumed_after, second.epoch) == ("finished", 2, 3)
+    assert (second.owner.host, second.began, second.ended) == (
+        "there",
+        datetime(2026, 1, 2, 3, 4, 5),
+        datetime(2026, 1, 2, 3, 40),
+    )
+    (attempt,) = attempts_at(storage, running)
+    assert (attempt.ended, attempt.outcome, attempt.beat) == (None, None, datetime(2026, 1, 2, 4, 0, 0))
+    assert (attempt.epoch, attempt.checkpoint) == (3, f"{study}/1/checkpoint.npz")
+    (attempt,) = attempts_at(storage, waiting)
+    assert (attempt.outcome, attempt.checkpoint) == ("interrupted", f"{study}/2/checkpoint.npz")
+    trials = registry.open(study, storage).trials
+    assert [trial.user_attrs.get("attempts") for trial in trials] == [None, None, None, 3]
+    again = claims.claim(storage, ledger.find(storage, study), me, 60.0)
+    assert again is not None
+    assert (again.number, again.attempt) == (1, 2), "its worker is gone"
+    assert again.checkpoints == (f"{study}/1/checkpoint.npz",)

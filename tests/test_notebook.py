@@ -9,8 +9,8 @@ import pytest
 from optuna.trial import TrialState
 
 from storage import claims, ledger
-from storage.database import PatientStorage
 from storage.owners import Owner
+from storage.transactions import PatientStorage
 from studies import definition as definitions
 from studies import imported, notebook, registry, results
 from studies.errors import StudyError
@@ -49,7 +49,7 @@ def test_it_becomes_a_study_of_finished_trials_once(storage: PatientStorage) -> 
 
 def test_no_worker_ever_runs_the_notebook_s_study(storage: PatientStorage, me: Owner) -> None:
     notebook.create(storage)
-    assert claims.claim(storage, "notebook", me, 60.0) is None
+    assert claims.claim(storage, ledger.find(storage, "notebook"), me, 60.0) is None
 
 
 def test_a_creation_that_was_cut_off_leaves_nothing(storage: PatientStorage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,15 +104,15 @@ def test_the_budget_grows_with_what_is_imported(storage: PatientStorage, digits:
     found = results.status(digits, storage)
     assert (found.budget, found.complete, found.waiting, found.seconds_left) == (16, 4, 3, None)
     ran = 0
-    while (claim := claims.claim(storage, digits, me, 60.0)) is not None:
+    while (claim := claims.claim(storage, ledger.find(storage, digits), me, 60.0)) is not None:
         claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})
         ran += 1
     assert ran == 12
     assert results.status(digits, storage).ended
     assert ledger.check(storage) == []
     # The same definition again changes nothing, and a larger budget is more of our own.
-    assert not registry.create(definitions.load("digits"), storage, {"fingerprint": "0"})
-    assert registry.create(definitions.load("digits", trials=13), storage, {"fingerprint": "0"})
+    assert not registry.create(definitions.load("digits"), storage, {"fingerprint": "0"}).changed
+    assert registry.create(definitions.load("digits", trials=13), storage, {"fingerprint": "0"}).changed
     assert results.status(digits, storage).budget == 17
 
 
@@ -125,15 +125,13 @@ def test_the_same_rows_again_add_nothing_but_two_alike_are_two(storage: PatientS
 
 def test_the_time_left_is_reckoned_from_what_ran_here(storage: PatientStorage, digits: str, me: Owner) -> None:
     imported.import_trials(digits, [{"depth": 3, "dropout": 0.1, "accuracy": 0.9}] * 50, storage)
-    claim = claims.claim(storage, digits, me, 60.0)
+    claim = claims.claim(storage, ledger.find(storage, digits), me, 60.0)
     assert claim is not None
-    began = storage.get_trial(claim.trial_id).datetime_start
     claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})
-    ended = storage.get_trial(claim.trial_id).datetime_complete
-    assert began is not None
-    assert ended is not None
+    (attempt,) = results.attempts(digits, claim.number, storage)
+    assert attempt.ended is not None
     left = results.status(digits, storage).seconds_left
-    assert left == pytest.approx((ended - began).total_seconds() * 11)
+    assert left == pytest.approx((attempt.ended - attempt.began).total_seconds() * 11)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 import dataclasses
 import io
-from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
@@ -12,12 +10,9 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from search.messages import Epoch
-from search.presence import Presence
-from search.progress import Lines, LiveTable, Relay, Watcher, ending, progress_line, shown
-from search.publisher import Publisher
-from storage import claims
+from search.progress import Lines, LiveTable, ending, progress_line, shown
+from storage import claims, ledger
 from storage.claims import Claim
-from storage.database import PatientStorage
 from storage.owners import Owner
 from studies import results
 
@@ -29,7 +24,7 @@ RECORD = Epoch(
 @pytest.fixture
 def claim(storage: RDBStorage, study: str, me: Owner) -> Claim:
     """The running first trial of 5."""
-    claimed = claims.claim(storage, study, me, 60.0)
+    claimed = claims.claim(storage, ledger.find(storage, study), me, 60.0)
     assert claimed is not None
     return claimed
 
@@ -37,7 +32,7 @@ def claim(storage: RDBStorage, study: str, me: Owner) -> Claim:
 def test_the_live_table_shows_progress_and_each_slot(storage: RDBStorage, claim: Claim) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=110, color_system=None)
     table = LiveTable(console, [claim.study], ["cpu:0", "cpu:1"], lambda name: results.status(name, storage))
-    table.tick()
+    table._refresh()
 
     def drawn() -> list[str]:
         with console.capture() as capture:
@@ -55,7 +50,7 @@ def test_the_live_table_shows_progress_and_each_slot(storage: RDBStorage, claim:
     claims.finish(storage, claim, TrialState.COMPLETE, 0.8725, {})
     table.ended(claim, storage.get_trial(claim.trial_id))
     assert "trivial trial 0 complete: 0.8725" in console.file.getvalue()  # type: ignore[attr-defined]
-    table.tick()
+    table._refresh()
     first, _, used, _ = drawn()
     assert first.startswith("trivial: 1 of 5 trials, best 0.8725 (trial 0), about")
     assert used.split() == ["cpu:0", "-"]
@@ -118,24 +113,3 @@ def test_hyperparameters_are_short() -> None:
     assert shown({"depth": 3, "learning_rate": 0.000123456, "optimizer": "adam", "batch_norm": True}) == (
         "depth 3, learning_rate 0.0001235, optimizer adam, batch_norm True"
     )
-
-
-def test_what_listens_in_between_passes_all_on(storage: PatientStorage, claim: Claim) -> None:
-    heard: list[str] = []
-
-    class Ear(Watcher):
-        def __getattribute__(self, name: str) -> Any:
-            if name in ("began", "epoch", "ended", "gone", "tick"):
-                heard.append(name)
-            return super().__getattribute__(name)
-
-    trial = storage.get_trial(claim.trial_id)
-    publisher = Publisher(Ear(), storage, Path("nowhere"))
-    for relay in (Relay(Ear()), publisher, Presence(Ear(), storage, 60.0, [])):
-        heard.clear()
-        relay.began(claim, {}, 1)
-        relay.epoch(claim, RECORD)
-        relay.ended(claim, trial)
-        relay.gone(claim)
-        relay.tick()
-        assert heard == ["began", "epoch", "ended", "gone", "tick"], relay

@@ -10,9 +10,9 @@ from optuna.trial import TrialState
 from sqlalchemy import delete
 
 from storage import claims, database, ledger
-from storage.database import PatientStorage
 from storage.owners import Owner
 from storage.tables import StudyUserAttributeModel
+from storage.transactions import PatientStorage
 from studies import registry
 from studies.definition import Definition, parse
 from studies.errors import StudyError
@@ -36,8 +36,8 @@ kind = "grid"
 
 
 def test_a_study_is_created_once(storage: PatientStorage, trivial: Definition) -> None:
-    assert registry.create(trivial, storage, DATA)
-    assert not registry.create(trivial, storage, DATA)
+    assert registry.create(trivial, storage, DATA).changed
+    assert not registry.create(trivial, storage, DATA).changed
     assert registry.names(storage) == ["trivial"]
     assert registry.definition_of("trivial", storage) == trivial
 
@@ -47,7 +47,7 @@ def test_a_grid_waits_in_the_queue_each_point_once(storage: PatientStorage, me: 
     registry.create(definition, storage, DATA)
     registry.create(definition, storage, DATA)
     points = []
-    while (claim := claims.claim(storage, "grid", me, 60.0)) is not None:
+    while (claim := claims.claim(storage, ledger.find(storage, "grid"), me, 60.0)) is not None:
         study = registry.open("grid", storage)
         assert len(study.trials) == 4
         points.append(optuna.Trial(study, claim.trial_id).suggest_float("dropout", 0.0, 0.3, step=0.1))
@@ -60,18 +60,18 @@ def test_a_creation_that_was_killed_half_way_is_completed(storage: PatientStorag
     definition = parse(GRID)
     if furnished:  # as an older version left it, which gave a study its budget in a transaction of its own
         registry.create(definition, storage, DATA)
-        study_id = registry.study_id("grid", storage)
+        study_id = registry.find("grid", storage).id
         with storage.engine.begin() as connection:
             budget = (StudyUserAttributeModel.study_id == study_id, StudyUserAttributeModel.key == "trialyard:budget")
             connection.execute(delete(StudyUserAttributeModel).where(*budget))
     else:
         study_id = storage.create_new_study([StudyDirection.MAXIMIZE], "grid")
     assert registry.names(storage) == []
-    assert registry.create(definition, storage, DATA)
+    assert registry.create(definition, storage, DATA).changed
     assert ledger.counts(storage, study_id).waiting == 4
     fixed = [trial.system_attrs["fixed_params"] for trial in storage.get_all_trials(study_id)]
     assert fixed == definition.queue()
-    assert ledger.budget(storage, study_id) == ledger.Budget(trials=4, hours=None)
+    assert ledger.find(storage, "grid").budget == ledger.Budget(trials=4, hours=None)
 
 
 def test_a_larger_budget_is_taken_and_a_smaller_one_changes_nothing(
@@ -81,13 +81,12 @@ def test_a_larger_budget_is_taken_and_a_smaller_one_changes_nothing(
         return trivial.model_copy(update={"budget": trivial.budget.model_copy(update={"trials": trials})})
 
     for _ in range(3):
-        claims.claim(storage, study, me, 60.0)
-    assert registry.create(with_trials(9), storage, DATA)
+        claims.claim(storage, ledger.find(storage, study), me, 60.0)
+    assert registry.create(with_trials(9), storage, DATA).changed
     for fewer in (2, 5):
-        assert not registry.create(with_trials(fewer), storage, DATA)
+        assert not registry.create(with_trials(fewer), storage, DATA).changed
     assert f"study {study} keeps its budget of 9 trials" in caplog.text
-    found = ledger.budget(storage, registry.study_id(study, storage))
-    assert found is not None
+    found = ledger.find(storage, study).budget
     assert (found.trials, found.hours) == (9, None)
 
 
@@ -109,14 +108,14 @@ SOFTWARE = {"trialyard": "0.1", "keras": "3.15", "backend": "tensorflow"}
 
 
 def _recorded(storage: PatientStorage, study: str) -> Any:
-    return storage.get_study_user_attrs(registry.study_id(study, storage)).get("trialyard:software")
+    return storage.get_study_user_attrs(registry.find(study, storage).id).get("trialyard:software")
 
 
 def test_the_first_worker_s_software_is_the_study_s(storage: PatientStorage, study: str) -> None:
     assert _recorded(storage, study) is None
-    registry.check_software(study, storage, SOFTWARE)
+    registry.check_software(registry.find(study, storage), storage, SOFTWARE)
     assert _recorded(storage, study) == SOFTWARE
-    registry.check_software(study, storage, SOFTWARE)
+    registry.check_software(registry.find(study, storage), storage, SOFTWARE)
 
 
 @pytest.mark.parametrize(
@@ -125,17 +124,17 @@ def test_the_first_worker_s_software_is_the_study_s(storage: PatientStorage, stu
 def test_other_software_is_refused_and_changes_nothing(
     storage: PatientStorage, study: str, part: str, here: str
 ) -> None:
-    registry.check_software(study, storage, SOFTWARE)
-    told = f"began with {part} {SOFTWARE[part]}, and here is {part} {here}, .*: install the same here, or begin another"
+    registry.check_software(registry.find(study, storage), storage, SOFTWARE)
+    told = f"began with {part} {SOFTWARE[part]}, and here is {part} {here}, so results may differ: install the same"
     with pytest.raises(StudyError, match=told):
-        registry.check_software(study, storage, SOFTWARE | {part: here})
+        registry.check_software(registry.find(study, storage), storage, SOFTWARE | {part: here})
     assert _recorded(storage, study) == SOFTWARE
 
 
 def test_software_that_only_one_side_tells_of_is_not_compared(storage: PatientStorage, study: str) -> None:
-    registry.check_software(study, storage, SOFTWARE)
-    registry.check_software(study, storage, SOFTWARE | {"more": "1"})
-    registry.check_software(study, storage, {"keras": "3.15"})
+    registry.check_software(registry.find(study, storage), storage, SOFTWARE)
+    registry.check_software(registry.find(study, storage), storage, SOFTWARE | {"more": "1"})
+    registry.check_software(registry.find(study, storage), storage, {"keras": "3.15"})
 
 
 def test_of_two_first_workers_one_finds_the_other_s_software(either_url: str, trivial: Definition) -> None:
@@ -150,7 +149,7 @@ def test_of_two_first_workers_one_finds_the_other_s_software(either_url: str, tr
         def begin(keras: str, name: str = name, together: threading.Barrier = together) -> None:
             together.wait()
             try:
-                registry.check_software(name, storage, SOFTWARE | {"keras": keras})
+                registry.check_software(registry.find(name, storage), storage, SOFTWARE | {"keras": keras})
             except StudyError:
                 refused.append(keras)
 
@@ -191,13 +190,13 @@ def test_an_empty_study_that_others_made_is_taken_over_only_if_it_maximizes(
     assert storage.get_study_user_attrs(study_id) == {}
     storage.delete_study(study_id)
     study_id = storage.create_new_study([StudyDirection.MAXIMIZE], "trivial")
-    assert registry.create(trivial, storage, DATA)
+    assert registry.create(trivial, storage, DATA).changed
     # An older version took over any.
     with storage.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE study_directions SET direction = 'MINIMIZE'")
     for refused in (
         lambda: registry.create(trivial, storage, DATA),
-        lambda: registry.check_direction("trivial", storage),
+        lambda: registry.check_direction(registry.find("trivial", storage), storage),
     ):
         with pytest.raises(StudyError, match="study 'trivial' minimizes its value"):
             refused()

@@ -22,14 +22,13 @@ from optuna_dashboard._note import get_note_from_system_attrs
 from optuna_dashboard._serializer import serialize_frozen_trial
 
 from search import dashboard
-from search.progress import Watcher
 from search.publisher import Publisher
 from storage import claims, database, ledger
 from storage.claims import Claim
-from storage.database import PatientStorage
 from storage.ledger import Imported
 from storage.owners import Owner
 from storage.tables import TrialSystemAttributeModel
+from storage.transactions import PatientStorage
 from studies import definition as definitions
 from studies import findings, notebook, notes, registry
 from studies.definition import Definition, parse
@@ -53,7 +52,7 @@ def run(storage: PatientStorage, me: Owner, artifacts: Path) -> Callable[..., Cl
     """Runs one trial of a study to an end, without training."""
 
     def end(study: str, params: dict[str, Any], state: TrialState, value: float | None, **told: Any) -> Claim:
-        claim = claims.claim(storage, study, me, 60.0)
+        claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
         assert claim is not None
         space = registry.definition_of(study, storage).space
         for name, chosen in params.items():
@@ -62,7 +61,7 @@ def run(storage: PatientStorage, me: Owner, artifacts: Path) -> Callable[..., Cl
         if state == FAIL:
             claims.finish(storage, claim, state, None, told)
             return claim
-        claims.resume(storage, claim, {1: 0.5, 2: value or 0.0}, None)
+        claims.record_epochs(storage, claim, {1: 0.5, 2: value or 0.0}, resumed_after=None)
         history = [
             {"epoch": e, "loss": 0.5 / e, "accuracy": 0.9, "val_loss": 0.7 / e, "val_accuracy": 0.8, "seconds": 1.0}
             for e in (1, 2)
@@ -237,7 +236,7 @@ def test_an_infeasible_trial_wins_nowhere(storage: PatientStorage, run: Callable
         with storage.engine.begin() as connection:  # Optuna lets nobody add one to a finished trial
             row = {"trial_id": claim.trial_id, "key": "constraints:size", "value_json": str(constraint)}
             connection.execute(sqlalchemy.insert(TrialSystemAttributeModel).values(row))
-    trials = storage.get_all_trials(registry.study_id("digits", storage))
+    trials = storage.get_all_trials(registry.find("digits", storage).id)
     assert [trial.number for trial in findings.ranked(trials)] == [0]
     assert "The best of 1 complete trial is trial 0" in collect("digits", storage).findings.found[0]
     assert [trial.number for trial in dashboard._best(trials, StudyDirection.MAXIMIZE)] == [0]
@@ -378,7 +377,7 @@ def publish(storage: PatientStorage, artifacts: Path) -> Callable[..., bool]:
 
 
 def _attributes(storage: PatientStorage, study: str) -> dict[str, Any]:
-    return storage.get_study_system_attrs(registry.study_id(study, storage))
+    return storage.get_study_system_attrs(registry.find(study, storage).id)
 
 
 def _trial_note(storage: PatientStorage, study: str, number: int) -> str:
@@ -549,14 +548,14 @@ def test_publishing_leaves_trials_and_claims_as_they_are(
 ) -> None:
     place = database.create(either_url)
     registry.create(trivial, place, DATA)
-    running, done = (claims.claim(place, trivial.name, me, 60.0) for _ in range(2))
+    running, done = (claims.claim(place, ledger.find(place, trivial.name), me, 60.0) for _ in range(2))
     assert running is not None
     assert done is not None
     claims.finish(place, done, COMPLETE, 0.9, {})
     before = (place.get_all_trials(running.study_id), place.get_study_user_attrs(running.study_id))
     assert publish(trivial.name, place=place)
     assert (place.get_all_trials(running.study_id), place.get_study_user_attrs(running.study_id)) == before
-    assert claims.report(place, running, 1, 0.5) == "open"
+    assert claims.record_epochs(place, running, {1: 0.5}) == "open"
     claims.finish(place, running, COMPLETE, 0.8, {})
     assert ledger.check(place) == []
     assert publish(trivial.name, place=place)
@@ -569,7 +568,7 @@ def test_workers_publish_as_trials_end_and_the_last_state_before_they_leave(
 ) -> None:
     monkeypatch.setattr("search.publisher.LEAVE_SECONDS", 120.0)  # a busy machine imports Plotly meanwhile
     registry.create(definitions.load("digits"), storage, DATA)
-    publisher = Publisher(Watcher(), storage, artifacts)
+    publisher = Publisher(storage, artifacts)
     with publisher:
         for n in range(3):
             claim = run("digits", {"depth": 3, "dropout": 0.1 * n}, COMPLETE, 0.9)
@@ -581,7 +580,7 @@ def test_a_study_that_takes_a_deleted_one_s_name_and_number_shows_its_own_trials
     storage: PatientStorage, run: Callable[..., Claim], artifacts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("search.publisher.LEAVE_SECONDS", 120.0)  # a busy machine imports Plotly meanwhile
-    with Publisher(Watcher(), storage, artifacts) as publisher:
+    with Publisher(storage, artifacts) as publisher:
         for number, accuracy in enumerate((0.9, 0.1)):
             registry.create(definitions.load("digits"), storage, DATA)
             claim = run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, accuracy)
@@ -607,7 +606,7 @@ def test_a_failure_to_publish_is_logged_and_nothing_else(
     monkeypatch.setattr(notes, "publish", broken)
     registry.create(definitions.load("digits"), storage, DATA)
     claim = run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
-    with caplog.at_level(logging.WARNING), Publisher(Watcher(), storage, artifacts) as publisher:
+    with caplog.at_level(logging.WARNING), Publisher(storage, artifacts) as publisher:
         publisher.ended(claim, storage.get_trial(claim.trial_id))
     assert "the notes and figures of study digits were not written: a figure that cannot be drawn" in caplog.text
 
@@ -625,7 +624,7 @@ def test_a_slow_database_keeps_nobody_waiting(
     registry.create(definitions.load("digits"), storage, DATA)
     claim = run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
     began = time.monotonic()
-    with Publisher(Watcher(), storage, artifacts) as publisher:
+    with Publisher(storage, artifacts) as publisher:
         for _ in range(100):
             publisher.ended(claim, storage.get_trial(claim.trial_id))
     assert time.monotonic() - began < 120.0, "it waited for the database"

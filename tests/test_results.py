@@ -10,7 +10,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from search.messages import Epoch
-from storage import claims
+from storage import claims, ledger
 from storage.owners import Owner
 from studies import registry, results
 from studies.errors import StudyError
@@ -20,7 +20,7 @@ COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 
 def _end(storage: RDBStorage, study: str, me: Owner, *ends: tuple[TrialState, float | None]) -> None:
     for state, value in ends:
-        claim = claims.claim(storage, study, me, 60.0)
+        claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
         assert claim is not None
         told = {"failure": {"kind": "nan", "message": "the loss became nan"}} if state == FAIL else {"epochs": 2}
         claims.finish(storage, claim, state, value, told)
@@ -51,7 +51,7 @@ def test_a_violated_constraint_never_wins(storage: RDBStorage, study: str, me: O
     # As a study of somebody's own with constraints has them: in Optuna 5's form, and in the one before.
     told = ({"constraints:size": 1.5}, {"constraints:size": -1.0}, {"constraints": [-1.0, 2.0]}, {"constraints": None})
     for value, constraints in zip((0.99, 0.7, 0.98, 0.8), told, strict=True):
-        claim = claims.claim(storage, study, me, 60.0)
+        claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
         assert claim is not None
         for key, constraint in constraints.items():
             storage.set_trial_system_attr(claim.trial_id, key, constraint)
@@ -64,7 +64,7 @@ def test_a_violated_constraint_never_wins(storage: RDBStorage, study: str, me: O
 
 
 def test_a_constraint_that_all_violate_is_named(storage: RDBStorage, study: str, me: Owner) -> None:
-    claim = claims.claim(storage, study, me, 60.0)
+    claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
     assert claim is not None
     storage.set_trial_system_attr(claim.trial_id, "constraints:size", 1.5)
     claims.finish(storage, claim, COMPLETE, 0.9, {})
@@ -76,7 +76,7 @@ def test_a_constraint_that_all_violate_is_named(storage: RDBStorage, study: str,
 def test_an_accuracy_that_is_not_finite_is_not_in_a_curve_s_way(
     storage: RDBStorage, study: str, me: Owner, tmp_path: Path
 ) -> None:
-    claim = claims.claim(storage, study, me, 60.0)
+    claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
     assert claim is not None
     epochs = [
         Epoch(
@@ -100,7 +100,7 @@ def test_a_leaderboard_is_the_same_however_many_trials_are_named(
     storage: RDBStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for value in (0.7, 0.9, 0.8):
-        claim = claims.claim(storage, study, me, 60.0)
+        claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
         assert claim is not None
         opened = registry.open(study, storage)
         assert len(opened.trials) > claim.number  # Optuna's cache must have seen it
@@ -121,7 +121,7 @@ def test_status_counts_exactly(storage: RDBStorage, study: str, me: Owner) -> No
     found = results.status(study, storage)
     assert (found.budget, found.ended, found.best, found.seconds_left) == (5, False, None, None)
     _end(storage, study, me, (COMPLETE, 0.7), (PRUNED, 0.2), (FAIL, None))
-    running, waiting = (claims.claim(storage, study, me, 60.0) for _ in range(2))
+    running, waiting = (claims.claim(storage, ledger.find(storage, study), me, 60.0) for _ in range(2))
     assert running is not None
     assert waiting is not None
     claims.requeue(storage, waiting, "interrupted", "")

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import optuna
@@ -16,14 +16,14 @@ from optuna.trial import TrialState
 from sqlalchemy import func, select
 
 import studies
-from storage import artifacts, claims, database, ledger, owners, retention
+from storage import artifacts, attempts, claims, database, ledger, owners, retention
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
 from storage.claims import Claim
-from storage.database import PatientStorage
-from storage.errors import ClaimLost, StorageError, StudyGone
+from storage.errors import StorageError, StudyGone
 from storage.ledger import Budget
 from storage.owners import Owner
-from storage.tables import BaseModel
+from storage.tables import BaseModel, set_trial_attributes
+from storage.transactions import PatientStorage
 from studies import registry
 from studies.definition import Definition
 from studies.imported import import_trials
@@ -38,27 +38,25 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "artifacts"
 
 
-def _write(root: Path, study: str, number: int, *names: str) -> None:
-    folder = artifacts.folder(root, study, number)
-    folder.mkdir(parents=True, exist_ok=True)
+def _write(root: Path, folder: PurePosixPath | str, *names: str) -> None:
+    (root / folder).mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / name).write_bytes(b"x" * 100)
+        (root / folder / name).write_bytes(b"x" * 100)
 
 
 def _claim(storage: RDBStorage, study: str, me: Owner) -> Claim:
-    claim = claims.claim(storage, study, me, 60.0)
+    claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
     assert claim is not None
     return claim
 
 
 def _end(storage: RDBStorage, root: Path, claim: Claim, state: TrialState, value: float | None) -> None:
     """As a worker ends a trial, its files written before."""
-    files = artifacts.folder(Path(), claim.study, claim.number)
-    told: dict[str, Any] = {"history": str(files / HISTORY)}
-    _write(root, claim.study, claim.number, HISTORY)
+    told: dict[str, Any] = {"history": str(claim.folder / HISTORY)}
+    _write(root, claim.folder, HISTORY)
     if state == COMPLETE:
-        told["model"] = str(files / MODEL)
-        _write(root, claim.study, claim.number, MODEL)
+        told["model"] = str(claim.folder / MODEL)
+        _write(root, claim.folder, MODEL)
     claims.finish(storage, claim, state, value, told, [MODEL, HISTORY] if state == COMPLETE else [HISTORY])
 
 
@@ -77,14 +75,14 @@ def _offered(storage: RDBStorage, study: str, name: str) -> set[int]:
     """The trials of which optuna-dashboard offers the file `name`."""
     return {
         trial.number
-        for trial in storage.get_all_trials(registry.study_id(study, storage))
+        for trial in storage.get_all_trials(registry.find(study, storage).id)
         for one in optuna.artifacts.get_all_artifact_meta(study_or_trial=trial, storage=storage)
         if one.filename == name
     }
 
 
 def _models(root: Path) -> set[int]:
-    return {int(path.parent.name) for path in root.rglob(MODEL)}
+    return {int(path.parent.parent.name) for path in root.rglob(MODEL)}
 
 
 # --- while workers work -----------------------------------------------------------------------------------
@@ -97,14 +95,15 @@ def test_just_the_best_models_and_all_histories_are_left(
 ) -> None:
     name = f"s{time.monotonic_ns()}"
     registry.create(trivial.model_copy(update={"name": name}), storage, {"fingerprint": "0" * 16})
-    ledger.raise_budget(storage, name, Budget(trials=100, hours=None))
+    ledger.raise_budget(storage, ledger.find(storage, name), Budget(trials=100, hours=None))
     for value in values:
         _trial(storage, root, name, me, value, keep)
     best = sorted(range(len(values)), key=lambda number: (-values[number], number))[:keep]
-    assert _models(root / name) == set(best)
+    assert {int(path.parent.parent.name) for path in root.glob(f"{name}-*/*/*/{MODEL}")} == set(best)
     assert _offered(storage, name, MODEL) == set(best)
     assert _offered(storage, name, HISTORY) == set(range(len(values)))
-    assert {int(path.parent.name) for path in (root / name).rglob(HISTORY)} == set(range(len(values)))
+    histories = {int(path.parent.parent.name) for path in root.glob(f"{name}-*/*/*/{HISTORY}")}
+    assert histories == set(range(len(values)))
 
 
 def _race(url: str, root: Path, study: str, slot: int, trials: int) -> None:
@@ -119,7 +118,7 @@ def _race(url: str, root: Path, study: str, slot: int, trials: int) -> None:
 def test_many_workers_at_once_leave_the_best(either_url: str, trivial: Definition, root: Path) -> None:
     storage = database.create(either_url)
     registry.create(trivial, storage, {"fingerprint": "0" * 16})
-    ledger.raise_budget(storage, trivial.name, Budget(trials=100, hours=None))
+    ledger.raise_budget(storage, ledger.find(storage, trivial.name), Budget(trials=100, hours=None))
     context = multiprocessing.get_context("spawn")
     racers = [context.Process(target=_race, args=(either_url, root, trivial.name, slot, 10)) for slot in range(4)]
     for racer in racers:
@@ -152,7 +151,7 @@ def test_results_had_elsewhere_take_no_model_s_place(storage: RDBStorage, study:
 
 def test_the_model_of_a_running_trial_stays(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
     running = _claim(storage, study, me)
-    _write(root, study, running.number, MODEL, HISTORY)  # written, and not yet told
+    _write(root, running.folder, MODEL, HISTORY)  # written, and not yet recorded
     for value in (0.7, 0.8, 0.9):
         _trial(storage, root, study, me, value, keep=1)
     assert _models(root) == {running.number, 3}
@@ -171,13 +170,14 @@ def test_a_worker_that_slept_through_a_deletion_removes_nothing_of_the_study_tha
 ) -> None:
     old = _claim(storage, study, me)
     _end(storage, root, old, COMPLETE, 0.1)
-    claims.delete(storage, study, 60.0)
+    claims.delete(storage, ledger.find(storage, study), 60.0)
     registry.create(trivial, storage, {"fingerprint": "0" * 16})
     new = _claim(storage, study, me)
     assert (new.study_id, new.trial_id) == (old.study_id, old.trial_id)  # the numbers are used again
-    _write(root, study, new.number, MODEL)
+    assert new.folder != old.folder
+    _write(root, new.folder, MODEL)
     retention.trim(storage, old, root, 1)
-    assert _models(root) == {new.number}
+    assert (root / new.folder / MODEL).exists()
 
 
 # --- prune ------------------------------------------------------------------------------------------------
@@ -189,64 +189,80 @@ def _backdate(path: Path) -> None:
 
 
 def test_prune_removes_what_no_trial_needs_and_nothing_else(
-    storage: RDBStorage, study: str, root: Path, me: Owner
+    storage: RDBStorage, trivial: Definition, study: str, root: Path, me: Owner
 ) -> None:
-    for value in (0.1, 0.3, 0.2):  # trials 0, 1, 2
-        _end(storage, root, _claim(storage, study, me), COMPLETE, value)
+    ended = [_claim(storage, study, me) for _ in range(3)]
+    for claim, value in zip(ended, (0.1, 0.3, 0.2), strict=True):
+        _end(storage, root, claim, COMPLETE, value)
     running, waiting = _claim(storage, study, me), _claim(storage, study, me)
     claims.requeue(storage, waiting, "interrupted", "", [CHECKPOINT])
-    claims.report(storage, running, 1, 0.5, [CHECKPOINT])
-    for number in range(5):
-        _write(root, study, number, CHECKPOINT)
-    _write(root, study, running.number, MODEL, HISTORY)
-    _write(root, study, 9, MODEL, HISTORY)  # no such trial
-    _write(root, "gone", 0, MODEL, HISTORY, CHECKPOINT)
-    _write(root, study, 1, TEMPORARY)
-    _write(root, study, 2, TEMPORARY, "notes.txt")
-    _backdate(root / study / "1" / TEMPORARY)
-    _write(root, "photos", 0, "holiday.jpg")  # somebody's own, in a folder of such a name
+    claims.record_epochs(storage, running, {1: 0.5}, [CHECKPOINT])
+    for claim in (*ended, running, waiting):
+        _write(root, claim.folder, CHECKPOINT)
+    _write(root, running.folder, MODEL, HISTORY)
+    top = running.folder.parent.parent
+    _write(root, top / "9" / "1", MODEL, HISTORY)  # no such trial
+    _write(root, ended[1].folder.parent / "2", MODEL, HISTORY)  # of an attempt that lost its trial and went on
+    _write(root, ended[1].folder, TEMPORARY)
+    _write(root, ended[2].folder, TEMPORARY, "notes.txt")
+    _backdate(root / ended[1].folder / TEMPORARY)
+    gone = registry.create(trivial.model_copy(update={"name": "gone"}), storage, {"fingerprint": "0" * 16}).study
+    deleted = artifacts.attempt_folder("gone", gone.incarnation, 0, 1)
+    claims.delete(storage, gone, 60.0)
+    _write(root, deleted, MODEL, HISTORY, CHECKPOINT)
+    _write(root, "gone/0", MODEL)  # of the same study, as older versions kept it
+    other = f"{study}-{'0' * 12}"  # of another database's study of the same name
+    _write(root, f"{other}/0/1", MODEL, HISTORY, CHECKPOINT)
+    _write(root, "photos/0", "holiday.jpg")  # somebody's own, in a folder of such a name
     (root / "photos" / "x").mkdir()
     (root / "photos" / "x" / MODEL).write_bytes(b"y")
     (root / MODEL).write_bytes(b"y")
 
     listed = retention.superfluous(storage, root, 2)
-    told = {str(file.path.relative_to(root)): file.why for file in listed}
-    assert told == {
-        **{f"{study}/{number}/{CHECKPOINT}": "the checkpoint of a finished trial" for number in (0, 1, 2)},
-        f"{study}/0/{MODEL}": "not among the best 2",
-        f"{study}/1/{TEMPORARY}": "half written, long ago",
-        **{f"{study}/9/{name}": "its trial is gone" for name in (MODEL, HISTORY)},
-        **{f"gone/0/{name}": "its study is gone" for name in (MODEL, HISTORY, CHECKPOINT)},
+    reasons = {str(file.path.relative_to(root)): file.why for file in listed}
+    assert reasons == {
+        **{f"{claim.folder}/{CHECKPOINT}": "the checkpoint of a finished trial" for claim in ended},
+        f"{ended[0].folder}/{MODEL}": "not among the best 2",
+        f"{ended[1].folder}/{TEMPORARY}": "half written, long ago",
+        **{f"{ended[1].folder.parent}/2/{name}": "of an attempt that does not count" for name in (MODEL, HISTORY)},
+        **{f"{top}/9/1/{name}": "its trial is gone" for name in (MODEL, HISTORY)},
+        **{f"{deleted}/{name}": "its study is gone" for name in (MODEL, HISTORY, CHECKPOINT)},
+        f"gone/0/{MODEL}": "its study is gone",
     }
+    assert retention.of_others(storage, root) == [other]
     before = set(_files(root))
     assert _offered(storage, study, MODEL) == {0, 1, 2}
     assert retention.remove(storage, root, 2, listed) == 100 * len(listed)
     assert _offered(storage, study, MODEL) == {1, 2}
     assert _offered(storage, study, CHECKPOINT) == {running.number, waiting.number}
     assert _offered(storage, study, HISTORY) == {0, 1, 2}
-    assert before - set(_files(root)) == set(told)
+    assert before - set(_files(root)) == set(reasons)
+    assert not (root / deleted.parts[0]).exists()
     assert not (root / "gone").exists()
-    assert not (root / study / "9").exists()
+    assert not (root / top / "9").exists()
     assert retention.superfluous(storage, root, 2) == []
 
 
 def test_what_was_listed_is_looked_at_again_before_it_is_removed(
-    storage: RDBStorage, trivial: Definition, root: Path, me: Owner
+    storage: RDBStorage, study: str, root: Path, me: Owner
 ) -> None:
-    _write(root, trivial.name, 0, CHECKPOINT, HISTORY)
+    claim = _claim(storage, study, me)
+    claims.finish(storage, claim, FAIL, None, {})
+    _write(root, claim.folder, HISTORY)
     listed = retention.superfluous(storage, root, 5)
-    assert len(listed) == 2
-    registry.create(trivial, storage, {"fingerprint": "0" * 16})  # while somebody thought about the answer
-    _claim(storage, trivial.name, me)
+    assert [file.why for file in listed] == ["of an attempt that does not count"]
+    with storage.engine.begin() as connection:  # while somebody thought about the answer
+        set_trial_attributes(connection, claim.trial_id, {"history": str(claim.folder / HISTORY)})
     assert retention.remove(storage, root, 5, listed) == 0
-    assert len(_files(root)) == 2
+    assert len(_files(root)) == 1
 
 
 def test_files_that_a_copy_of_the_study_names_stay(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
-    _end(storage, root, _claim(storage, study, me), COMPLETE, 0.9)
-    _write(root, study, 0, SUMMARY)
+    claim = _claim(storage, study, me)
+    _end(storage, root, claim, COMPLETE, 0.9)
+    _write(root, claim.folder, SUMMARY)
     optuna.copy_study(from_study_name=study, from_storage=storage, to_storage=storage, to_study_name="copy")
-    claims.delete(storage, study, 60.0)
+    claims.delete(storage, ledger.find(storage, study), 60.0)
     assert retention.superfluous(storage, root, 5) == []
 
 
@@ -261,8 +277,8 @@ def _rows(storage: RDBStorage) -> dict[str, int]:
     with storage.engine.connect() as connection:
         return {
             table.name: int(connection.execute(select(func.count()).select_from(table)).scalar_one())
-            for table in BaseModel.metadata.sorted_tables
-            if table.name != "version_info"
+            for table in (*BaseModel.metadata.sorted_tables, attempts.table)
+            if table.name not in ("version_info", "trial_heartbeats")  # heartbeats are in the table of attempts
         }
 
 
@@ -281,15 +297,28 @@ def test_deletion_leaves_no_row_of_the_study_and_all_of_the_others(
         assert len(opened.trials) > claim.number  # Optuna's cache must have seen it
         optuna.Trial(opened, claim.trial_id).suggest_float("dropout", 0.0, 0.7)
         storage.set_trial_system_attr(claim.trial_id, "key", 1)
-        claims.report(storage, claim, 1, 0.3)
+        claims.record_epochs(storage, claim, {1: 0.3})
         _end(storage, root, claim, state, value)
-    storage.set_study_system_attr(registry.study_id(trivial.name, storage), "dashboard:note", "a note")
+    storage.set_study_system_attr(registry.find(trivial.name, storage).id, "dashboard:note", "a note")
     full = _rows(storage)
     assert all(full[name] > before[name] for name in full), full  # so each table had something to be forgotten
-    claims.delete(storage, trivial.name, 60.0)
+    claims.delete(storage, ledger.find(storage, trivial.name), 60.0)
     assert _rows(storage) == before
     assert registry.names(storage) == ["other"]
     assert database.check(storage) == []
+    storage.engine.dispose()
+
+
+def test_what_plain_optuna_deletes_takes_its_attempts_along(either_url: str, trivial: Definition, me: Owner) -> None:
+    """A trial to come may have the same id: it must not begin with another trial's attempts."""
+    storage = database.create(either_url)
+    registry.create(trivial, storage, {"fingerprint": "0" * 16})
+    _claim(storage, trivial.name, me)
+    assert _rows(storage)["trialyard_attempts"] == 1
+    optuna.delete_study(study_name=trivial.name, storage=either_url)
+    assert _rows(storage)["trialyard_attempts"] == 0
+    registry.create(trivial, storage, {"fingerprint": "0" * 16})
+    assert _claim(storage, trivial.name, me).attempt == 1
     storage.engine.dispose()
 
 
@@ -297,37 +326,36 @@ def test_a_study_that_is_worked_on_is_deleted_only_when_it_was_stopped(
     storage: RDBStorage, study: str, me: Owner
 ) -> None:
     claim = _claim(storage, study, me)
-    before = _rows(storage)
+    before, found = _rows(storage), ledger.find(storage, study)
     with pytest.raises(StorageError, match=r"has 1 running trials: `trialyard stop trivial` first"):
-        claims.delete(storage, study, 60.0)
+        claims.delete(storage, ledger.find(storage, study), 60.0)
     assert _rows(storage) == before
-    ledger.set_state(storage, study, "stopped")
-    claims.delete(storage, study, 60.0)
-    with pytest.raises(ClaimLost):
-        claims.beat(storage, claim)
+    ledger.set_state(storage, ledger.find(storage, study), "stopped")
+    claims.delete(storage, ledger.find(storage, study), 60.0)
+    assert claims.beat(storage, {}, [claim]) == {claim: None}
     with pytest.raises(StudyGone, match="study 'trivial' is gone"):
-        claims.claim(storage, study, me, 60.0)
+        claims.claim(storage, found, me, 60.0)
 
 
 def test_a_trial_whose_worker_is_gone_keeps_no_study_from_its_deletion(
     storage: RDBStorage, study: str, me: Owner
 ) -> None:
     _claim(storage, study, Owner(machine=me.machine, host=me.host, pid=me.pid, born=1.0, slot="cpu:1"))
-    claims.delete(storage, study, 60.0)
+    claims.delete(storage, ledger.find(storage, study), 60.0)
     assert registry.names(storage) == []
 
 
 def test_a_claim_for_a_study_that_was_deleted_is_none_for_its_successor(
     storage: RDBStorage, trivial: Definition, study: str, me: Owner
 ) -> None:
-    incarnation = ledger.incarnation(storage, registry.study_id(study, storage))
-    assert incarnation is not None
-    assert claims.claim(storage, study, me, 60.0, incarnation) is not None
-    ledger.set_state(storage, study, "stopped")
-    claims.delete(storage, study, 60.0)
+    old = ledger.find(storage, study)
+    assert claims.claim(storage, old, me, 60.0) is not None
+    ledger.set_state(storage, old, "stopped")
+    claims.delete(storage, ledger.find(storage, study), 60.0)
     registry.create(trivial, storage, {"fingerprint": "0" * 16})
     with pytest.raises(StudyGone, match="was deleted, and another one made"):
-        claims.claim(storage, study, me, 60.0, incarnation)
+        claims.claim(storage, old, me, 60.0)
+    assert ledger.find(storage, study).id == old.id, "this database does not use ids again: the test shows nothing"
 
 
 def test_delete_removes_the_files_too_and_a_crash_before_leaves_only_files(
@@ -337,11 +365,12 @@ def test_delete_removes_the_files_too_and_a_crash_before_leaves_only_files(
     root = home / "yard" / "artifacts"
     for name in ("one", "two"):
         registry.create(trivial.model_copy(update={"name": name}), storage, {"fingerprint": "0" * 16})
-        _end(storage, root, _claim(storage, name, me), COMPLETE, 0.9)
-        _write(root, name, 0, CHECKPOINT, SUMMARY)
+        claim = _claim(storage, name, me)
+        _end(storage, root, claim, COMPLETE, 0.9)
+        _write(root, claim.folder, CHECKPOINT, SUMMARY)
     assert studies.delete("one") == 400
     assert studies.names() == ["two"]
-    assert {path.split("/")[0] for path in _files(root)} == {"two"}
+    assert {path.split("-")[0] for path in _files(root)} == {"two"}
 
     def die(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt

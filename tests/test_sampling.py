@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,14 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
-from search.objective import Study
-from storage import claims, database
+from search.attempt import StudyHandle, hyperparameters_of
+from storage import claims, database, ledger
 from storage.claims import Claim
 from storage.owners import Owner
 from studies import registry, sampling
 from studies.definition import Definition, parse
 from studies.errors import DefinitionError
-from studies.space import Point, broken_rule, suggest
+from studies.space import Point, broken_rule
 
 NO_TORCH = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="Optuna's GPSampler needs PyTorch, which is not installed"
@@ -77,21 +76,20 @@ class Searched:
     def __init__(self, storage: RDBStorage, definition: Definition, me: Owner) -> None:
         registry.create(definition, storage, DATA)
         self.storage, self.me = storage, me
-        self.study = Study(
-            name=definition.name,
-            study_id=registry.study_id(definition.name, storage),
+        self.study = StudyHandle(
+            study=registry.find(definition.name, storage),
             definition=definition,
             storage=storage,
             cached=optuna.storages.get_storage(storage),
         )
 
     def claim(self) -> Claim:
-        claim = claims.claim(self.storage, self.study.name, self.me, grace_seconds=600)
+        claim = claims.claim(self.storage, self.study.study, self.me, grace_seconds=600)
         assert claim is not None
         return claim
 
     def suggest(self, claim: Claim) -> Point:
-        return suggest(optuna.Trial(self.study.opened(claim.number), claim.trial_id), self.study.definition.space)
+        return hyperparameters_of(self.study, self.study.opened(claim.number), claim)
 
     def finish(self, claim: Claim, value: float, state: TrialState = TrialState.COMPLETE) -> None:
         claims.finish(self.storage, claim, state, value, {})
@@ -154,7 +152,7 @@ def test_a_grid_and_a_list_of_points_are_tried_in_their_order(searched: Any, kin
     )
     study = searched(definition)
     assert study.draw(definition.trials) == definition.queue()
-    assert claims.claim(study.storage, "listed", study.me, grace_seconds=600) is None
+    assert claims.claim(study.storage, ledger.find(study.storage, "listed"), study.me, grace_seconds=600) is None
 
 
 @pytest.mark.parametrize("kind", DRAWING)
@@ -278,7 +276,7 @@ def test_pruned_trials_teach_as_well(searched: Any) -> None:
         for _ in range(16):
             claim = study.claim()
             width = study.suggest(claim)["width"]
-            claims.report(study.storage, claim, 1, width)
+            claims.record_epochs(study.storage, claim, {1: width})
             pruned = worst and width < 1.25
             study.finish(claim, width, TrialState.PRUNED if pruned else TrialState.COMPLETE)
         means.append(_mean(point["width"] for point in study.draw(4, value=None)))
@@ -344,10 +342,10 @@ def _trained(study: Searched, values: list[float]) -> int | None:
     """Reports `values`, one an epoch, and ends the trial. The epoch after which it was pruned, if it was."""
     claim = study.claim()
     opened = study.study.opened(claim.number)
-    suggest(optuna.Trial(opened, claim.trial_id), study.study.definition.space)
+    hyperparameters_of(study.study, opened, claim)
     for epoch, value in enumerate(values, start=1):
-        claims.report(study.storage, claim, epoch, value)
-        # As `objective` asks: not after the last epoch.
+        claims.record_epochs(study.storage, claim, {epoch: value})
+        # As `search.attempt` asks: not after the last epoch.
         if epoch < len(values) and opened.pruner.prune(opened, study.storage.get_trial(claim.trial_id)):
             study.finish(claim, value, TrialState.PRUNED)
             return epoch
@@ -410,4 +408,3 @@ def test_what_is_drawn_and_reported_is_what_optuna_reads(searched: Any) -> None:
     assert isinstance(trial, FrozenTrial)
     assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.3)
     assert trial.intermediate_values == {1: 0.1, 2: 0.2, 3: 0.3}
-    assert trial.user_attrs["attempts"][0].items() >= asdict(study.me).items()

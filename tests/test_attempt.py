@@ -8,21 +8,22 @@ from typing import Any
 
 import optuna
 import pytest
+from conftest import attempts_at
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from search import objective
+from search import attempt as attempt_module
+from search.attempt import Attempt, StudyHandle
 from search.devices import Slot, cpu
 from search.errors import DeviceError, MachineError
+from search.heartbeat import Pulse
 from search.messages import Epoch, Failed, Trained
-from search.objective import Study
-from search.progress import Watcher
 from search.trainer import Trainer, TrainerDied
-from storage import claims, database, owners
-from storage.database import PatientStorage
+from storage import attempts, claims, ledger, owners, transactions
 from storage.errors import StorageError, TrialyardError
 from storage.owners import Owner
 from storage.settings import Settings
+from storage.transactions import PatientStorage
 from studies import registry
 
 pytestmark = pytest.mark.usefixtures("study")
@@ -83,17 +84,17 @@ def _trained(*, stopped: bool) -> Trained:
 
 def _run(storage: PatientStorage, folder: Path, me: Owner, *messages: Message | Callable[[], Message]) -> Scripted:
     """Runs one trial with a trainer that says `messages`."""
-    claim = claims.claim(storage, "trivial", me, 60.0)
+    study = ledger.find(storage, "trivial")
+    claim = claims.claim(storage, study, me, 60.0)
     assert claim is not None
-    study = Study(
-        name="trivial",
-        study_id=claim.study_id,
+    handle = StudyHandle(
+        study=study,
         definition=registry.definition_of("trivial", storage),
         storage=storage,
         cached=optuna.storages.get_storage(storage),
     )
-    trainer = Scripted(folder, list(messages))
-    objective.run(study, claim, trainer, Settings(home=folder), Watcher(), Event())
+    trainer, settings = Scripted(folder, list(messages)), Settings(home=folder)
+    Attempt(handle, claim, trainer, settings, pulse=Pulse(), listeners=[], interrupted=Event()).run()
     return trainer
 
 
@@ -106,7 +107,7 @@ def _only(storage: PatientStorage) -> optuna.trial.FrozenTrial:
 def test_a_trial_at_its_end_is_complete_though_it_was_to_be_pruned(
     storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch, stopped: bool, state: Any
 ) -> None:
-    monkeypatch.setattr(objective, "_should_prune", lambda study, opened, claim, epoch: epoch == 1)
+    monkeypatch.setattr(Attempt, "_should_prune", lambda attempt, epoch: epoch == 1)
     trainer = _run(storage, tmp_path, me, _epoch(1, 0.5), _epoch(2, 0.6), _trained(stopped=stopped))
     assert trainer.told == ["drop"]
     assert (_only(storage).state, _only(storage).values) == (state, [0.6 if stopped else 0.9])
@@ -114,16 +115,14 @@ def test_a_trial_at_its_end_is_complete_though_it_was_to_be_pruned(
 
 def _taken_over(storage: PatientStorage) -> None:
     """Another machine holds the trial now."""
-    last = claims.running_trials(storage, storage.get_study_id_from_name("trivial"))[0]
     other = replace(owners.this_slot("cpu:0"), machine="other", host="other")
 
     def take(connection: Any) -> None:
-        attempts = claims._attempts(connection, trial_id)
-        claims._put_back(connection, trial_id, attempts, "lost", "it was silent")
+        ((trial_id, _, running),) = attempts.running(connection, ledger.find(storage, "trivial").id)
+        claims._put_back(connection, trial_id, running.attempt, "lost", "it was silent")
 
-    trial_id = storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name("trivial"), last.number)
-    database.write(storage, "trivial", take)
-    assert claims.claim(storage, "trivial", other, 60.0) is not None
+    transactions.write(storage, "trivial", take)
+    assert claims.claim(storage, ledger.find(storage, "trivial"), other, 60.0) is not None
 
 
 def test_a_trainer_that_dies_when_the_trial_is_another_s_ends_no_worker(
@@ -135,7 +134,8 @@ def test_a_trainer_that_dies_when_the_trial_is_another_s_ends_no_worker(
 
     _run(storage, tmp_path, me, _epoch(1, 0.5), dies)
     assert "no longer held by cpu:0" in caplog.text
-    assert [attempt["machine"] for attempt in _only(storage).user_attrs["attempts"]] == [me.machine, "other"]
+    machines = [attempt.owner.machine for attempt in attempts_at(storage, _only(storage)._trial_id)]
+    assert machines == [me.machine, "other"]
     assert _only(storage).state == TrialState.RUNNING
 
 
@@ -150,7 +150,7 @@ def test_a_pruner_that_finds_the_trial_ended_ends_no_worker(
         raise UpdateFinishedTrialError("Trial#0 has already finished and can not be updated.")
 
     monkeypatch.setattr(optuna.pruners.NopPruner, "prune", refused)
-    monkeypatch.setattr(objective.sampling, "pruner", lambda definition: optuna.pruners.NopPruner())
+    monkeypatch.setattr(attempt_module.sampling, "pruner", lambda definition: optuna.pruners.NopPruner())
     _run(storage, tmp_path, me, _epoch(1, 0.5))
     assert "trial 0 was ended by somebody else meanwhile" in caplog.text
 
@@ -182,7 +182,7 @@ def test_a_trainer_that_dies_before_it_is_ready_is_tried_once_more_and_costs_the
     assert _only(storage).state == TrialState.WAITING
     _run(storage, tmp_path, me, death, _epoch(1, 0.5), _trained(stopped=False))
     assert _only(storage).state == TrialState.COMPLETE
-    outcomes = [attempt["outcome"] for attempt in _only(storage).user_attrs["attempts"]]
+    outcomes = [attempt.outcome for attempt in attempts_at(storage, _only(storage)._trial_id)]
     assert outcomes == ["interrupted"] * (claims.RETRIES + 1) + ["finished"]
 
 
@@ -196,7 +196,7 @@ def test_a_file_that_cannot_be_removed_ends_no_worker(
     def refused(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(objective.artifacts, "remove", refused)
+    monkeypatch.setattr(attempt_module.retention.artifacts, "remove", refused)
     _run(storage, tmp_path, me, _trained(stopped=False))
     assert _only(storage).state == TrialState.COMPLETE
     assert "a file of trial 0 stays: [Errno 13] Permission denied" in caplog.text

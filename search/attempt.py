@@ -1,0 +1,364 @@
+"""One attempt at one trial: suggest -> train -> record or prune -> outcome.
+
+All that a trial writes to the database is written here, through `storage.claims`.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
+
+from search.errors import DeviceError, MachineError
+from search.heartbeat import Pulse
+from search.messages import Epoch, Failed, Job, Resumed, Trained
+from search.progress import Listener
+from search.trainer import START_SECONDS, Trainer, TrainerDied
+from storage import artifacts, claims, ledger, retention
+from storage.claims import Claim
+from storage.errors import ClaimLost, StorageError, StudyGone, TrialyardError
+from storage.settings import Settings
+from storage.transactions import PatientStorage
+from studies import sampling
+from studies.definition import Definition
+from studies.space import Point, suggest
+
+log = logging.getLogger(__name__)
+
+# Faults of the machine: as failures of trials they would cost the study one trial after the other.
+_MACHINE: dict[str, type[TrialyardError]] = {
+    "disk": StorageError,
+    "device": DeviceError,
+    "import": MachineError,
+    "load": MachineError,
+}
+POLL_SECONDS = 0.2  # how soon a stop or a lost claim is noticed between epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyHandle:
+    """A study as a worker uses it."""
+
+    study: ledger.Study
+    definition: Definition
+    storage: PatientStorage
+    cached: BaseStorage  # the same storage with Optuna's cache of finished trials, for samplers and pruners
+
+    def opened(self, number: int) -> optuna.Study:
+        """Optuna's study for trial `number`. One for each trial, because it caches what it has read of others."""
+        study = optuna.load_study(
+            study_name=self.study.name,
+            storage=self.cached,
+            sampler=sampling.sampler(self.definition, number),
+            pruner=sampling.pruner(self.definition),
+        )
+        # The cache must have read a trial before its parameters can be set.
+        study.get_trials(deepcopy=False)
+        return study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How an attempt ended. The first three kinds end the trial for good; after the others it waits again."""
+
+    kind: Literal["complete", "pruned", "failed", "interrupted", "crashed"]
+    trained: Trained | None = None  # None if the trainer failed, died or was killed
+    value: float | None = None  # validation accuracy: of the best epoch; of the last one if it was pruned
+    failure: Failed | None = None  # why it failed
+    reason: str = ""  # why it was interrupted, or crashed
+    fault: TrialyardError | None = None  # what this machine cannot do, if it was interrupted by that
+
+
+class Attempt:
+    """One attempt at one trial, from its claim to its recorded end."""
+
+    def __init__(
+        self,
+        handle: StudyHandle,
+        claim: Claim,
+        trainer: Trainer,
+        settings: Settings,
+        *,
+        pulse: Pulse,
+        listeners: Sequence[Listener],
+        interrupted: Event,
+    ) -> None:
+        self.handle, self.claim, self.trainer, self.settings = handle, claim, trainer, settings
+        self._pulse, self._listeners, self._interrupted = pulse, listeners, interrupted
+        self._opened = handle.opened(claim.number)
+
+    def run(self) -> None:
+        """Runs the claimed trial to its end and records it.
+
+        The trial ends complete, pruned or failed; or goes back to the queue when `interrupted` is set, the study is
+        paused or stopped, or its trainer dies. If the claim is lost meanwhile, or the study deleted, nothing more is
+        written. Raises StorageError or DeviceError if this machine can train nothing, and MachineError if it cannot
+        train this study; the trial is back in the queue then, and the attempt does not count as a crash.
+        """
+        fault: TrialyardError | None = None
+        try:
+            outcome = self._train()
+            self._record(outcome)
+            fault = outcome.fault
+        except ClaimLost as lost:
+            log.warning("%s", lost)
+            self.trainer.kill()  # somebody else trains this trial now
+        except (KeyError, StudyGone) as error:  # Optuna raises KeyError for a missing row
+            if claims.trial_exists(self.handle.storage, self.claim):
+                raise
+            log.debug("the study was deleted", exc_info=error)
+            self.trainer.kill()
+        if isinstance(fault, MachineError):
+            self.trainer.kill()  # only a new process sees a repaired installation: imported modules stay as they are
+        self._notify_end()
+        if fault is not None:
+            raise fault
+
+    # --- train ------------------------------------------------------------------------------------------------
+
+    def _train(self) -> Outcome:
+        definition = self.handle.definition
+        try:
+            point = hyperparameters_of(self.handle, self._opened, self.claim)
+        except (ValueError, RuntimeError, ArithmeticError) as error:
+            return _failed(Failed(kind="sampler", message=f"{type(error).__name__}: {error}"))
+        for listener in self._listeners:
+            listener.began(self.claim, point, definition.budget.epochs)
+        job = Job(
+            definition=definition,
+            hyperparameters={**definition.fixed, **point},
+            seed=self._seed(),
+            slot=self.trainer.slot,
+            data_folders=self.settings.data_folders,
+            folder=self.settings.artifact_folder / self.claim.folder,
+            checkpoints=tuple(self.settings.artifact_folder / path for path in self.claim.checkpoints),
+            study=self.claim.incarnation,
+            trial=f"{self.claim.study} trial {self.claim.number} attempt {self.claim.attempt}",
+            checkpoint_seconds=self.settings.checkpoint_seconds,
+        )
+        try:
+            self.trainer.submit(job)
+            try:
+                return self._follow()
+            except TrainerDied as died:
+                if died.ready:
+                    raise
+                log.info("%s begins once more in a new process: %s", job.trial, died)
+            self.trainer.submit(job)
+            return self._follow()
+        except TrainerDied as died:
+            return self._outcome_of_death(died)
+
+    def _seed(self) -> int:
+        return sampling.seed_of(self.handle.definition, self.claim.number, purpose=1)
+
+    def _follow(self) -> Outcome:
+        """Handles the trainer's messages until its job ends. Raises TrainerDied and ClaimLost."""
+        budget, trainer = self.handle.definition.budget, self.trainer
+        start_by = time.monotonic() + START_SECONDS
+        kill_at = float("inf")  # set when Keras is imported: how long that takes is not the trial's fault
+        stop_by = float("inf")  # when a trainer that was asked to stop is killed
+        pruned, reason, last = False, "", None
+        listed: list[str] = []
+        while True:
+            message = trainer.receive(POLL_SECONDS)
+            if self._pulse.lost:
+                raise ClaimLost(f"study {self.claim.study}: trial {self.claim.number} was lost while it trained")
+            state = self._pulse.state
+            if isinstance(message, Failed):
+                return _failed(message)
+            if isinstance(message, Trained):
+                return _trained(message, pruned, last, reason)
+            if isinstance(message, Resumed):
+                values = {epoch.epoch: epoch.val_accuracy for epoch in message.history}
+                state = self._record_epochs(values, None, resumed_after=max(values))
+                last = values[max(values)]
+                self._notify_epoch(message.history[-1])
+            if isinstance(message, Epoch):
+                # The trainer writes a checkpoint after it has sent an epoch, so the next epoch lists it.
+                files = self._files()
+                state = self._record_epochs({message.epoch: message.val_accuracy}, None if files == listed else files)
+                listed, last = files, message.val_accuracy
+                self._notify_epoch(message)
+                # After its last epoch a trial is complete: pruning would save nothing.
+                if not pruned and message.epoch < budget.epochs and self._should_prune(message.epoch):
+                    pruned, stop_by = True, time.monotonic() + self.settings.stop_seconds
+                    trainer.stop("drop")
+            now = time.monotonic()
+            if budget.trial_minutes and kill_at == float("inf") and trainer.ready:
+                kill_at = now + budget.trial_minutes * 60
+            if now > start_by and not trainer.ready:
+                raise trainer.hung()
+            if stop_by == float("inf") and (self._interrupted.is_set() or state != "open"):
+                reason = "the worker was told to stop" if self._interrupted.is_set() else f"the study was {state}"
+                stop_by = now + self.settings.stop_seconds
+                trainer.stop("keep")
+            if now > kill_at:
+                trainer.kill()
+                limit = f"budget.trial_minutes = {budget.trial_minutes:g}"
+                return _failed(Failed(kind="timeout", message=f"it ran longer than {limit}"))
+            if now > stop_by:
+                log.warning("the trainer did not stop within %.0f s and was killed", self.settings.stop_seconds)
+                trainer.kill()
+                return _trained(None, pruned, last, reason)
+
+    def _record_epochs(
+        self, values: dict[int, float], files: list[str] | None, resumed_after: int | None = None
+    ) -> ledger.State:
+        return claims.record_epochs(self.handle.storage, self.claim, values, files, resumed_after)
+
+    def _should_prune(self, epoch: int) -> bool:
+        trial = self.handle.storage.get_trial(self.claim.trial_id)
+        # A trial that starts over still has values of later epochs, from its last attempt.
+        trial.intermediate_values = {step: value for step, value in trial.intermediate_values.items() if step <= epoch}
+        try:
+            return self._opened.pruner.prune(self._opened, trial)
+        except UpdateFinishedTrialError as error:  # some pruners store state in the trial
+            raise ClaimLost(
+                f"study {self.claim.study}: trial {self.claim.number} was ended by somebody else meanwhile"
+            ) from error
+
+    def _outcome_of_death(self, died: TrainerDied) -> Outcome:
+        if not died.ready:
+            return Outcome(
+                kind="interrupted", reason=str(died), fault=MachineError(f"{died}: repair Keras or its backend")
+            )
+        log.warning("study %s: trial %d: %s", self.claim.study, self.claim.number, died)
+        if died.out_of_memory:  # it would happen again
+            return _failed(Failed(kind="memory", message=str(died)))
+        return Outcome(kind="crashed", reason=str(died))
+
+    # --- record -----------------------------------------------------------------------------------------------
+
+    def _record(self, outcome: Outcome) -> None:
+        """Records the end. Raises ClaimLost."""
+        storage, claim = self.handle.storage, self.claim
+        if outcome.kind in ("interrupted", "crashed"):
+            kind: Literal["interrupted", "crashed"] = "crashed" if outcome.kind == "crashed" else "interrupted"
+            claims.requeue(storage, claim, kind, outcome.reason, self._files() or None)
+            return
+        state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[outcome.kind]
+        claims.finish(storage, claim, state, outcome.value, self._attributes(outcome), _files_left(outcome.trained))
+        with _ignore_leftover_file(claim):
+            # Only now: if the database had stayed away, the trial would have resumed from its checkpoint.
+            retention.remove_attempts(claim, self.settings.artifact_folder)
+            if outcome.kind == "complete":
+                retention.trim(storage, claim, self.settings.artifact_folder, self.settings.keep_models)
+
+    def _attributes(self, outcome: Outcome) -> dict[str, Any]:
+        """The user attributes of a finished trial; paths are relative to the artifacts folder."""
+        if outcome.failure is not None:
+            return {"failure": asdict(outcome.failure)}
+        trained = outcome.trained
+        if trained is None:
+            return {}
+        slot, data = self.trainer.slot, self.handle.definition.data
+        return {
+            "parameters": trained.parameters,
+            "epochs": trained.epochs,
+            "best_epoch": trained.best_epoch,
+            "seconds": round(trained.seconds, 3),
+            "images_per_second": round(trained.images_per_second, 1),
+            "device": slot.device.name,
+            "slot": slot.name,
+            "precision": trained.precision,
+            "precision_reason": trained.precision_reason,
+            "versions": trained.versions,
+            "data_fingerprint": trained.data_fingerprint,
+            "protocol": "test" if data.validation == "test" else "validation",
+            "seed": self._seed(),
+            "history": str(self.claim.folder / artifacts.HISTORY),
+            **({} if trained.stopped else {"model": str(self.claim.folder / artifacts.MODEL)}),
+        }
+
+    def _files(self) -> list[str]:
+        """The names of the attempt's existing files, of those that the dashboard offers."""
+        folder: Path = self.settings.artifact_folder / self.claim.folder
+        return [name for name in artifacts.DOWNLOADABLE if (folder / name).is_file()]
+
+    def _notify_epoch(self, record: Epoch) -> None:
+        for listener in self._listeners:
+            listener.epoch(self.claim, record)
+
+    def _notify_end(self) -> None:
+        try:
+            trial = self.handle.storage.get_trial(self.claim.trial_id)
+        except KeyError:
+            trial = None
+        for listener in self._listeners:
+            if trial is None:
+                listener.deleted(self.claim)
+            else:
+                listener.ended(self.claim, trial)
+
+
+def hyperparameters_of(handle: StudyHandle, opened: optuna.Study, claim: Claim) -> Point:
+    """The claimed trial's hyperparameters: those that it has, or new ones, which are recorded.
+
+    Raises ClaimLost; and ValueError, RuntimeError or ArithmeticError if the sampler fails.
+    """
+    trial = optuna.Trial(opened, claim.trial_id)
+    draft = _Draft(trial.storage)
+    trial.storage = draft  # type: ignore[assignment]
+    point = suggest(trial, handle.definition.space)
+    claims.begin(handle.storage, claim, draft.params)
+    return point
+
+
+class _Draft:
+    """A storage for one trial's suggestions: it keeps them, and passes everything else on to the real storage.
+
+    Optuna writes each suggestion in a transaction of its own, and asks nobody who owns the trial.
+    """
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage
+        self.params: dict[str, tuple[BaseDistribution, Any]] = {}
+
+    def set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
+    ) -> None:
+        self.params[param_name] = (distribution, distribution.to_external_repr(param_value_internal))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+
+def _failed(failed: Failed) -> Outcome:
+    if failed.kind in _MACHINE:
+        return Outcome(kind="interrupted", reason=failed.message, fault=_MACHINE[failed.kind](failed.message))
+    return Outcome(kind="failed", failure=failed)
+
+
+def _trained(trained: Trained | None, pruned: bool, last: float | None, reason: str) -> Outcome:
+    """The end of a job without an error; `trained` is None if it had to be killed."""
+    if trained is not None and not trained.stopped:  # it may have ended before a stop arrived
+        return Outcome(kind="complete", trained=trained, value=trained.value)
+    if pruned:
+        return Outcome(kind="pruned", trained=trained, value=last)
+    return Outcome(kind="interrupted", trained=trained, reason=reason)
+
+
+def _files_left(trained: Trained | None) -> list[str]:
+    """The names of the files that a finished trial keeps."""
+    if trained is None:
+        return []
+    return [artifacts.HISTORY] if trained.stopped else [artifacts.MODEL, artifacts.HISTORY]
+
+
+@contextmanager
+def _ignore_leftover_file(claim: Claim) -> Iterator[None]:
+    """A file that cannot be removed only takes disk space until `storage prune` removes it: no reason to stop."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("study %s: a file of trial %d stays: %s", claim.study, claim.number, error)

@@ -1,0 +1,98 @@
+"""One thread a worker that tells the database, again and again, which slots live and which trials they hold."""
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+
+from optuna.exceptions import OptunaError
+from sqlalchemy.exc import SQLAlchemyError
+
+from search.devices import Slot
+from storage import claims, owners
+from storage.claims import Claim
+from storage.errors import StorageError
+from storage.ledger import State
+from storage.owners import Owner
+from storage.slots import leave
+from storage.transactions import PatientStorage, write
+
+log = logging.getLogger(__name__)
+
+LEAVE_SECONDS = 2.0
+
+
+class Pulse:
+    """What the last heartbeat learned of one claim."""
+
+    def __init__(self) -> None:
+        self.lost = False  # somebody else has the trial by now, or it was deleted
+        self.state: State = "open"  # of the study
+
+
+class Heartbeat:
+    """Sends a heartbeat for `slots`, and for the claims that they hold, while the ``with`` block runs.
+
+    One that fails because the database is away is tried again at the next interval, of `seconds`.
+    """
+
+    def __init__(self, storage: PatientStorage, seconds: float, slots: Sequence[Slot]) -> None:
+        self._storage, self._seconds = storage, seconds
+        self._slots = {owners.this_slot(slot.name): slot.device.name for slot in slots}
+        self._pulses: dict[Claim, Pulse] = {}
+        self._lock = threading.Lock()  # the slots' threads add and remove claims
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def owner(self, slot: Slot) -> Owner:
+        """This process's `slot`, as other processes know it."""
+        return next(owner for owner in self._slots if owner.slot == slot.name)
+
+    @contextmanager
+    def of(self, claim: Claim) -> Iterator[Pulse]:
+        """Sends heartbeats for `claim`, too, while the ``with`` block runs."""
+        pulse = Pulse()
+        with self._lock:
+            self._pulses[claim] = pulse
+        try:
+            yield pulse
+        finally:
+            with self._lock:
+                del self._pulses[claim]
+
+    def __enter__(self) -> "Heartbeat":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        # It may be waiting for a database that is away.
+        self._thread.join(LEAVE_SECONDS)
+
+    def _run(self) -> None:
+        while True:
+            self._beat()
+            if self._done.wait(self._seconds):
+                break
+        try:
+            write(self._storage, None, lambda connection: leave(connection, list(self._slots)))
+        except (OptunaError, SQLAlchemyError, StorageError, OSError) as error:
+            log.debug("the slots stay in the list of workers until they are forgotten: %s", error)
+
+    def _beat(self) -> None:
+        with self._lock:
+            held = dict(self._pulses)
+        try:
+            states = claims.beat(self._storage, self._slots, list(held))
+        except (OptunaError, SQLAlchemyError, StorageError, OSError) as error:
+            log.warning("a heartbeat failed, and is sent again in %.0f s: %s", self._seconds, error)
+            return
+        for claim, pulse in held.items():
+            state = states[claim]
+            if state is not None:
+                pulse.state = state
+            elif claim in self._pulses:  # else the trial has ended meanwhile
+                pulse.lost = True

@@ -1,0 +1,298 @@
+"""All that the ``trialyard`` command does to run studies, as functions: the command parses, calls one, and prints.
+
+>>> import search, studies
+>>> search.run("digits", trials=2, epochs=1)  # trains on this machine
+>>> studies.best_model("digits")
+
+What reads studies is in the package `studies`. A `storage` is a database's URL or an open storage; None is the one that
+TRIALYARD_STORAGE or TRIALYARD_HOME names.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import FrozenTrial
+
+from search.errors import WorkerError
+from storage import database, ledger, retention, settings, slots, transactions
+from storage.ledger import Study
+from storage.retention import Superfluous
+from storage.settings import Settings
+from storage.transactions import PatientStorage
+from studies import definition as definitions
+from studies import registry, results
+from studies.definition import Definition
+
+if TYPE_CHECKING:
+    from search.devices import Slot
+    from search.progress import Listener
+
+Source = str | Path | Definition  # a name of the catalog, a TOML file, or a definition
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM ended the work. `requeued` says whether its trials are back in the queue already.
+
+    If not, the next worker takes them back. Either way the same call continues where this one stopped.
+    """
+
+    def __init__(self, *, requeued: bool) -> None:
+        super().__init__("the work was interrupted")
+        self.requeued = requeued
+
+
+# --- studies ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A definition that this machine can train."""
+
+    definition: Definition
+    data: dict[str, Any]  # a summary of its images: fingerprint, sizes
+
+
+def check(
+    source: Source,
+    *,
+    name: str | None = None,
+    trials: int | None = None,
+    epochs: int | None = None,
+    limit: int | None = None,
+) -> Checked:
+    """Checks that a definition obeys the rules, and that its data load and its model builds on this machine.
+
+    `name`, `trials`, `epochs` and `limit` (training images) replace what the definition says. Nothing is written.
+
+    Raises DefinitionError, DataError, ModelError, and MachineError where Keras cannot be imported.
+    """
+    from search import checks
+
+    definition = _definition(source, name, trials, epochs, limit)
+    return Checked(definition=definition, data=checks.check(definition, settings.load()))
+
+
+def create(
+    source: Source,
+    *,
+    name: str | None = None,
+    trials: int | None = None,
+    epochs: int | None = None,
+    limit: int | None = None,
+    storage: str | None = None,
+    patience: float = 0.0,
+) -> ledger.Creation:
+    """Creates a study for workers to come; the database, too, if there is none. The other arguments are as for `check`.
+
+    A study that exists already stays as it is, but its budget is raised if the definition's is larger. `patience` is
+    for how many seconds a database that is away is waited for.
+
+    Raises what `check` raises; StudyError if a study of this name has another definition; StorageError.
+    """
+    # Everything is checked before the database is touched, the data and a user's own model included.
+    checked = check(source, name=name, trials=trials, epochs=epochs, limit=limit)
+    opened = database.create(_settings(storage).url, patience)
+    return registry.create(checked.definition, opened, checked.data)
+
+
+def run(
+    source: Source,
+    *,
+    name: str | None = None,
+    trials: int | None = None,
+    epochs: int | None = None,
+    limit: int | None = None,
+    storage: str | None = None,
+    devices: str = "auto",
+    per_device: int | None = None,
+    workers: int | None = None,
+    listeners: "Sequence[Listener] | None" = None,
+) -> FrozenTrial:
+    """Creates the study if needed, runs it on this machine to its end, and returns its best trial.
+
+    `devices`, `per_device` and `workers` are as for `work`, the others as for `create`.
+
+    Raises what `create` and `work` raise; StudyError if no trial is complete at the end.
+    """
+    from search import checks
+    from search.devices import slots as slots_of
+
+    here = _settings(storage)
+    places = slots_of(devices, per_device, workers)
+    creation = create(
+        source, name=name, trials=trials, epochs=epochs, limit=limit, storage=storage, patience=here.patience_seconds
+    )
+    opened = database.connect(here.url, here.patience_seconds)
+    if not creation.study.has_ended:
+        registry.check_software(creation.study, opened, checks.software())
+        _fill([creation.study], opened, here, places, listeners, leave=False)
+    return results.best_trial(creation.study.name, opened)
+
+
+def work(
+    *names: str,
+    storage: str | None = None,
+    devices: str = "auto",
+    per_device: int | None = None,
+    workers: int | None = None,
+    forever: bool = False,
+    listeners: "Sequence[Listener] | None" = None,
+) -> list[str]:
+    """Fills this machine's slots with trials of the studies `names`, or of all studies, until nothing is left.
+
+    `devices` is "auto", "cpu" or GPU numbers such as "0,1"; `per_device` trials share each device, and `workers` is how
+    many run at once in all. With `forever` it waits for studies to come. `listeners` learn of every trial and epoch;
+    None shows the progress on standard error.
+
+    Returns the names of the studies. Raises Interrupted after SIGINT or SIGTERM; StudyError where there is no such
+    study; what `check` raises for a study that was named and that this machine cannot train; StorageError.
+    """
+    from search import worker
+    from search.devices import slots as slots_of
+
+    if names and forever:
+        raise WorkerError("with forever=True a worker takes trials of all studies: name none")
+    here = _settings(storage)
+    places = slots_of(devices, per_device, workers)
+    opened = database.connect_with_retries(here.url, here.patience_seconds)
+    if forever:
+        _fill(None, opened, here, places, listeners, leave=True)
+        return []
+    found = [registry.find(name, opened) for name in dict.fromkeys(names)] if names else ledger.studies(opened)
+    to_do = [study for study in found if not study.has_ended]
+    for study in to_do if names else ():
+        worker.check_fit(study, opened, here)
+    _fill(to_do, opened, here, places, listeners, leave=not names)
+    return [study.name for study in found]
+
+
+def _fill(
+    found: Sequence[Study] | None,
+    opened: PatientStorage,
+    here: Settings,
+    places: "list[Slot]",
+    listeners: "Sequence[Listener] | None",
+    *,
+    leave: bool,
+) -> None:
+    from search import progress, worker
+
+    names = None if found is None else [study.name for study in found]
+    if names == []:
+        return
+    shown = progress.display(found, opened, places) if listeners is None else listeners
+    if not worker.work(names, opened, here, places, shown, leave=leave):
+        raise Interrupted(requeued=not opened.shutting_down.is_set())
+
+
+def alive(storage: str | None = None) -> float:
+    """Seconds since the last heartbeat of a worker of this machine, for health checks.
+
+    Raises WorkerError if there is none, or if it is older than TRIALYARD_GRACE_SECONDS.
+    """
+    here = _settings(storage)
+    silent = transactions.read(database.connect(here.url), slots.silence)
+    if silent is None:
+        raise WorkerError("there is no worker on this machine that the database knows of: `trialyard work` starts one")
+    if silent > here.grace_seconds:
+        raise WorkerError(
+            f"the last sign of this machine's worker is {silent:.0f} s old, more than TRIALYARD_GRACE_SECONDS = "
+            f"{here.grace_seconds:g}: see what it printed, and start it again"
+        )
+    return silent
+
+
+def serve(
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    *,
+    storage: str | None = None,
+    read_only: bool = False,
+    on_listening: Callable[[list[str]], None] = lambda addresses: None,
+) -> None:
+    """Serves optuna-dashboard until SIGINT or SIGTERM; `on_listening` gets the addresses, `port` 0 takes any free one.
+
+    At any address but this machine's own it needs a password (TRIALYARD_DASHBOARD_PASSWORD). `read_only` refuses
+    whatever would change something. Raises DashboardError and StorageError.
+    """
+    from search import dashboard  # it imports scikit-learn, which takes seconds
+
+    here = _settings(storage)
+    opened = database.connect(here.url)
+    app = dashboard.application(opened, here.artifact_folder, host=host, password=here.password, read_only=read_only)
+    dashboard.serve(app, host, port, on_listening)
+
+
+# --- the database -----------------------------------------------------------------------------------------
+
+
+def create_storage(storage: str | None = None) -> str:
+    """Creates the database's tables if needed; returns its URL without a password. Raises StorageError."""
+    url = _settings(storage).url
+    database.create(url)
+    return transactions.redact(url)
+
+
+def upgrade_storage(storage: str | None = None) -> tuple[str, list[str]]:
+    """Brings the database of an older version up to this one. No worker may run meanwhile.
+
+    Returns the version of its tables, and what was repaired, a sentence each. Raises StorageError.
+    """
+    return database.upgrade(_settings(storage).url)
+
+
+def check_storage(storage: str | None = None) -> list[str]:
+    """What is wrong with the database and its studies, a sentence each; empty if nothing is. Raises StorageError."""
+    opened = database.connect(_settings(storage).url)
+    return database.check(opened) + ledger.check(opened)
+
+
+def backup_storage(file: str | Path, storage: str | None = None) -> int:
+    """Copies the database, as it is at this moment, to a new SQLite file; returns how many trials it has.
+
+    Raises StorageError if `file` exists or cannot be written.
+    """
+    return database.backup(database.connect(_settings(storage).url), Path(file))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leftovers:
+    """The files below the artifacts folder that this database does not need."""
+
+    files: list[Superfluous]
+    of_others: list[str]  # folders of studies that this database does not know: another one may
+
+
+def leftovers(storage: str | None = None) -> Leftovers:
+    """The files that no trial needs, which `prune` removes. Raises StorageError."""
+    here = _settings(storage)
+    opened = database.connect(here.url)
+    return Leftovers(
+        files=retention.superfluous(opened, here.artifact_folder, here.keep_models),
+        of_others=retention.of_others(opened, here.artifact_folder),
+    )
+
+
+def prune(found: Leftovers, storage: str | None = None) -> int:
+    """Removes those of the files `found` that no trial needs still; returns how many bytes that freed.
+
+    Raises StorageError.
+    """
+    here = _settings(storage)
+    return retention.remove(database.connect(here.url), here.artifact_folder, here.keep_models, found.files)
+
+
+def _definition(
+    source: Source, name: str | None, trials: int | None, epochs: int | None, limit: int | None
+) -> Definition:
+    changes: dict[str, Any] = {"name": name, "trials": trials, "epochs": epochs, "limit": limit}
+    if not isinstance(source, Definition):
+        return definitions.load(str(source), **changes)
+    unchanged = all(change is None for change in changes.values())
+    return source if unchanged else definitions.parse(definitions.to_toml(source), **changes)
+
+
+def _settings(storage: str | None) -> Settings:
+    return settings.load(storage=storage)

@@ -1,0 +1,169 @@
+"""What commands print: results on standard output, questions and progress on standard error."""
+
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+from optuna.trial import FrozenTrial
+from rich.console import Console
+
+from search import progress
+from storage import artifacts, attributes, ledger
+from storage.settings import Settings
+from storage.slots import SlotStatus
+from studies.report import SHOWN_ROWS, ReportContent, counts, table
+from studies.results import Row, Status
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True)
+
+
+def say(line: str) -> None:
+    """Prints a line of the result."""
+    out.print(line, markup=False)
+
+
+def warn(line: str) -> None:
+    """Prints a line on standard error."""
+    err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def record(study: str, trial: FrozenTrial, settings: Settings) -> dict[str, Any]:
+    return {
+        "study": study,
+        "number": trial.number,
+        "value": trial.values[0],
+        "params": trial.params,
+        "user_attrs": trial.user_attrs,
+        # A model may be on another machine.
+        "model": model if (model := _path(trial, "model", settings)) and Path(model).is_file() else None,
+        "history": _path(trial, "history", settings),
+        "began": _time(trial.datetime_start),
+        "ended": _time(trial.datetime_complete),
+    }
+
+
+def _path(trial: FrozenTrial, artifact: str, settings: Settings) -> str | None:
+    path = artifacts.inside(settings.artifact_folder, trial.user_attrs.get(artifact))
+    return None if path is None else str(path)
+
+
+def _time(moment: datetime | None) -> str | None:
+    # Optuna gives naive local time; a reader elsewhere needs the offset.
+    return None if moment is None else moment.astimezone().isoformat(timespec="seconds")
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_best(study: str, trial: FrozenTrial, settings: Settings) -> None:
+    told = trial.user_attrs
+    judged = "test (the notebook's protocol)" if told.get("protocol") == "test" else "validation"
+    out.print(f"best of {study}: trial {trial.number}, {judged} accuracy {trial.values[0]:.4f}", markup=False)
+    out.print(f"  hyperparameters  {progress.shown(trial.params)}", markup=False)
+    best_epoch, epochs, parameters, seconds, speed = numbers = [
+        attributes.number(told.get(key))
+        for key in ("best_epoch", "epochs", "parameters", "seconds", "images_per_second")
+    ]
+    if None not in numbers:  # else others added it
+        out.print(
+            f"  training         best epoch {best_epoch} of {epochs}, {parameters:,} weights, "
+            f"{seconds:.1f} s, {speed:,.0f} images/s in {told.get('precision')}",
+            markup=False,
+        )
+    model = _path(trial, "model", settings)
+    if model is not None:
+        where = "" if Path(model).is_file() else " (not on this machine)"
+        out.print(f"  model            {model}{where}", markup=False)
+
+
+def print_rows(rows: list[Row]) -> None:
+    if not rows:
+        out.print("no trial is complete yet", markup=False)
+        return
+    titles, cells = table(rows)
+    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    head, *lines = ("  ".join(map(str.rjust, line, widths)) for line in (titles, *cells))
+    out.print(head, style="bold", markup=False)
+    # Not as a table of rich's, which takes a millisecond a row.
+    out.file.writelines(f"{line}\n" for line in lines)
+
+
+def print_workers(workers: list[SlotStatus]) -> None:
+    for one in workers:
+        doing = "waits" if one.study is None else f"{one.study} trial {one.trial}, epoch {one.epoch}"
+        out.print(
+            f"{one.slot} of {one.host} (process {one.pid}, {one.device}): {doing}, last sign "
+            f"{one.silent_seconds:.0f} s ago",
+            markup=False,
+        )
+
+
+def print_status(found: Status) -> None:
+    if found.state != "open":
+        line = f"{found.study}: {found.state}"
+    else:
+        line = f"{found.study}: ended" if found.ended else progress.progress_line(found)
+    out.print(line, style="bold", markup=False)
+    if found.protocol == "test":
+        out.print("  judged on the test set: the notebook's protocol, for comparison only", markup=False)
+    out.print(
+        f"  {found.complete} complete, {found.pruned} pruned, {found.failed} failed, {found.running} running, "
+        f"{found.waiting} waiting, budget {found.budget}",
+        markup=False,
+    )
+    if (found.ended or found.state != "open") and found.best is not None:
+        out.print(f"  best {found.best:.4f} (trial {found.best_number})", markup=False)
+    if found.failures:
+        out.print(f"  {failures_text(found)}", markup=False)
+    if found.outside:
+        out.print(f"  {ledger.started_outside_text(found.outside)}", markup=False)
+    for one in found.workers:
+        out.print(
+            f"  trial {one.number} on {one.slot} of {one.host} (process {one.pid}), attempt {one.attempt}, "
+            f"epoch {one.epoch}, last sign "
+            f"{one.silent_seconds:.0f} s ago",
+            markup=False,
+        )
+
+
+def failures_text(found: Status) -> str:
+    return f"{found.failed} of {found.study}'s trials failed ({'; '.join(found.failures)})"
+
+
+def print_report(told: ReportContent) -> None:
+    out.print(told.definition.name, style="bold", markup=False)
+    out.print(f"  {counts(told.status)}", markup=False)
+    for title, sentences in (
+        ("found", told.findings.found),
+        ("made the difference", told.findings.mattered),
+        ("cannot be concluded", told.findings.cautions),
+    ):
+        for number, sentence in enumerate(sentences):
+            out.print(f"  {title if number == 0 else '':<19}  {sentence}", markup=False)
+    out.print()
+    print_rows(told.rows[:SHOWN_ROWS])
+
+
+def ask(question: str, yes: bool) -> None:
+    """Exits with 1 unless the answer is yes."""
+    if yes:
+        return
+    # On standard error, unlike typer's own prompt: standard output is for results.
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        sys.stderr.write("nothing was removed\n")
+        raise typer.Exit(1)
+
+
+def size_text(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

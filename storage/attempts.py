@@ -1,0 +1,190 @@
+"""The table of attempts: who ran a trial, when it was last seen, and how its run ended.
+
+Each run of a trial is one row. The row of a RUNNING trial's last attempt is its owner, its heartbeat and its right to
+write, all in one. Only `storage.claims` changes rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from optuna.trial import TrialState
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    DateTime,
+    Double,
+    ForeignKey,
+    Integer,
+    MetaData,
+    RowMapping,
+    Select,
+    String,
+    Table,
+    Text,
+    and_,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.orm import InstrumentedAttribute
+
+from storage.owners import Owner, database_now
+from storage.tables import TrialModel
+
+Outcome = Literal["finished", "interrupted", "crashed", "lost"]
+
+table = Table(
+    "trialyard_attempts",
+    MetaData(),
+    # Whoever deletes a trial deletes its attempts: an id may be used again.
+    Column("trial_id", ForeignKey(TrialModel.__table__.c.trial_id, ondelete="CASCADE"), primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("machine", String(200), nullable=False),
+    Column("host", String(255), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("born", Double, nullable=False),
+    Column("slot", String(100), nullable=False),
+    Column("began", DateTime, nullable=False),  # all times are UTC, by the database's clock
+    Column("beat", DateTime, nullable=False),
+    Column("beat_seconds", Double, nullable=False),
+    Column("resumed_after", Integer),
+    Column("epoch", Integer, nullable=False),
+    Column("checkpoint", String(2000)),
+    Column("ended", DateTime),
+    Column("outcome", String(20)),
+    Column("reason", Text),
+)
+
+INDEX = "CREATE INDEX IF NOT EXISTS trialyard_running_attempts ON trialyard_attempts (trial_id) WHERE ended IS NULL"
+# SQLite obeys a foreign key only where a connection asks for it, and plain Optuna's connections do not.
+SQLITE_CASCADE = (
+    "CREATE TRIGGER IF NOT EXISTS trialyard_attempts_of_deleted_trials AFTER DELETE ON trials "
+    "BEGIN DELETE FROM trialyard_attempts WHERE trial_id = OLD.trial_id; END"
+)
+
+_OWNER = ("machine", "host", "pid", "born", "slot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One run of a trial, from its claim to its recorded end. Times are naive UTC, by the database's clock."""
+
+    attempt: int  # from 1
+    owner: Owner
+    began: datetime
+    beat: datetime  # the last heartbeat
+    beat_seconds: float  # between two heartbeats
+    resumed_after: int | None  # the epoch of the checkpoint that it continued from; None: it started at epoch 1
+    epoch: int  # the last whole epoch; 0 before the first
+    checkpoint: str | None  # its checkpoint, relative to the artifacts folder; None: it has written none
+    ended: datetime | None
+    outcome: Outcome | None  # None: it has not ended
+    reason: str | None  # why it ended, if it did not finish
+
+
+def of_trial(connection: Connection, trial_id: int) -> list[Attempt]:
+    """All attempts at a trial, the first one first. Empty for a trial that Trialyard has not run."""
+    rows = connection.execute(select(table).where(table.c.trial_id == trial_id).order_by(table.c.attempt))
+    return [_attempt(row) for row in rows.mappings()]
+
+
+def running(connection: Connection, study_id: int) -> list[tuple[int, int, Attempt]]:
+    """The id, the number and the running attempt of each RUNNING trial of a study that Trialyard runs, by number."""
+    rows = connection.execute(
+        select(TrialModel.number, table)
+        .join(table, and_(table.c.trial_id == TrialModel.trial_id, table.c.ended.is_(None)))
+        .where(TrialModel.study_id == study_id, trial_is_running())
+        .order_by(TrialModel.number)
+    )
+    return [(row["trial_id"], row["number"], _attempt(row)) for row in rows.mappings()]
+
+
+def started_outside(connection: Connection, study_id: int) -> list[int]:
+    """The numbers of the RUNNING trials that none of our workers started: somebody called `study.ask()`."""
+    ours = select(table.c.trial_id).where(table.c.trial_id == TrialModel.trial_id, table.c.ended.is_(None))
+    rows = connection.execute(
+        select(TrialModel.number)
+        .where(TrialModel.study_id == study_id, trial_is_running(), ~ours.exists())
+        .order_by(TrialModel.number)
+    )
+    return list(rows.scalars())
+
+
+def first_began(study_id: int | InstrumentedAttribute[int]) -> Select[datetime]:
+    """The query for when the first trial of a study began. Imported trials have not run here."""
+    return (
+        select(table.c.began)
+        .join(TrialModel, TrialModel.trial_id == table.c.trial_id)
+        .where(TrialModel.study_id == study_id, table.c.attempt == 1)
+        .order_by(TrialModel.number)
+        .limit(1)
+    )
+
+
+def start(connection: Connection, trial_id: int, owner: Owner, beat_seconds: float) -> list[Attempt]:
+    """Adds the next attempt at a trial; returns the attempts before it."""
+    earlier = of_trial(connection, trial_id)
+    now = database_now(connection)
+    number = earlier[-1].attempt + 1 if earlier else 1
+    row = {"trial_id": trial_id, "attempt": number, "began": now, "beat": now, "beat_seconds": beat_seconds, "epoch": 0}
+    connection.execute(insert(table).values(row | asdict(owner)))
+    return earlier
+
+
+def current(connection: Connection, trial_id: int, attempt: int, owner: Owner) -> Attempt | None:
+    """The attempt, if it is `owner`'s and no other has begun since."""
+    latest = select(func.max(table.c.attempt)).where(table.c.trial_id == trial_id).scalar_subquery()
+    row = (
+        connection.execute(
+            select(table).where(table.c.trial_id == trial_id, table.c.attempt == attempt, table.c.attempt == latest)
+        )
+        .mappings()
+        .first()
+    )
+    found = None if row is None else _attempt(row)
+    return found if found is not None and found.owner == owner else None
+
+
+def change(connection: Connection, trial_id: int, attempt: int, **columns: Any) -> None:
+    """Sets columns of an attempt's row."""
+    mine = (table.c.trial_id == trial_id, table.c.attempt == attempt)
+    connection.execute(update(table).where(*mine).values(columns))
+
+
+def end(connection: Connection, trial_id: int, attempt: int, outcome: Outcome, reason: str | None = None) -> None:
+    """Records how an attempt ended."""
+    ended = database_now(connection)
+    change(connection, trial_id, attempt, ended=ended, outcome=outcome, reason=reason)
+
+
+def beat(connection: Connection, trial_id: int, attempt: int, owner: Owner, now: datetime) -> bool:
+    """Records a heartbeat; returns whether the attempt is still `owner`'s and has not ended."""
+    mine = and_(*(table.c[name] == value for name, value in asdict(owner).items()))
+    running_attempt = (table.c.trial_id == trial_id, table.c.attempt == attempt, table.c.ended.is_(None))
+    return connection.execute(update(table).where(*running_attempt, mine).values(beat=now)).rowcount == 1
+
+
+def broken_in_a_row(attempts: Sequence[Attempt]) -> int:
+    """How many of the last attempts crashed or were lost, back to the last one that finished a new epoch."""
+    broken = 0
+    for index in range(len(attempts) - 1, -1, -1):
+        if attempts[index].outcome in ("crashed", "lost"):
+            broken += 1
+        if attempts[index].epoch > max((earlier.epoch for earlier in attempts[:index]), default=0):
+            break
+    return broken
+
+
+def trial_is_running() -> ColumnElement[bool]:
+    """Whether a trial's row is RUNNING: plain Optuna may have ended it."""
+    return TrialModel.state == TrialState.RUNNING
+
+
+def _attempt(row: RowMapping) -> Attempt:
+    owner = Owner(**{name: row[name] for name in _OWNER})
+    columns = {name: row[name] for name in Attempt.__dataclass_fields__ if name != "owner"}
+    return Attempt(owner=owner, **columns)
