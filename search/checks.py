@@ -1,8 +1,14 @@
 """Is this definition right, for these data and this model? Asked before anything enters the database."""
 
+import contextlib
+import hashlib
+import importlib.util
 import json
 import os
+import platform
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -23,6 +29,7 @@ from studies.space import Choice, Int, in_order
 
 BATCH_SIZE = 128  # the default, as in search.model, which this process must not import
 POLL_SECONDS = 1.0
+REMEMBERED_SECONDS = 24 * 3600.0
 
 
 def check(definition: Definition, settings: Settings) -> dict[str, Any]:
@@ -91,7 +98,14 @@ def first_point(definition: Definition) -> dict[str, Any]:
 
 @cache  # it takes seconds, and a worker checks every study that it takes
 def check_keras(backend: str) -> None:
-    """Raises MachineError unless a trainer process can import Keras with `backend`."""
+    """Raises MachineError unless a trainer process can import Keras with `backend`.
+
+    That it could is remembered for a day, for this very installation, in the user's cache folder: it takes seconds.
+    """
+    mark = _mark(backend)
+    with contextlib.suppress(OSError):
+        if mark is not None and time.time() - mark.stat().st_mtime < REMEMBERED_SECONDS:
+            return
     with _trainer() as trainer:
         try:
             failed = trainer.start()
@@ -99,6 +113,34 @@ def check_keras(backend: str) -> None:
             raise _import_error(died, trainer) from None
     if failed is not None:
         raise MachineError(failed.message)
+    if mark is not None:
+        with contextlib.suppress(OSError):  # a folder that cannot be written: it is checked again next time
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+
+
+def forget_keras() -> None:
+    """Has `check_keras` look again: a worker could not import what it needs."""
+    check_keras.cache_clear()
+    mark = _mark(_backend())
+    if mark is not None:
+        mark.unlink(missing_ok=True)
+
+
+def _mark(backend: str) -> Path | None:
+    """The file that says that Keras could be imported; None where it is not installed. Another installation, another
+    processor or other search paths have another one.
+    """
+    origins = []
+    for name in ("keras", backend, "numpy"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            return None
+        origins.append((spec.origin, os.stat(spec.origin).st_mtime_ns))
+    paths = [os.environ.get(name) for name in ("LD_LIBRARY_PATH", "PYTHONPATH")]
+    identity = repr((sys.executable, sys.version, backend, platform.node(), cpu().name, origins, paths))
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "trialyard" / f"keras-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 @contextmanager

@@ -203,7 +203,7 @@ class _OpenStudies:
             raise error
         with self._lock:
             if self._admitted.pop(study.incarnation, None) is not None:  # else another slot was first
-                checks.check_keras.cache_clear()
+                checks.forget_keras()
                 self._handles = [handle for handle in self._handles if handle.study.incarnation != study.incarnation]
                 self._leave_for_now(study, error)
 

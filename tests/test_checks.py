@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,37 @@ def test_a_crash_while_keras_is_imported_is_a_sentence_with_what_it_printed(brok
         MachineError, match=r"tensorflow .* by signal SIGABRT before it had imported Keras; it printed: "
     ):
         checks.check_keras("tensorflow")
+
+
+def test_that_keras_can_be_imported_is_remembered_for_a_day_and_for_this_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started() -> None:
+        raise AssertionError("it was checked again")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    checks.check_keras.cache_clear()
+    checks.check_keras("tensorflow")
+    (mark,) = (tmp_path / "trialyard").iterdir()
+    monkeypatch.setattr(checks, "_trainer", started)
+
+    def check_again() -> None:
+        checks.check_keras.cache_clear()
+        checks.check_keras("tensorflow")
+
+    check_again()
+    with monkeypatch.context() as elsewhere, pytest.raises(AssertionError, match="checked again"):
+        elsewhere.setenv("LD_LIBRARY_PATH", "/another")
+        check_again()
+    long_ago = time.time() - checks.REMEMBERED_SECONDS - 60
+    os.utime(mark, (long_ago, long_ago))
+    with pytest.raises(AssertionError, match="checked again"):
+        check_again()
+    mark.touch()
+    check_again()
+    checks.forget_keras()
+    with pytest.raises(AssertionError, match="checked again"):
+        check_again()
 
 
 ASK = "import keras; print(keras.backend.backend())"
