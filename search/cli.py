@@ -445,7 +445,7 @@ def storage_prune(storage: StorageOption = None, yes: YesOption = False) -> None
     """Remove files that no trial of this database needs; lists them, and asks first."""
     settings = _settings(storage)
     place, keep = database.connect(settings.url), settings.keep_models
-    files = retention.superfluous(place, settings.artifact_folder, keep)
+    files = retention.unneeded(place, settings.artifact_folder, keep)
     for file in files:
         err.print(f"{file.path}: {_bytes(file.size)}, {file.why}", markup=False, highlight=False, soft_wrap=True)
     if files:

@@ -12,22 +12,22 @@ from storage.errors import StorageError
 
 MODEL = "model.keras"
 HISTORY = "history.json"
-SUMMARY = "summary.txt"  # of the model's layers, beside its history
+SUMMARY = "summary.txt"  # the model's layers
 CHECKPOINT = "checkpoint.npz"
-DOWNLOADABLE = (MODEL, HISTORY, CHECKPOINT)  # those that optuna-dashboard offers while they are there
+DOWNLOADABLE = (MODEL, HISTORY, CHECKPOINT)  # optuna-dashboard offers these while they exist
 
-_NAMES = uuid.UUID("6f0ed9c4-6bb5-4a55-9a0e-8f5d3f1d3c52")  # of our artifacts' ids
+_NAMESPACE = uuid.UUID("6f0ed9c4-6bb5-4a55-9a0e-8f5d3f1d3c52")  # of our artifacts' ids
 
 
 def folder(root: Path, study: str, number: int) -> Path:
-    """Where trial `number` of `study` has its files: ``<root>/<study>/<number>``."""
+    """The folder of trial `number` of `study`: ``<root>/<study>/<number>``."""
     return root / study / str(number)
 
 
 def inside(root: Path, below: object) -> Path | None:
-    """The file below `root` that a trial's attribute names; None unless it is a relative path that stays inside.
+    """The path of the file `below` the folder `root`; None unless it is a relative path that stays inside.
 
-    Anybody who may write to the database may store another one.
+    `below` is a trial's attribute. Everyone who may write to the database can change it.
     """
     if not isinstance(below, str) or "\0" in below:
         return None
@@ -36,28 +36,28 @@ def inside(root: Path, below: object) -> Path | None:
 
 
 def listing(study: str, number: int, name: str) -> tuple[str, str]:
-    """The system attribute, key and value, by which optuna-dashboard offers the file `name` of a trial.
+    """Key and value of the system attribute that makes optuna-dashboard offer the file `name` of a trial.
 
-    It is the one that ``optuna.artifacts.upload_artifact`` writes. But the id follows from where the file is: written
-    again it is the same, and what removes a file knows it.
+    ``optuna.artifacts.upload_artifact`` writes the same, with a random id. Our id is computed from the file's place, so
+    writing it twice makes one entry, and the entry can be found when the file is removed.
     """
-    artifact_id = str(uuid.uuid5(_NAMES, f"{study}/{number}/{name}"))
+    artifact_id = str(uuid.uuid5(_NAMESPACE, f"{study}/{number}/{name}"))
     kind, encoding = mimetypes.guess_type(name)
-    told = {
+    metadata = {
         "artifact_id": artifact_id,
         "filename": name,
         "mimetype": kind or "application/octet-stream",
         "encoding": encoding,
     }
-    return f"artifacts:{artifact_id}", json.dumps(told)
+    return f"artifacts:{artifact_id}", json.dumps(metadata)
 
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, and renames it to `path` when the block ends well.
+    """Yields a temporary path in the same folder, and renames it to `path` when the block ends without an exception.
 
-    A process killed at any moment leaves the old file or the new one, never a part. The temporary name
-    keeps the ending, because Keras chooses its format by it.
+    A process that is killed at any moment leaves the old file or the new one, never a part. The temporary name keeps
+    the suffix, because Keras chooses the format by it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
@@ -73,7 +73,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def stored(path: Path) -> Iterator[Path]:
-    """As `written_atomically`, for a trial's file. Raises StorageError if it cannot be written."""
+    """Like `written_atomically`, for a trial's file: raises StorageError if it cannot be written."""
     try:
         with written_atomically(path) as temporary:
             yield temporary
@@ -85,5 +85,5 @@ def stored(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Removes the file, if it is there."""
+    """Removes the file, if it exists."""
     path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Which files stay: what a trial that runs or waits has, all histories, and the models of a study's best trials.
+"""Which files are kept: those of running and waiting trials, all histories, and the models of the best trials.
 
-What is superfluous is decided by what the database says *now*, under the study's lock, and never by what was listed
-before. Nobody but a finished trial's own rank makes its model superfluous, and a rank never rises. With a file goes the
-trial's entry of it, by which optuna-dashboard offers it.
+Before a file is removed, the database is asked again under the study's lock: an earlier list may be out of date. A
+model is removed only because of its trial's rank, and a rank never rises. With a file its entry in the database is
+removed, which makes optuna-dashboard offer the file.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ from storage.database import read, write
 from storage.ranking import ranked
 from storage.tables import StudyModel, TrialModel, TrialSystemAttributeModel, TrialUserAttributeModel
 
-# Behind the best, so many are looked at when a trial ends: what a worker left that was killed at that moment.
+# `trim` also looks at so many trials after the kept ones: a worker that was killed just then left a model there.
 LOOK_PAST_KEPT = 20
-OLD_SECONDS = 24 * 3600.0  # a temporary file that is older was left by a process that was killed
-DELETE_BATCH = 100  # files that are removed under one hold of the lock
+OLD_SECONDS = 24 * 3600.0  # an older temporary file belongs to a process that was killed
+DELETE_BATCH = 100  # files that are removed while the lock is held once
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
-# No other file is ever touched, wherever the settings point.
+# No other file is touched, even if the settings name a wrong folder.
 _OURS = re.compile(rf"(\.[0-9a-f]{{32}}-)?({'|'.join(map(re.escape, (MODEL, HISTORY, SUMMARY, CHECKPOINT)))})")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Superfluous:
+class UnneededFile:
     """A file that no trial needs."""
 
     study: str
@@ -45,65 +45,66 @@ class Superfluous:
 
 
 def trim(storage: RDBStorage, claim: Claim, root: Path, keep: int) -> None:
-    """After the finish of `claim`: removes models of its study below `root` that are not among the best `keep`.
+    """Removes models below `root` that are not among the study's best `keep`; called when the trial of `claim` ends.
 
-    Its own, and that of the trial that it pushed out. Killed in between, the next trial's end removes it.
+    These are the trial's own model, or that of the trial that it replaced among the best. If the process is killed
+    before it removes one, the end of the next trial does.
     """
 
-    def beyond(connection: Connection) -> list[Path]:
+    def unneeded_models(connection: Connection) -> list[Path]:
         study_id = _study_id(connection, claim.study)
         if study_id is None:
             return []
         best = ranked(connection, study_id, keep + LOOK_PAST_KEPT, with_model=True)
-        numbers = {standing.number for standing in best[keep:]}
+        numbers = {trial.number for trial in best[keep:]}
         own = (TrialModel.study_id == study_id, TrialModel.number == claim.number)
         if connection.execute(select(TrialModel.state).where(*own)).scalar() == TrialState.COMPLETE:
-            numbers |= {claim.number} - {standing.number for standing in best[:keep]}
-        spared = _told(connection, "model", [standing.trial_id for standing in best[:keep]])
+            numbers |= {claim.number} - {trial.number for trial in best[:keep]}
+        needed = _paths_in_attribute(connection, "model", [trial.trial_id for trial in best[:keep]])
         paths = (artifacts.folder(root, claim.study, number) / MODEL for number in sorted(numbers))
-        return [path for path in paths if path.exists() and str(path.relative_to(root)) not in spared]
+        return [path for path in paths if path.exists() and str(path.relative_to(root)) not in needed]
 
     def remove_all(connection: Connection) -> None:
-        for path in beyond(connection):
+        for path in unneeded_models(connection):
             artifacts.remove(path)
-            _unlist(connection, claim.study, int(path.parent.name), MODEL)
+            _remove_entry(connection, claim.study, int(path.parent.name), MODEL)
 
-    # Most often there is nothing to do, and the lock is others' to have.
-    if read(storage, beyond):
+    # Usually there is nothing to do. Then other workers need not wait for the lock.
+    if read(storage, unneeded_models):
         write(storage, claim.study, remove_all)
 
 
-def superfluous(storage: RDBStorage, root: Path, keep: int, study: str | None = None) -> list[Superfluous]:
-    """What below `root` no trial needs, by path; only that of `study` if it is given.
+def unneeded(storage: RDBStorage, root: Path, keep: int, study: str | None = None) -> list[UnneededFile]:
+    """The files below `root` that no trial needs, in the order of their paths; only those of `study` if it is given.
 
-    Files of studies and trials that are gone, checkpoints of finished trials, models beyond the best `keep`, and what
-    was left half written more than a day ago.
+    They are the files of deleted studies and trials, checkpoints of finished trials, models that are not among the best
+    `keep`, and temporary files older than a day.
     """
-    # First the files: a trial stands in the database before it has one.
-    found = list(_files(root, study))
-    return read(storage, lambda connection: _superfluous(connection, root, keep, found))
+    # Files first: a trial is in the database before its first file exists.
+    files = list(_files(root, study))
+    return read(storage, lambda connection: _unneeded(connection, root, keep, files))
 
 
-def remove(storage: RDBStorage, root: Path, keep: int, listed: Sequence[Superfluous]) -> int:
-    """Removes those of the `listed` files that are superfluous still; returns how many bytes that freed."""
+def remove(storage: RDBStorage, root: Path, keep: int, files: Sequence[UnneededFile]) -> int:
+    """Removes those of `files` that are still unneeded; returns how many bytes that freed."""
     freed = 0
-    by_study: dict[str, list[Superfluous]] = defaultdict(list)
-    for file in listed:
+    by_study: dict[str, list[UnneededFile]] = defaultdict(list)
+    for file in files:
         by_study[file.study].append(file)
-    for study, files in by_study.items():
-        for begin in range(0, len(files), DELETE_BATCH):
-            part = [(file.study, file.number, file.path) for file in files[begin : begin + DELETE_BATCH]]
+    for study, of_study in by_study.items():
+        for start in range(0, len(of_study), DELETE_BATCH):
+            batch = [(file.study, file.number, file.path) for file in of_study[start : start + DELETE_BATCH]]
 
-            def work(connection: Connection, part: list[tuple[str, int, Path]] = part) -> int:
-                gone = _superfluous(connection, root, keep, part)
-                for file in gone:
+            def work(connection: Connection, batch: list[tuple[str, int, Path]] = batch) -> int:
+                still_unneeded = _unneeded(connection, root, keep, batch)
+                for file in still_unneeded:
                     artifacts.remove(file.path)
-                    _unlist(connection, file.study, file.number, file.path.name)
+                    _remove_entry(connection, file.study, file.number, file.path.name)
                     if file.why in (STUDY_GONE, TRIAL_GONE):
                         _remove_empty(file.path.parent)
                     if file.why == STUDY_GONE:
                         _remove_empty(file.path.parent.parent)
-                return sum(file.size for file in gone)
+                return sum(file.size for file in still_unneeded)
 
             freed += write(storage, study, work)
     return freed
@@ -113,7 +114,7 @@ STUDY_GONE, TRIAL_GONE = "its study is gone", "its trial is gone"
 
 
 def _files(root: Path, study: str | None) -> Iterator[tuple[str, int, Path]]:
-    """(study, trial's number, path) of every file of ours, by path."""
+    """(study, trial number, path) of every file of ours, in the order of the paths."""
     if not root.is_dir():
         return
     for folder in sorted(root.iterdir()):
@@ -126,21 +127,21 @@ def _files(root: Path, study: str | None) -> Iterator[tuple[str, int, Path]]:
                         yield folder.name, int(trial.name), path
 
 
-def _superfluous(
+def _unneeded(
     connection: Connection, root: Path, keep: int, files: Sequence[tuple[str, int, Path]]
-) -> list[Superfluous]:
-    named = _named(connection, keep)
+) -> list[UnneededFile]:
+    needed = _needed_paths(connection, keep)
     studies = {name: _study_id(connection, name) for name in dict.fromkeys(study for study, _, _ in files)}
     states = {name: _states(connection, study_id) for name, study_id in studies.items()}
     best = {
-        name: {standing.number for standing in ranked(connection, study_id, keep, with_model=True)}
+        name: {trial.number for trial in ranked(connection, study_id, keep, with_model=True)}
         for name, study_id in studies.items()
         if study_id is not None
     }
-    found = []
+    unneeded_files = []
     for study, number, path in files:
-        if str(path.relative_to(root)) in named:
-            continue  # also by a copy of the study
+        if str(path.relative_to(root)) in needed:
+            continue  # perhaps a copy of the study needs it
         if studies[study] is None:
             why: str | None = STUDY_GONE
         elif number not in states[study]:
@@ -150,10 +151,11 @@ def _superfluous(
         with contextlib.suppress(FileNotFoundError):  # its worker removed it a moment ago
             status = path.stat()
             if path.name.startswith("."):
-                why = "half written, long ago" if time.time() - status.st_mtime > OLD_SECONDS else None
+                why = "an old temporary file" if time.time() - status.st_mtime > OLD_SECONDS else None
             if why is not None:
-                found.append(Superfluous(study=study, number=number, path=path, size=status.st_size, why=why))
-    return found
+                file = UnneededFile(study=study, number=number, path=path, size=status.st_size, why=why)
+                unneeded_files.append(file)
+    return unneeded_files
 
 
 def _why(name: str, state: TrialState, is_best: bool, keep: int) -> str | None:
@@ -164,18 +166,18 @@ def _why(name: str, state: TrialState, is_best: bool, keep: int) -> str | None:
     return f"not among the best {keep}" if name == MODEL and not is_best else None
 
 
-def _named(connection: Connection, keep: int) -> set[str]:
-    """The paths, below the artifacts' folder, that trials of any study name, but for models beyond the best `keep`."""
-    histories = _told(connection, "history", None)
-    named = histories | {str(Path(history).with_name(SUMMARY)) for history in histories}
+def _needed_paths(connection: Connection, keep: int) -> set[str]:
+    """The paths of all studies' histories, summaries and best `keep` models, relative to the artifacts folder."""
+    histories = _paths_in_attribute(connection, "history", None)
+    needed = histories | {str(Path(history).with_name(SUMMARY)) for history in histories}
     for study_id in connection.execute(select(StudyModel.study_id)).scalars().all():
-        best = [standing.trial_id for standing in ranked(connection, study_id, keep, with_model=True)]
-        named |= _told(connection, "model", best)
-    return named
+        best = [trial.trial_id for trial in ranked(connection, study_id, keep, with_model=True)]
+        needed |= _paths_in_attribute(connection, "model", best)
+    return needed
 
 
-def _unlist(connection: Connection, study: str, number: int, name: str) -> None:
-    """Takes the entry of a file that is gone from its trial, where there is one."""
+def _remove_entry(connection: Connection, study: str, number: int, name: str) -> None:
+    """Removes a trial's entry of the file `name`, if there is one: the dashboard no longer offers the file."""
     trial = select(TrialModel.trial_id).where(
         TrialModel.study_id == select(StudyModel.study_id).where(StudyModel.study_name == study).scalar_subquery(),
         TrialModel.number == number,
@@ -184,12 +186,12 @@ def _unlist(connection: Connection, study: str, number: int, name: str) -> None:
     connection.execute(delete(stored).where(stored.trial_id.in_(trial), stored.key == key))
 
 
-def _told(connection: Connection, key: str, trial_ids: Sequence[int] | None) -> set[str]:
+def _paths_in_attribute(connection: Connection, key: str, trial_ids: Sequence[int] | None) -> set[str]:
     stored = TrialUserAttributeModel
-    wanted = select(stored.value_json).where(stored.key == key)
+    query = select(stored.value_json).where(stored.key == key)
     if trial_ids is not None:
-        wanted = wanted.where(stored.trial_id.in_(trial_ids))
-    paths = map(attributes.decoded, connection.execute(wanted).scalars())
+        query = query.where(stored.trial_id.in_(trial_ids))
+    paths = map(attributes.decoded, connection.execute(query).scalars())
     return {path for path in paths if artifacts.inside(Path(), path) is not None}
 
 
@@ -203,5 +205,5 @@ def _study_id(connection: Connection, study: str) -> int | None:
 
 
 def _remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # it has other files
+    with contextlib.suppress(OSError):  # it is not empty
         folder.rmdir()

@@ -131,7 +131,7 @@ def delete(name: str, storage: StorageLike = None) -> int:
     place, here = storage_of(storage), settings.load()
     study_id(name, place)
     claims.delete(place, name, here.grace_seconds)
-    leftovers = retention.superfluous(place, here.artifact_folder, here.keep_models, study=name)
+    leftovers = retention.unneeded(place, here.artifact_folder, here.keep_models, study=name)
     return retention.remove(place, here.artifact_folder, here.keep_models, leftovers)
 
 

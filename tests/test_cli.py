@@ -200,7 +200,7 @@ def test_an_older_database_says_what_to_run(home: Path, trialyard: Call) -> None
         assert (code, out) == (1, "")
         assert err.endswith("has studies of an older Trialyard (digits): run `trialyard storage upgrade`\n")
         assert len(err.splitlines()) == 1
-    assert "study digits: its attributes have the prefix trialyard: now\n" in trialyard("storage", "upgrade")[1]
+    assert "study digits: its attributes now have the prefix trialyard:\n" in trialyard("storage", "upgrade")[1]
     assert trialyard("status")[1].startswith("digits: ")
     # Its trials are scored as before; the definition of today would score them otherwise.
     code, _, err = trialyard("create", "digits")
@@ -222,7 +222,7 @@ def test_a_score_of_an_older_version_that_is_not_finite_is_found_and_repaired(ho
     assert "study digits: trial 2 is complete without a finite score: `trialyard storage upgrade` marks" in err
     code, out, err = trialyard("storage", "upgrade")
     assert (code, err) == (0, "")
-    assert out.startswith("study digits: trial 2 is marked as failed now, without a finite score\n")
+    assert out.startswith("study digits: trial 2 is now marked as failed, without a finite score\n")
     assert trialyard("storage", "check")[0] == 0
     assert "1 complete, 0 pruned, 2 failed" in trialyard("status")[1]
 

@@ -71,7 +71,7 @@ def test_check_finds_scores_that_are_not_finite_and_upgrade_repairs_them(
         "as failed"
     )
     _, repaired = database.upgrade(either_url)
-    assert repaired == [f"study {scores}: trials 1, 2, 4 are marked as failed now, without a finite score"]
+    assert repaired == [f"study {scores}: trials 1, 2, 4 are now marked as failed, without a finite score"]
     assert ledger.check(storage) == []
     counts = ledger.counts(storage, registry.study_id(scores, storage))
     assert counts == ledger.Counts(complete=2, pruned=0, failed=3, running=0, waiting=0)
@@ -127,7 +127,7 @@ def test_upgrade_gives_the_attributes_of_older_studies_their_prefix(
     before = storage.get_study_user_attrs(registry.study_id(old, storage))
     assert set(before) == {legacy.OLD_NAMES.get(name, name) for name in attributes.SHAPES}
     _, repaired = database.upgrade(either_url)
-    assert repaired == [f"study {old}: its attributes have the prefix trialyard: now"]
+    assert repaired == [f"study {old}: its attributes now have the prefix trialyard:"]
     after = storage.get_study_user_attrs(registry.study_id(old, storage))
     assert after == {f"trialyard:{legacy.NEW_NAMES.get(name, name)}": value for name, value in before.items()}
     assert registry.names(storage) == [old]

@@ -147,7 +147,7 @@ def test_results_had_elsewhere_take_no_model_s_place(storage: RDBStorage, study:
     import_trials(study, [{"dropout": 0.1 * n, "accuracy": 0.99} for n in range(3)], storage)
     numbers = [_trial(storage, root, study, me, value).number for value in (0.5, 0.7, 0.6)]
     assert _models(root) == {numbers[1], numbers[2]}
-    assert retention.superfluous(storage, root, 2) == []
+    assert retention.unneeded(storage, root, 2) == []
 
 
 def test_the_model_of_a_running_trial_stays(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
@@ -209,12 +209,12 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
     (root / "photos" / "x" / MODEL).write_bytes(b"y")
     (root / MODEL).write_bytes(b"y")
 
-    listed = retention.superfluous(storage, root, 2)
+    listed = retention.unneeded(storage, root, 2)
     told = {str(file.path.relative_to(root)): file.why for file in listed}
     assert told == {
         **{f"{study}/{number}/{CHECKPOINT}": "the checkpoint of a finished trial" for number in (0, 1, 2)},
         f"{study}/0/{MODEL}": "not among the best 2",
-        f"{study}/1/{TEMPORARY}": "half written, long ago",
+        f"{study}/1/{TEMPORARY}": "an old temporary file",
         **{f"{study}/9/{name}": "its trial is gone" for name in (MODEL, HISTORY)},
         **{f"gone/0/{name}": "its study is gone" for name in (MODEL, HISTORY, CHECKPOINT)},
     }
@@ -227,14 +227,14 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
     assert before - set(_files(root)) == set(told)
     assert not (root / "gone").exists()
     assert not (root / study / "9").exists()
-    assert retention.superfluous(storage, root, 2) == []
+    assert retention.unneeded(storage, root, 2) == []
 
 
 def test_what_was_listed_is_looked_at_again_before_it_is_removed(
     storage: RDBStorage, trivial: Definition, root: Path, me: Owner
 ) -> None:
     _write(root, trivial.name, 0, CHECKPOINT, HISTORY)
-    listed = retention.superfluous(storage, root, 5)
+    listed = retention.unneeded(storage, root, 5)
     assert len(listed) == 2
     registry.create(trivial, storage, {"fingerprint": "0" * 16})  # while somebody thought about the answer
     _claim(storage, trivial.name, me)
@@ -247,11 +247,11 @@ def test_files_that_a_copy_of_the_study_names_stay(storage: RDBStorage, study: s
     _write(root, study, 0, SUMMARY)
     optuna.copy_study(from_study_name=study, from_storage=storage, to_storage=storage, to_study_name="copy")
     claims.delete(storage, study, 60.0)
-    assert retention.superfluous(storage, root, 5) == []
+    assert retention.unneeded(storage, root, 5) == []
 
 
 def test_without_an_artifacts_folder_there_is_nothing_to_prune(storage: RDBStorage, root: Path) -> None:
-    assert retention.superfluous(storage, root, 5) == []
+    assert retention.unneeded(storage, root, 5) == []
 
 
 # --- delete -----------------------------------------------------------------------------------------------
@@ -347,10 +347,10 @@ def test_delete_removes_the_files_too_and_a_crash_before_leaves_only_files(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(retention, "superfluous", die)
+        patch.setattr(retention, "unneeded", die)
         with pytest.raises(KeyboardInterrupt):
             studies.delete("two")
     assert registry.names(storage) == []
-    left = retention.superfluous(storage, root, 5)
+    left = retention.unneeded(storage, root, 5)
     assert retention.remove(storage, root, 5, left) == 400
     assert _files(root) == []
