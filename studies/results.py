@@ -1,4 +1,4 @@
-"""What came out: the best trial, the leaderboard, the status. Reading never changes anything."""
+"""Results of a study: the best trial and model, the leaderboard, the curves, the status. Only reads the database."""
 
 import contextlib
 import importlib
@@ -43,7 +43,7 @@ LEADERBOARD_ATTRIBUTES = ("epochs", "parameters", "seconds")  # user attributes 
 class Row:
     """One finished trial of a leaderboard."""
 
-    rank: int  # from 1; trials of equal value stand in the order of their numbers
+    rank: int  # from 1; trials of equal value are in the order of their numbers
     number: int
     value: float  # validation accuracy of its best epoch, 0 to 1
     params: dict[str, Any]
@@ -54,33 +54,33 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """Where a study stands."""
+    """The progress of a study."""
 
     study: str
     description: str
-    protocol: str  # "validation", or "test": the notebook's own, chosen on the test set
+    protocol: str  # the images that trials are judged by: "validation", or "test" as in the notebook
     complete: int
     pruned: int
     failed: int
     running: int
     waiting: int
-    budget: int  # trials, those included that were imported
+    budget: int  # trials, including imported ones
     state: ledger.State  # open, paused or stopped
     ended: bool
     best: float | None  # the best value so far
     best_number: int | None
-    seconds_left: float | None  # a guess, from the pace since the first trial began; None before one finished
+    seconds_left: float | None  # estimated from the pace since the first trial started; None before one has finished
     workers: tuple[RunningTrial, ...]
-    outside: tuple[int, ...]  # numbers of RUNNING trials that no worker started: somebody's own `study.ask()`
+    outside: tuple[int, ...]  # numbers of RUNNING trials that no worker started, but for example a `study.ask()`
     failures: tuple[str, ...]  # why trials failed, as "kind: message", each reason once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One trial, epoch by epoch: the n-th entry of each tuple is epoch n's, and what is not known is empty.
+    """One trial, epoch by epoch: the n-th entry of each tuple is epoch n. An unknown column is empty.
 
-    Losses are mean cross-entropies, accuracies 0 to 1, or NaN where a model of one's own measured no finite one; `loss`
-    and `accuracy` are of the training images.
+    Losses are mean cross-entropies, accuracies are from 0 to 1. Either is NaN where a user's own model measured no
+    finite value. `loss` and `accuracy` are those of the training images.
     """
 
     number: int
@@ -90,14 +90,14 @@ class Curve:
     loss: tuple[float, ...]
     accuracy: tuple[float, ...]
     val_loss: tuple[float, ...]
-    val_accuracy: tuple[float, ...]  # the database has it, also where the others lie on another machine
+    val_accuracy: tuple[float, ...]  # known also if the trial's files are on another machine: the database has it
     seconds: tuple[float, ...]
 
 
 def best_trial(name: str, storage: StorageLike = None) -> FrozenTrial:
-    """The complete trial with the highest validation accuracy; of equals, the first.
+    """The complete trial with the highest validation accuracy; among equal ones, the first.
 
-    Pruned and failed trials never win, nor those with a violated constraint.
+    Pruned and failed trials, and trials that violate a constraint, never win.
 
     >>> trial = studies.best_trial("digits")
     >>> trial.state.name, sorted(trial.params)
@@ -105,163 +105,165 @@ def best_trial(name: str, storage: StorageLike = None) -> FrozenTrial:
     >>> 0 <= trial.value <= 1
     True
 
-    Raises StudyError where there is no such study, or no complete trial yet.
+    Raises StudyError if there is no such study, or no complete trial yet.
     """
-    place = registry.storage_of(storage)
-    study_id = registry.study_id(name, place)
-    best = read(place, lambda connection: ranked(connection, study_id, top=1))
+    opened = registry.storage_of(storage)
+    study_id = registry.study_id(name, opened)
+    best = read(opened, lambda connection: ranked(connection, study_id, top=1))
     if not best:
-        raise StudyError(_why_none(name, place, study_id))
-    return place.get_trial(best[0].trial_id)
+        raise StudyError(_why_no_best(name, opened, study_id))
+    return opened.get_trial(best[0].trial_id)
 
 
-def _why_none(name: str, place: RDBStorage, study_id: int) -> str:
-    counts = ledger.counts(place, study_id)
+def _why_no_best(name: str, storage: RDBStorage, study_id: int) -> str:
+    counts = ledger.counts(storage, study_id)
     if counts.complete:
         return (
             f"all {counts.complete} complete trials of study {name!r} violate a constraint, so none is the best: "
             "loosen the constraints, or search further"
         )
-    if ledger.state(place, study_id) == "stopped":
+    if ledger.state(storage, study_id) == "stopped":
         return (
             f"study {name!r} was stopped before any of its trials was complete: `trialyard resume {name}` opens it, "
-            f"and `trialyard work {name}` works on it"
+            f"and `trialyard work {name}` continues it"
         )
-    if ledger.has_ended(place, study_id):
+    if ledger.has_ended(storage, study_id):
         return (
             f"study {name!r} has ended without a complete trial ({counts.failed} failed, {counts.pruned} pruned): "
             f"`trialyard status {name}` says why; correct its definition and give it another name"
         )
     return (
-        f"study {name!r} has no complete trial yet: `trialyard work {name}` works on it, "
-        f"`trialyard status {name}` shows how far it is"
+        f"study {name!r} has no complete trial yet: `trialyard work {name}` continues it, "
+        f"`trialyard status {name}` shows its progress"
     )
 
 
 def best_model(name: str, storage: StorageLike = None) -> "keras.Model":
     """The trained model of the best trial, with the weights of its best epoch, ready to predict.
 
-    It takes images of (n, height, width, channels) on 0 to 255, as it was trained on, and gives class probabilities of
-    (n, classes), float32: on a processor the same, to the bit, as at the end of its training. It is not compiled.
+    It takes images of (n, height, width, channels) on the scale 0 to 255, and gives class probabilities of
+    (n, classes), float32. On a processor they are the same, to the bit, as at the end of the training. The model is not
+    compiled.
 
     >>> model = studies.best_model("digits")
     >>> model.predict(np.zeros((5, 28, 28, 1)), verbose=0).shape
     (5, 10)
 
-    It imports Keras. Where the study's model is a function of one's own, the function's module is imported first, so
-    that layers which it registers with Keras are known.
+    It imports Keras. If the study's model is a user's own function, the function's module is imported first, so that
+    Keras knows the layers that the module registers.
 
-    Raises StudyError where `best_trial` does, where the file is not on this machine, and where Keras cannot load it.
+    Raises StudyError as `best_trial` does, and if the file is not on this machine or Keras cannot load it.
     """
-    place = registry.storage_of(storage)
-    trial = best_trial(name, place)
+    opened = registry.storage_of(storage)
+    trial = best_trial(name, opened)
     path = file_of(name, trial, "model")
     import keras
 
-    function = registry.definition_of(name, place).model
+    function = registry.definition_of(name, opened).model
     if ":" in function:
-        with contextlib.suppress(ImportError):  # the model may be of Keras's own layers, and need no module
+        with contextlib.suppress(ImportError):  # a model of Keras's own layers does not need the module
             importlib.import_module(function.partition(":")[0])
     try:
         return keras.models.load_model(path, compile=False)
     except (TypeError, ValueError, OSError, ImportError, AttributeError, KeyError, zipfile.BadZipFile) as error:
         raise StudyError(
             f"the model of trial {trial.number} of study {name!r}, {path}, cannot be loaded "
-            f"({' '.join(str(error).split())[:300]}): where its layers are your own, have "
-            "@keras.saving.register_keras_serializable() above each and import their module first, or call "
+            f"({' '.join(str(error).split())[:300]}): if it has layers of your own, decorate each with "
+            "@keras.saving.register_keras_serializable() and import their module first, or call "
             "keras.models.load_model(file, custom_objects={...}) yourself"
         ) from error
 
 
 def file_of(name: str, trial: FrozenTrial, artifact: Literal["model", "history"]) -> Path:
-    """Where this machine has the trial's `artifact`. Raises StudyError where it has none."""
+    """The path of the trial's `artifact`. Raises StudyError if this machine does not have the file."""
     path = inside(settings.load().artifact_folder, trial.user_attrs.get(artifact))
     if path is None:
         raise StudyError(
-            f"trial {trial.number} of study {name!r} names no {artifact}: it was not trained by Trialyard; train its "
-            "hyperparameters as a point of a study of your own"
+            f"trial {trial.number} of study {name!r} has no {artifact}, because Trialyard did not train it: train its "
+            "hyperparameters as a point of another study"
         )
     if not path.is_file():
         attempts = attributes.attempts(trial.user_attrs.get("attempts"))
         host = attempts[-1]["host"] if attempts else "another machine"
         raise StudyError(
             f"the {artifact} of trial {trial.number} of study {name!r} is not on this machine ({path} does not exist; "
-            f"it was trained on {host}): set TRIALYARD_ARTIFACTS to the folder that it was written to, or copy it there"
+            f"it was trained on {host}): set TRIALYARD_ARTIFACTS to the folder that has it, or copy it to that path"
         )
     return path
 
 
 def leaderboard(name: str, storage: StorageLike = None, top: int | None = None) -> list[Row]:
-    """The complete and feasible trials of study `name`, best first, or only the `top` of them.
+    """The complete and feasible trials of study `name`, best first; only the first `top` if it is given.
 
     >>> for row in studies.leaderboard("digits"):
     ...     print(row.rank, row.params["depth"], row.epochs, row.parameters)
     1 ... 1 ...
     2 ... 1 ...
 
-    Raises StudyError where there is no such study.
+    Raises StudyError if there is no such study.
     """
-    place = registry.storage_of(storage)
-    study_id = registry.study_id(name, place)
-    return read(place, lambda connection: _rows(connection, study_id, top))
+    opened = registry.storage_of(storage)
+    study_id = registry.study_id(name, opened)
+    return read(opened, lambda connection: _rows(connection, study_id, top))
 
 
 def _rows(connection: Connection, study_id: int, top: int | None) -> list[Row]:
-    standings = ranked(connection, study_id, top)
-    # A few trials are named; of many, the study's whole tables are read, since a statement's length has a limit.
-    some = [standing.trial_id for standing in standings] if len(standings) <= MAX_IDS_IN_CLAUSE else None
+    trials = ranked(connection, study_id, top)
+    # The length of a statement is limited. So the ids of a few trials are named, and for many all rows are read.
+    trial_ids = [trial.trial_id for trial in trials] if len(trials) <= MAX_IDS_IN_CLAUSE else None
 
-    def of(stored: type[TrialParamModel] | type[TrialUserAttributeModel], *columns: Any) -> Select[Any]:
-        chosen = select(stored.trial_id, *columns)
-        if some is not None:
-            return chosen.where(stored.trial_id.in_(some))
+    def query(stored: type[TrialParamModel] | type[TrialUserAttributeModel], *columns: Any) -> Select[Any]:
+        selected = select(stored.trial_id, *columns)
+        if trial_ids is not None:
+            return selected.where(stored.trial_id.in_(trial_ids))
         complete = (TrialModel.study_id == study_id, TrialModel.state == TrialState.COMPLETE)
-        return chosen.join(TrialModel, TrialModel.trial_id == stored.trial_id).where(*complete)
+        return selected.join(TrialModel, TrialModel.trial_id == stored.trial_id).where(*complete)
 
     params: dict[int, dict[str, Any]] = defaultdict(dict)
     stored = TrialParamModel
     columns = (stored.param_name, stored.param_value, stored.distribution_json)
-    for trial_id, name, value, distribution in connection.execute(of(stored, *columns).order_by(stored.param_id)):
+    for trial_id, name, value, distribution in connection.execute(query(stored, *columns).order_by(stored.param_id)):
         params[trial_id][name] = _distribution(distribution).to_external_repr(value)
-    told: dict[int, dict[str, Any]] = defaultdict(dict)
+    numbers: dict[int, dict[str, Any]] = defaultdict(dict)
     attribute = TrialUserAttributeModel
-    wanted = of(attribute, attribute.key, attribute.value_json).where(attribute.key.in_(LEADERBOARD_ATTRIBUTES))
-    for trial_id, key, value_json in connection.execute(wanted):
-        told[trial_id][key] = attributes.number(attributes.decoded(value_json))
+    shown_attributes = attribute.key.in_(LEADERBOARD_ATTRIBUTES)
+    rows = connection.execute(query(attribute, attribute.key, attribute.value_json).where(shown_attributes))
+    for trial_id, key, value_json in rows:
+        numbers[trial_id][key] = attributes.number(attributes.decoded(value_json))
     return [
         Row(
             rank=rank,
-            number=standing.number,
-            value=standing.value,
-            params=params[standing.trial_id],
-            **{key: told[standing.trial_id].get(key) for key in LEADERBOARD_ATTRIBUTES},
+            number=trial.number,
+            value=trial.value,
+            params=params[trial.trial_id],
+            **{key: numbers[trial.trial_id].get(key) for key in LEADERBOARD_ATTRIBUTES},
         )
-        for rank, standing in enumerate(standings, start=1)
+        for rank, trial in enumerate(trials, start=1)
     ]
 
 
 @cache
 def _distribution(as_json: str) -> BaseDistribution:
-    return json_to_distribution(as_json)  # a study has few of them, and each of its trials names them again
+    return json_to_distribution(as_json)  # a study has few distributions, and each trial repeats them
 
 
 def status(name: str, storage: StorageLike = None) -> Status:
-    """Where study `name` stands.
+    """The progress of study `name`.
 
     >>> state = studies.status("digits")
     >>> state.complete, state.budget, state.ended, state.workers
     (2, 2, True, ())
 
-    Raises StudyError where there is no such study.
+    Raises StudyError if there is no such study.
     """
-    place = registry.storage_of(storage)
-    study_id = registry.study_id(name, place)
-    stored = registry.stored_definition(name, place)  # unread: reading takes longer than all that follows
-    counts = ledger.counts(place, study_id)
-    budget = ledger.budget(place, study_id)
-    trials = budget.total if budget is not None else registry.definition_of(name, place).trials
+    opened = registry.storage_of(storage)
+    study_id = registry.study_id(name, opened)
+    stored = registry.stored_definition(name, opened)  # not parsed: that takes longer than all the rest
+    counts = ledger.counts(opened, study_id)
+    budget = ledger.budget(opened, study_id)
+    trials = budget.total if budget is not None else registry.definition_of(name, opened).trials
     imported = 0 if budget is None else budget.imported
-    best = read(place, lambda connection: ranked(connection, study_id, top=1))
+    best = read(opened, lambda connection: ranked(connection, study_id, top=1))
     return Status(
         study=name,
         description=stored["description"],
@@ -272,19 +274,19 @@ def status(name: str, storage: StorageLike = None) -> Status:
         running=counts.running,
         waiting=counts.waiting,
         budget=trials,
-        state=ledger.state(place, study_id),
-        ended=ledger.has_ended(place, study_id),
+        state=ledger.state(opened, study_id),
+        ended=ledger.has_ended(opened, study_id),
         best=best[0].value if best else None,
         best_number=best[0].number if best else None,
-        seconds_left=_seconds_left(place, study_id, counts, trials, imported),
-        workers=tuple(claims.running_trials(place, study_id)),
-        outside=tuple(ledger.started_outside(place, study_id)) if counts.running else (),
-        failures=_failures(place, study_id) if counts.failed else (),
+        seconds_left=_seconds_left(opened, study_id, counts, trials, imported),
+        workers=tuple(claims.running_trials(opened, study_id)),
+        outside=tuple(ledger.started_outside(opened, study_id)) if counts.running else (),
+        failures=_failures(opened, study_id) if counts.failed else (),
     )
 
 
 def workers(storage: StorageLike = None) -> list[SlotStatus]:
-    """Every slot of every worker that beats, whatever study it is at, and also those that wait for one.
+    """Every slot of every live worker, also the idle ones.
 
     >>> [slot.device for slot in studies.workers()]
     []
@@ -297,22 +299,22 @@ def curves(
 ) -> list[Curve]:
     """The learning curves of study `name`: complete trials, best first, then pruned ones; `top` limits how many.
 
-    They are read below the folder `artifacts`, by default the one that TRIALYARD_ARTIFACTS or TRIALYARD_HOME names.
+    They are read from the folder `artifacts`, by default the one of the settings.
 
     >>> curve = studies.curves("digits", top=1)[0]
     >>> len(curve.loss) == len(curve.val_accuracy) == 1
     True
 
-    Raises StudyError where there is no such study.
+    Raises StudyError if there is no such study.
     """
-    place = registry.storage_of(storage)
-    study_id = registry.study_id(name, place)
-    ended = place.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    return curves_of(ended, Path(artifacts) if artifacts is not None else settings.load().artifact_folder, top)
+    opened = registry.storage_of(storage)
+    study_id = registry.study_id(name, opened)
+    trials = opened.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return curves_of(trials, Path(artifacts) if artifacts is not None else settings.load().artifact_folder, top)
 
 
 def curves_of(trials: Sequence[FrozenTrial], artifacts: Path, top: int | None = None) -> list[Curve]:
-    """The same for trials that were read already."""
+    """The learning curves of `trials`: complete ones, best first, then pruned ones; `top` limits how many."""
     complete = sorted(
         (trial for trial in trials if is_scored(trial)),
         key=lambda trial: (-float(trial.values[0]), trial.number),
@@ -342,36 +344,36 @@ def _curve(trial: FrozenTrial, artifacts: Path) -> Curve:
 
 
 def _history(trial: FrozenTrial, artifacts: Path) -> list[dict[str, Any]]:
-    """What the training wrote, an epoch a record; nothing where its file lies elsewhere, or is no history."""
+    """The records of a training's epochs; empty if this machine does not have the file, or it is not a history."""
     path = inside(artifacts, trial.user_attrs.get("history"))
     if path is None:
         return []
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
         keys = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")
-        # The file has null where a number was not finite.
+        # The file has null for a number that is not finite.
         return [{key: math.nan if record[key] is None else float(record[key]) for key in keys} for record in records]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        log.debug("trial %d has no history here: %s", trial.number, error)
+        log.debug("trial %d has no history on this machine: %s", trial.number, error)
         return []
 
 
 def _failures(storage: RDBStorage, study_id: int) -> tuple[str, ...]:
-    told = and_(TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "failure")
+    reason = and_(TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "failure")
 
     def work(connection: Connection) -> list[str | None]:
         return list(
             connection.execute(
                 select(TrialUserAttributeModel.value_json)
                 .select_from(TrialModel)
-                .outerjoin(TrialUserAttributeModel, told)
+                .outerjoin(TrialUserAttributeModel, reason)
                 .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.FAIL)
                 .order_by(TrialModel.number)
             ).scalars()
         )
 
-    reasons = (attributes.failure(attributes.decoded(one)) for one in dict.fromkeys(read(storage, work)))
-    return tuple(dict.fromkeys(f"{reason['kind']}: {reason['message']}" for reason in reasons))
+    failures = (attributes.failure(attributes.decoded(stored)) for stored in dict.fromkeys(read(storage, work)))
+    return tuple(dict.fromkeys(f"{failure['kind']}: {failure['message']}" for failure in failures))
 
 
 def _seconds_left(
@@ -383,7 +385,7 @@ def _seconds_left(
     query = select(func.min(TrialModel._datetime_start_utc), func.max(TrialModel._datetime_complete_utc)).where(
         TrialModel.study_id == study_id
     )
-    if imported:  # they took no time here
+    if imported:  # imported trials took no time here
         query = query.join(
             TrialUserAttributeModel,
             and_(TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "attempts"),

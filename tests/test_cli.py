@@ -186,9 +186,9 @@ def test_studies_and_trials_of_others_break_no_command(home: Path, trialyard: Ca
         assert (code, err) == (0, ""), arguments
         assert "colleague" not in out
     assert json.loads(trialyard("best", "digits", "--json")[1])["model"] is None
-    assert "names no model: it was not trained by Trialyard" in trialyard("export", "digits", "there")[2]
+    assert "has no model, because Trialyard did not train it" in trialyard("export", "digits", "there")[2]
     assert "5 trials, over its 4" in trialyard("storage", "check")[2]  # theirs count, and nothing else is wrong
-    assert "study 'colleague' is not one of Trialyard's" in trialyard("status", "colleague")[2]
+    assert "study 'colleague' has no definition" in trialyard("status", "colleague")[2]
 
 
 def test_an_older_database_says_what_to_run(home: Path, trialyard: Call) -> None:
