@@ -1,4 +1,4 @@
-"""Keeps the notes and figures in optuna-dashboard up to date while a worker works, without delaying it."""
+"""Keeps the notes and figures in optuna-dashboard up to date while a worker runs, without delaying it."""
 
 import logging
 import threading
@@ -19,7 +19,7 @@ from studies import notes, registry
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
-LEAVE_SECONDS = 10.0  # how long the worker's end waits for the last publication
+LEAVE_SECONDS = 10.0  # how long a worker that ends waits for the last publication
 
 
 class Publisher(Relay):
@@ -31,10 +31,10 @@ class Publisher(Relay):
     def __init__(self, inner: Watcher, storage: PatientStorage, artifacts: Path) -> None:
         super().__init__(inner)
         self._storage, self._artifacts = storage, artifacts
-        # By name, with the study's identity. A database uses the ids of deleted studies again, and Optuna's cache of
-        # finished trials goes by the id.
+        # By name, with the study's identity: a database reuses the ids of deleted studies, and Optuna caches finished
+        # trials by id.
         self._caches: dict[str, tuple[tuple[int, str | None], BaseStorage]] = {}
-        self._due: dict[str, float] = {}  # studies with news, and when to look at them; by `time.monotonic`
+        self._due: dict[str, float] = {}  # the studies to publish, and when, by `time.monotonic`
         self._lock = threading.Lock()  # the slots' threads write, the publishing thread reads
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
@@ -54,7 +54,7 @@ class Publisher(Relay):
             log.warning("the last notes and figures were not written: the database took too long")
 
     def ended(self, claim: Claim, trial: FrozenTrial) -> None:
-        """Remembers that the study has news."""
+        """Remembers to publish the study."""
         with self._lock:
             self._due.setdefault(claim.study, time.monotonic())
         super().ended(claim, trial)
@@ -71,8 +71,8 @@ class Publisher(Relay):
                     with self._lock:
                         self._due[study] = time.monotonic() + notes.PAUSE_SECONDS
         with self._lock:
-            left = list(self._due)
-        for study in left:
+            remaining = list(self._due)
+        for study in remaining:
             self._publish(study, last=True)
 
     def _cached(self, study: str) -> BaseStorage:
@@ -86,7 +86,7 @@ class Publisher(Relay):
         try:
             return notes.publish(study, self._storage, self._artifacts, self._cached(study), last=last)
         except Exception as error:
-            # Whatever failed, training must go on.
+            # Training must continue after any failure.
             if not self._storage.shutting_down.is_set():
                 log.warning("the notes and figures of study %s were not written: %s", study, error)
                 log.debug("the whole error", exc_info=error)
