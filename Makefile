@@ -1,10 +1,10 @@
-# Two commands do all: `make demo` searches on real images and prints the result, `make test` runs the tests.
+# The two main commands: `make demo` searches on real images and prints the result, `make test` runs the tests.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test lint lock clean
 
-# On the processor, as on every machine: the locked packages have no CUDA libraries.
+# Always on the processor: the locked packages have no CUDA libraries.
 demo: .venv/installed
 	TRIALYARD_HOME=yard $(BIN)/trialyard run digits --devices cpu
 
@@ -17,7 +17,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every file is checked against the lock's hash; the project itself is built with the locked build tools.
+# Each package is checked against the lock's hash. The project itself is built with the locked build tools.
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
@@ -28,8 +28,8 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.lock
 	touch $@
 
-# Renews the locks from pyproject.toml; needs uv. No index is named in them, so any mirror serves. The second and third
-# have the versions of the first.
+# Renews the locks from pyproject.toml; needs uv. They name no index, so any mirror works. The second and third lock use
+# the versions of the first.
 LOCKED := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
 	pyproject.toml --group build
 lock:

@@ -1,16 +1,15 @@
-"""Fair scores: the moving averages of batch normalisation, corrected for where they started.
+"""Fair scores: corrects the moving averages of batch normalisation for their start values.
 
-Keras starts them at mean 0 and variance 1 and then takes each batch with the weight 1 - m, where m is the momentum
-(0.99). After t steps the start still has the weight m^t: 0.14 after 192 steps. A short run is therefore judged by
-statistics that are not those of its images: a model that trained to 98.6 % was scored 9.2 %. The bias correction of
-Adam's moments (Kingma and Ba, 2015, section 3) removes it: without the start, each batch has the weight
-(1 - m) / (1 - m^t), and the corrected average is
+Keras starts them at mean 0 and variance 1, and adds each batch with the weight 1 - m, where m is the momentum (0.99).
+After t steps the start values still have the weight m^t: 0.14 after 192 steps. So a short run is judged with statistics
+that are not those of its images: a model that trained to 98.6 % got a score of 9.2 %. The bias correction of Adam's
+moments (Kingma and Ba, 2015, section 3) removes the start values:
 
     (average - m^t * start) / (1 - m^t)
 
-The training itself does not change: batch normalisation trains with the statistics of the batch. So the averages stay
-as Keras has them while a model trains, in its checkpoints too, and are corrected only while it is judged and in what
-is saved.
+The training does not change, because batch normalisation trains with the statistics of the batch. While a model trains,
+and in its checkpoints, the averages are those of Keras. They are corrected only while the model is evaluated, and in
+the saved model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +23,13 @@ import numpy as np
 from search import checkpoint
 from search.data import Array
 
-# Far from every mean that images lead to, so that what is left of it after one step tells how often it was updated.
+# Far larger than any real mean: the share of it that is left after one step shows how often the average was updated.
 PROBE = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Averages:
-    """Those of one layer, and their values before its first update."""
+    """A layer, and the start values of its moving averages."""
 
     layer: keras.layers.BatchNormalization
     start_mean: Array  # (channels,)
@@ -38,7 +37,7 @@ class _Averages:
     updates: int  # per training step: more than 1 where a model calls one layer several times
 
     def start_weight(self, steps: int) -> float:
-        """The weight that the start still has after so many training steps."""
+        """The weight of the start values after so many training steps."""
         return float(self.layer.momentum ** (self.updates * steps))
 
 
@@ -53,40 +52,40 @@ class MovingAverages:
 
     @contextmanager
     def corrected(self, steps: int) -> Iterator[None]:
-        """While the block runs, the model has corrected averages; `steps` is how many batches it has trained on.
+        """Corrects the model's averages while the block runs; `steps` is how many batches it has trained on.
 
-        Afterwards it has its own again, to the bit.
+        Afterwards the model has the same averages as before, to the bit.
         """
-        changed: list[tuple[Any, Array]] = []
-        for one in self._averages:
-            weight = one.start_weight(steps)
+        originals: list[tuple[Any, Array]] = []
+        for averages in self._averages:
+            weight = averages.start_weight(steps)
             if not 0.0 < weight < 1.0:
-                continue  # nothing of the start is left, or nothing else is there
+                continue  # the start values have no weight, or all of it
             for variable, start, least in (
-                (one.layer.moving_mean, one.start_mean, -np.inf),
-                (one.layer.moving_variance, one.start_variance, 0.0),
+                (averages.layer.moving_mean, averages.start_mean, -np.inf),
+                (averages.layer.moving_variance, averages.start_variance, 0.0),
             ):
-                now = _value(variable)
-                changed.append((variable, now))
-                fair = (now.astype(np.float64) - weight * start) / (1.0 - weight)
-                variable.assign(np.maximum(fair, least).astype(np.float32))  # rounding may go below 0
+                original = _value(variable)
+                originals.append((variable, original))
+                corrected = (original.astype(np.float64) - weight * start) / (1.0 - weight)
+                variable.assign(np.maximum(corrected, least).astype(np.float32))  # rounding may go below 0
         try:
             yield
         finally:
-            for variable, now in changed:
-                variable.assign(now)
+            for variable, original in originals:
+                variable.assign(original)
 
 
 def of_builtin(net: keras.Model) -> MovingAverages:
-    """The averages of one of our own models, `net`, which is new: each layer is updated once a step."""
+    """The moving averages of a new built-in model: a step updates each layer once."""
     return MovingAverages([_start(layer, updates=1) for layer in _layers(net)])
 
 
 def of_own(net: keras.Model, train_one_batch: Callable[[], object]) -> MovingAverages:
-    """The averages of a user's model, `net`, which is compiled, built, and not trained yet.
+    """The moving averages of a user's own model `net`, which is compiled, built and not trained.
 
-    How often a step updates each layer is not known: a layer may be shared or frozen. So `train_one_batch` is
-    called, and what it changes is undone: variables, optimizer and random generators.
+    A layer may be shared or frozen, so it is not known how often a step updates it. `train_one_batch` is called to
+    measure this; then its changes of variables, optimizer and random generators are undone.
     """
     layers = _layers(net)
     if not layers:
@@ -95,7 +94,7 @@ def of_own(net: keras.Model, train_one_batch: Callable[[], object]) -> MovingAve
     before = checkpoint.take(net, [], [])
     starts = [_start(layer, updates=0) for layer in layers]
     train_one_batch()
-    # A layer that is never updated may still be used, as in a frozen network: the probe would spoil what follows it.
+    # A frozen layer is never updated, but uses its averages: the probe would spoil the output of all later layers.
     updated = [
         start
         for start in starts
@@ -103,17 +102,17 @@ def of_own(net: keras.Model, train_one_batch: Callable[[], object]) -> MovingAve
         or not np.array_equal(_value(start.layer.moving_variance), start.start_variance)
     ]
     checkpoint.restore(net, before)
-    for one in updated:
-        one.layer.moving_mean.assign(np.full_like(one.start_mean, PROBE))
+    for start in updated:
+        start.layer.moving_mean.assign(np.full_like(start.start_mean, PROBE))
     train_one_batch()
-    averages = []
-    for one in updated:
-        left = float(np.median(_value(one.layer.moving_mean))) / PROBE
-        updates = round(float(np.log(left) / np.log(one.layer.momentum))) if 0.0 < left < 1.0 else 0
+    measured = []
+    for start in updated:
+        share_left = float(np.median(_value(start.layer.moving_mean))) / PROBE
+        updates = round(float(np.log(share_left) / np.log(start.layer.momentum))) if 0.0 < share_left < 1.0 else 0
         if updates:
-            averages.append(replace(one, updates=updates))
+            measured.append(replace(start, updates=updates))
     checkpoint.restore(net, before)
-    return MovingAverages(averages)
+    return MovingAverages(measured)
 
 
 def _start(layer: keras.layers.BatchNormalization, updates: int) -> _Averages:
@@ -126,13 +125,13 @@ def _start(layer: keras.layers.BatchNormalization, updates: int) -> _Averages:
 
 
 def _layers(net: keras.Model) -> list[keras.layers.BatchNormalization]:
-    # Also those inside other layers, which `net.layers` does not list.
+    # `net.layers` does not have the layers inside other layers.
     return [
         layer
         for layer in net._flatten_layers(include_self=False)
         if isinstance(layer, keras.layers.BatchNormalization)
         and layer.built
-        # Batch renormalisation trains with its averages: a correction would judge another model than the one trained.
+        # Batch renormalisation trains with its averages: corrected averages would belong to another model.
         and not layer.renorm
         and 0.0 < layer.momentum < 1.0
     ]

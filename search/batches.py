@@ -1,4 +1,4 @@
-"""How images come to ``fit`` and ``evaluate``: in batches, in their order, and without waiting at the end."""
+"""Images for ``fit`` and ``evaluate``: in batches, in the given order, and without a wait at the end of an epoch."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from search.data import Array
 
 
 def batches(x: Array, y: Array, batch_size: int) -> dict[str, Any]:
-    """The arguments by which ``fit`` and ``evaluate`` take images `x` with their targets `y`, `batch_size` at a time.
+    """The arguments of ``fit`` and ``evaluate`` for images `x` and targets `y`, `batch_size` at a time.
 
     x: (n, height, width, channels), uint8 or float32; y: (n, classes). On TensorFlow they are a ``tf.data.Dataset``
-    that tunes nothing: the one that Keras makes of arrays does, and ending it waits until its tuner, whose naps double
-    in length (10 ms, 20 ms, ... 5 s), wakes up again. An epoch of 6 s often took 10.3.
+    without autotuning. The dataset that Keras makes has a tuner thread that sleeps twice as long each time (10 ms,
+    20 ms, ... 5 s), and its end waits until that thread wakes up: an epoch of 6 s often took 10.3 s.
     """
     if keras.backend.backend() != "tensorflow":
         return {"x": x, "y": y, "batch_size": batch_size}

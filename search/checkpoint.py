@@ -1,8 +1,8 @@
-"""Where a training was at the end of an epoch, as one file: its trial goes on from there, on any machine.
+"""The state of a training at the end of an epoch, in one file. Any machine can continue the trial from it.
 
-Everything that the next epoch depends on is in it: the model's variables (the states of its layers' random generators
-are among them), the optimizer's, Python's and NumPy's random states, the epochs so far, and the best one's weights. The
-order of the images needs no place, for it follows from the seed and the epoch.
+The file has everything that the next epoch depends on: the variables of the model (with its layers' random generators)
+and of the optimizer, Python's and NumPy's random states, the epochs so far, and the weights of the best one. The order
+of the images is not in it, because it follows from the seed and the epoch.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.random.seed_generator import global_seed_generator  # that of layers without one of their own
+from keras.src.random.seed_generator import global_seed_generator  # for layers without their own generator
 
 from search.data import Array
 from search.messages import Epoch
@@ -34,14 +34,14 @@ class Checkpoint:
     """The state after the last epoch of `history`."""
 
     history: list[Epoch]
-    variables: list[Array]  # of the model, in its own order, and Keras's own generator's
+    variables: list[Array]  # the model's, in its own order, and the state of Keras's global generator
     optimizer: list[Array]
-    best_weights: list[Array]  # of the best epoch, as `get_weights` gives them; empty before a finite score
+    best_weights: list[Array]  # of the best epoch, as from `get_weights`; empty before the first finite score
     random_states: dict[str, Any]
 
 
 def take(net: keras.Model, history: Sequence[Epoch], best_weights: list[Array]) -> Checkpoint:
-    """The state of `net` now, copied to the processor's memory."""
+    """The current state of `net`, copied to the processor's memory."""
     python, numpy = random.getstate(), np.random.get_state(legacy=False)
     return Checkpoint(
         history=list(history),
@@ -53,15 +53,15 @@ def take(net: keras.Model, history: Sequence[Epoch], best_weights: list[Array]) 
 
 
 def restore(net: keras.Model, checkpoint: Checkpoint) -> None:
-    """Puts `net`, compiled and not trained, and the random generators into the state of `checkpoint`.
+    """Puts `net` (compiled, not trained) and the random generators into the state of `checkpoint`.
 
-    Raises ValueError where it is that of another model.
+    Raises ValueError if the checkpoint is that of another model.
     """
     net.optimizer.build(net.trainable_variables)
     variables = [*_variables(net), *net.optimizer.variables]
     values = [*checkpoint.variables, *checkpoint.optimizer]
     if [tuple(variable.shape) for variable in variables] != [value.shape for value in values]:
-        raise ValueError("its weights are of other shapes than the model's")
+        raise ValueError("its weights have other shapes than the model's")
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
     version, words, gauss = checkpoint.random_states["python"]
@@ -80,7 +80,7 @@ def write(path: Path, checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     }
     arrays = {ENTRY: np.array(json.dumps(entry))}
     for name in ("variables", "optimizer", "best_weights"):
-        arrays |= {f"{name}-{at}": _storable(value) for at, value in enumerate(getattr(checkpoint, name))}
+        arrays |= {f"{name}-{index}": _storable(value) for index, value in enumerate(getattr(checkpoint, name))}
     with stored(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -139,7 +139,7 @@ def _values(variables: Sequence[Any]) -> list[Array]:
 
 
 def _storable(value: Array) -> Array:
-    # NumPy's file format has no bfloat16, whose values are all float32's, too.
+    # NumPy's file format has no bfloat16. Every bfloat16 value is also a float32 value.
     return value.astype(np.float32) if value.dtype.kind == "V" else value
 
 

@@ -116,7 +116,7 @@ def is_loopback(host: str) -> bool:
 def serve(app: WSGIApplication, host: str, port: int, on_listening: Callable[[list[str]], None]) -> None:
     """Serves `app` until SIGTERM or Ctrl-C. `on_listening` gets its addresses once it listens; port 0 is any free port.
 
-    Raises DashboardError if it cannot listen there. Call it from the main thread.
+    Raises DashboardError if it cannot listen at this address. Call it from the main thread.
     """
     try:
         server = waitress.create_server(
@@ -127,15 +127,16 @@ def serve(app: WSGIApplication, host: str, port: int, on_listening: Callable[[li
             f"the dashboard cannot listen at {host}:{port} ({getattr(error, 'strerror', None) or error}): choose "
             "another --port, or an address of this machine with --host"
         ) from error
-    one = [(server.effective_host, server.effective_port)] if hasattr(server, "effective_host") else []
-    with _ended_by_signals():
-        on_listening([f"http://{f'[{at}]' if ':' in at else at}:{to}" for at, to in one or server.effective_listen])
-        server.run()  # waitress ends its threads on SystemExit, and swallows it
+    single = hasattr(server, "effective_host")  # a server with several sockets has `effective_listen` instead
+    listening = [(server.effective_host, server.effective_port)] if single else server.effective_listen
+    with _exit_on_signals():
+        on_listening([f"http://{f'[{name}]' if ':' in name else name}:{number}" for name, number in listening])
+        server.run()  # on SystemExit waitress ends its threads and returns
     server.close()
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def _exit_on_signals() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit
 
@@ -163,7 +164,7 @@ def guarded(app: WSGIApplication, *, local: bool, password: SecretStr | None, re
     throttle, trusted = LoginThrottle(), secrets.token_urlsafe()
 
     def guard(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
-        # The application, and whatever it logs, never sees the password.
+        # The application never sees the password, so it cannot log it.
         given = environ.pop("HTTP_AUTHORIZATION", "")
         environ.setdefault("HTTP_ACCEPT_ENCODING", "")  # the package raises KeyError without it
         if local and not _names_this_machine(environ.get("HTTP_HOST", "")):
@@ -174,23 +175,23 @@ def guarded(app: WSGIApplication, *, local: bool, password: SecretStr | None, re
             _trusted_cookie(environ.pop("HTTP_COOKIE", "")), trusted
         )
         if untrusted and given and (seconds := throttle.retry_after(address)):
-            again = ("Retry-After", str(seconds))
-            return _refused(start, "429 Too Many Requests", f"too many wrong passwords: wait {seconds} s", again)
+            retry_after = ("Retry-After", str(seconds))
+            return _refused(start, "429 Too Many Requests", f"too many wrong passwords: wait {seconds} s", retry_after)
         if expected is not None and not hmac.compare_digest(_digest(_password_in(given)), expected):
             if given:
                 log.warning("a wrong password came from %s", address)
                 throttle.record_failure(address)
-            asking = ("WWW-Authenticate", 'Basic realm="Trialyard", charset="UTF-8"')
-            return _refused(start, "401 Unauthorized", "the password is needed, with any user name", asking)
+            challenge = ("WWW-Authenticate", 'Basic realm="Trialyard", charset="UTF-8"')
+            return _refused(start, "401 Unauthorized", "the password is needed, with any user name", challenge)
         if environ["REQUEST_METHOD"] not in SAFE_METHODS:
             if read_only:
                 return _refused(start, "403 Forbidden", "this dashboard is read-only")
             if not _from_own_page(environ):
                 return _refused(start, "403 Forbidden", "another site's page may not change anything here")
 
-        def started(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+        def start_with_headers(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
             # The package allows every site to read artifacts.
-            kept = [one for one in headers if one[0].lower() != "access-control-allow-origin"]
+            kept = [header for header in headers if header[0].lower() != "access-control-allow-origin"]
             if environ["PATH_INFO"].startswith("/artifacts/"):
                 # A user's file must not run as a page of this server.
                 kept.append(("Content-Security-Policy", "sandbox"))
@@ -198,7 +199,7 @@ def guarded(app: WSGIApplication, *, local: bool, password: SecretStr | None, re
                 kept.append(("Set-Cookie", f"{TRUSTED_COOKIE}={trusted}; Path=/; HttpOnly; SameSite=Strict"))
             return start(status, [*kept, *HEADERS], *error)
 
-        return app(environ, started)
+        return app(environ, start_with_headers)
 
     return guard
 
@@ -216,8 +217,8 @@ class LoginThrottle:
     def retry_after(self, address: str) -> int:
         """Whole seconds until `address` may try again; 0: now."""
         with self._lock:
-            owed = self._until.get(_network(address), 0.0) - time.monotonic()
-        return max(0, math.ceil(owed - (TRIES - 1) * TRY_SECONDS))
+            seconds = self._until.get(_network(address), 0.0) - time.monotonic()
+        return max(0, math.ceil(seconds - (TRIES - 1) * TRY_SECONDS))
 
     def record_failure(self, address: str) -> None:
         """Counts a wrong password."""
@@ -239,8 +240,8 @@ def _network(address: str) -> str:
 
 
 def _trusted_cookie(cookies: str) -> str:
-    found = re.search(rf"(?:^|;) *{TRUSTED_COOKIE}=([\w-]*)", cookies, re.ASCII)
-    return found[1] if found else ""
+    match = re.search(rf"(?:^|;) *{TRUSTED_COOKIE}=([\w-]*)", cookies, re.ASCII)
+    return match[1] if match else ""
 
 
 def _digest(password: bytes) -> bytes:
@@ -303,12 +304,12 @@ def pages(storage: PatientStorage, artifact_folder: Path) -> Any:
             route.callback = json_api_view(StudyDetail(cached, artifact_folder, route.callback).answer)
             route.reset()
         if (route.method, route.rule) == RENAME:
-            route.callback = json_api_view(_not_renamed)
+            route.callback = json_api_view(_refuse_rename)
             route.reset()
     return app
 
 
-def _not_renamed(study_id: int) -> NoReturn:
+def _refuse_rename(study_id: int) -> NoReturn:
     # The package copies the trials to a new study. Workers, files, plots and budget would stay with the old name.
     raise HTTPError(403, "workers and files use the study's name: create another study with --name")
 
@@ -332,11 +333,11 @@ class RememberingStorage(_CachedStorage):
                 directions.setdefault(study_id, []).append(direction)
             attributes: list[dict[int, dict[str, Any]]] = []
             for model in (StudyUserAttributeModel, StudySystemAttributeModel):
-                found: dict[int, dict[str, Any]] = {}
-                rows = select(model.study_id, model.key, model.value_json).where(model.key.not_like("dashboard:%"))
-                for study_id, key, value in connection.execute(rows.order_by(*model.__table__.primary_key)):
-                    found.setdefault(study_id, {})[key] = json.loads(value)
-                attributes.append(found)
+                by_study: dict[int, dict[str, Any]] = {}
+                query = select(model.study_id, model.key, model.value_json).where(model.key.not_like("dashboard:%"))
+                for study_id, key, value in connection.execute(query.order_by(*model.__table__.primary_key)):
+                    by_study.setdefault(study_id, {})[key] = json.loads(value)
+                attributes.append(by_study)
             return [
                 FrozenStudy(
                     study_name=name,
@@ -362,22 +363,22 @@ class RememberingStorage(_CachedStorage):
             # SQLite uses the ids of a deleted study and of its trials again.
             if last is None or self._row(last[0]) != last[1]:
                 self._forget(study_id)
-            found = super().get_all_trials(study_id, deepcopy=deepcopy, states=states)
+            trials = super().get_all_trials(study_id, deepcopy=deepcopy, states=states)
             newest = self._studies[study_id].last_finished_trial_id
             if newest >= 0 and (last is None or last[0] != newest or study_id not in self._last):
                 self._last[study_id] = (newest, self._row(newest))
-            return found
+            return trials
 
     def _row(self, trial_id: int) -> Any:
         columns = (TrialModel.study_id, TrialModel.number, TrialModel._datetime_complete_utc)
-        wanted = select(*columns).where(TrialModel.trial_id == trial_id)
-        return read(self.backend, lambda connection: connection.execute(wanted).first())
+        query = select(*columns).where(TrialModel.trial_id == trial_id)
+        return read(self.backend, lambda connection: connection.execute(query).first())
 
     def _forget(self, study_id: int) -> None:
         self._last.pop(study_id, None)
         with self._lock:
-            gone = self._studies.pop(study_id, None)
-            for number in gone.trials if gone is not None else ():
+            study = self._studies.pop(study_id, None)
+            for number in study.trials if study is not None else ():
                 trial_id = self._study_id_and_number_to_trial_id.pop((study_id, number))
                 self._trial_id_to_study_id_and_number.pop(trial_id, None)
 
@@ -420,7 +421,7 @@ class StudyDetail:
         trials = self._storage.get_all_trials(study_id, deepcopy=False)
         with self._lock:
             seen = self._update_seen(study_id, trials)
-            shown = [self._line(study, trial, of_trials, seen) for trial in trials[int(after) :]]
+            lines = [self._line(study, trial, of_trials, seen) for trial in trials[int(after) :]]
             best = [self._line(study, trial, of_trials, seen) for trial in _best(trials, study.directions[0])]
             detail = serialize_study_detail(
                 study,
@@ -435,16 +436,16 @@ class StudyDetail:
             )
         del detail["trials"], detail["best_trials"]
         rest = json.dumps(detail).encode()
-        body = b'{"trials": [%b], "best_trials": [%b], %b' % (b", ".join(shown), b", ".join(best), rest[1:])
+        body = b'{"trials": [%b], "best_trials": [%b], %b' % (b", ".join(lines), b", ".join(best), rest[1:])
         return _compressed(body)
 
     def _study(self, study_id: int) -> tuple[FrozenStudy | None, dict[int, list[tuple[str, str]]]]:
-        """The study without the attributes that it keeps for its trials, and those, by trial id, as stored."""
+        """The study without its trials' attributes; and the trials' attributes by trial id, as stored."""
 
         def work(connection: Connection) -> tuple[Any, list[StudyDirection], list[tuple[str, str]], list[Any]]:
             def attributes(model: Any) -> list[Any]:
-                wanted = select(model.key, model.value_json).where(model.study_id == study_id)
-                return [tuple(row) for row in connection.execute(wanted.order_by(*model.__table__.primary_key))]
+                query = select(model.key, model.value_json).where(model.study_id == study_id)
+                return [tuple(row) for row in connection.execute(query.order_by(*model.__table__.primary_key))]
 
             directions = (
                 select(StudyDirectionModel.direction)
@@ -460,24 +461,24 @@ class StudyDetail:
 
         name, directions, user, system = read(self._storage.backend, work)
         of_trials: dict[int, list[tuple[str, str]]] = {}
-        own: dict[str, Any] = {}
+        of_study: dict[str, Any] = {}
         for key, value in system:
             trial = OF_A_TRIAL.match(key)
             if trial is None:
-                own[key] = json.loads(value)
+                of_study[key] = json.loads(value)
             else:
                 of_trials.setdefault(int(trial[1]), []).append((key, value))
         if name is None:
             return None, {}
-        found = FrozenStudy(
+        study = FrozenStudy(
             study_name=name,
             direction=None,
             directions=directions,
             user_attrs={key: json.loads(value) for key, value in user},
-            system_attrs=own,
+            system_attrs=of_study,
             study_id=study_id,
         )
-        return found, of_trials
+        return study, of_trials
 
     def _update_seen(self, study_id: int, trials: list[FrozenTrial]) -> _Seen:
         seen = self._seen.setdefault(study_id, _Seen())
@@ -502,7 +503,8 @@ class StudyDetail:
         serialized: dict[str, Any] = serialize_frozen_trial(study._study_id, trial, attributes)
         model = self._offered_model(trial, serialized)
         if model is not None and not model.is_file():
-            serialized["artifacts"] = [one for one in serialized["artifacts"] if one["filename"] != artifacts.MODEL]
+            others = [artifact for artifact in serialized["artifacts"] if artifact["filename"] != artifacts.MODEL]
+            serialized["artifacts"] = others
             model = None
         line = json.dumps(serialized).encode()
         if trial.state.is_finished():
@@ -512,12 +514,12 @@ class StudyDetail:
     def _offered_model(self, trial: FrozenTrial, serialized: dict[str, Any]) -> Path | None:
         """The path of the model that the page would offer for download; None if it offers none."""
         below = trial.user_attrs.get("model")
-        offered = any(one["filename"] == artifacts.MODEL for one in serialized["artifacts"])
+        offered = any(artifact["filename"] == artifacts.MODEL for artifact in serialized["artifacts"])
         return artifacts.inside(self._folder, below) if offered else None
 
 
 def _best(trials: list[FrozenTrial], direction: StudyDirection) -> list[FrozenTrial]:
-    """The best complete and feasible trial, of equals the first, as in `studies.best_trial`; empty if there is none."""
+    """The best complete and feasible trial as in `studies.best_trial`; empty if there is none."""
     sign = 1 if direction == StudyDirection.MAXIMIZE else -1
     complete = [trial for trial in trials if is_scored(trial) and findings.is_feasible(trial)]
     return [max(complete, key=lambda trial: (sign * trial.values[0], -trial.number))] if complete else []
@@ -556,7 +558,7 @@ class TrialFiles:
         raise HTTPError(403, "files cannot be uploaded here: a trial's files are written by its worker")
 
     def remove(self, artifact_id: str) -> None:
-        """Does nothing: ``trialyard storage prune`` removes files that no trial names."""
+        """Does nothing: ``trialyard storage prune`` removes files that no trial needs."""
 
     def _paths(self, artifact_id: str) -> Iterator[Path]:
         key = f"artifacts:{artifact_id}"

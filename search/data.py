@@ -1,7 +1,7 @@
-"""Datasets: loaded, checked, limited and split. Imports no Keras, so that a command can check data at once.
+"""Datasets: loaded, checked, limited and split. Imports no Keras, so that a command can check data quickly.
 
-Images stay as they are stored (uint8); the model's own first layer divides them by 255. The test arrays are not
-even read unless the definition replays the notebook's protocol.
+Images keep the type in which they are stored (uint8); the model's first layer divides them by 255. The test arrays are
+not read unless the definition follows the notebook's protocol.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ DOWNLOAD_SECONDS = 600
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Images to train on and to judge by.
+    """Images to train with and to judge by.
 
-    x_*: (n, height, width, channels), uint8 of 0 to 255, or float32 on the same scale where the source had floats.
+    x_*: (n, height, width, channels), uint8 from 0 to 255, or float32 on the same scale if the source has floats.
     y_*: (n,), int64, classes numbered from 0.
     """
 
@@ -38,7 +38,7 @@ class Dataset:
     x_validation: Array
     y_validation: Array
     classes: int
-    fingerprint: str  # of the source's training arrays, before limit and split
+    fingerprint: str  # of the source's training arrays, before the limit and the split
     validated_on: Literal["validation", "test"]
 
     @property
@@ -48,7 +48,7 @@ class Dataset:
         return height, width, channels
 
     def summary(self) -> dict[str, Any]:
-        """What is told of the data with a study: numbers and the fingerprint."""
+        """What a study records about its data: counts and the fingerprint."""
         return {
             "fingerprint": self.fingerprint,
             "train": len(self.y_train),
@@ -59,10 +59,10 @@ class Dataset:
 
 
 def load(name: str, data: Data, folders: Sequence[Path]) -> Dataset:
-    """The dataset `name` (see `studies.definition`), as `data` wants it.
+    """The dataset `name` (see `studies.definition`), limited and split as `data` says.
 
-    Files are looked for in `folders`; mnist and fashion_mnist are downloaded to the last of them where they are in
-    none. Raises DataError, with the way out in its one sentence, and MachineError where a function cannot be imported.
+    Files are searched in `folders`; mnist and fashion_mnist are downloaded to the last folder if no folder has them.
+    Raises DataError, and MachineError if a function cannot be imported.
     """
     arrays = _source(name, folders)
     keys = ("x_train", "y_train") + (("x_test", "y_test") if data.validation == "test" else ())
@@ -76,13 +76,13 @@ def load(name: str, data: Data, folders: Sequence[Path]) -> Dataset:
         x_validation, y_validation = _pair(raw["x_test"], raw["y_test"], name, "x_test", "y_test")
         if x_validation.shape[1:] != x.shape[1:] or y_validation.max() >= classes:
             raise DataError(
-                f"{name}: x_test has images of {x_validation.shape[1:]} in {int(y_validation.max()) + 1} classes, and "
-                f"x_train of {x.shape[1:]} in {classes}: both must be of one kind"
+                f"{name}: x_test has images of shape {x_validation.shape[1:]} in {int(y_validation.max()) + 1} classes "
+                f"and x_train of shape {x.shape[1:]} in {classes}: both must have the same shape and classes"
             )
     else:
-        share = f"data.validation = {data.validation:g}"
+        setting = f"data.validation = {data.validation:g}"
         held_out = round(len(y) * data.validation)
-        x, x_validation, y, y_validation = _split(x, y, held_out, data.seed, share, name)
+        x, x_validation, y, y_validation = _split(x, y, held_out, data.seed, setting, name)
     return Dataset(
         x_train=x,
         y_train=y,
@@ -96,7 +96,7 @@ def load(name: str, data: Data, folders: Sequence[Path]) -> Dataset:
 
 # --- where the arrays come from ---------------------------------------------------------------------------
 
-_Arrays = Mapping[str, Callable[[], Array]]  # read on demand: reading a test array is a decision
+_Arrays = Mapping[str, Callable[[], Array]]  # read only when called, so that test arrays stay unread
 
 
 def _source(name: str, folders: Sequence[Path]) -> _Arrays:
@@ -105,15 +105,14 @@ def _source(name: str, folders: Sequence[Path]) -> _Arrays:
     if ":" in name:
         return _from_function(name)
     if name.endswith(".npz"):
-        here = Path(name)
-        found = here if here.is_file() else _find(here.name, folders)
-        if found is None:
-            looked = ", ".join(map(str, folders))
+        path = Path(name)
+        existing_path = path if path.is_file() else _find(path.name, folders)
+        if existing_path is None:
             raise DataError(
-                f"the data file {name} does not exist, nor is there one of its name in {looked}: "
-                "correct dataset, or put its folder into TRIALYARD_DATA"
+                f"the data file {name} does not exist, and none of {', '.join(map(str, folders))} has a file of its "
+                "name: correct dataset, or add its folder to TRIALYARD_DATA"
             )
-        return _from_file(found)
+        return _from_file(existing_path)
     return _from_file(_find(f"{name}.npz", folders) or _download(name, folders[-1]))
 
 
@@ -122,11 +121,11 @@ def _find(file: str, folders: Sequence[Path]) -> Path | None:
 
 
 def _digits() -> _Arrays:
-    """Scikit-learn's 1,797 handwritten digits, 8x8 with values of 0 to 16, brought to 28x28 and 0 to 255.
+    """Scikit-learn's 1,797 handwritten digits, 8x8 with values from 0 to 16, scaled to 28x28 and 0 to 255.
 
-    The source has no test set: every fifth image (359) is set apart as one.
+    The source has no test set: every fifth image (359) is taken for one.
     """
-    from sklearn.datasets import load_digits  # 1.5 s, which `status` need not wait
+    from sklearn.datasets import load_digits  # takes 1.5 s, too long for every command
 
     source = load_digits()
     images = _enlarged(source.images.astype(np.float64) * (255.0 / 16.0), 28)
@@ -143,9 +142,9 @@ def _digits() -> _Arrays:
 def _enlarged(images: Array, size: int) -> Array:
     """(n, s, s) -> (n, size, size), bilinear, pixel centres aligned as in PIL and OpenCV."""
     side = images.shape[1]
-    at = np.clip((np.arange(size) + 0.5) * side / size - 0.5, 0, side - 1)
-    low = np.minimum(at.astype(int), side - 2)
-    share = at - low
+    position = np.clip((np.arange(size) + 0.5) * side / size - 0.5, 0, side - 1)
+    low = np.minimum(position.astype(int), side - 2)
+    share = position - low
     rows = images[:, low, :] * (1 - share)[:, None] + images[:, low + 1, :] * share[:, None]
     result: Array = rows[:, :, low] * (1 - share) + rows[:, :, low + 1] * share
     return result
@@ -159,7 +158,7 @@ def _from_file(path: Path) -> _Arrays:
     except (ValueError, EOFError, zipfile.BadZipFile):
         archive = None
     if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise DataError(f"the data file {path} is no .npz: write it with numpy.savez(x_train=..., y_train=...)")
+        raise DataError(f"the data file {path} is not a .npz: write it with numpy.savez(x_train=..., y_train=...)")
 
     def reader(key: str) -> Callable[[], Array]:
         def read() -> Array:
@@ -176,7 +175,7 @@ def _from_file(path: Path) -> _Arrays:
 
 
 def _from_function(name: str) -> _Arrays:
-    """What ``package.module:function`` gives, called without arguments, as `keras.datasets.*.load_data` does."""
+    """The arrays that ``package.module:function`` returns, in the form of `keras.datasets.*.load_data`."""
     function = import_function(name)
     try:
         (x_train, y_train), (x_test, y_test) = function()
@@ -184,8 +183,8 @@ def _from_function(name: str) -> _Arrays:
         raise
     except Exception as error:  # a user's own code may raise anything
         raise DataError(
-            f"{name} must give ((x_train, y_train), (x_test, y_test)), and ended in "
-            f"{type(error).__name__}: {' '.join(str(error).split())}; correct it there"
+            f"{name} must return ((x_train, y_train), (x_test, y_test)), and ended in "
+            f"{type(error).__name__}: {' '.join(str(error).split())}; correct the function"
         ) from error
     return {
         "x_train": lambda: np.asarray(x_train),
@@ -196,11 +195,11 @@ def _from_function(name: str) -> _Arrays:
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """The function that ``package.module:function`` names. Raises MachineError where it cannot be imported."""
+    """The function that ``package.module:function`` names. Raises MachineError if it cannot be imported."""
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
-        # People keep their modules in the folder where they work. It comes last: Keras imports parts of itself and of
-        # Python late, and a random.py or keras.py of this folder must not be taken for them.
+        # Users keep their modules in the working folder. It comes last: Keras imports parts of itself and of Python
+        # late, and must not get a random.py or keras.py of this folder instead.
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
@@ -210,12 +209,12 @@ def import_function(name: str) -> Callable[..., Any]:
             "this folder, on PYTHONPATH or installed, and the function in it?"
         ) from error
     if not callable(function):
-        raise MachineError(f"{name} is of type {type(function).__name__}, not a function: name one")
+        raise MachineError(f"{name} is of type {type(function).__name__}, not a function: give the name of a function")
     return function  # type: ignore[no-any-return]
 
 
 def _download(name: str, folder: Path) -> Path:
-    """Has Keras download `name`, in a process of its own, and keeps it as ``<folder>/<name>.npz``."""
+    """Lets Keras download `name`, in another process, and stores it as ``<folder>/<name>.npz``."""
     result = subprocess.run(
         [sys.executable, "-P", "-m", "search.download", name, str(folder / f"{name}.npz")],
         capture_output=True,
@@ -226,7 +225,7 @@ def _download(name: str, folder: Path) -> Path:
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise DataError(
-            f"{name}.npz is in no folder of TRIALYARD_DATA and cannot be downloaded ({reason[:200]}): put the file "
+            f"{name}.npz is not in a folder of TRIALYARD_DATA and cannot be downloaded ({reason[:200]}): put the file "
             "into a folder and set TRIALYARD_DATA to it, or try the study `digits`, which needs no network"
         )
     return folder / f"{name}.npz"
@@ -238,8 +237,8 @@ def _download(name: str, folder: Path) -> Path:
 def _array(arrays: _Arrays, key: str, name: str) -> Array:
     if key not in arrays:
         raise DataError(
-            f"{name} has no array {key!r}, only {', '.join(arrays) or 'none at all'}: "
-            "it needs x_train and y_train, and x_test and y_test to be confirmed on"
+            f"{name} has no array {key!r}, it has {', '.join(arrays) or 'none'}: add x_train and y_train, and x_test "
+            "and y_test to be confirmed on"
         )
     return arrays[key]()
 
@@ -247,7 +246,7 @@ def _array(arrays: _Arrays, key: str, name: str) -> Array:
 def _pair(x: Array, y: Array, name: str, x_name: str, y_name: str) -> tuple[Array, Array]:
     """Images as (n, h, w, c) on the scale 0 to 255, labels as (n,) int64."""
     if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]  # as keras.datasets.cifar10 gives them
+        y = y[:, 0]  # keras.datasets.cifar10 has this shape
     if x.ndim == 3:
         x = x[..., np.newaxis]
     if x.ndim != 4 or min(x.shape) == 0:
@@ -259,7 +258,7 @@ def _pair(x: Array, y: Array, name: str, x_name: str, y_name: str) -> tuple[Arra
         raise DataError(f"{name}: {y_name} has the shape {y.shape}, and labels must be (n,): give class numbers")
     if len(x) != len(y):
         raise DataError(
-            f"{name}: {x_name} has {len(x)} images and {y_name} {len(y)} labels: there must be one label an image"
+            f"{name}: {x_name} has {len(x)} images and {y_name} {len(y)} labels: there must be one label per image"
         )
     return _scaled(x, f"{name}: {x_name}"), _labels(y, f"{name}: {y_name}")
 
@@ -278,28 +277,28 @@ def _scaled(x: Array, what: str) -> Array:
         return x.astype(np.uint8)
     if low < 0.0 or high > 1.0:
         raise DataError(
-            f"{what} has real values from {low:g} to {high:g}, and they must be from 0 to 1: divide them, or give uint8"
+            f"{what} has floats from {low:g} to {high:g}, and they must be from 0 to 1: divide them, or give uint8"
         )
     return x.astype(np.float32) * np.float32(255.0)
 
 
 def _labels(y: Array, what: str) -> Array:
     if not np.issubdtype(y.dtype, np.number) or not np.isfinite(y).all() or (y != np.floor(y)).any():
-        raise DataError(f"{what} has labels that are no whole numbers: give class numbers from 0")
+        raise DataError(f"{what} has labels that are not whole numbers: give class numbers from 0")
     if y.min() < 0:
         raise DataError(f"{what} has the label {y.min()}, and classes are numbered from 0: shift them")
     return y.astype(np.int64)
 
 
-def _split(x: Array, y: Array, apart: int, seed: int, what: str, name: str) -> tuple[Array, Array, Array, Array]:
-    """Sets `apart` images apart, each class with its share."""
+def _split(x: Array, y: Array, size: int, seed: int, setting: str, name: str) -> tuple[Array, Array, Array, Array]:
+    """Splits off `size` images, stratified by class. Returns x of the rest, x of these, and the same for y."""
     from sklearn.model_selection import train_test_split  # see _digits
 
     try:
-        indices = train_test_split(np.arange(len(y)), test_size=apart, stratify=y, random_state=seed)
+        indices = train_test_split(np.arange(len(y)), test_size=size, stratify=y, random_state=seed)
     except ValueError as error:
         raise DataError(
-            f"{name}: {what} cannot split {len(y)} images of {len(np.unique(y))} classes so that each class is in "
+            f"{name}: {setting} cannot split {len(y)} images of {len(np.unique(y))} classes so that each class is in "
             f"both parts ({error}): use more images, or another share"
         ) from None
     kept, held_out = (np.sort(part) for part in indices)

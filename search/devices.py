@@ -1,4 +1,4 @@
-"""What this machine can train on: its devices, the slots on them, and the precision. Found without importing Keras."""
+"""The devices of this machine, the slots on them, and the precision for each device. Does not import Keras."""
 
 import logging
 import os
@@ -16,10 +16,10 @@ from studies.definition import Precision
 
 log = logging.getLogger(__name__)
 
-# Processor flags of units that multiply bfloat16 (Linux's names; Intel's AMX and the AVX-512 extension).
+# Linux's names of the processor flags for bfloat16 multiplication (Intel's AMX and the AVX-512 extension).
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
-MEMORY_A_SLOT = 2 << 30  # bytes that a trainer on the processor may need: TensorFlow alone holds a quarter of it
-# The share of a shared GPU's memory that its trainers use together: each also needs a context of a few hundred MB.
+MEMORY_PER_SLOT = 2 << 30  # bytes that a trainer on the processor may need; TensorFlow alone takes a quarter of it
+# The share of a GPU's memory that several trainers use together; the rest is for their contexts, some 100 MB each.
 MEMORY_SHARE = 0.9
 BFLOAT16_CAPABILITY = (8, 0)  # CUDA compute capability from which tensor cores take bfloat16 (Ampere)
 
@@ -29,7 +29,7 @@ class Device:
     """A GPU, or this machine's processor."""
 
     kind: str  # "gpu" or "cpu"
-    name: str  # the card's or the processor's own
+    name: str  # of the card or the processor
     index: int = 0  # the driver's number of the GPU
     capability: tuple[int, int] = (0, 0)  # CUDA compute capability, of a GPU
     memory: int = 0  # bytes, of a GPU
@@ -43,30 +43,30 @@ class Slot:
     device: Device
     index: int = 0  # among the slots of its device
     sharing: int = 1  # how many slots the device has
-    threads: int = 0  # of the processor, to compute with; 0 leaves it to the framework
+    threads: int = 0  # processor threads for computing; 0 leaves the number to the framework
 
     @property
     def name(self) -> str:
-        """For people: ``gpu:1``, or ``gpu:1.0`` for the first of several on that GPU; ``cpu:0`` and up."""
+        """The name for users: ``gpu:1``, or ``gpu:1.0`` for the first of several slots on that GPU; ``cpu:0``."""
         if self.device.kind == "cpu":
             return f"cpu:{self.index}"
         return f"gpu:{self.device.index}" + (f".{self.index}" if self.sharing > 1 else "")
 
     @property
     def memory(self) -> int:
-        """Bytes of a shared GPU's memory that the slot may use; 0 where it need not share."""
+        """How many bytes of a shared GPU's memory the slot may use; 0 if the GPU is not shared."""
         return int(self.device.memory * MEMORY_SHARE / self.sharing) if self.sharing > 1 else 0
 
     def environment(self) -> dict[str, str]:
-        """What the trainer process must have in its environment before it imports Keras."""
+        """The environment variables that the trainer process needs before it imports Keras."""
         if self.device.kind == "cpu":
             threads = {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
             return {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"} | threads
         share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE / self.sharing:.3f}"} if self.sharing > 1 else {}
         return {
-            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # so that CUDA counts as the driver does
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # CUDA then numbers the GPUs as the driver does
             "CUDA_VISIBLE_DEVICES": str(self.device.index),
-            # Either framework would take the whole card at its first use.
+            # Without these, a framework takes the memory of the whole card at its first use.
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         } | share
@@ -74,12 +74,12 @@ class Slot:
 
 @cache
 def pin(slot: Slot) -> None:
-    """In the trainer process, before Keras computes anything: TensorFlow's threads and its share of a GPU.
+    """Sets TensorFlow's threads and its share of a GPU. Call it in the trainer process before Keras computes anything.
 
-    What JAX needs is in the slot's environment; PyTorch shares a GPU as it likes. TensorFlow takes these settings once,
-    and a process has one slot for its life: asked again, it does nothing.
+    JAX reads its settings from the slot's environment; PyTorch has none. TensorFlow accepts these settings only once,
+    and a process has only one slot, so a second call does nothing.
 
-    Raises DeviceError where the framework does not see the slot's GPU: it would train on the processor without a word.
+    Raises DeviceError if the framework does not see the slot's GPU: it would train on the processor without a warning.
     """
     import keras
 
@@ -102,34 +102,34 @@ def _check_gpu(slot: Slot, backend: str) -> None:
     if backend == "tensorflow":
         import tensorflow as tf
 
-        seen = len(tf.config.list_physical_devices("GPU"))
+        count = len(tf.config.list_physical_devices("GPU"))
     elif backend == "jax":
         import jax
 
-        seen = sum(device.platform == "gpu" for device in jax.devices())
+        count = sum(device.platform == "gpu" for device in jax.devices())
     else:
         import torch
 
-        seen = torch.cuda.device_count()
-    if seen != 1:
+        count = torch.cuda.device_count()
+    if count != 1:
         raise DeviceError(
-            f"the driver names {slot.name} ({slot.device.name}), but {backend} sees {seen or 'no'} GPUs there: install "
-            "its CUDA libraries (for TensorFlow, `pip install '.[gpu]'` in Trialyard's folder), or give --devices cpu"
+            f"the driver has {slot.name} ({slot.device.name}), but {backend} sees {count or 'no'} GPUs: install its "
+            "CUDA libraries (for TensorFlow, `pip install '.[gpu]'` in Trialyard's folder), or give --devices cpu"
         )
 
 
 def slots(devices: str = "auto", per_device: int | None = None, workers: int | None = None) -> list[Slot]:
     """The slots of this machine.
 
-    `devices`: "auto" for all GPUs, or the processor where there is none; "cpu"; or the driver's numbers of GPUs, as
-    "0,2". `workers` slots are spread over them, as evenly as can be; else `per_device` slots share each; else
-    a GPU has one, and the processor one a core, as `bench/slots.py` found best, as far as memory goes.
+    `devices`: "auto" for all GPUs, or the processor if there is none; "cpu"; or numbers of GPUs such as "0,2".
+    With `workers`, so many slots are spread evenly over the devices. With `per_device`, each device has so many. By
+    default a GPU has one slot, and the processor has one per core (the best in `bench/slots.py`) if memory allows.
 
-    Raises DeviceError where there is no such GPU.
+    Raises DeviceError if there is no such GPU.
     """
     chosen = _chosen(devices)
     if workers is not None:
-        counts = [workers // len(chosen) + (at < workers % len(chosen)) for at in range(len(chosen))]
+        counts = [workers // len(chosen) + (index < workers % len(chosen)) for index in range(len(chosen))]
     else:
         counts = [per_device or (1 if chosen[0].kind == "gpu" else _slots_on_cpu())] * len(chosen)
     return [
@@ -142,51 +142,51 @@ def slots(devices: str = "auto", per_device: int | None = None, workers: int | N
 def _chosen(devices: str) -> list[Device]:
     if devices == "cpu":
         return [cpu()]
-    found = gpus()
+    existing = gpus()
     if devices == "auto":
-        return found or [cpu()]
-    by_number = {str(device.index): device for device in found}
-    wanted = [part.strip() for part in devices.split(",")]
-    for number in wanted:
+        return existing or [cpu()]
+    by_number = {str(device.index): device for device in existing}
+    numbers = [part.strip() for part in devices.split(",")]
+    for number in numbers:
         if number not in by_number:
-            here = f"GPUs {', '.join(by_number)}" if by_number else "no GPU"
+            available = f"GPUs {', '.join(by_number)}" if by_number else "no GPU"
             raise DeviceError(
-                f"--devices {devices}: there is no GPU {number!r}; this machine has {here}: give numbers of GPUs, auto "
-                "or cpu"
+                f"--devices {devices}: there is no GPU {number!r}; this machine has {available}: give numbers of GPUs, "
+                "auto or cpu"
             )
-    return [by_number[number] for number in dict.fromkeys(wanted)]
+    return [by_number[number] for number in dict.fromkeys(numbers)]
 
 
 def cores() -> int:
-    """The processor's cores that this process may use: its affinity, and its control group's quota."""
-    import joblib  # which takes a moment
+    """How many processor cores this process may use: limited by its affinity and its control group's quota."""
+    import joblib  # slow to import
 
     return int(joblib.cpu_count())
 
 
 def memory(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of memory that are available: the machine's, or less where a control group (a container) limits it."""
+    """How many bytes of memory are available: the machine's, or fewer if a control group (a container) limits it."""
     free = int(psutil.virtual_memory().available)
     try:
         limit, used = ((folder / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
         return min(free, int(limit) - int(used))
     except (OSError, ValueError):
-        return free  # no such group, or "max"
+        return free  # there is no such file, or it has "max"
 
 
 def _slots_on_cpu() -> int:
-    return max(1, min(cores(), memory() // MEMORY_A_SLOT))
+    return max(1, min(cores(), memory() // MEMORY_PER_SLOT))
 
 
 def _threads(device: Device, sharing: int) -> int:
-    # On a GPU the processor only feeds it: the framework knows best.
+    # With a GPU the processor only prepares batches: the framework chooses the threads.
     return max(1, cores() // sharing) if device.kind == "cpu" else 0
 
 
 def gpus() -> list[Device]:
-    """The GPUs that NVIDIA's driver names, of those that CUDA_VISIBLE_DEVICES leaves; none without a driver.
+    """NVIDIA's GPUs that CUDA_VISIBLE_DEVICES does not hide; empty without a driver.
 
-    Raises DeviceError where that names parts of one.
+    Raises DeviceError if that variable names parts of a GPU.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
@@ -201,15 +201,15 @@ def gpus() -> list[Device]:
     except pynvml.NVMLError:
         return []
     try:
-        found = []
+        devices = []
         for index in range(pynvml.nvmlDeviceGetCount()):
             try:
                 handle = pynvml.nvmlDeviceGetHandleByIndex(index)
                 if visible is None or _is_visible(index, str(pynvml.nvmlDeviceGetUUID(handle)), visible):
-                    found.append(_gpu(index, handle))
+                    devices.append(_gpu(index, handle))
             except pynvml.NVMLError as error:
                 log.warning("GPU %d is left out: %s", index, error)
-        return found
+        return devices
     finally:
         pynvml.nvmlShutdown()
 
@@ -222,12 +222,12 @@ def _gpu(index: int, handle: Any) -> Device:
 
 
 def _is_visible(index: int, uuid: str, visible: str) -> bool:
-    # CUDA takes numbers, and beginnings of UUIDs.
+    # CUDA accepts numbers, and the first characters of UUIDs.
     return any(part.strip() == str(index) or uuid.startswith(part.strip() or "-") for part in visible.split(","))
 
 
 def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:
-    """This machine's processor. Its flags are read where Linux gives them, and empty elsewhere."""
+    """This machine's processor. Its flags are known only on Linux."""
     fields: dict[str, str] = {}
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -245,8 +245,8 @@ def precision_for(device: Device, wanted: Precision) -> tuple[str, str]:
     if device.kind == "gpu":
         number = ".".join(map(str, device.capability))
         if device.capability >= BFLOAT16_CAPABILITY:
-            return "mixed_bfloat16", f"{device.name} has compute capability {number}, which takes bfloat16"
+            return "mixed_bfloat16", f"{device.name} has compute capability {number}, which supports bfloat16"
         return "float32", f"{device.name} has compute capability {number}, and bfloat16 needs 8.0"
     if device.flags:
         return "mixed_bfloat16", f"{device.name} has {' and '.join(sorted(device.flags))}"
-    return "float32", f"{device.name} shows neither {' nor '.join(BFLOAT16_FLAGS)}"
+    return "float32", f"{device.name} has neither {' nor '.join(BFLOAT16_FLAGS)}"

@@ -1,6 +1,6 @@
 """Downloads a dataset through Keras: ``python -P -m search.download mnist FILE``.
 
-A program of its own, because Keras takes seconds to import and no command of ours does that.
+It is a separate program, because importing Keras takes seconds and no command of ours does that.
 """
 
 import sys

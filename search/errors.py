@@ -1,6 +1,4 @@
-"""The mistakes that only show when images are loaded, a model is built or a page is served; `storage.errors` draws the
-tree.
-"""
+"""Errors about data, models, devices and pages; `storage.errors` shows the whole tree."""
 
 from storage.errors import TrialyardError
 
@@ -14,16 +12,16 @@ class ModelError(TrialyardError):
 
 
 class MachineError(TrialyardError):
-    """This machine cannot train a study: Keras, a user's own module or the data cannot be used here."""
+    """This machine cannot train a study: it cannot import Keras or a user's own module, or load the data."""
 
 
 class DeviceError(TrialyardError):
-    """There is no such GPU on this machine, or the framework does not see it."""
+    """This machine has no such GPU, or the framework does not see it."""
 
 
 class DashboardError(TrialyardError):
-    """The dashboard cannot be served at this address, or not without a password."""
+    """The dashboard cannot be served at this address, or needs a password there."""
 
 
 class WorkerError(TrialyardError):
-    """No worker of this machine works."""
+    """No worker on this machine is alive."""

@@ -1,10 +1,10 @@
 """The models: one function from hyperparameters to a compiled keras.Model. Uses only ``keras.*``.
 
-Notable: images come in on 0 to 255 and the first layer divides by that; a dropout layer exists where a rate
-is given, 0.0 included; the softmax is computed in float32 whatever the precision of the rest.
+Images are on the scale 0 to 255, and the first layer divides them by 255. A dropout layer exists if its rate is given,
+also if the rate is 0.0. The softmax is always computed in float32.
 
-The notebook's values give the notebook's models, to the parameter: 668,810 (depth 3), 154,186 (5), 2,980,682 (7),
-1,199,882 (mnist_cnn).
+With the notebook's hyperparameters the models have as many parameters as the notebook's: 668,810 (depth 3), 154,186
+(5), 2,980,682 (7), 1,199,882 (mnist_cnn).
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ from studies.model_rules import WITH_MOMENTUM
 
 Hyperparameters = Mapping[str, Any]
 
-BATCH_SIZE = 128  # the notebook's
-LEARNING_RATE = 0.001  # Adam's default, there and here
+BATCH_SIZE = 128  # as in the notebook
+LEARNING_RATE = 0.001  # Adam's default, also in the notebook
 
 
 def build(
@@ -34,11 +34,11 @@ def build(
 ) -> keras.Model:
     """A compiled model that takes (n, height, width, channels) on 0 to 255 and gives (n, classes) probabilities.
 
-    `plain` builds it of Keras's own layers alone, with the same weights in the same order, and does not compile it:
-    the form that is saved. It loads where there is no Trialyard, and an optimizer's state would triple its size.
+    `plain` builds the model that is saved: only of Keras's own layers, with the same weights in the same order, and not
+    compiled. It loads without Trialyard, and without an optimizer's state, which would triple its size.
 
-    Raises ModelError where a user's own function fails or gives no model, or the images are too small; MachineError
-    where that function, or a module that it needs, cannot be imported.
+    Raises ModelError if a user's own function fails or returns no model, or the images are too small; MachineError if
+    that function, or a module that it needs, cannot be imported.
     """
     if ":" in name:
         return _own(name, hyperparameters, image_shape, classes)
@@ -67,20 +67,20 @@ def build(
 
 
 def accuracy_of(measured: Mapping[str, Any], name: str) -> Any:
-    """What Keras measured as the accuracy of the model `name`. Raises ModelError where it has no such metric."""
+    """The accuracy that Keras measured. Raises ModelError if the model `name` has no such metric."""
     if "accuracy" not in measured:
         raise ModelError(
-            f"{name} is compiled with the metrics {', '.join(measured)}, and trials are judged by one named accuracy: "
-            "compile it with metrics=['accuracy'] among them, or leave compiling to Trialyard"
+            f"{name} is compiled with the metrics {', '.join(measured)}, and trials are judged by the metric accuracy: "
+            "add 'accuracy' to its metrics, or leave compiling to Trialyard"
         )
     return measured["accuracy"]
 
 
 def summary(model: keras.Model) -> str:
-    """A line a layer: its kind, what it gives for one image, its weights.
+    """One line per layer: its kind, its output for one image, its weights.
 
-    Keras's own ``model.summary`` draws a table with lines between the lines, ten times as long, which a page that lists
-    hundreds of trials would carry at every poll.
+    The table of Keras's ``model.summary`` is ten times as long. The dashboard would send it for hundreds of trials at
+    every poll.
     """
     rows = [("layer", "output", "weights")]
     for layer in model.layers:
@@ -94,7 +94,7 @@ def summary(model: keras.Model) -> str:
 def _output(layer: layers.Layer) -> str:
     try:
         shapes = [tensor.shape for tensor in keras.tree.flatten(layer.output)]
-    except (AttributeError, ValueError):  # called more than once, or in a model that is a class of one's own
+    except (AttributeError, ValueError):  # a layer that is called twice, or is in a subclass of keras.Model
         return "?"
     return " and ".join("x".join("?" if size is None else str(size) for size in shape[1:]) for shape in shapes)
 
@@ -102,10 +102,10 @@ def _output(layer: layers.Layer) -> str:
 def _convnet(h: Hyperparameters, batch_norm: Any, dropout: Any) -> list[layers.Layer]:
     """The notebook's ConvNets of depth 3, 5 and 7: everything between the rescaling and the last Dense."""
     depth = h["depth"]
-    everywhere = h.get("dropout")
-    conv_rate = h.get("conv_dropout", everywhere)
-    # Only the shallow model has a place after Dense 128 that `dropout` fills; named, `dense_dropout` opens it.
-    dense_rate = h.get("dense_dropout", everywhere if depth == 3 else None)
+    common_rate = h.get("dropout")
+    conv_rate = h.get("conv_dropout", common_rate)
+    # `dropout` adds a layer after Dense 128 only at depth 3; `dense_dropout` adds it at every depth.
+    dense_rate = h.get("dense_dropout", common_rate if depth == 3 else None)
 
     def conv(filters: int, kernel: int) -> layers.Layer:
         return layers.Conv2D(max(1, round(filters * h.get("width", 1.0))), kernel, activation="relu")
@@ -124,9 +124,9 @@ def _convnet(h: Hyperparameters, batch_norm: Any, dropout: Any) -> list[layers.L
         convolutions = [conv(32, 7), conv(64, 5), pool(), conv(128, 5), *norm(), *drop(conv_rate)]
     elif depth == 5:
         convolutions = [
-            # Dropout follows the pool. Before it, the largest of four values of which some are dropped and the others
-            # scaled up is larger than it is without dropout, and the batch normalisation behind averages just that: on
-            # the digits a rate of 0.5 cost 46 points of accuracy.
+            # Dropout comes after the pool. Before it, dropout scales up the values that it keeps, so the maximum of
+            # four values is larger than without dropout, and the batch normalisation that follows learns wrong
+            # averages: on the digits a rate of 0.5 cost 46 points of accuracy.
             *(conv(32, 3), conv(32, 3), pool(), *drop(conv_rate)),
             *(conv(32, 5), *norm()),
             *(conv(64, 3), pool(), *drop(conv_rate)),
@@ -142,7 +142,7 @@ def _convnet(h: Hyperparameters, batch_norm: Any, dropout: Any) -> list[layers.L
 
 
 def _mnist_cnn(h: Hyperparameters, batch_norm: Any, dropout: Any) -> list[layers.Layer]:
-    """The example that the notebook credits (keras-team/keras, examples/mnist_cnn.py)."""
+    """The example that the notebook cites (keras-team/keras, examples/mnist_cnn.py)."""
     width = h.get("width", 1.0)
     return [
         layers.Conv2D(max(1, round(32 * width)), 3, activation="relu"),
@@ -159,18 +159,18 @@ def _own(name: str, hyperparameters: Hyperparameters, image_shape: tuple[int, in
     function = import_function(name)
     try:
         model = function(dict(hyperparameters), image_shape, classes)
-    except ImportError as error:  # a module that it imports when it is called
+    except ImportError as error:  # the function imports a module when it is called
         raise MachineError(
             f"{name} needs a module that cannot be imported on this machine ({type(error).__name__}: "
             f"{' '.join(str(error).split())}): install it, or put it into this folder or on PYTHONPATH"
         ) from error
     except Exception as error:  # a user's own code may raise anything
         raise ModelError(
-            f"{name} failed to build a model of {dict(hyperparameters)} for images of {image_shape} "
-            f"({type(error).__name__}: {' '.join(str(error).split())}): correct it there"
+            f"{name} failed to build a model with {dict(hyperparameters)} for images of {image_shape} "
+            f"({type(error).__name__}: {' '.join(str(error).split())}): correct the function"
         ) from error
     if not isinstance(model, keras.Model):
-        raise ModelError(f"{name} gave a {type(model).__name__}, and must give a keras.Model")
+        raise ModelError(f"{name} returned a {type(model).__name__}: it must return a keras.Model")
     if not getattr(model, "compiled", False):
         _compile(model, hyperparameters)
     return model
@@ -181,7 +181,7 @@ def _compile(model: keras.Model, h: Hyperparameters) -> None:
         optimizer=_optimizer(h),
         loss=keras.losses.CategoricalCrossentropy(label_smoothing=h.get("label_smoothing", 0.0)),
         metrics=["accuracy"],
-        # On CPUs, XLA made a step seven times slower than oneDNN's own kernels; JAX has no other way.
+        # On CPUs, XLA made a step seven times slower than oneDNN's kernels. JAX always uses XLA.
         jit_compile=False if keras.backend.backend() == "tensorflow" and not _on_gpu() else "auto",
     )
 

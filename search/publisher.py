@@ -1,4 +1,4 @@
-"""Keeps the notes and figures in optuna-dashboard up to date while a worker works, without delaying it."""
+"""Keeps the notes and figures in optuna-dashboard up to date while a worker runs, without delaying it."""
 
 import logging
 import threading
@@ -19,7 +19,7 @@ from studies import notes, registry
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
-LEAVE_SECONDS = 10.0  # how long the worker's end waits for the last publication
+LEAVE_SECONDS = 10.0  # how long a worker that ends waits for the last publication
 
 
 class Publisher(Listener):
@@ -51,7 +51,7 @@ class Publisher(Listener):
             log.warning("the last notes and figures were not written: the database took too long")
 
     def ended(self, claim: Claim, trial: FrozenTrial) -> None:
-        """Remembers that the study has news."""
+        """Remembers to publish the study."""
         with self._lock:
             self._due.setdefault(claim.study, time.monotonic())
 
@@ -67,8 +67,8 @@ class Publisher(Listener):
                     with self._lock:
                         self._due[study] = time.monotonic() + notes.PAUSE_SECONDS
         with self._lock:
-            left = list(self._due)
-        for study in left:
+            remaining = list(self._due)
+        for study in remaining:
             self._publish(study, last=True)
 
     def _cached(self, study: str) -> BaseStorage:
@@ -81,7 +81,7 @@ class Publisher(Listener):
         try:
             return notes.publish(study, self._storage, self._artifacts, self._cached(study), last=last)
         except Exception as error:
-            # Whatever failed, training must go on.
+            # Training must continue after any failure.
             if not self._storage.shutting_down.is_set():
                 log.warning("the notes and figures of study %s were not written: %s", study, error)
                 log.debug("the whole error", exc_info=error)

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial
 from search.errors import WorkerError
 from storage import database, ledger, retention, settings, slots, transactions
 from storage.ledger import Study
-from storage.retention import Superfluous
+from storage.retention import UnneededFile
 from storage.settings import Settings
 from storage.transactions import PatientStorage
 from studies import definition as definitions
@@ -261,7 +261,7 @@ def backup_storage(file: str | Path, storage: str | None = None) -> int:
 class Leftovers:
     """The files below the artifacts folder that this database does not need."""
 
-    files: list[Superfluous]
+    files: list[UnneededFile]
     of_others: list[str]  # folders of studies that this database does not know: another one may
 
 
@@ -270,7 +270,7 @@ def leftovers(storage: str | None = None) -> Leftovers:
     here = _settings(storage)
     opened = database.connect(here.url)
     return Leftovers(
-        files=retention.superfluous(opened, here.artifact_folder, here.keep_models),
+        files=retention.unneeded(opened, here.artifact_folder, here.keep_models),
         of_others=retention.of_others(opened, here.artifact_folder),
     )
 

@@ -139,8 +139,8 @@ def print_report(told: ReportContent) -> None:
     out.print(told.definition.name, style="bold", markup=False)
     out.print(f"  {counts(told.status)}", markup=False)
     for title, sentences in (
-        ("found", told.findings.found),
-        ("made the difference", told.findings.mattered),
+        ("found", told.findings.best),
+        ("made the difference", told.findings.influences),
         ("cannot be concluded", told.findings.cautions),
     ):
         for number, sentence in enumerate(sentences):

@@ -1,4 +1,4 @@
-"""Training one model, epoch after epoch. Knows nothing of Optuna, and uses only ``keras.*``."""
+"""Trains one model, epoch after epoch. Does not know Optuna, and uses only ``keras.*``."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, stored
 log = logging.getLogger(__name__)
 
 
-class NotANumber(Exception):  # noqa: N818 - what happened, in the words of `failure.kind`
+class NotANumber(Exception):  # noqa: N818 - named like the `failure.kind`
     """The loss was NaN or infinite, or no epoch had a finite score: the training has no result."""
 
 
@@ -43,21 +43,20 @@ def train(
     on_resume: Callable[[list[Epoch]], None] = lambda history: None,
     checkpoint_seconds: float = 30.0,
 ) -> Trained:
-    """Builds `model` and trains it; writes its history and its layers' summary, and the best epoch's weights as a whole
-    model, to `folder`.
+    """Builds `model` and trains it; writes to `folder` its history, its summary and the model of the best epoch.
 
     It continues from the longest of the `checkpoints` (paths that may not exist) that is of this very training, and
     tells `on_resume` of the epochs that it has already. `identity` is what makes it this training, besides the other
     arguments; it must be JSON. It writes a checkpoint to `folder` at the end of an epoch, at most every
     `checkpoint_seconds`.
 
-    `precision` is Keras's dtype policy, and the reason for it. `on_epoch` is told of every epoch at its end; where
-    `stopping` says so, the training ends after the running batch and no model is written: "keep" writes a checkpoint
-    of the last whole epoch, "drop" does not. The same arguments give the same numbers on the same kind of processor
-    with the same software, interrupted or not. An epoch whose validation accuracy is not finite stays in the history,
-    and is never the best.
+    `precision` is Keras's dtype policy and the reason for it. `on_epoch` gets each epoch at its end. When `stopping`
+    returns a mode, the training ends after the running batch and writes no model: "keep" writes a checkpoint of the
+    last complete epoch, "drop" does not. The same arguments give the same numbers on the same kind of processor with
+    the same software, interrupted or not. An epoch whose validation accuracy is not finite stays in the history, but is
+    never the best.
 
-    Raises NotANumber, DataError (a batch larger than the data), ModelError, and StorageError where a file cannot be
+    Raises NotANumber, DataError (a batch is larger than the data), ModelError, and StorageError if a file cannot be
     written.
     """
     batch_size = int(hyperparameters.get("batch_size", BATCH_SIZE))
@@ -73,10 +72,10 @@ def train(
         keras.utils.to_categorical(y, dataset.classes) for y in (dataset.y_train, dataset.y_validation)
     )
     batches_per_epoch = math.ceil(len(y_train) / batch_size)
-    moving = _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
+    moving_averages = _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
     stop = _StopAtBatch(stopping)
     # How a model is judged is not one of its hyperparameters, and models without moving averages are judged alike.
-    judged = {"batch_norm_averages": "corrected"} if moving else {}
+    judged = {"batch_norm_averages": "corrected"} if moving_averages else {}
     whole_identity = {
         "model": model,
         "hyperparameters": {name: value for name, value in hyperparameters.items() if name != "batch_norm_averages"},
@@ -95,20 +94,20 @@ def train(
     unwritten: checkpoint.Checkpoint | None = None
     written_at = time.monotonic()
     for epoch in range(len(history) + 1, epochs + 1):
-        # An order that only the seed and the epoch decide: a training that goes on at epoch n meets the same.
+        # The order depends only on the seed and the epoch, so it is the same in a resumed training.
         order = np.random.default_rng([seed, epoch]).permutation(len(y_train))
         began = time.perf_counter()
         images = batches(dataset.x_train[order], y_train[order], batch_size)
-        fitted = net.fit(**images, shuffle=False, verbose=0, callbacks=[stop])
+        fit_result = net.fit(**images, shuffle=False, verbose=0, callbacks=[stop])
         seconds = time.perf_counter() - began
         if stop.stopped:
             break
-        loss, accuracy = fitted.history["loss"][0], accuracy_of(fitted.history, model)[0]
+        loss, accuracy = fit_result.history["loss"][0], accuracy_of(fit_result.history, model)[0]
         images = batches(dataset.x_validation, y_validation, _evaluation_batch(batch_size))
-        with moving.corrected(epoch * batches_per_epoch):
-            validated = net.evaluate(**images, verbose=0, return_dict=True)
+        with moving_averages.corrected(epoch * batches_per_epoch):
+            evaluation = net.evaluate(**images, verbose=0, return_dict=True)
             judged_weights = net.get_weights()
-        val_loss, val_accuracy = validated["loss"], accuracy_of(validated, model)
+        val_loss, val_accuracy = evaluation["loss"], accuracy_of(evaluation, model)
         if not math.isfinite(loss):
             raise NotANumber(f"the training loss became {loss} in epoch {epoch}")
         if not math.isfinite(val_loss):
@@ -143,14 +142,14 @@ def train(
         temporary.write_text(summary(net), encoding="utf-8")
     if not stop.stopped:
         _write_model(folder / MODEL, net, best_weights, model, hyperparameters, dataset)
-    speeds = [past.images_per_second for past in history[1:] or history]
+    speeds = [record.images_per_second for record in history[1:] or history]
     return Trained(
         value=best.val_accuracy if best else 0.0,
         best_epoch=best.epoch if best else 0,
         epochs=len(history),
         stopped=stop.stopped,
         parameters=net.count_params(),
-        seconds=sum(past.seconds for past in history),
+        seconds=sum(record.seconds for record in history),
         images_per_second=float(np.median(speeds)) if speeds else 0.0,
         precision=precision[0],
         precision_reason=precision[1],
@@ -162,15 +161,15 @@ def train(
 def _moving_averages(
     net: keras.Model, model: str, h: Hyperparameters, dataset: Dataset, y_train: Array, batch_size: int
 ) -> averages.MovingAverages:
-    """Makes the state of `net` that Keras leaves to the first batch; returns its moving averages.
+    """Creates the state of `net` that Keras would create at the first batch; returns its moving averages.
 
-    Where the hyperparameter `batch_norm_averages` is "keras" they are not corrected: so the notebook was judged.
+    If the hyperparameter `batch_norm_averages` is "keras", they are not corrected, as in the notebook.
     """
     corrected = h.get("batch_norm_averages", "corrected") == "corrected"
     if ":" not in model:
         _make_state(net, y_train[:1])
         return averages.of_builtin(net) if corrected else averages.MovingAverages()
-    if not net.built:  # a class of one's own: without its variables no checkpoint could be taken up
+    if not net.built:  # a subclass of keras.Model: a checkpoint can be restored only after its variables exist
         net(dataset.x_train[:1])
 
     def train_one_batch() -> None:
@@ -180,9 +179,9 @@ def _moving_averages(
 
 
 def _make_state(net: keras.Model, y: Array) -> None:
-    """Makes the variables of the optimizer and of the metrics, which Keras leaves to the first batch.
+    """Creates the variables of the optimizer and the metrics, which Keras would create at the first batch.
 
-    TensorFlow traces a function that made variables a second time: a second or more of each trial's start at depth 5.
+    TensorFlow traces a function that creates variables twice. At depth 5 that costs a second or more per trial.
     """
     net.optimizer.build(net.trainable_variables)
     net.compute_metrics(None, y, keras.ops.convert_to_tensor(y))
@@ -202,14 +201,14 @@ def _resumed(net: keras.Model, paths: Sequence[Path], identity: dict[str, Any]) 
 
 
 def versions() -> dict[str, str]:
-    """The software that numbers depend on."""
+    """The versions of the software that the results depend on."""
     backend = keras.backend.backend()
     packages = ("trialyard", "keras", backend, "optuna", "numpy")
     return {"backend": backend} | {package: version(package) for package in packages}
 
 
 def _evaluation_batch(batch_size: int) -> int:
-    # No gradients are kept, so more images fit; larger still was no faster.
+    # Evaluation keeps no gradients, so more images fit into memory. Larger batches than this were not faster.
     return max(batch_size, 256)
 
 
@@ -221,7 +220,7 @@ def _write_history(path: Path, history: list[Epoch]) -> None:
 def _write_model(
     path: Path, net: keras.Model, weights: list[Array], model: str, h: Hyperparameters, dataset: Dataset
 ) -> None:
-    """Saves the best epoch's model in Keras's own layers, so that it loads without Trialyard."""
+    """Saves the model of the best epoch with Keras's own layers, so that it loads without Trialyard."""
     if ":" not in model:
         net = build(model, h, dataset.image_shape, dataset.classes, plain=True)
     net.set_weights(weights)
@@ -230,7 +229,7 @@ def _write_model(
 
 
 class _StopAtBatch(keras.callbacks.Callback):  # type: ignore[misc]
-    """Ends a fit after the running batch once `stopping` says so."""
+    """Ends a fit after the running batch when `stopping` returns a mode."""
 
     def __init__(self, stopping: Callable[[], StopMode | None]) -> None:
         super().__init__()

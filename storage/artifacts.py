@@ -12,9 +12,9 @@ from storage.errors import StorageError
 
 MODEL = "model.keras"
 HISTORY = "history.json"
-SUMMARY = "summary.txt"  # of the model's layers, beside its history
+SUMMARY = "summary.txt"  # the model's layers
 CHECKPOINT = "checkpoint.npz"
-DOWNLOADABLE = (MODEL, HISTORY, CHECKPOINT)  # those that optuna-dashboard offers while they are there
+DOWNLOADABLE = (MODEL, HISTORY, CHECKPOINT)  # optuna-dashboard offers these while they exist
 
 ID_LENGTH = 12  # hexadecimal digits of a study's incarnation, in the name of its folder
 _NAMES = uuid.UUID("6f0ed9c4-6bb5-4a55-9a0e-8f5d3f1d3c52")  # of our artifacts' ids
@@ -30,9 +30,9 @@ def attempt_folder(study: str, incarnation: str, number: int, attempt: int) -> P
 
 
 def inside(root: Path, below: object) -> Path | None:
-    """The file below `root` that a trial's attribute names; None unless it is a relative path that stays inside.
+    """The path of the file `below` the folder `root`; None unless it is a relative path that stays inside.
 
-    Anybody who may write to the database may store another one.
+    `below` is a trial's attribute. Everyone who may write to the database can change it.
     """
     if not isinstance(below, str) or "\0" in below:
         return None
@@ -59,10 +59,10 @@ def listing(path: PurePosixPath) -> tuple[str, str]:
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, and renames it to `path` when the block ends well.
+    """Yields a temporary path in the same folder, and renames it to `path` when the block ends without an exception.
 
-    A process killed at any moment leaves the old file or the new one, never a part. The temporary name
-    keeps the ending, because Keras chooses its format by it.
+    A process that is killed at any moment leaves the old file or the new one, never a part. The temporary name keeps
+    the suffix, because Keras chooses the format by it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
@@ -78,7 +78,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def stored(path: Path) -> Iterator[Path]:
-    """As `written_atomically`, for a trial's file. Raises StorageError if it cannot be written."""
+    """Like `written_atomically`, for a trial's file: raises StorageError if it cannot be written."""
     try:
         with written_atomically(path) as temporary:
             yield temporary
@@ -90,5 +90,5 @@ def stored(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Removes the file, if it is there."""
+    """Removes the file, if it exists."""
     path.unlink(missing_ok=True)

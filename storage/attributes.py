@@ -1,7 +1,7 @@
-"""What Trialyard keeps in the user attributes of studies and trials, checked whenever it is read.
+"""The user attributes that Trialyard keeps for studies and trials, checked whenever they are read.
 
-Others write into the same tables, and may use any name. The attributes of a study have a prefix of our own. Those of a
-trial do not: a trial that others added may have a ``failure`` or a ``model`` of another kind, which is not used.
+Other programs write to the same tables, and may use any name. A study's attributes have our own prefix. A trial's do
+not: a trial that another program added may have a ``failure`` or a ``model`` of another shape, which is ignored.
 """
 
 import json
@@ -18,17 +18,17 @@ from storage.tables import StudyModel, StudyUserAttributeModel
 PREFIX = "trialyard:"
 
 
-# --- of a study -------------------------------------------------------------------------------------------
+# --- attributes of a study --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyAttributes:
-    """The attributes of one study that Trialyard made."""
+    """The attributes that Trialyard made for one study."""
 
     study_id: int
     name: str
-    values: Mapping[str, Any]  # by their names without the prefix
-    problem: str | None  # why the study is not readable, in a sentence
+    values: Mapping[str, Any]  # by name, without the prefix
+    problem: str | None  # one sentence that says why the study is not readable
 
 
 def of_studies(connection: Connection, names: Collection[str], *where: ColumnElement[bool]) -> list[StudyAttributes]:
@@ -46,19 +46,19 @@ def of_studies(connection: Connection, names: Collection[str], *where: ColumnEle
     values: dict[tuple[int, str], dict[str, Any]] = {}
     problems: dict[int, str] = {}
     for study_id, study, key, value_json in rows:
-        found = values.setdefault((study_id, study), {})
+        of_this_study = values.setdefault((study_id, study), {})
         try:
-            found[key.removeprefix(PREFIX)] = _parsed(study, key, value_json)
+            of_this_study[key.removeprefix(PREFIX)] = _parsed(study, key, value_json)
         except StudyUnreadable as error:
             problems[study_id] = str(error)
     return [
-        StudyAttributes(study_id=study_id, name=study, values=found, problem=problems.get(study_id))
-        for (study_id, study), found in values.items()
+        StudyAttributes(study_id=study_id, name=study, values=of_this_study, problem=problems.get(study_id))
+        for (study_id, study), of_this_study in values.items()
     ]
 
 
 def of_study(connection: Connection, study_id: int, name: str) -> Any:
-    """The attribute `name` of a study; None where it has none. Raises StudyUnreadable where it is not of our shape."""
+    """The attribute `name` of a study, None if there is none. Raises StudyUnreadable if it has a wrong shape."""
     stored, key = StudyUserAttributeModel, PREFIX + name
     value_json = connection.execute(
         select(stored.value_json).where(stored.study_id == study_id, stored.key == key)
@@ -98,7 +98,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_definition(value: Any) -> bool:
-    # The rest is `studies.definition`'s to check: it may be of a later version.
+    # `studies.definition` checks the rest. A later version may have written it.
     return (
         isinstance(value, dict)
         and {"name", "dataset", "model", "space", "budget"} <= value.keys()
@@ -122,24 +122,24 @@ SHAPES: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
-# --- of a trial -------------------------------------------------------------------------------------------
+# --- attributes of a trial --------------------------------------------------------------------------------
 
 
 def failure(value: Any) -> dict[str, str]:
-    """Why a trial failed: its ``kind`` in one word, and a ``message``. Plain Optuna stores neither."""
+    """Why a trial failed: a ``kind`` in one word, and a ``message``. Plain Optuna stores neither."""
     if isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("kind", "message")):
         return {"kind": value["kind"], "message": value["message"]}
     return {"kind": "unknown", "message": "no reason was stored"}
 
 
 def number(value: Any) -> int | float | None:
-    """`value` if it is a finite number."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if known else None
+    """`value` if it is a finite number, else None."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if is_number else None
 
 
 def decoded(value_json: str | None) -> Any:
-    """The value of a stored attribute; None where there is none, or it is not JSON."""
+    """The value of a stored attribute; None if there is none, or it is not JSON."""
     try:
         return None if value_json is None else json.loads(value_json)
     except ValueError:

@@ -1,21 +1,21 @@
-"""Every mistake that a user can make ends in one of these, as one sentence that says what to do next.
+"""The errors of Trialyard. Each message is one sentence that also says what to do next.
 
 TrialyardError
-├── SettingsError      a TRIALYARD_* variable does not fit
+├── SettingsError      the value of a TRIALYARD_* variable is invalid
 ├── StorageError       the database cannot be reached, opened or written, or a trial's file not be written
 │   ├── StudyGone      the study was deleted meanwhile
-│   ├── StudyUnreadable  an attribute of the study is not of the shape that Trialyard writes
+│   ├── StudyUnreadable  an attribute of the study does not have the shape that Trialyard writes
 │   ├── NotOurStudy      a study of this name was not made by Trialyard, and has trials
 │   └── WrongDirection   the study does not maximize exactly one value
-├── ClaimLost          another worker holds this trial now (never shown to a user: the result is dropped)
+├── ClaimLost          another worker owns this trial now (never shown to a user: the result is dropped)
 ├── DefinitionError    (studies) a definition breaks a rule
-├── StudyError         (studies) no such study, or it stands with another definition
+├── StudyError         (studies) no such study, or it exists with another definition
 ├── DataError          (search) images or labels cannot be loaded or do not fit
 ├── ModelError         (search) a model cannot be built
 ├── MachineError       (search) this machine cannot import or load what a study needs
 ├── DeviceError        (search) there is no such GPU, or the framework does not see it
-├── DashboardError     (search) the dashboard cannot be served so
-└── WorkerError        (search) no worker of this machine works
+├── DashboardError     (search) the dashboard cannot be served at this address
+└── WorkerError        (search) no worker on this machine is alive
 """
 
 import difflib
@@ -38,8 +38,8 @@ class StudyGone(StorageError):  # noqa: N818 - it is an event, not a mistake
     """The study is no longer in the database; a worker goes on with the others."""
 
 
-class StudyUnreadable(StorageError):  # noqa: N818 - it is the study that is
-    """An attribute of the study, which is one of Trialyard's by its name, has a shape that Trialyard never writes."""
+class StudyUnreadable(StorageError):  # noqa: N818 - it describes the study
+    """An attribute with Trialyard's prefix has a shape that Trialyard never writes."""
 
 
 class NotOurStudy(StorageError):  # noqa: N818 - as above
@@ -47,7 +47,7 @@ class NotOurStudy(StorageError):  # noqa: N818 - as above
 
 
 class WrongDirection(StorageError):  # noqa: N818 - as above
-    """The study does not maximize exactly one value; the message says what it does, after the study's name."""
+    """The study does not maximize exactly one value; the message completes a sentence that starts with its name."""
 
 
 class ClaimLost(TrialyardError):  # noqa: N818 - it is an event, not a mistake
@@ -55,12 +55,12 @@ class ClaimLost(TrialyardError):  # noqa: N818 - it is an event, not a mistake
 
 
 def trials_text(numbers: Sequence[int]) -> str:
-    """``trial 3`` or ``trials 3, 5``; of many, the first ten."""
+    """``trial 3`` or ``trials 3, 5``; at most ten numbers are named."""
     more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
     return f"trial{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers[:10]))}{more}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'depth'?"`` for the known name that is most like `name`, or ``""`` if none is."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    """``"; did you mean 'depth'?"`` for the known name that is most similar to `name`; ``""`` if none is similar."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

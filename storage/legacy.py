@@ -1,4 +1,4 @@
-"""What older versions of Trialyard left in the database: `storage check` finds it, and `storage upgrade` repairs it."""
+"""Repairs for databases of older versions: `storage check` reports what `storage upgrade` would repair."""
 
 import json
 import uuid
@@ -25,7 +25,7 @@ from storage.tables import (
     TrialValueModel,
 )
 
-# The attribute that tells a study from a deleted one of its name was the time of its creation.
+# `incarnation` tells a study from a deleted one of the same name. It was the time of creation before.
 OLD_NAMES = {"incarnation": "founded"}
 NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
 
@@ -34,18 +34,18 @@ FAILURE = {"kind": "nan", "message": "its score was not a finite number, and an 
 
 
 def problems(connection: Connection, study_id: int, name: str) -> list[str]:
-    """What `upgrade` would repair in a study of ours, a sentence each."""
+    """What `upgrade` would repair in a study of ours, one sentence each."""
     unscored = _unscored(connection, study_id)
     if not unscored:
         return []
-    numbers = _listed(list(unscored.values()))
+    trials_are = _trials_are(list(unscored.values()))
     return [
-        f"study {name}: {numbers} complete without a finite score: `trialyard storage upgrade` marks them as failed"
+        f"study {name}: {trials_are} complete without a finite score: `trialyard storage upgrade` marks them as failed"
     ]
 
 
 def upgrade(connection: Connection) -> list[str]:
-    """Repairs everything, in the caller's transaction; returns what was done, a sentence each."""
+    """Repairs everything, in the caller's transaction; returns what was done, one sentence each."""
     done = []
     older = set(outdated(connection))
     for study_id in older:
@@ -65,9 +65,8 @@ def upgrade(connection: Connection) -> list[str]:
         unscored = _unscored(connection, study_id)
         if unscored:
             _fail(connection, list(unscored))
-            done.append(
-                f"study {name}: {_listed(list(unscored.values()))} marked as failed now, without a finite score"
-            )
+            trials_are = _trials_are(list(unscored.values()))
+            done.append(f"study {name}: {trials_are} now marked as failed, without a finite score")
     return done
 
 
@@ -181,9 +180,9 @@ def _drops_elsewhere(connection: Connection, study_id: int) -> bool:
 
 
 def outdated(connection: Connection) -> dict[int, str]:
-    """The names of the studies, by their ids, whose attributes have no prefix yet, as an older version named them.
+    """The ids and names of the studies whose attributes have no prefix, as older versions wrote them.
 
-    Others may use the same names: the definition, and the budget or the time of creation, must have the shape of ours.
+    Other programs may use the same names. So the definition, and the budget or the incarnation, must have our shape.
     """
     stored, current = StudyUserAttributeModel, aliased(StudyUserAttributeModel)
     renamed = select(current.key).where(current.study_id == stored.study_id, current.key == f"{PREFIX}definition")
@@ -197,13 +196,13 @@ def outdated(connection: Connection) -> dict[int, str]:
     for study_id, name, key, value_json in rows:
         studies.setdefault((study_id, name), {})[NEW_NAMES.get(key, key)] = decoded(value_json)
 
-    def fits(found: dict[str, Any], key: str) -> bool:
-        return key in found and SHAPES[key](found[key])
+    def fits(values: dict[str, Any], key: str) -> bool:
+        return key in values and SHAPES[key](values[key])
 
     return {
         study_id: name
-        for (study_id, name), found in studies.items()
-        if fits(found, "definition") and (fits(found, "budget") or fits(found, "incarnation"))
+        for (study_id, name), values in studies.items()
+        if fits(values, "definition") and (fits(values, "budget") or fits(values, "incarnation"))
     }
 
 
@@ -216,20 +215,20 @@ def _rename(connection: Connection, study_id: int) -> None:
     for old, value_json in rows:
         key, value = NEW_NAMES.get(old, old), decoded(value_json)
         if SHAPES[key](value):
-            own = connection.execute(
+            existing = connection.execute(
                 select(stored.key).where(stored.study_id == study_id, stored.key == PREFIX + key)
             ).scalar()
-            if own is None:
+            if existing is None:
                 renamed = update(stored).where(stored.study_id == study_id, stored.key == old)
                 new = _scored_as_before(value) if key == "definition" else value
                 connection.execute(renamed.values(key=PREFIX + key, value_json=json.dumps(new)))
 
 
 def _scored_as_before(definition: dict[str, Any]) -> dict[str, Any]:
-    """The definition of a study whose trials were scored before moving averages were corrected, and stay comparable."""
+    """The definition with Keras's own moving averages, so that new trials stay comparable with the older ones."""
     fixed = definition.get("fixed", {})
-    without = definition["model"] == "mnist_cnn" or (fixed.get("depth") == 3 and not fixed.get("batch_norm"))
-    return definition if without else definition | {"fixed": fixed | {"batch_norm_averages": "keras"}}
+    no_averages = definition["model"] == "mnist_cnn" or (fixed.get("depth") == 3 and not fixed.get("batch_norm"))
+    return definition if no_averages else definition | {"fixed": fixed | {"batch_norm_averages": "keras"}}
 
 
 def _ours(connection: Connection) -> list[tuple[int, str]]:
@@ -244,7 +243,7 @@ def _ours(connection: Connection) -> list[tuple[int, str]]:
 
 
 def _unscored(connection: Connection, study_id: int) -> dict[int, int]:
-    """The numbers of the complete trials whose value is missing, NaN or infinite, by their ids."""
+    """The ids and numbers of the complete trials whose value is missing, NaN or infinite."""
     finite = select(TrialValueModel.trial_id).where(TrialValueModel.trial_id == TrialModel.trial_id, is_finite())
     rows = connection.execute(
         select(TrialModel.trial_id, TrialModel.number)
@@ -256,12 +255,12 @@ def _unscored(connection: Connection, study_id: int) -> dict[int, int]:
 
 def _fail(connection: Connection, trial_ids: list[int]) -> None:
     stored = TrialUserAttributeModel
-    for trial_id in trial_ids:  # one at a time: a statement's length has a limit, and there are few
+    for trial_id in trial_ids:  # one at a time: the length of a statement is limited, and there are few
         connection.execute(update(TrialModel).where(TrialModel.trial_id == trial_id).values(state=TrialState.FAIL))
         connection.execute(delete(TrialValueModel).where(TrialValueModel.trial_id == trial_id))
         connection.execute(delete(stored).where(stored.trial_id == trial_id, stored.key == "failure"))
         connection.execute(insert(stored).values(trial_id=trial_id, key="failure", value_json=json.dumps(FAILURE)))
 
 
-def _listed(numbers: list[int]) -> str:
+def _trials_are(numbers: list[int]) -> str:
     return f"{trials_text(numbers)} {'is' if len(numbers) == 1 else 'are'}"

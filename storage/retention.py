@@ -2,7 +2,7 @@
 
 A file that no row names is garbage, whoever wrote it: an attempt that lost its trial, or one that was followed by
 another. What is garbage is decided by what the database says *now*, under the study's lock, and never by what was
-listed before. Only a finished trial's own rank makes its model superfluous, and a rank never rises. With a file goes
+listed before. Only a finished trial's own rank makes its model unneeded, and a rank never rises. With a file goes
 the entry by which optuna-dashboard offers it.
 
 An artifacts folder may be shared with other databases: the files of a study that this database neither has nor has
@@ -51,7 +51,7 @@ class File:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Superfluous:
+class UnneededFile:
     """A file that no trial needs."""
 
     file: File
@@ -95,7 +95,7 @@ def remove_attempts(claim: Claim, root: Path) -> None:
         _remove_empty(folder)
 
 
-def superfluous(storage: RDBStorage, root: Path, keep: int, study: str | None = None) -> list[Superfluous]:
+def unneeded(storage: RDBStorage, root: Path, keep: int, study: str | None = None) -> list[UnneededFile]:
     """What below `root` no trial needs, by path; only that of `study` if it is given.
 
     Files of studies that were deleted and of trials that are gone, files of attempts that do not count, checkpoints of
@@ -103,7 +103,7 @@ def superfluous(storage: RDBStorage, root: Path, keep: int, study: str | None = 
     """
     # First the files: a trial is in the database before it has one.
     files = [file for file in _files(root) if study is None or file.study == study]
-    return read(storage, lambda connection: _superfluous(connection, root, keep, files))
+    return read(storage, lambda connection: _unneeded(connection, root, keep, files))
 
 
 def of_others(storage: RDBStorage, root: Path) -> list[str]:
@@ -117,8 +117,8 @@ def of_others(storage: RDBStorage, root: Path) -> list[str]:
     return read(storage, work)
 
 
-def remove(storage: RDBStorage, root: Path, keep: int, listed: Sequence[Superfluous]) -> int:
-    """Removes those of the `listed` files that are superfluous still; returns how many bytes that freed."""
+def remove(storage: RDBStorage, root: Path, keep: int, listed: Sequence[UnneededFile]) -> int:
+    """Removes those of the `listed` files that are unneeded still; returns how many bytes that freed."""
     freed = 0
     by_study: dict[str, list[File]] = defaultdict(list)
     for each in listed:
@@ -128,7 +128,7 @@ def remove(storage: RDBStorage, root: Path, keep: int, listed: Sequence[Superflu
             batch = files[begin : begin + DELETE_BATCH]
 
             def work(connection: Connection, batch: list[File] = batch) -> int:
-                gone = _superfluous(connection, root, keep, batch)
+                gone = _unneeded(connection, root, keep, batch)
                 for each in gone:
                     artifacts.remove(each.path)
                     _withdraw(connection, each.file.path)
@@ -178,7 +178,7 @@ def _below(root: Path, path: Path) -> PurePosixPath:
     return PurePosixPath(path.relative_to(root))
 
 
-def _superfluous(connection: Connection, root: Path, keep: int, files: Sequence[File]) -> list[Superfluous]:
+def _unneeded(connection: Connection, root: Path, keep: int, files: Sequence[File]) -> list[UnneededFile]:
     named, models = _named(connection, keep), _paths(connection, "model", None)
     studies = _study_ids(connection, files)
     states = {study_id: _states(connection, study_id) for study_id in set(studies.values()) if study_id > 0}
@@ -192,9 +192,9 @@ def _superfluous(connection: Connection, root: Path, keep: int, files: Sequence[
         with contextlib.suppress(FileNotFoundError):  # its worker removed it a moment ago
             status = path.stat()
             if path.name.startswith("."):
-                reason = "half written, long ago" if time.time() - status.st_mtime > OLD_SECONDS else None
+                reason = "an old temporary file" if time.time() - status.st_mtime > OLD_SECONDS else None
             if reason is not None:
-                found.append(Superfluous(file=file, path=path, size=status.st_size, why=reason))
+                found.append(UnneededFile(file=file, path=path, size=status.st_size, why=reason))
     return found
 
 

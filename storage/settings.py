@@ -1,4 +1,4 @@
-"""TRIALYARD_* environment variables: where this machine keeps and finds things."""
+"""TRIALYARD_* environment variables: where this machine keeps its files, and how its workers behave."""
 
 import os
 from functools import cached_property
@@ -14,30 +14,30 @@ from storage.errors import SettingsError
 
 
 class Settings(BaseSettings):
-    """What the environment says; every field has the twin ``TRIALYARD_<FIELD>``.
+    """The settings of this process. The field ``home`` is read from ``TRIALYARD_HOME``, and so on.
 
-    Without any setting all lives in ``./yard``: ``studies.db``, ``artifacts/``, ``data/`` and ``logs/``.
+    By default everything is in ``./yard``: ``studies.db``, ``artifacts/``, ``data/`` and ``logs/``.
     """
 
     model_config = SettingsConfigDict(env_prefix="TRIALYARD_", env_ignore_empty=True, frozen=True)
 
     home: Path = Path("yard")
-    storage: str | None = None  # the database's URL; sqlite:///<home>/studies.db without it
-    storage_file: Path | None = None  # a file that holds the URL, so that its password stands in no process list
-    storage_password_file: Path | None = None  # a file that holds the password of a URL that has none
-    artifacts: Path | None = None  # folder of models and histories; <home>/artifacts without it
+    storage: str | None = None  # the database's URL; by default sqlite:///<home>/studies.db
+    storage_file: Path | None = None  # a file with the URL, so that no process list shows its password
+    storage_password_file: Path | None = None  # a file with the password, for a URL without one
+    artifacts: Path | None = None  # folder of models and histories; by default <home>/artifacts
     data: Annotated[tuple[Path, ...], NoDecode] = ()  # folders with <name>.npz, separated as PATH is
-    beat_seconds: float = Field(default=10.0, gt=0)  # how often a running trial is beaten for
-    # Silence after which a trial is claimed again: more than a minute without the database and a beat before it.
+    beat_seconds: float = Field(default=10.0, gt=0)  # between two heartbeats of a running trial
+    # Silence after which a trial is claimed again: longer than a minute without the database plus one heartbeat.
     grace_seconds: float = Field(default=120.0, gt=0)
-    checkpoint_seconds: float = Field(default=30.0, ge=0)  # the least time between two checkpoints of a trial
-    stop_seconds: float = Field(default=30.0, gt=0)  # how long a stopped worker may take to end its batches
+    checkpoint_seconds: float = Field(default=30.0, ge=0)  # the shortest time between two checkpoints of a trial
+    stop_seconds: float = Field(default=30.0, gt=0)  # how long a stopped worker may take to finish its batches
     patience_seconds: float = Field(default=600.0, ge=0)  # how long a worker waits for a database that is away
     memory_growth: float = Field(default=0.15, gt=0)  # share by which a trainer may grow before it is replaced
-    dashboard_password: SecretStr | None = None  # asked for by the dashboard, which else serves this machine alone
-    dashboard_password_file: Path | None = None  # a file that holds it
+    dashboard_password: SecretStr | None = None  # without it the dashboard serves only this machine
+    dashboard_password_file: Path | None = None  # a file with that password
 
-    keep_models: int = Field(default=5, ge=1)  # of a study, the models of so many best trials; histories always stay
+    keep_models: int = Field(default=5, ge=1)  # models of a study that are kept, of its best trials
 
     @field_validator("data", mode="before")
     @classmethod
@@ -46,48 +46,48 @@ class Settings(BaseSettings):
 
     @cached_property
     def url(self) -> str:
-        """The database's URL, password and all.
+        """The database's URL, with its password.
 
-        Raises SettingsError where a file that holds it, or its password, cannot be read, or the password is empty.
+        Raises SettingsError if a file with the URL or the password cannot be read, or the password is empty.
         """
         if self.storage is not None:
-            found = self.storage
+            url = self.storage
         elif self.storage_file is not None:
-            found = _read("TRIALYARD_STORAGE_FILE", self.storage_file, "the database's URL")
+            url = _read("TRIALYARD_STORAGE_FILE", self.storage_file, "the database's URL")
         else:
             return f"sqlite:///{self.home.absolute() / 'studies.db'}"
         if self.storage_password_file is None:
-            return found
+            return url
         return _with_password(
-            found, _secret("TRIALYARD_STORAGE_PASSWORD_FILE", self.storage_password_file, "the database's password")
+            url, _secret("TRIALYARD_STORAGE_PASSWORD_FILE", self.storage_password_file, "the database's password")
         )
 
     @cached_property
     def password(self) -> SecretStr | None:
-        """The dashboard's password, or None where there is none.
+        """The dashboard's password; None if none is set.
 
-        Raises SettingsError where the file that holds it cannot be read or is empty.
+        Raises SettingsError if its file cannot be read or is empty.
         """
         if self.dashboard_password is not None or self.dashboard_password_file is None:
             return self.dashboard_password
-        # An empty file must not open the dashboard to everybody.
+        # An empty file must not let everybody in.
         return SecretStr(
             _secret("TRIALYARD_DASHBOARD_PASSWORD_FILE", self.dashboard_password_file, "the dashboard's password")
         )
 
     @cached_property
     def artifact_folder(self) -> Path:
-        """Absolute folder under which every study has one of its own."""
+        """The absolute folder that has one folder per study."""
         return (self.artifacts or self.home / "artifacts").absolute()
 
     @cached_property
     def data_folders(self) -> tuple[Path, ...]:
-        """Where data files are looked for, in this order: TRIALYARD_DATA, then what was downloaded."""
+        """The folders that are searched for data files, in order: those of TRIALYARD_DATA, then the downloads."""
         return (*(folder.absolute() for folder in self.data), self.home.absolute() / "data")
 
     @cached_property
     def log_folder(self) -> Path:
-        """Where the trainer processes write what they print."""
+        """The folder of the trainer processes' output."""
         return self.home.absolute() / "logs"
 
 
@@ -96,32 +96,32 @@ def _read(name: str, path: Path, what: str) -> str:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"{name} = {str(path)!r} cannot be read ({getattr(error, 'strerror', None) or 'it is no text'}): "
+            f"{name} = {str(path)!r} cannot be read ({getattr(error, 'strerror', None) or 'it is not text'}): "
             f"write {what} into it"
         ) from None
 
 
 def _secret(name: str, path: Path, what: str) -> str:
-    found = _read(name, path, what)
-    if not found:
+    secret = _read(name, path, what)
+    if not secret:
         raise SettingsError(f"{name} = {str(path)!r} is empty: write {what} into it")
-    return found
+    return secret
 
 
 def _with_password(url: str, password: str) -> str:
     try:
         parsed = sqlalchemy.make_url(url)
     except (ArgumentError, ValueError):
-        return url  # whoever opens it says what is wrong
+        return url  # opening it reports the problem
     if not parsed.drivername.startswith("postgres") or parsed.password is not None:
         return url
     return parsed.set(password=password).render_as_string(hide_password=False)
 
 
 def load(**overrides: Any) -> Settings:
-    """The settings of this process; an override that is None counts as not given.
+    """The settings of this process. An override that is None is ignored.
 
-    Raises SettingsError where a variable has a value of the wrong kind.
+    Raises SettingsError if the value of a variable is invalid.
     """
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})

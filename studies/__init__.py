@@ -1,4 +1,4 @@
-"""What is searched for, and what came out. Importing it never imports Keras.
+"""Definitions, studies and their results. Importing this package never imports Keras.
 
 >>> import studies
 >>> studies.names()
@@ -6,7 +6,7 @@
 >>> studies.best_trial("digits").params
 {'depth': ..., 'dropout': ...}
 
-The examples of these docstrings are run as tests, on a study `digits` of two trials.
+The examples in these docstrings are tests. They run on a study `digits` with two trials.
 """
 
 from studies.exports import export

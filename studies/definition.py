@@ -1,7 +1,6 @@
 """The definition: the file that says what a study searches. Read from TOML, checked, kept as JSON.
 
-Whatever comes in, either a `Definition` goes out or one `DefinitionError`, which names the key, its value, the
-rule and the way out.
+Any input gives either a `Definition` or a `DefinitionError` that names the key, its value, the rule and what to do.
 """
 
 import json
@@ -43,17 +42,17 @@ PrunerKind = Literal["hyperband", "asha", "median", "wilcoxon", "none"]
 
 
 class _Table(BaseModel):
-    # Built at first use: most queries need no definition, and a command should not wait for it.
+    # Built at first use: most commands need no definition, and should not wait for it.
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Data(_Table):
-    """Which images are trained on, and which a trial is judged by."""
+    """Which images a model is trained on, and which ones it is judged by."""
 
-    # Share of the training images, stratified; "test" replays the notebook's protocol and is marked as such.
+    # A stratified share of the training images. "test" follows the notebook's protocol, and its trials are marked.
     validation: Annotated[Finite, Field(gt=0, lt=1)] | Literal["test"] = 0.1
     limit: Annotated[Whole, Field(ge=1)] | None = None  # use only so many training images
-    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0  # of the limit's choice and the split
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0  # decides which images the limit keeps, and the split
 
 
 class Budget(_Table):
@@ -66,18 +65,17 @@ class Budget(_Table):
 
 
 class Sampler(_Table):
-    """Which sampler proposes hyperparameters. Trial n's is seeded from (seed, n)."""
+    """Which sampler proposes hyperparameters. For trial n it is seeded from (seed, n)."""
 
     kind: SamplerKind = "tpe"
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
 
 
 class Pruner(_Table):
-    """Which pruner ends hopeless trials early."""
+    """Which pruner ends weak trials early."""
 
     kind: PrunerKind = "none"
-    # No trial is judged before it has had so many.
-    min_epochs: Annotated[Whole, Field(ge=1)] = 1
+    min_epochs: Annotated[Whole, Field(ge=1)] = 1  # no trial is pruned before
 
 
 def _tag(raw: Any) -> str | None:
@@ -109,7 +107,7 @@ class Definition(_Table):
     points: tuple[dict[Name, Scalar], ...] = ()
 
     def queue(self) -> list[Point]:
-        """The points that are tried first, in this order, none twice: the listed ones, then a grid's."""
+        """The points that are tried first, in order and without repetition: those of `points`, then those of a grid."""
         queued = [self._typed(point) for point in self.points]
         if self.sampler.kind == "grid":
             queued += [point for point in grid(self.space) if point not in queued]
@@ -117,11 +115,11 @@ class Definition(_Table):
 
     @property
     def trials(self) -> int:
-        """The budget in trials: all points of a grid or list unless fewer are asked for."""
+        """The budget in trials. With the sampler grid or points it is at most the number of points."""
         if self.sampler.kind in ("grid", "points"):
             size = len(self.queue())
             return size if self.budget.trials is None else min(size, self.budget.trials)
-        assert self.budget.trials is not None  # _check refuses it
+        assert self.budget.trials is not None  # _check_sampler makes sure
         return self.budget.trials
 
     def to_json(self) -> dict[str, Any]:
@@ -141,13 +139,13 @@ def catalog() -> dict[str, "Definition"]:
 
 
 def load(name_or_file: str, **overrides: Any) -> Definition:
-    """The definition of the catalog that has this name, or of the TOML file at this path.
+    """The definition with this name in the catalog, or of the TOML file at this path.
 
-    `overrides` (name, trials, epochs, limit) that are not None replace what it says. Raises DefinitionError.
+    `overrides` (name, trials, epochs, limit) that are not None replace its values. Raises DefinitionError.
     """
     folder = resources.files("studies") / "catalog"
-    ready = sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
-    if name_or_file in ready:
+    names = sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+    if name_or_file in names:
         text = (folder / f"{name_or_file}.toml").read_text(encoding="utf-8")
         return parse(text, source=name_or_file, **overrides)
     path, shown_path = Path(name_or_file), _one_line(name_or_file, 300)
@@ -160,8 +158,8 @@ def load(name_or_file: str, **overrides: Any) -> Definition:
             reason = getattr(error, "strerror", None) or error
             raise DefinitionError(f"{shown_path} cannot be read ({reason}): give the path of a TOML file") from None
         raise DefinitionError(
-            f"'{shown_path}' is neither a file nor in the catalog ({', '.join(ready)})"
-            f"{nearest(name_or_file, ready) or '; `trialyard catalog` describes them'}"
+            f"'{shown_path}' is neither a file nor in the catalog ({', '.join(names)})"
+            f"{nearest(name_or_file, names) or '; `trialyard catalog` describes them'}"
         ) from None
     return parse(text, source=str(path), folder=path.parent, **overrides)
 
@@ -169,23 +167,23 @@ def load(name_or_file: str, **overrides: Any) -> Definition:
 def parse(text: str, *, source: str = "the definition", folder: Path | None = None, **overrides: Any) -> Definition:
     """The definition in `text` (TOML).
 
-    A data file is looked for beside the definition, in `folder`, too. Raises DefinitionError.
+    A relative data file is searched in `folder`, the definition's folder, too. Raises DefinitionError.
     """
     try:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise DefinitionError(f"{source} is not valid TOML ({reason}): correct it there") from None
+        raise DefinitionError(f"{source} is not valid TOML ({reason}): correct it") from None
     if folder is not None and isinstance(raw.get("dataset"), str) and raw["dataset"].endswith(".npz"):
-        beside = (folder / raw["dataset"]).absolute()
-        if "\0" not in raw["dataset"] and beside.is_file():
-            raw["dataset"] = str(beside)
+        data_file = (folder / raw["dataset"]).absolute()
+        if "\0" not in raw["dataset"] and data_file.is_file():
+            raw["dataset"] = str(data_file)
     _override(raw, overrides)
     return _checked(raw, source)
 
 
 def from_json(raw: Mapping[str, Any]) -> Definition:
-    """The definition that the database holds. Raises DefinitionError where this version cannot read it."""
+    """The definition from the database's JSON. Raises DefinitionError if this version cannot read it."""
     return _checked(raw, f"the stored definition of {raw.get('name')!r}")
 
 
@@ -196,9 +194,9 @@ def to_toml(definition: Definition) -> str:
     lines = [f"{key} = {_toml(value)}" for key, value in raw.items() if key == "name" or not _is_table(value)]
     for key, value in raw.items():
         if isinstance(value, dict):
-            lines += ["", f"[{key}]", *(f"{_toml_key(name)} = {_toml(one)}" for name, one in value.items())]
+            lines += ["", f"[{key}]", *(f"{_toml_key(name)} = {_toml(item)}" for name, item in value.items())]
     for point in raw.get("points", []):
-        lines += ["", "[[points]]", *(f"{_toml_key(name)} = {_toml(one)}" for name, one in point.items())]
+        lines += ["", "[[points]]", *(f"{_toml_key(name)} = {_toml(item)}" for name, item in point.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -209,7 +207,7 @@ def _is_table(value: Any) -> bool:
 def _toml(value: Any) -> str:
     """A value on one line."""
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml_key(name)} = {_toml(one)}" for name, one in value.items()) + " }"
+        return "{ " + ", ".join(f"{_toml_key(name)} = {_toml(item)}" for name, item in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, str):
@@ -222,25 +220,25 @@ def _toml_key(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
 
 
-def differences(one: Definition, other: Definition) -> list[str]:
-    """The keys, with both values, in which two definitions differ so that their trials are not comparable.
+def differences(stored: Definition, other: Definition) -> list[str]:
+    """The differences that make trials of the two definitions not comparable: each key with both values.
 
-    The budget in trials and time may differ, and so may the description.
+    The description and the budget in trials and time may differ.
     """
     may_differ = {"description", "budget.trials", "budget.hours", "budget.trial_minutes"}
-    left, right = _flat(one.to_json()), _flat(other.to_json())
+    left, right = _flat(stored.to_json()), _flat(other.to_json())
     return [
         f"{key} = {json.dumps(left.get(key))} in the database and {json.dumps(right.get(key))} in this definition"
         for key in [*left, *(key for key in right if key not in left)]
-        # As text: to Python, true is 1.
+        # Compared as text, because True == 1 in Python.
         if key not in may_differ and json.dumps(left.get(key)) != json.dumps(right.get(key))
     ]
 
 
 def _override(raw: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    places = {"name": None, "trials": "budget", "epochs": "budget", "limit": "data"}
+    tables = {"name": None, "trials": "budget", "epochs": "budget", "limit": "data"}
     for key, value in overrides.items():
-        table = places[key]
+        table = tables[key]
         if value is None:
             continue
         if table is None:
@@ -341,7 +339,7 @@ def _check_conditions(definition: Definition) -> str | None:
             if isinstance(space[other], Float):
                 return f"{key}: {other!r} is a float, and `when` needs a parameter with choices or a whole number"
             if not values:
-                return f"{key} = [] names no value: list at least one"
+                return f"{key} = [] has no value: add at least one"
             for value in values:
                 broken = broken_rule(space[other], value)
                 if broken:
@@ -349,7 +347,7 @@ def _check_conditions(definition: Definition) -> str | None:
     try:
         in_order(space)
     except ValueError as circle:
-        return f"space.{circle}.when is circular: let one of its parameters depend on nothing"
+        return f"space.{circle}.when is circular: remove one of the conditions"
     return None
 
 
@@ -379,8 +377,8 @@ def _check_rules(definition: Definition) -> str | None:
 def _check_momentum(definition: Definition) -> str | None:
     if definition.model not in model_rules.NAMES or "momentum" not in (*definition.space, *definition.fixed):
         return None  # a user's own model may use it in its own way
-    searched = definition.space.get("optimizer")
-    optimizers = searched.choices if isinstance(searched, Choice) else (definition.fixed.get("optimizer", "adam"),)
+    parameter = definition.space.get("optimizer")
+    optimizers = parameter.choices if isinstance(parameter, Choice) else (definition.fixed.get("optimizer", "adam"),)
     if any(optimizer in model_rules.WITH_MOMENTUM for optimizer in optimizers):
         return None
     return (
@@ -392,7 +390,7 @@ def _check_momentum(definition: Definition) -> str | None:
 def _check_sampler(definition: Definition) -> str | None:
     kind = definition.sampler.kind
     if kind == "points" and not definition.points:
-        return 'sampler.kind = "points" tries only what [[points]] lists, and there is none: list some'
+        return 'sampler.kind = "points" tries only the points under [[points]], and there are none: add some'
     if kind == "cmaes":
         numbers = [name for name, p in definition.space.items() if not isinstance(p, Choice) and not p.when]
         if len(numbers) < 2:
@@ -409,7 +407,7 @@ def _check_sampler(definition: Definition) -> str | None:
         except ValueError as error:
             return f"{error}: widen a step, or choose sampler tpe"
     elif kind != "points" and definition.budget.trials is None:
-        return f"budget.trials is missing, and the sampler {kind} never ends by itself: say how many"
+        return f"budget.trials is missing, and the sampler {kind} never ends by itself: add it"
     return None
 
 
@@ -425,14 +423,14 @@ def _check_points(definition: Definition) -> str | None:
             if broken:
                 return f"{key} = {_shown(value)} {broken}, as space.{name} says"
             if not all(other not in point or space[name].applies(point) for other in space[name].when):
-                return f"{key} = {_shown(value)} does not apply there, as space.{name}.when says: leave it out"
+                return f"{key} = {_shown(value)} does not apply, as space.{name}.when says: leave it out"
         if definition.sampler.kind in ("points", "grid"):
             needed = [name for name in in_order(space) if space[name].applies(point)]
-            lacking = [name for name in needed if name not in point]
-            if lacking:
+            missing = [name for name in needed if name not in point]
+            if missing:
                 return (
-                    f"points[{index}] has no {lacking[0]!r}: with sampler {definition.sampler.kind} a point must "
-                    "be whole"
+                    f"points[{index}] has no {missing[0]!r}: with sampler {definition.sampler.kind} a point must "
+                    "be complete"
                 )
         if point in seen:
             return f"points[{index}] repeats points[{seen.index(point) + 1}]: leave one out"
@@ -440,23 +438,23 @@ def _check_points(definition: Definition) -> str | None:
     return None
 
 
-# --- pydantic's errors in our words -----------------------------------------------------------------------
+# --- from pydantic's errors to one sentence ---------------------------------------------------------------
 
 _TAGS = {"Float", "Int", "Choice"}
 
 
 def _sentence(error: ValidationError) -> str:
     problems = error.errors(include_url=False)
-    # An unknown key explains most other complaints (a mistyped key is missing, too).
+    # An unknown key often causes the other errors: a misspelled key is also missing.
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     # The last part of a location may name a member of a union (`float`, `bool`), which means nothing to a user.
-    # Below `space` the third part is the tag of the parameter's kind; a parameter itself may be called "Float".
+    # Below `space` the third part is the tag of the parameter's kind. A parameter itself may also be named "Float".
     in_space = first["loc"][:1] == ("space",)
     path = [part for at, part in enumerate(first["loc"]) if not (in_space and at == 2 and part in _TAGS)]
     kind, value = first["type"], first["input"]
     if kind == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])
-        return f"unknown key {_path(path)!r}: known here are {', '.join(known)}{nearest(str(path[-1]), known)}"
+        return f"unknown key {_path(path)!r}: the known ones are {', '.join(known)}{nearest(str(path[-1]), known)}"
     if kind == "missing":
         return f"{_path(path)} is missing: add it"
     if kind == "union_tag_invalid":
@@ -467,12 +465,15 @@ def _sentence(error: ValidationError) -> str:
             "{ choices = [3, 5, 7] }"
         )
     if path and path[-1] == "[key]":
-        return f"{_path(path[:-1])}: a hyperparameter's name must be letters, digits and _, from a letter"
+        return f"{_path(path[:-1])}: a hyperparameter's name must be letters, digits and _, and start with a letter"
     if kind == "value_error":
         return f"{_path(path)}: {first['ctx']['error']}"
     same = [p for p in problems if p["loc"][: len(first["loc"]) - 1] == first["loc"][:-1] and p["input"] == value]
     if "pattern" in kind:
-        return f"{_path(path)} = {_shown(value)} must be letters, digits, and . _ - after the first, 100 at most"
+        return (
+            f"{_path(path)} = {_shown(value)} must be letters, digits and . _ - (at most 100), and start with a "
+            "letter or digit"
+        )
     if path and (path[-1] in ("bool", "int", "float", "str") or _is_union_part(path[-1])) and len(path) > 1:
         path = path[:-1]
     rule = " or ".join(dict.fromkeys(_rule(p) for p in same)) or _rule(first)
@@ -485,7 +486,7 @@ def _is_union_part(part: object) -> bool:
 
 def _rule(problem: Any) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
-    words = {
+    rules = {
         "bool_type": "must be true or false",
         "int_type": "must be a whole number",
         "float_type": "must be a number",
@@ -500,8 +501,8 @@ def _rule(problem: Any) -> str:
         "too_long": "is too long",
         "string_too_long": "is too long",
     }
-    if kind in words:
-        return words[kind]
+    if kind in rules:
+        return rules[kind]
     if kind == "literal_error":
         return f"must be {context['expected']}".replace("'", '"')
     comparisons = {
@@ -513,7 +514,7 @@ def _rule(problem: Any) -> str:
     if kind in comparisons:
         bound = context[comparisons[kind]]
         return f"must be {kind.replace('_', ' ').replace('than equal', 'than or equal to')} {bound:g}"
-    return f"does not fit: {problem['msg'].lower()}"
+    return f"is not valid: {problem['msg'].lower()}"
 
 
 def _known_keys(path: Iterable[Any]) -> list[str]:
@@ -547,7 +548,7 @@ def _one_line(name: object, limit: int = 80) -> str:
 
 
 def _shown(value: object) -> str:
-    """`value` on one line, not longer than a line."""
+    """`value` on one line, shortened."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):

@@ -1,11 +1,11 @@
-"""The mistakes that can be made with studies; `storage.errors` draws the whole tree."""
+"""Errors about definitions and studies; `storage.errors` shows the whole tree."""
 
 from storage.errors import TrialyardError
 
 
 class DefinitionError(TrialyardError):
-    """A definition breaks a rule: the message names the key, the value, the rule and the way out."""
+    """A definition breaks a rule: the message names the key, the value, the rule and what to do."""
 
 
 class StudyError(TrialyardError):
-    """There is no such study, or it stands with another definition."""
+    """There is no such study, or it exists with another definition."""

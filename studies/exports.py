@@ -1,4 +1,4 @@
-"""Takes the best trial out of the database: a folder with its model, and all that tells where it came from."""
+"""Exports the best trial: a folder with its model and everything that says how it was made."""
 
 import json
 import os
@@ -35,9 +35,9 @@ METRICS = ("best_epoch", "epochs", "parameters", "seconds", "images_per_second")
 README = """\
 # The best model of the study {study}
 
-Trial {number}: {protocol} accuracy {value:.4f}. It takes images of (n, height, width, channels) on 0 to 255 (real
-numbers from 0 to 1 are to be multiplied by 255), and gives class probabilities. Keras loads it; Trialyard is not
-needed. In this folder:
+Trial {number}: {protocol} accuracy {value:.4f}. It takes images of (n, height, width, channels) on the scale 0 to 255
+(multiply values from 0 to 1 by 255), and gives class probabilities. Keras loads it; Trialyard is not needed. In this
+folder:
 
 ```python
 import keras
@@ -50,12 +50,12 @@ print(probabilities.argmax(axis=1))
 
 - `model.keras`: the model, with the weights of its best epoch
 - `history.json`: losses and accuracies of every epoch
-- `definition.toml`: what was searched; `trialyard run definition.toml` searches it again
+- `definition.toml`: the definition; `trialyard run definition.toml` searches it again
 - `trial.json`: hyperparameters, metrics, seed, software, and the fingerprint of the data
-{others}"""
+{more}"""
 
-OWN = """
-Its layers may be your own: import the module of `{model}` first.
+OWN_MODEL = """
+If it has layers of your own, import the module of `{model}` first.
 """
 
 
@@ -65,24 +65,24 @@ def export(
     """Writes the best trial of study `name` to `folder`, which must not exist yet; returns its path.
 
     The folder has `model.keras`, `history.json`, `definition.toml`, `trial.json`, and a README.md that loads and uses
-    the model; and the model as `format` (tflite, onnx or savedmodel), made by Keras in a process of its own. It is
-    there whole or not at all.
+    the model. With `format` (tflite, onnx or savedmodel) it also has the model in that format. The folder appears
+    complete or not at all.
 
     >>> folder = studies.export("digits", "best-digits")
     >>> sorted(os.listdir(folder))
     ['README.md', 'definition.toml', 'history.json', 'model.keras', 'trial.json']
 
-    Raises StudyError where `best_model` does, where the folder exists already or cannot be written, and where Keras
-    cannot make the format.
+    Raises StudyError as `best_model` does, and if the folder exists already or cannot be written, or Keras cannot write
+    the format.
     """
     if format is not None:
         format_of(format)
-    target, place = Path(folder).absolute(), registry.storage_of(storage)
+    target, opened = Path(folder).absolute(), registry.storage_of(storage)
     if os.path.lexists(target):
         raise StudyError(f"{target} exists already: name a folder that does not exist yet")
-    study = registry.find(name, place)
-    trial = results.best_trial_of(study, place)
-    model, history = (results.file_of(study, trial, artifact, place) for artifact in ("model", "history"))
+    study = registry.find(name, opened)
+    trial = results.best_trial_of(study, opened)
+    model, history = (results.file_of(study, trial, artifact, opened) for artifact in ("model", "history"))
     definition = definitions.from_json(study.definition)
     draft = target.with_name(f".{uuid.uuid4().hex}-{target.name}")
     try:
@@ -105,12 +105,12 @@ def export(
     return target
 
 
-def format_of(word: str) -> Format:
-    """The format that is called `word`. Raises StudyError where there is none."""
+def format_of(name: str) -> Format:
+    """The format with this name. Raises StudyError if there is none."""
     for known in FILES:
-        if word == known:
+        if name == known:
             return known
-    raise StudyError(f"format = {word!r} must be one of {', '.join(FILES)}{nearest(word, FILES)}")
+    raise StudyError(f"format = {name!r} must be one of {', '.join(FILES)}{nearest(name, FILES)}")
 
 
 def _record(name: str, trial: FrozenTrial, definition: Definition) -> dict[str, Any]:
@@ -128,25 +128,25 @@ def _record(name: str, trial: FrozenTrial, definition: Definition) -> dict[str, 
         "precision": attributes.get("precision"),
         "precision_reason": attributes.get("precision_reason"),
         "device": attributes.get("device"),
-        "versions": attributes.get("versions"),  # that it was trained with
-        "software": {  # that exported it
+        "versions": attributes.get("versions"),  # of the software that trained it
+        "software": {  # of the software that exported it
             "trialyard": version("trialyard"),
             "python": platform.python_version(),
             "platform": platform.platform(),
         },
-        # Optuna gives naive local time; a reader elsewhere needs the offset.
-        **{key: at and at.astimezone().isoformat(timespec="seconds") for key, at in moments.items()},
+        # Optuna gives naive local time; readers in other time zones need the offset.
+        **{key: moment and moment.astimezone().isoformat(timespec="seconds") for key, moment in moments.items()},
     }
 
 
 def _readme(name: str, trial: FrozenTrial, definition: Definition, format: Format | None) -> str:
-    others = "" if format is None else f"- `{FILES[format]}`: the same model for {format}\n"
+    more = "" if format is None else f"- `{FILES[format]}`: the same model for {format}\n"
     return README.format(
         study=name,
         number=trial.number,
         protocol=trial.user_attrs.get("protocol", "validation"),
         value=trial.values[0],
-        others=others + (OWN.format(model=definition.model) if ":" in definition.model else ""),
+        more=more + (OWN_MODEL.format(model=definition.model) if ":" in definition.model else ""),
     )
 
 
@@ -168,10 +168,10 @@ def _convert(model: Path, format: Format, target: Path, definition: Definition) 
         return
     reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
     on_jax = format == "onnx" and os.environ.get("KERAS_BACKEND") == "jax"
-    needed = "jax2onnx" if on_jax else " ".join(PACKAGES[format])
+    packages = "jax2onnx" if on_jax else " ".join(PACKAGES[format])
     if "ModuleNotFoundError" in result.stderr or "ImportError" in result.stderr:
         raise StudyError(
-            f"the format {format} needs a package that is not installed ({reason[:200]}): `pip install {needed}`, or "
+            f"the format {format} needs a package that is not installed ({reason[:200]}): `pip install {packages}`, or "
             "leave --format out"
         )
     raise StudyError(f"Keras cannot write this model as {format} ({reason[:300]}): leave --format out, or try another")

@@ -1,8 +1,7 @@
-"""Plotly figures of a study: pure functions from its trials, its definition and its learning curves.
+"""Plotly figures of a study: pure functions of its trials, its definition and its learning curves.
 
-A figure without data is left out (None). Coordinates are plain lists, and not the
-base-64 arrays of newer Plotly versions, which older dashboards cannot draw. Plotly takes a moment to import, so only
-what draws imports this module.
+A figure without data is None. Coordinates are plain lists, because older dashboards cannot draw the base64 arrays of
+newer Plotly versions. Importing Plotly takes a moment, so this module is imported only where figures are drawn.
 """
 
 import html
@@ -21,7 +20,7 @@ from studies.definition import Definition
 from studies.results import Curve
 from studies.space import Choice
 
-LIMIT = 1000  # points in a plot: a page with 10,000 is slow, and tells no more
+LIMIT = 1000  # points in a plot: a page with 10,000 is slow, and shows no more
 DROPOUTS = ("dropout", "dense_dropout", "conv_dropout")
 COLOURS = (
     "#0072B2",
@@ -31,17 +30,17 @@ COLOURS = (
     "#E69F00",
     "#56B4E9",
     "#000000",
-)  # also distinct to colour-blind eyes (Okabe and Ito)
+)  # colour-blind people can distinguish them too (Okabe and Ito)
 NOTEBOOK = "#888888"
 
 
-def drawn(
+def all_figures(
     trials: Sequence[FrozenTrial],
     definition: Definition,
     curves: Sequence[Curve] = (),
     replays: Sequence[notebook.Replay] = (),
 ) -> dict[str, go.Figure]:
-    """All figures that there is data for, by a name that is fit for an HTML id."""
+    """All figures that have data, by name; a name is a valid HTML id."""
     figures = {
         "learning-curves": learning_curves(curves, definition),
         "dropout": against_hyperparameter(trials, definition),
@@ -53,15 +52,15 @@ def drawn(
 
 
 def learning_curves(curves: Sequence[Curve], definition: Definition) -> go.Figure | None:
-    """Training and validation loss by epoch, a colour a trial, as the notebook drew them.
+    """Training and validation loss by epoch, one colour per trial, as in the notebook.
 
-    Where no history is at hand (it lies on another machine), the validation accuracy of the database instead.
+    If no history is on this machine, the validation accuracy from the database instead.
     """
     traces = []
     for index, curve in enumerate(curve for curve in curves if curve.loss):
         for kind, values, dash in (("training", curve.loss, "solid"), ("validation", curve.val_loss, "dash")):
-            traces.append(_line(curve, f"trial {curve.number}, {_of(kind, definition)}", values, index, dash))
-    epochs = _counted(max((len(curve.val_accuracy) for curve in curves), default=0))
+            traces.append(_line(curve, f"trial {curve.number}, {_images(kind, definition)}", values, index, dash))
+    epochs = _count_axis(max((len(curve.val_accuracy) for curve in curves), default=0))
     if traces:
         return _figure(traces, "Loss by epoch, best trials first", "epoch", "mean cross-entropy", xaxis=epochs)
     traces = [
@@ -71,20 +70,20 @@ def learning_curves(curves: Sequence[Curve], definition: Definition) -> go.Figur
     if not traces:
         return None
     title = "Accuracy by epoch, best trials first (their losses are not on this machine)"
-    accuracies = _accuracies(value for curve in curves for value in curve.val_accuracy)
-    return _figure(traces, title, "epoch", _judged(definition), xaxis=epochs, yaxis=accuracies)
+    accuracies = _accuracy_axis(value for curve in curves for value in curve.val_accuracy)
+    return _figure(traces, title, "epoch", _score_title(definition), xaxis=epochs, yaxis=accuracies)
 
 
 def against_hyperparameter(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure | None:
-    """Accuracy against dropout where it is searched, else the first numeric hyperparameter, else the first one.
+    """Accuracy against dropout if it is searched, else against the first numeric hyperparameter, else the first one.
 
-    A colour a depth, where depth is searched; pruned trials are crosses, at the accuracy of their last epoch.
+    If depth is searched, each depth has a colour. Pruned trials are crosses at the accuracy of their last epoch.
     """
     names = _axis(definition)
     group = "depth" if "depth" in definition.space and "depth" not in names else None
-    placed = [trial for trial in trials if _accuracy(trial) is not None and _at(trial, names) is not None]
+    with_position = [trial for trial in trials if _accuracy(trial) is not None and _position(trial, names) is not None]
     points: dict[tuple[Any, bool], list[FrozenTrial]] = {}
-    for trial in _thinned(placed):
+    for trial in _thinned(with_position):
         key = (trial.params.get(group) if group else None, trial.state == TrialState.PRUNED)
         points.setdefault(key, []).append(trial)
     if not points:
@@ -92,12 +91,12 @@ def against_hyperparameter(trials: Sequence[FrozenTrial], definition: Definition
     depths = sorted({depth for depth, _ in points}, key=lambda depth: (str(type(depth)), depth))
     traces = []
     for depth, pruned in sorted(points, key=lambda key: (depths.index(key[0]), key[1])):
-        shown = points[depth, pruned]
+        of_group = points[depth, pruned]
         name = ("all trials" if group is None else f"depth {depth}") if not pruned else "pruned"
         traces.append(
             _dots(
-                shown,
-                [_at(trial, names) for trial in shown],
+                of_group,
+                [_position(trial, names) for trial in of_group],
                 definition,
                 name=f"depth {depth}, pruned" if pruned and group else name,
                 marker={
@@ -114,13 +113,14 @@ def against_hyperparameter(trials: Sequence[FrozenTrial], definition: Definition
         axis["type"] = "category"
     elif parameter.log:
         axis["type"] = "log"
-    elif len({_at(trial, names) for trial in placed}) == 1:
-        # Plotly would let it go from one below to one above, which no dropout is.
-        beyond = 0.04 * (parameter.high - parameter.low)
-        axis["range"] = [parameter.low - beyond, parameter.high + beyond]
-    told = " or ".join(name.replace("_", " ") for name in names)
-    title = f"Accuracy against {told}{_some([placed])}"
-    return _figure(traces, title, told, _judged(definition), xaxis=axis, yaxis=_accuracies(map(_accuracy, placed)))
+    elif len({_position(trial, names) for trial in with_position}) == 1:
+        # Plotly would draw the axis from one below to one above, where no dropout rate can be.
+        margin = 0.04 * (parameter.high - parameter.low)
+        axis["range"] = [parameter.low - margin, parameter.high + margin]
+    axis_title = " or ".join(name.replace("_", " ") for name in names)
+    title = f"Accuracy against {axis_title}{_sample_note([with_position])}"
+    accuracies = _accuracy_axis(map(_accuracy, with_position))
+    return _figure(traces, title, axis_title, _score_title(definition), xaxis=axis, yaxis=accuracies)
 
 
 def against_cost(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure | None:
@@ -136,51 +136,49 @@ def against_cost(trials: Sequence[FrozenTrial], definition: Definition) -> go.Fi
     figure = make_subplots(rows=1, cols=len(panels), shared_yaxes=True, horizontal_spacing=0.06)
     for column, (cost, title, known) in enumerate(panels, start=1):
 
-        def spent(trial: FrozenTrial, cost: str = cost) -> float:
+        def cost_of(trial: FrozenTrial, cost: str = cost) -> float:
             return float(trial.user_attrs[cost])
 
-        front = pareto(known, spent)
-        others = _thinned(known)
+        front = pareto(known, cost_of)
+        sample = _thinned(known)
         dots = {"color": COLOURS[5], "size": 7}
-        figure.add_trace(
-            _dots(others, [spent(t) for t in others], definition, "complete trials", dots, show=column == 1), 1, column
-        )
-        line = _dots(
-            front, [spent(t) for t in front], definition, "Pareto front", {"color": COLOURS[1]}, show=column == 1
-        )
+        costs = [cost_of(trial) for trial in sample]
+        figure.add_trace(_dots(sample, costs, definition, "complete trials", dots, show=column == 1), 1, column)
+        costs = [cost_of(trial) for trial in front]
+        line = _dots(front, costs, definition, "Pareto front", {"color": COLOURS[1]}, show=column == 1)
         figure.add_trace(line.update(mode="lines+markers", line={"shape": "hv", "color": COLOURS[1]}), 1, column)
         figure.update_xaxes(title_text=title, row=1, col=column)
-    figure.update_yaxes(title_text=_judged(definition), col=1)
-    figure.update_yaxes(**_accuracies(map(_accuracy, complete)))
-    return _styled(figure, f"Accuracy against cost{_some([known for _, _, known in panels])}")
+    figure.update_yaxes(title_text=_score_title(definition), col=1)
+    figure.update_yaxes(**_accuracy_axis(map(_accuracy, complete)))
+    return _styled(figure, f"Accuracy against cost{_sample_note([known for _, _, known in panels])}")
 
 
 def best_so_far(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure | None:
-    """The best accuracy so far, against trials and against wall time since the first one began."""
-    # When an imported trial was run is not known.
-    ended = sorted(
+    """The best accuracy so far, against trials and against wall time since the first one started."""
+    # It is not known when an imported trial was run.
+    finished = sorted(
         (trial for trial in trials if trial.state.is_finished() and not trial.user_attrs.get("imported")),
         key=lambda trial: (trial.datetime_complete or datetime.max, trial.number),
     )
-    began = min((trial.datetime_start for trial in ended if trial.datetime_start is not None), default=None)
-    if began is None or not _complete(ended):
+    start = min((trial.datetime_start for trial in finished if trial.datetime_start is not None), default=None)
+    if start is None or not _complete(finished):
         return None
     best: FrozenTrial | None = None
     counts, hours, values, texts = [], [], [], []
-    for count, trial in enumerate(ended, start=1):
+    for count, trial in enumerate(finished, start=1):
         if is_scored(trial) and (best is None or trial.values[0] > best.values[0]):
             best = trial
-        elif count != len(ended):
-            continue  # a step line needs its steps, and its end
+        elif count != len(finished):
+            continue  # only the steps and the end of the line are needed
         if best is not None:
             counts.append(count)
-            hours.append(((trial.datetime_complete or began) - began).total_seconds() / 3600)
+            hours.append(((trial.datetime_complete or start) - start).total_seconds() / 3600)
             values.append(best.values[0])
             texts.append(_text(best, definition))
     unit, factor = ("hours", 1.0) if hours[-1] > 2 else ("minutes", 60.0) if hours[-1] > 2 / 60 else ("seconds", 3600.0)
     figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.06)
-    spent = [hour * factor for hour in hours]
-    for column, (x, title) in enumerate(((counts, "finished trials"), (spent, f"{unit} since the first began")), 1):
+    times = [hour * factor for hour in hours]
+    for column, (x, title) in enumerate(((counts, "finished trials"), (times, f"{unit} since the first start")), 1):
         figure.add_trace(
             go.Scatter(
                 x=x,
@@ -196,21 +194,21 @@ def best_so_far(trials: Sequence[FrozenTrial], definition: Definition) -> go.Fig
             column,
         )
         figure.update_xaxes(title_text=title, rangemode="tozero", row=1, col=column)
-    figure.update_xaxes(**_counted(len(ended)), col=1)
-    figure.update_yaxes(title_text=_judged(definition), col=1)
-    figure.update_yaxes(**_accuracies(values))
+    figure.update_xaxes(**_count_axis(len(finished)), col=1)
+    figure.update_yaxes(title_text=_score_title(definition), col=1)
+    figure.update_yaxes(**_accuracy_axis(values))
     return _styled(figure, "Best so far")
 
 
 def notebook_comparison(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure | None:
-    """The notebook's results and ours, if the study repeats one of the notebook's experiments; else None."""
+    """The notebook's and the study's results, if the study repeats one of the notebook's experiments; else None."""
     rows = notebook.reference_results(definition)
     if not rows:
         return None
     complete = _complete(trials)
     sweep = next((name for name in rows[0][0] if name.endswith("_dropout")), None)
     positions: list[Any] = [point[sweep] if sweep else html.escape(result.label) for point, result in rows]
-    theirs = go.Scatter(
+    of_notebook = go.Scatter(
         x=positions,
         y=[result.accuracy for _, result in rows],
         text=[f"the notebook: {html.escape(result.label)}<br>{result.accuracy:.4f}" for _, result in rows],
@@ -219,15 +217,15 @@ def notebook_comparison(trials: Sequence[FrozenTrial], definition: Definition) -
         name="the notebook",
         marker={"color": NOTEBOOK, "symbol": "diamond", "size": 10},
     )
-    ours = [
+    pairs = [
         (trial, position)
         for trial in complete
         for position, (point, _) in zip(positions, rows, strict=True)
         if trial.params == point
     ]
-    shown = _dots(
-        [trial for trial, _ in ours],
-        [position for _, position in ours],
+    of_study = _dots(
+        [trial for trial, _ in pairs],
+        [position for _, position in pairs],
         definition,
         "this study",
         {"color": COLOURS[0], "size": 10, "symbol": "circle"},
@@ -240,21 +238,21 @@ def notebook_comparison(trials: Sequence[FrozenTrial], definition: Definition) -
     if definition.data.limit is not None or definition.budget.epochs != 20:
         title += f"<br><sup>this study: {_size(definition)}; the notebook: 20 epochs of 60,000 images</sup>"
     return _figure(
-        [theirs, shown] if ours else [theirs],
+        [of_notebook, of_study] if pairs else [of_notebook],
         title,
         sweep.replace("_", " ") if sweep else "",
         "test accuracy",
         xaxis={} if sweep else {"type": "category"},
-        yaxis=_accuracies([result.accuracy for _, result in rows] + [trial.values[0] for trial, _ in ours]),
+        yaxis=_accuracy_axis([result.accuracy for _, result in rows] + [trial.values[0] for trial, _ in pairs]),
     )
 
 
 def replay_comparison(replays: Sequence[notebook.Replay]) -> go.Figure | None:
-    """All results of the notebook, and those of the studies that repeat them; None without such a study."""
+    """All results of the notebook, and those of the studies that repeat them; None if there is no such study."""
     if not replays:
         return None
     positions = {result: _row(result) for result in notebook.RESULTS}
-    theirs = go.Scatter(
+    of_notebook = go.Scatter(
         x=list(positions.values()),
         y=[result.accuracy for result in positions],
         text=[f"the notebook: {html.escape(result.label)}<br>{result.accuracy:.4f}" for result in positions],
@@ -263,7 +261,7 @@ def replay_comparison(replays: Sequence[notebook.Replay]) -> go.Figure | None:
         name="the notebook",
         marker={"color": NOTEBOOK, "symbol": "diamond", "size": 10},
     )
-    ours = [
+    of_replays = [
         _dots(
             [trial for _, trial in replay.trials],
             [positions[result] for result, _ in replay.trials],
@@ -275,15 +273,15 @@ def replay_comparison(replays: Sequence[notebook.Replay]) -> go.Figure | None:
     ]
     values = [result.accuracy for result in positions] + [t.values[0] for replay in replays for _, t in replay.trials]
     figure = _figure(
-        [theirs, *ours],
+        [of_notebook, *of_replays],
         "The notebook's results and their replays here, on the test images<br><sup>the notebook: 20 epochs of 60,000 "
         "images; the sweeps' best of 20 epochs, the conclusions after the last</sup>",
         "",
         "test accuracy",
         xaxis={"type": "category", "tickangle": -60, "automargin": True},
-        yaxis=_accuracies(values),
+        yaxis=_accuracy_axis(values),
     )
-    # Long names beside the plot would leave it no room, so the legend is above it.
+    # The names are long, so the legend is above the plot.
     return figure.update_layout(
         height=600,
         margin={"t": 160},
@@ -300,7 +298,7 @@ def _row(result: notebook.Result) -> str:
 
 
 def pareto(trials: Sequence[FrozenTrial], cost: Callable[[FrozenTrial], float]) -> list[FrozenTrial]:
-    """The complete trials that no other one beats in both: cheapest first, each more accurate than all before."""
+    """The Pareto front: complete trials, cheapest first, each more accurate than all cheaper ones."""
     front: list[FrozenTrial] = []
     for trial in sorted(trials, key=lambda trial: (cost(trial), -trial.values[0], trial.number)):
         if not front or trial.values[0] > front[-1].values[0]:
@@ -312,20 +310,20 @@ def pareto(trials: Sequence[FrozenTrial], cost: Callable[[FrozenTrial], float]) 
 
 
 def _axis(definition: Definition) -> tuple[str, ...]:
-    """The hyperparameters on the horizontal axis; a trial is placed at the first of them that it has."""
+    """The hyperparameters of the horizontal axis. A trial's position is its value of the first one that it has."""
     space = definition.space
     dropouts = tuple(name for name in DROPOUTS if name in space and not isinstance(space[name], Choice))
     if dropouts:
         return dropouts
     numeric = [name for name, parameter in space.items() if not isinstance(parameter, Choice)]
-    listed = [name for name in DROPOUTS if name in space]
-    return ((listed or numeric or list(space))[0] if not numeric else numeric[0],)
+    dropouts = tuple(name for name in DROPOUTS if name in space)
+    return ((*numeric, *dropouts, *space)[0],)
 
 
-def _at(trial: FrozenTrial, names: Sequence[str]) -> Any:
+def _position(trial: FrozenTrial, names: Sequence[str]) -> Any:
     position = next((trial.params[name] for name in names if name in trial.params), None)
     if position is None and trial.params.get("dropout_layers") is False:
-        return 0.0  # without a dropout layer, nothing is dropped
+        return 0.0  # no dropout layer is like a rate of 0
     return html.escape(position) if isinstance(position, str) else position
 
 
@@ -345,13 +343,13 @@ def _accuracy(trial: FrozenTrial) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _counted(last: int) -> dict[str, Any]:
-    """An axis of whole numbers up to `last`: of a few, Plotly would also label the halves."""
+def _count_axis(last: int) -> dict[str, Any]:
+    """An axis of whole numbers up to `last`. With only a few, Plotly would also label the halves."""
     return {"tick0": 0, "dtick": 1} if last <= 10 else {}
 
 
-def _accuracies(values: Iterable[float | None]) -> dict[str, Any]:
-    """An axis of these; where they are all the same, Plotly would let it go from one below to one above."""
+def _accuracy_axis(values: Iterable[float | None]) -> dict[str, Any]:
+    """An axis of accuracies. If all are equal, Plotly would draw it from one below to one above."""
     different = {value for value in values if value is None or math.isfinite(value)}
     value = next(iter(different), None)
     same = len(different) == 1 and value is not None
@@ -359,7 +357,7 @@ def _accuracies(values: Iterable[float | None]) -> dict[str, Any]:
 
 
 def _thinned(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """At most LIMIT: the better half whole, and evenly many of the others."""
+    """At most LIMIT trials: half are the best ones, the others are spread evenly over the rest of the ranking."""
     if len(trials) <= LIMIT:
         return list(trials)
     ranked = sorted(trials, key=lambda trial: (-(_accuracy(trial) or 0.0), trial.number))
@@ -367,9 +365,10 @@ def _thinned(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return kept + [rest[index * len(rest) // (LIMIT // 2)] for index in range(LIMIT // 2)]
 
 
-def _some(groups: Sequence[Sequence[FrozenTrial]]) -> str:
-    """For a title: that not all trials are shown, where it is so."""
-    return f" (the better half of {LIMIT}, and a sample)" if any(len(group) > LIMIT for group in groups) else ""
+def _sample_note(groups: Sequence[Sequence[FrozenTrial]]) -> str:
+    """The end of a title: which trials are shown, if not all are."""
+    note = f" (the best {LIMIT // 2}, and a sample of the others)"
+    return note if any(len(group) > LIMIT for group in groups) else ""
 
 
 def _dots(
@@ -408,23 +407,23 @@ def _line(curve: Curve, name: str, values: Sequence[float], index: int, dash: st
 
 def _text(trial: FrozenTrial, definition: Definition) -> str:
     accuracy = _accuracy(trial)
-    told = "" if accuracy is None else f"<br>{_judged(definition)} {accuracy:.4f}"
+    score = "" if accuracy is None else f"<br>{_score_title(definition)} {accuracy:.4f}"
     pruned = f", pruned after epoch {trial.last_step}" if trial.state == TrialState.PRUNED else ""
     label = f"<br>{html.escape(str(trial.user_attrs['label']))}" if "label" in trial.user_attrs else ""
-    return f"trial {trial.number}{pruned}<br>{_params(trial.params)}{told}{label}"
+    return f"trial {trial.number}{pruned}<br>{_params(trial.params)}{score}{label}"
 
 
 def _params(params: Mapping[str, Any]) -> str:
-    told = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())
-    return html.escape(", ".join(told))
+    texts = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())
+    return html.escape(", ".join(texts))
 
 
-def _judged(definition: Definition) -> str:
-    return _of("validation", definition) + " accuracy"
+def _score_title(definition: Definition) -> str:
+    return _images("validation", definition) + " accuracy"
 
 
-def _of(kind: str, definition: Definition) -> str:
-    """`kind`, but that a study with the notebook's protocol has no validation images."""
+def _images(kind: str, definition: Definition) -> str:
+    """`kind`, but "test" for the validation images of a study with the notebook's protocol."""
     return "test" if kind == "validation" and definition.data.validation == "test" else kind
 
 
@@ -448,7 +447,7 @@ def _figure(
 
 
 def _styled(figure: go.Figure, title: str) -> go.Figure:
-    # The named templates are 7 kB each, which the dashboard would carry at every poll.
+    # A named template has 7 kB, and the dashboard would send it at every poll.
     figure.update_layout(
         template=go.layout.Template(),
         title={"text": title, "x": 0.01, "font": {"size": 16}},

@@ -1,4 +1,4 @@
-"""Results of trials that were run elsewhere, by hand or by another program, brought into a study."""
+"""Imports results of trials that were run by hand or by another program."""
 
 import csv
 import math
@@ -14,13 +14,13 @@ from studies.definition import Definition, from_json
 from studies.errors import StudyError
 from studies.model_rules import Number, OneOf, Rule
 from studies.registry import StorageLike
-from studies.space import Choice, Int, Parameter, broken_rule, in_order, listed
+from studies.space import Choice, Int, Parameter, broken_rule, in_order, values_text
 
 _SHARE = Number(low=0.0, high=1.0)
 
-# What a row may tell beside its hyperparameters; each but `accuracy` may be missing, and lands in a user attribute.
+# The columns besides the hyperparameters. `accuracy` is required; the others are optional, and become user attributes.
 COLUMNS: Mapping[str, Rule | None] = {
-    "accuracy": _SHARE,  # of the images that the study judges by; the trial's value
+    "accuracy": _SHARE,  # on the images that the study judges by; becomes the trial's value
     "loss": Number(low=0.0),
     "train_accuracy": _SHARE,
     "seconds": Number(low=0.0),
@@ -34,28 +34,28 @@ COLUMNS: Mapping[str, Rule | None] = {
 def import_trials(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, storage: StorageLike = None) -> int:
     """Imports results obtained elsewhere into study `name`, as complete trials; returns how many were new.
 
-    A row has the hyperparameters that the study searches (those that do not apply left out or empty), ``accuracy``
-    from 0 to 1, and perhaps more of `COLUMNS`; `rows` is a sequence of such mappings, or the path of a CSV file with
-    these columns. All rows are taken, or none. They are marked ``imported`` in their user attributes, samplers learn
-    from them, the budget grows with them, and the same rows again add nothing.
+    `rows` is a sequence of mappings, or the path of a CSV file. A row has the hyperparameters that the study searches
+    (those that do not apply are empty or left out), ``accuracy`` from 0 to 1, and optionally more of `COLUMNS`. All
+    rows are imported, or none. Samplers learn from the imported trials, the budget grows by their number, and they are
+    marked ``imported`` in their user attributes. The same rows again add nothing.
 
     >>> studies.import_trials("digits", [{"depth": 3, "dropout": 0.2, "accuracy": 0.97}])
     1
 
-    Raises StudyError, in one sentence, where there is no such study or a row does not fit its definition.
+    Raises StudyError if there is no such study, or a row does not fit its definition.
     """
-    place = registry.storage_of(storage)
-    study = registry.find(name, place)
+    opened = registry.storage_of(storage)
+    study = registry.find(name, opened)
     definition = from_json(study.definition)
-    numbered = _read(Path(rows)) if isinstance(rows, (str, Path)) else _listed(rows)
-    trials = [trial_of(row, definition, where) for where, row in numbered]
+    labelled_rows = _read(Path(rows)) if isinstance(rows, (str, Path)) else _numbered(rows)
+    trials = [trial_of(row, definition, label) for label, row in labelled_rows]
     if not trials:
         raise StudyError(f"there is no row to import into study {name!r}: give at least one")
-    return ledger.import_trials(place, study, trials)
+    return ledger.import_trials(opened, study, trials)
 
 
 def trial_of(row: Mapping[str, Any], definition: Definition, where: str) -> Imported:
-    """The trial that a row describes. Raises StudyError, which starts with `where`."""
+    """The trial that a row describes. Raises StudyError whose message starts with `where`."""
     given = {key: value for key, value in row.items() if value is not None and str(value).strip() != ""}
     known = [*definition.space, *definition.fixed, *COLUMNS]
     for key in given:
@@ -65,8 +65,8 @@ def trial_of(row: Mapping[str, Any], definition: Definition, where: str) -> Impo
     for key, value in definition.fixed.items():
         if key in given and _read_as(given[key], Choice(choices=(value,))) != value:
             raise StudyError(
-                f"{where}: {key} = {_shown(given[key])}, and study {definition.name!r} fixes it at {listed([value])}: "
-                "import it into a study that searches it"
+                f"{where}: {key} = {_shown(given[key])}, and study {definition.name!r} fixes it at "
+                f"{values_text([value])}: import the row into a study that searches {key}"
             )
     point: dict[str, Any] = {}
     for key in in_order(definition.space):
@@ -75,7 +75,7 @@ def trial_of(row: Mapping[str, Any], definition: Definition, where: str) -> Impo
             point[key] = _hyperparameter(key, given.get(key), parameter, where)
         elif key in given:
             raise StudyError(
-                f"{where}: {key} = {_shown(given[key])} does not apply there, as space.{key}.when says: leave it empty"
+                f"{where}: {key} = {_shown(given[key])} does not apply, as space.{key}.when says: leave it empty"
             )
     if "accuracy" not in given:
         raise StudyError(f"{where} has no accuracy: give it as a number from 0 to 1")
@@ -118,19 +118,19 @@ def _fact(key: str, raw: Any, rule: Rule | None, where: str) -> Any:
 
 
 def _read_as(raw: Any, parameter: Parameter) -> Any:
-    """The value that a cell of a table means; the cell itself where it means none."""
-    if hasattr(raw, "item"):  # a number of NumPy's
+    """The value that a cell of a table means; the cell itself if it is not a valid value."""
+    if hasattr(raw, "item"):  # a NumPy number
         raw = raw.item()
     if isinstance(parameter, Choice):
         text = str(raw).strip()
-        same = [choice for choice in parameter.choices if listed([choice]).strip('"') == text or str(choice) == text]
+        same = [c for c in parameter.choices if values_text([c]).strip('"') == text or str(c) == text]
         if same or not isinstance(raw, (str, int, float)) or isinstance(raw, bool):
             return same[0] if same else raw
         number = _number(raw, whole=False)
-        alike = (c for c in parameter.choices if isinstance(c, (int, float)) and not isinstance(c, bool))
-        return next((choice for choice in alike if choice == number), raw)
+        numeric = (c for c in parameter.choices if isinstance(c, (int, float)) and not isinstance(c, bool))
+        return next((choice for choice in numeric if choice == number), raw)
     number = _number(raw, whole=isinstance(parameter, Int))
-    # `dropout = 0` means 0.0 where dropout is a real number.
+    # `dropout = 0` means 0.0 if dropout is a float.
     return float(number) if type(number) is int and not isinstance(parameter, Int) else number
 
 
@@ -150,7 +150,7 @@ def _shown(value: Any) -> str:
     return repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:90]}..."
 
 
-def _listed(rows: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+def _numbered(rows: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, Mapping[str, Any]]]:
     for index, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise StudyError(f"row {index} is a {type(row).__name__}, and must be a mapping from columns to values")
@@ -163,13 +163,13 @@ def _read(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
             reader = csv.DictReader(file, strict=True, skipinitialspace=True, restkey="(beyond the last column)")
             columns = [str(column).strip() for column in reader.fieldnames or []]
             reader.fieldnames = columns
-            twice = next((column for column in columns if columns.count(column) > 1), None)
-            if twice is not None:
-                raise StudyError(f"{path} has the column {twice!r} twice: keep one")
+            duplicate = next((column for column in columns if columns.count(column) > 1), None)
+            if duplicate is not None:
+                raise StudyError(f"{path} has the column {duplicate!r} twice: keep one")
             return [(f"{path}, line {reader.line_num}", row) for row in reader]
     except OSError as error:
         raise StudyError(f"{path} cannot be read ({error.strerror}): give the path of a CSV file") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise StudyError(
-            f"{path} is not a CSV file in UTF-8 ({error}): write a line of column names, then one line a row"
+            f"{path} is not a CSV file in UTF-8 ({error}): write a line of column names, then one line per row"
         ) from None

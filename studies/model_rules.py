@@ -1,16 +1,16 @@
-"""The hyperparameters of the built-in models, and the rule that each must obey.
+"""The hyperparameters of the built-in models, and the rule for each.
 
-A definition is checked against this table without Keras; `search.model` builds from the same names.
+A definition is checked against this table without Keras. `search.model` builds the models with the same names.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from studies.space import Scalar, listed
+from studies.space import Scalar, values_text
 
 OPTIMIZERS = ("adam", "adamw", "nadam", "rmsprop", "sgd", "adadelta", "adagrad")
 WITH_MOMENTUM = ("sgd", "rmsprop")  # the optimizers that take `momentum`
-AVERAGES = ("corrected", "keras")  # how the moving averages of batch normalisation are taken when a model is judged
+AVERAGES = ("corrected", "keras")  # which moving averages of batch normalisation a model is judged with
 DEPTHS = (3, 5, 7)
 
 
@@ -20,12 +20,12 @@ class Number:
 
     low: float
     high: float = float("inf")
-    open_low: bool = False  # whether `low` itself is too small
-    open_high: bool = False  # whether `high` itself is too large
+    open_low: bool = False  # whether `low` itself is excluded
+    open_high: bool = False  # whether `high` itself is excluded
     whole: bool = False
 
     def broken_by(self, value: Scalar) -> str | None:
-        """The rule that `value` breaks, in words; None if it is good."""
+        """The rule that `value` breaks, in words; None if it is allowed."""
         kind = "a whole number" if self.whole else "a number"
         if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
             return f"must be {kind}"
@@ -45,11 +45,11 @@ class OneOf:
     values: tuple[Scalar, ...]
 
     def broken_by(self, value: Scalar) -> str | None:
-        """The rule that `value` breaks, in words; None if it is good."""
-        # True == 1 in Python, but a depth of `true` is a slip.
+        """The rule that `value` breaks, in words; None if it is allowed."""
+        # True == 1 in Python, but a depth of `true` is a mistake.
         if any(value == known and type(value) is type(known) for known in self.values):
             return None
-        return f"must be one of {listed(self.values)}"
+        return f"must be one of {values_text(self.values)}"
 
 
 Rule = Number | OneOf
@@ -57,7 +57,7 @@ Rule = Number | OneOf
 _RATE = Number(low=0.0, high=1.0, open_high=True)
 _SWITCH = OneOf(values=(True, False))
 
-# Every model is trained with these, a user's own included.
+# The hyperparameters of the training, for every model, also a user's own.
 TRAINING: Mapping[str, Rule] = {
     "batch_size": Number(low=1, whole=True),
     "optimizer": OneOf(values=OPTIMIZERS),
@@ -91,7 +91,7 @@ NAMES = tuple(_ARCHITECTURE)
 
 
 def rules(model: str) -> Mapping[str, Rule] | None:
-    """The hyperparameters that `model` knows, each with its rule; None for a user's own model, which may accept any."""
+    """The hyperparameters of `model`, each with its rule; None for a user's own model, which may accept any."""
     known = _ARCHITECTURE.get(model)
     return None if known is None else {**known, **TRAINING}
 
@@ -99,7 +99,7 @@ def rules(model: str) -> Mapping[str, Rule] | None:
 def smallest_image(model: str, depth: Scalar | None) -> int:
     """The smallest height and width, in pixels, for which every convolution has an output.
 
-    Every convolution is `valid`: a kernel of k takes k - 1 pixels, a pooling layer halves.
+    Every convolution is `valid`: a kernel of size k removes k - 1 pixels. A pooling layer halves the image.
     """
     if model == "mnist_cnn":
         return 6

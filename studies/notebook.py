@@ -1,7 +1,7 @@
 """The notebook's measured results, as data: to compare studies with, and to import as a study.
 
-Rates are those that the notebook ran with; the labels of its sweeps say ten times as much (0.7 for 0.07). All
-accuracies are of the 10,000 test images of MNIST, which it also chose by: one run each, 20 epochs.
+The dropout rates are those that the notebook ran with. The labels of its sweeps say ten times as much (0.7 for 0.07).
+All accuracies are those of one run of 20 epochs on the 10,000 test images of MNIST, by which the notebook also chose.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ NAME = "notebook"
 class Result:
     """One row of the notebook's tables."""
 
-    source: str  # which table
+    source: str  # the table
     label: str  # as the notebook printed it
     depth: int
     conv_dropout: float | None  # rate of the layers after convolutions; None without such a layer
@@ -33,7 +33,7 @@ class Result:
     accuracy: float  # on the test images
     loss: float | None = None
     train_accuracy: float | None = None
-    measured: str  # when
+    measured: str  # at which epoch
 
 
 def _conclusion(
@@ -91,8 +91,7 @@ SWEEP_7 = tuple(
 )
 RESULTS = (*CONCLUSION, *SWEEP_3, *SWEEP_7)
 
-# A dropout layer of rate 0 changes nothing. So the sweep of depth 3, whose only dropout follows Dense 128, has a
-# conv_dropout of 0.
+# In the sweep of depth 3 only Dense 128 is followed by dropout. Its conv_dropout is 0 here, which has the same effect.
 _DEFINITION = f"""
 name = "{NAME}"
 description = "What the notebook measured: five conclusions, two sweeps of eight, at the rates that it ran with"
@@ -128,20 +127,20 @@ def definition() -> Definition:
 
 
 def create(storage: RDBStorage) -> bool:
-    """Makes the study ``notebook`` of its 21 results, with nothing left to run; returns False if it exists.
+    """Creates the study ``notebook`` with its 21 results and nothing left to run; returns False if it exists.
 
     Raises StudyError if another study has that name.
     """
-    mine = definition()
+    own_definition = definition()
     if NAME in registry.names(storage):
-        different = definitions.differences(registry.definition_of(NAME, storage), mine)
+        different = definitions.differences(registry.definition_of(NAME, storage), own_definition)
         if different:
             raise StudyError(
                 f"another study is named {NAME!r} already, with a different definition ({'; '.join(different)}): "
                 "import them into another database with --storage"
             )
-    rows = [imported.trial_of(_row(result), mine, result.label) for result in RESULTS]
-    return registry.create(mine, storage, DATA, rows).changed
+    rows = [imported.trial_of(_row(result), own_definition, result.label) for result in RESULTS]
+    return registry.create(own_definition, storage, DATA, rows).changed
 
 
 def _row(result: Result) -> dict[str, Any]:
@@ -160,29 +159,29 @@ def _row(result: Result) -> dict[str, Any]:
 
 
 def reference_results(study: Definition) -> list[tuple[Mapping[str, Any], Result]]:
-    """The notebook's results that a study repeats, each with the hyperparameters that it has in this study.
+    """The notebook's results that `study` repeats, each with its hyperparameters in this study.
 
-    Empty, unless the study searches the same as one of the notebook's in the catalog. In a labelled sweep the results
-    are at their labels, which are ten times the rates that the notebook ran with.
+    Empty, unless the study searches the same as one of the notebook's definitions in the catalog. In a labelled sweep
+    the rates are those of the labels, ten times those that the notebook ran with.
     """
-    ready = definitions.catalog()
+    ready_definitions = definitions.catalog()
     for name, results in _RESULTS_BY_STUDY.items():
-        if _comparable(study, ready[name]):
+        if _comparable(study, ready_definitions[name]):
             return [(_point(name, result), result) for result in results]
     return []
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """A study that ran rows of the notebook again, at the rates that they ran with."""
+    """A study that repeats results of the notebook, at the rates that the notebook ran with."""
 
     definition: Definition
-    trials: tuple[tuple[Result, FrozenTrial], ...]  # complete ones, each with the row that it repeats
+    trials: tuple[tuple[Result, FrozenTrial], ...]  # complete trials, each with the result that it repeats
 
 
 def replays(study: Definition, storage: RDBStorage) -> list[Replay]:
     """The studies in the database that repeat the notebook's results; empty unless `study` holds those results."""
-    found: list[Replay] = []
+    replaying: list[Replay] = []
     for other in ledger.studies(storage) if is_own(study) else ():
         definition = definitions.from_json(other.definition)
         rows = reference_results(definition)
@@ -190,43 +189,43 @@ def replays(study: Definition, storage: RDBStorage) -> list[Replay]:
             complete = storage.get_all_trials(other.id, deepcopy=False, states=(TrialState.COMPLETE,))
             scored = [trial for trial in complete if is_scored(trial)]
             pairs = [(result, trial) for trial in scored for point, result in rows if trial.params == point]
-            found += [Replay(definition=definition, trials=tuple(pairs))] if pairs else []
-    return found
+            replaying += [Replay(definition=definition, trials=tuple(pairs))] if pairs else []
+    return replaying
 
 
 def is_own(study: Definition) -> bool:
-    """Whether `study` holds the notebook's own results."""
+    """Whether `study` has the notebook's own results."""
     return study.name == NAME and _comparable(study, definition())
 
 
 def _labelled(rows: list[tuple[Mapping[str, Any], Result]]) -> bool:
-    """Whether the rows are at the labelled rates, not at those that the notebook ran with."""
+    """Whether the rows have the rates of the labels, not those that the notebook ran with."""
     point, result = rows[-1]
     return result.source != "conclusion" and max(point.values()) > 0.5
 
 
 def caution(study: Definition) -> list[str]:
-    """What a reader must know of the notebook's labels and epochs, if the study repeats or holds its results."""
-    lie = "The notebook labelled its sweeps 0.0 to 0.7, and ran them with a tenth of that, 0.00 to 0.07 (i * 0.01)"
+    """What a reader must know about the notebook's labels and epochs, if the study repeats or has its results."""
+    mislabelled = "The notebook labelled its sweeps 0.0 to 0.7, but ran them with a tenth of that, 0.00 to 0.07"
     if is_own(study):
         runs = ", ".join(f"`trialyard run {name}`" for name in _RESULTS_BY_STUDY if not name.endswith("-labelled"))
         return [
-            f"{lie}: here they are at the rates that they ran with.",
-            f"Each was measured once, by the notebook. {runs} repeat them; a figure here then shows both.",
-            "The conclusions are accuracies after the last epoch, the sweeps those of the best of 20: do not rank "
-            "one against the other.",
+            f"{mislabelled}: this study has the rates that they ran with.",
+            f"Each result was measured once, by the notebook. {runs} repeat them; then a figure here shows both.",
+            "The conclusions are accuracies after the last epoch, the sweeps those of the best of 20 epochs: do not "
+            "compare them with each other.",
         ]
     rows = reference_results(study)
     if not rows:
         return []
     if rows[0][1].source == "conclusion":
         return [
-            "The notebook's conclusions are accuracies after the last epoch, this study's those of the best, which are "
-            "higher: the notebook's own depth 7 at rate 0.0 has 0.9810 there, and 0.9920 in its sweep."
+            "The notebook's conclusions are accuracies after the last epoch. This study's are those of the best epoch, "
+            "which are higher: the notebook's depth 7 at rate 0.0 has 0.9810 in the former and 0.9920 in its sweep."
         ]
     if _labelled(rows):
-        return [f"{lie}: this study searches the labelled rates, which the notebook never ran."]
-    return [f"{lie}: this study repeats it as it ran."]
+        return [f"{mislabelled}: this study searches the labelled rates, which the notebook never ran."]
+    return [f"{mislabelled}: this study repeats the sweep as it ran."]
 
 
 _RESULTS_BY_STUDY: Mapping[str, tuple[Result, ...]] = {
@@ -238,13 +237,13 @@ _RESULTS_BY_STUDY: Mapping[str, tuple[Result, ...]] = {
 }
 
 
-def _comparable(one: Definition, other: Definition) -> bool:
-    # Fewer epochs or images make a smaller study of the same question, which its report says.
+def _comparable(first: Definition, second: Definition) -> bool:
+    # Epochs and number of images may differ: the figure's title says so.
     def question(definition: Definition) -> Any:
         stored = definition.to_json()
         return [stored["dataset"], stored["model"], stored["data"]["validation"], stored["space"], stored["fixed"]]
 
-    return bool(question(one) == question(other))
+    return bool(question(first) == question(second))
 
 
 def _point(name: str, result: Result) -> dict[str, Any]:

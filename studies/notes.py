@@ -1,9 +1,9 @@
-"""Notes and figures for optuna-dashboard, written into the study while workers work on it.
+"""Notes and figures for optuna-dashboard, written into the study while workers run its trials.
 
-A plain optuna-dashboard shows them. It keeps notes and figures, those of trials too, in system attributes of the
-study, each cut into pieces for databases whose columns are short. Ours are not, and every page that it makes looks
-through all attributes for every trial: so here each note and figure is one piece, written in one transaction with the
-others, so that nobody ever reads half a figure, and only so many trials have a note.
+A plain optuna-dashboard shows them. It reads the notes and figures from system attributes of the study, also the notes
+of trials, and splits each into pieces for databases with short columns. Our databases have long ones. For each page it
+searches all attributes for each trial, so we write each note and figure as one piece, and limit how many trials have a
+note. All are written in one transaction, so that nobody reads half a figure.
 """
 
 import json
@@ -31,14 +31,15 @@ from studies.registry import StorageLike
 
 log = logging.getLogger(__name__)
 
-PAUSE_SECONDS = 10.0  # between two publications of a study, whoever makes them
-SHARE = 0.05  # of one core that publishing may take, where a study is large
-BEST_NOTED, LATEST_NOTED = 50, 250  # trials with a note
+PAUSE_SECONDS = 10.0  # between two publications of a study by any workers
+SHARE = 0.05  # of the time: how much publishing a large study may take
+BEST_WITH_NOTE, LATEST_WITH_NOTE = 50, 250  # trials
 CURVES = 5  # trials in the figure of learning curves
 LAYERS = 40  # lines of a model's summary that a note has, at most
 
+# Databases have this text. Changing it would make the notes of earlier versions look like a user's own.
 MARK = "*Written by Trialyard, and anew as trials end: what you write above this line stays.*"
-STATE = "trialyard:published"  # system attribute: what stands there, and since when
+STATE = "trialyard:published"  # system attribute: what was published last, and when
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +47,21 @@ class _Published:
     at: str  # by the database's clock, UTC
     finished: int = -1  # trials
     state: str = ""  # of the study
-    seconds: float = 0.0  # that it took
+    seconds: float = 0.0  # how long it took
 
 
 def publish(
-    name: str, storage: RDBStorage, artifacts: Path, cached: BaseStorage, *, last: bool = False, anew: bool = False
+    name: str, storage: RDBStorage, artifacts: Path, cached: BaseStorage, *, last: bool = False, force: bool = False
 ) -> bool:
-    """Writes the notes and figures of study `name`, unless they stand or were written a moment ago.
+    """Writes the notes and figures of study `name`, unless they are up to date or were written a moment ago.
 
-    `cached` is the same storage with Optuna's cache of finished trials. `last` waits for no pause: nothing more will
-    come from this worker. `anew` writes them also where they stand: something beside the study has changed.
-    Returns whether what stands is up to date, as far as this caller knows.
+    `cached` is the same storage with Optuna's cache of finished trials. `last` ignores the pause, because this worker
+    ends. `force` writes them even if nothing in the study has changed.
+    Returns whether the notes and figures in the database are up to date, as far as this caller knows.
     """
     study = registry.find(name, storage)
     lock = f"{name} (notes)"  # a lock of its own: a claim must not wait for it
-    if not write(storage, lock, lambda connection: _take_turn(connection, study, last)) and not anew:
+    if not write(storage, lock, lambda connection: _take_turn(connection, study, last)) and not force:
         return _is_current(storage, study)
     # Plotly takes a moment to import, which no command should spend that draws nothing.
     from studies import figures
@@ -69,38 +70,38 @@ def publish(
     definition, state, total = from_json(study.definition), study.state, study.budget.total
     trials = cached.get_all_trials(study.id, deepcopy=False)
     curves = results.curves_of(trials, artifacts, CURVES)
-    drawn = figures.drawn(trials, definition, curves, notebook.replays(definition, storage))
+    plots = figures.all_figures(trials, definition, curves, notebook.replays(definition, storage))
     attributes = {
-        **{f"{dashboard_plot_prefix()}{name}:": figure.to_json() for name, figure in drawn.items()},
+        **{f"{dashboard_plot_prefix()}{name}:": figure.to_json() for name, figure in plots.items()},
         dashboard_note_prefix(None): study_note(trials, definition, study.data, state=state, budget=total),
     }
-    noted = {dashboard_note_prefix(trial._trial_id): trial for trial in _noted(trials)}
+    by_note_key = {dashboard_note_prefix(trial._trial_id): trial for trial in _trials_with_note(trials)}
 
     def work(connection: Connection) -> bool:
         stored = _stored(connection, study.id)
-        standing = _published(stored)
+        published = _published(stored)
         finished = sum(trial.state.is_finished() for trial in trials)
-        if standing is not None and standing.finished > finished:
-            return False  # somebody who read later was faster
+        if published is not None and published.finished > finished:
+            return False  # another worker has published newer results meanwhile
         wanted = dict(attributes)
-        for key, trial in noted.items():
-            # A finished trial's note never changes; ours is one piece, until a person edits it.
+        for key, trial in by_note_key.items():
+            # The note of a finished trial never changes. Ours is one piece, until a user edits it.
             if MARK not in str(stored.get(f"{key}0")) and MARK not in _body(stored, key):
                 curve = results.curves_of([trial], artifacts)
                 wanted[key] = trial_note(trial, definition, curve, _summary(trial, artifacts))
-        changes = _changes(stored, wanted, keep=noted)
+        changes = _changes(stored, wanted, keep=by_note_key)
         now = _published_at(connection)
         spent = round(time.monotonic() - began, 3)
         changes[STATE] = asdict(_Published(at=now, finished=finished, state=state, seconds=spent))
         _apply(connection, study.id, changes)
         return True
 
-    written = write(storage, lock, work)
+    is_current = write(storage, lock, work)
     ended = sum(trial.state.is_finished() for trial in trials) >= total
-    # A replay of the notebook is shown beside the notebook's own study, too.
+    # The imported study `notebook` also shows the replays.
     if ended and notebook.reference_results(definition) and notebook.NAME in registry.names(storage):
-        publish(notebook.NAME, storage, artifacts, optuna.storages.get_storage(storage), anew=True)
-    return written
+        publish(notebook.NAME, storage, artifacts, optuna.storages.get_storage(storage), force=True)
+    return is_current
 
 
 def publish_once(name: str, storage: StorageLike, artifacts: Path) -> None:
@@ -115,27 +116,24 @@ def publish_once(name: str, storage: StorageLike, artifacts: Path) -> None:
 def study_note(
     trials: Sequence[FrozenTrial], definition: Definition, data: Mapping[str, Any], *, state: str, budget: int
 ) -> str:
-    """Markdown: what was found and what cannot be said, the counts, what is searched and fixed, the definition."""
-    told = findings.findings(trials, definition, data)
-    states = {one: sum(trial.state == one for trial in trials) for one in TrialState}
-    counts = ", ".join(f"{count} {one.name.lower()}" for one, count in states.items() if count)
-    finished = sum(count for one, count in states.items() if one.is_finished())
-    stands = "has ended" if finished >= budget else f"is {state}"
+    """The study's note in Markdown: counts, findings and cautions, what is searched and fixed, the definition."""
+    conclusions = findings.findings(trials, definition, data)
+    by_state = {trial_state: sum(trial.state == trial_state for trial in trials) for trial_state in TrialState}
+    counts = ", ".join(f"{count} {trial_state.name.lower()}" for trial_state, count in by_state.items() if count)
+    finished = sum(count for trial_state, count in by_state.items() if trial_state.is_finished())
+    progress = "has ended" if finished >= budget else f"is {state}"
     lines = [
         f"## {escaped(definition.name)}",
         escaped(definition.description),
-        f"**{finished} of {budget} trials** ({counts or 'none yet'}); the study {stands}.",
-        *map(escaped, told.found),
-        *(f"- {escaped(sentence)}" for sentence in told.mattered),
-        *(f"- **Mind:** {escaped(sentence)}" for sentence in told.cautions),
+        f"**{finished} of {budget} trials** ({counts or 'none yet'}); the study {progress}.",
+        *map(escaped, conclusions.best),
+        *(f"- {escaped(sentence)}" for sentence in conclusions.influences),
+        *(f"- **Note:** {escaped(sentence)}" for sentence in conclusions.cautions),
         "### Searched",
-        *(f"- **{escaped(name)}**: {escaped(span)}" for name, span in findings.searched(definition).items()),
+        *(f"- **{escaped(name)}**: {escaped(text)}" for name, text in findings.ranges(definition).items()),
         "### Fixed",
-        *(
-            f"- **{escaped(name)}**: {escaped(findings.shown({'': value}).strip())}"
-            for name, value in definition.fixed.items()
-        ),
-        *([] if definition.fixed else ["nothing: all else has its default"]),
+        *(f"- **{escaped(name)}**: {escaped(findings.value_text(value))}" for name, value in definition.fixed.items()),
+        *([] if definition.fixed else ["nothing: the other hyperparameters have their defaults"]),
         "### Definition",
         fenced(to_toml(definition).rstrip(), "toml"),
     ]
@@ -145,22 +143,22 @@ def study_note(
 def trial_note(
     trial: FrozenTrial, definition: Definition, curves: Sequence[results.Curve], summary: Sequence[str] = ()
 ) -> str:
-    """Markdown: the last epoch, the model and the lines of its `summary`, device and speed; or why the trial failed."""
-    told = trial.user_attrs
-    lines = [f"**Trial {trial.number}**: {escaped(findings.shown(trial.params)) or 'no hyperparameters'}"]
+    """A trial's note in Markdown: the last epoch, the model and its `summary`, device and speed; or why it failed."""
+    attrs = trial.user_attrs
+    lines = [f"**Trial {trial.number}**: {escaped(findings.params_text(trial.params)) or 'no hyperparameters'}"]
     if trial.state == TrialState.FAIL:
-        failure = attributes.failure(told.get("failure"))
+        failure = attributes.failure(attrs.get("failure"))
         lines += [f"Failed ({escaped(failure['kind'])}):", fenced(failure["message"])]
         return _paragraphs(lines)
     judged = "test" if definition.data.validation == "test" else "validation"
     if trial.state == TrialState.PRUNED:
-        lines.append(f"Ended early, after epoch {trial.last_step}: it lagged behind.")
+        lines.append(f"Pruned after epoch {trial.last_step}.")
     elif trial.values is not None:
-        at, epochs = attributes.number(told.get("best_epoch")), attributes.number(told.get("epochs"))
-        best = "" if at is None or epochs is None else f" (epoch {at} of {epochs})"
-        lines.append(f"Complete: {judged} accuracy **{trial.values[0]:.4f}**{best}.")
-    if told.get("imported"):
-        source = ": " + ", ".join(str(told[key]) for key in ("label", "source") if key in told)
+        best_epoch, epochs = attributes.number(attrs.get("best_epoch")), attributes.number(attrs.get("epochs"))
+        which_epoch = "" if best_epoch is None or epochs is None else f" (epoch {best_epoch} of {epochs})"
+        lines.append(f"Complete: {judged} accuracy **{trial.values[0]:.4f}**{which_epoch}.")
+    if attrs.get("imported"):
+        source = ": " + ", ".join(str(attrs[key]) for key in ("label", "source") if key in attrs)
         lines.append(escaped(f"Imported, not run here{source.rstrip(': ')}."))
     curve = curves[0] if curves else None
     if curve is not None and curve.loss:
@@ -172,26 +170,26 @@ def trial_note(
         lines.append(
             f"- last epoch, {trial.last_step}: {judged} accuracy {trial.intermediate_values[trial.last_step]:.4f}"
         )
-    if isinstance(told.get("parameters"), int):
-        lines.append(f"- model: {escaped(definition.model)} of {told['parameters']:,} weights")
+    if isinstance(attrs.get("parameters"), int):
+        lines.append(f"- model: {escaped(definition.model)} with {attrs['parameters']:,} weights")
         if len(summary) > LAYERS:
             summary = [*summary[: LAYERS - 1], "...", summary[-1]]
         lines += [fenced("\n".join(summary))] if summary else []
-    if "device" in told:
+    if "device" in attrs:
         lines.append(
             escaped(
-                f"- trained on {told['device']} ({told.get('slot')}) in {told.get('precision')}, "
-                f"{attributes.number(told.get('images_per_second')) or 0:,.0f} images/s, "
-                f"{attributes.number(told.get('seconds')) or 0:,.1f} s"
+                f"- trained on {attrs['device']} ({attrs.get('slot')}) in {attrs.get('precision')}, "
+                f"{attributes.number(attrs.get('images_per_second')) or 0:,.0f} images/s, "
+                f"{attributes.number(attrs.get('seconds')) or 0:,.1f} s"
             )
         )
-    if inside(Path(), told.get("model")) is not None:
-        lines.append(f"- files, below the artifacts' folder: `{told['model']}`, `{told.get('history')}`")
+    if inside(Path(), attrs.get("model")) is not None:
+        lines.append(f"- files, in the artifacts folder: `{attrs['model']}`, `{attrs.get('history')}`")
     return _paragraphs(lines)
 
 
 def _summary(trial: FrozenTrial, artifacts: Path) -> list[str]:
-    """The lines of the model's summary; none where its file lies on another machine, or there is none."""
+    """The lines of the model's summary; empty if this machine does not have its file."""
     history = inside(artifacts, trial.user_attrs.get("history"))
     if history is None:
         return []
@@ -202,14 +200,14 @@ def _summary(trial: FrozenTrial, artifacts: Path) -> list[str]:
 
 
 def escaped(text: str) -> str:
-    """`text` with nothing in it that Markdown would take for markup."""
+    """`text` on one line, without anything that Markdown would read as markup."""
     flat = " ".join(text.split())
-    begin = "\\" if flat[:1] in ("+", "=") else ""
-    return begin + "".join(f"\\{letter}" if letter in "\\`*_[]<>|#~&" else letter for letter in flat)
+    start = "\\" if flat[:1] in ("+", "=") else ""
+    return start + "".join(f"\\{letter}" if letter in "\\`*_[]<>|#~&" else letter for letter in flat)
 
 
 def fenced(text: str, language: str = "") -> str:
-    """`text` as a block of code, whatever is in it."""
+    """`text` as a code block, with a fence that the text does not contain."""
     fence = "```"
     while fence in text:
         fence += "`"
@@ -223,10 +221,10 @@ def _paragraphs(lines: Iterable[str]) -> str:
 # --- which trials -----------------------------------------------------------------------------------------
 
 
-def _noted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+def _trials_with_note(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     finished = [trial for trial in trials if trial.state.is_finished()]
-    chosen = {trial.number: trial for trial in finished[-LATEST_NOTED:]}
-    chosen |= {trial.number: trial for trial in findings.ranked(finished)[:BEST_NOTED]}
+    chosen = {trial.number: trial for trial in finished[-LATEST_WITH_NOTE:]}
+    chosen |= {trial.number: trial for trial in findings.ranked(finished)[:BEST_WITH_NOTE]}
     return list(chosen.values())
 
 
@@ -238,24 +236,24 @@ def _version_key(note_key: str) -> str:
 
 
 def _changes(stored: Mapping[str, Any], wanted: Mapping[str, str], keep: Iterable[str]) -> dict[str, Any]:
-    """What must be written, by key, so that each of `wanted` stands; None: taken away."""
+    """The attributes to write so that the database has each of `wanted`; None: the attribute is removed."""
     changes: dict[str, Any] = {}
     kept = {*wanted, *keep}
     for key, body in wanted.items():
         before = _body(stored, key)
-        after = _beside_a_person_s(before, body) if "note_str" in key else body
+        after = _with_user_text(before, body) if "note_str" in key else body
         if after != before:
             changes |= dict.fromkeys(_pieces(stored, key)) | {f"{key}0": after}
             if "note_str" in key:
-                # The dashboard refuses a person's edit of an older version than the one that stands.
+                # The dashboard refuses a user's edit of an older version.
                 changes[_version_key(key)] = int(stored.get(_version_key(key), 0)) + 1
     for version in stored:
         key = f"{version.removesuffix('note_ver')}note_str:"
         if version.endswith(":note_ver") and key not in kept and key != dashboard_note_prefix(None):
             body = _body(stored, key)
-            if body.startswith(MARK):  # a person's words are never taken away
+            if body.startswith(MARK):  # a user's text is never removed
                 changes |= dict.fromkeys([*_pieces(stored, key), version])
-    # What there is no data for any more, or an older version drew.
+    # Figures that have no data any more, or that an older version drew.
     for piece in stored:
         if piece.startswith(dashboard_plot_prefix()) and f"{piece.rpartition(':')[0]}:" not in kept and _is_ours(piece):
             changes[piece] = None
@@ -267,9 +265,10 @@ def _is_ours(piece: str) -> bool:
     return name in ("learning-curves", "dropout", "cost", "progress", "notebook")
 
 
-def _beside_a_person_s(before: str, ours: str) -> str:
-    above = before.partition(MARK)[0].strip()
-    return (f"{above}\n\n---\n\n" if above.strip("- \n") else "") + f"{MARK}\n\n{ours}"
+def _with_user_text(stored_note: str, note: str) -> str:
+    """Our `note`, below the text that a user has written above our last one."""
+    user_text = stored_note.partition(MARK)[0].strip()
+    return (f"{user_text}\n\n---\n\n" if user_text.strip("- \n") else "") + f"{MARK}\n\n{note}"
 
 
 def _pieces(stored: Mapping[str, Any], key: str) -> list[str]:
@@ -304,41 +303,43 @@ def _apply(connection: Connection, study_id: int, changes: Mapping[str, Any]) ->
         connection.execute(insert(model), rows)
 
 
-# --- whose turn it is -------------------------------------------------------------------------------------
+# --- which worker publishes -------------------------------------------------------------------------------
 
 
 def _take_turn(connection: Connection, study: ledger.Study, last: bool) -> bool:
-    """Whether there is something to publish, and it is time; then nobody else does for a while."""
-    standing = _standing(connection, study.id)
-    counted = _counted(connection, study)
-    if standing is not None:
-        if (standing.finished, standing.state) == counted:
+    """Whether the caller shall publish now; if so, the other workers wait for the pause."""
+    published = _last_published(connection, study.id)
+    if published is not None:
+        if (published.finished, published.state) == _finished_and_state(connection, study):
             return False
-        age = (database_now(connection) - datetime.fromisoformat(standing.at)).total_seconds()
-        if not last and 0 <= age < max(PAUSE_SECONDS, standing.seconds / SHARE):
+        age = (database_now(connection) - datetime.fromisoformat(published.at)).total_seconds()
+        if not last and 0 <= age < max(PAUSE_SECONDS, published.seconds / SHARE):
             return False
     now = _published_at(connection)
-    mine = _Published(at=now) if standing is None else _Published(**(asdict(standing) | {"at": now}))
-    _apply(connection, study.id, {STATE: asdict(mine)})
+    turn = _Published(at=now) if published is None else _Published(**(asdict(published) | {"at": now}))
+    _apply(connection, study.id, {STATE: asdict(turn)})
     return True
 
 
-def _counted(connection: Connection, study: ledger.Study) -> tuple[int, ledger.State]:
-    """How many trials have finished, and the study's state: if neither changed, there is no news."""
+def _finished_and_state(connection: Connection, study: ledger.Study) -> tuple[int, ledger.State]:
+    """How many trials have finished, and the study's state. If both are unchanged, there is nothing to publish."""
     now = ledger.current(connection, study)
     return now.finished, now.state
 
 
 def _is_current(storage: RDBStorage, study: ledger.Study) -> bool:
     with storage.engine.connect() as connection:
-        standing = _standing(connection, study.id)
-        return standing is not None and (standing.finished, standing.state) == _counted(connection, study)
+        published = _last_published(connection, study.id)
+        if published is None:
+            return False
+        return (published.finished, published.state) == _finished_and_state(connection, study)
 
 
-def _standing(connection: Connection, study_id: int) -> _Published | None:
+def _last_published(connection: Connection, study_id: int) -> _Published | None:
     model = StudySystemAttributeModel
-    found = connection.execute(select(model.value_json).where(model.study_id == study_id, model.key == STATE)).scalar()
-    return None if found is None else _Published(**json.loads(found))
+    query = select(model.value_json).where(model.study_id == study_id, model.key == STATE)
+    value_json = connection.execute(query).scalar()
+    return None if value_json is None else _Published(**json.loads(value_json))
 
 
 def _published(stored: Mapping[str, Any]) -> _Published | None:

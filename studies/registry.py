@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 StorageLike = str | RDBStorage | None  # a database's URL, an open storage, or None for the one that the settings name
 
 
-def storage_of(place: StorageLike) -> RDBStorage:
-    """The open storage at `place`. Raises StorageError where there is no database."""
-    if isinstance(place, RDBStorage):
-        return place
-    return _connected(place or settings.load().url)
+def storage_of(storage: StorageLike) -> RDBStorage:
+    """The open storage. Raises StorageError if there is no database."""
+    if isinstance(storage, RDBStorage):
+        return storage
+    return _connected(storage or settings.load().url)
 
 
 @cache
@@ -43,14 +43,14 @@ def create(
 ) -> ledger.Creation:
     """Creates a study in the database, whole or not at all: its definition, its queued points, its budget.
 
-    `data` describes its images (`fingerprint`, counts); workers compare their own with it. With `results` the study
-    has these as imported trials, and nothing is left to run.
+    `data` describes its images (`fingerprint`, counts); workers compare their own images with it. With `results` the
+    study has these as imported trials, and nothing is left to run.
 
     A study that exists stays as it is, but its budget is raised if the definition's
     is larger.
 
-    Raises StudyError if a study of this name has a definition whose trials would not be comparable, was not made by
-    Trialyard and has trials, or does not maximize exactly one value, as one that `optuna create-study` made.
+    Raises StudyError if a study of this name has a definition that makes trials not comparable, was not made by
+    Trialyard and has trials, or does not maximize exactly one value (`optuna create-study` makes such studies).
     """
     name = definition.name
 
@@ -59,7 +59,7 @@ def create(
         _require_same_data(name, stored_data, data)
 
     budget = ledger.Budget(trials=definition.trials if results is None else 0, hours=definition.budget.hours)
-    with _refusing(name):
+    with _as_study_errors(name):
         creation = ledger.create_study(
             storage,
             name,
@@ -79,89 +79,90 @@ def create(
 
 
 def pause(name: str, storage: StorageLike = None) -> None:
-    """No trial of study `name` starts, and those that run go back to the queue, until it is resumed.
+    """Pauses study `name`: running trials go back to the queue, and no trial starts until `resume`.
 
-    All its workers act within an epoch or a beat (10 s), whichever is sooner.
+    All its workers react within an epoch or a heartbeat (10 s), whichever is sooner.
 
     >>> studies.pause("digits")
     >>> studies.status("digits").state
     'paused'
 
-    Raises StudyError where there is none.
+    Raises StudyError if there is no such study.
     """
     _set_state(name, storage, "paused")
 
 
 def resume(name: str, storage: StorageLike = None) -> None:
-    """Lets the workers go on with a study that was paused or stopped.
+    """Lets workers continue a study that was paused or stopped.
 
     >>> studies.resume("digits")
     >>> studies.status("digits").state
     'open'
 
-    Raises StudyError where there is none.
+    Raises StudyError if there is no such study.
     """
     _set_state(name, storage, "open")
 
 
 def stop(name: str, storage: StorageLike = None) -> None:
-    """Ends study `name` with the trials that it has finished, as `pause` does but for good.
+    """Ends study `name` with the trials that have finished. Workers react as to `pause`.
 
     >>> studies.stop("digits")
     >>> studies.status("digits").state
     'stopped'
 
-    Raises StudyError where there is none.
+    Raises StudyError if there is no such study.
     """
     _set_state(name, storage, "stopped")
 
 
 def delete(name: str, storage: StorageLike = None) -> int:
-    """Removes study `name` with all its trials from the database, and its files; returns the bytes that these took.
+    """Removes study `name` with its trials and files; returns how many bytes the files had.
 
-    Killed in the middle it leaves at most files, which `trialyard storage prune` removes.
+    If the process is killed meanwhile, at most files are left, and `trialyard storage prune` removes them.
 
     >>> freed = studies.delete("digits")
     >>> studies.names(), freed > 100_000
     ([], True)
 
-    Raises StudyError where there is none, and StorageError while a worker runs a trial of it, unless it was stopped.
+    Raises StudyError if there is no such study, and StorageError if a worker runs one of its trials and the study was
+    not stopped.
     """
-    place, here = storage_of(storage), settings.load()
-    claims.delete(place, find(name, place), here.grace_seconds)
-    leftovers = retention.superfluous(place, here.artifact_folder, here.keep_models, study=name)
-    return retention.remove(place, here.artifact_folder, here.keep_models, leftovers)
+    opened, here = storage_of(storage), settings.load()
+    claims.delete(opened, find(name, opened), here.grace_seconds)
+    leftovers = retention.unneeded(opened, here.artifact_folder, here.keep_models, study=name)
+    return retention.remove(opened, here.artifact_folder, here.keep_models, leftovers)
 
 
 def _set_state(name: str, storage: StorageLike, state: ledger.State) -> None:
-    place = storage_of(storage)
-    ledger.set_state(place, find(name, place), state)
+    opened = storage_of(storage)
+    ledger.set_state(opened, find(name, opened), state)
 
 
 def open(name: str, storage: StorageLike = None) -> optuna.Study:
-    """The study `name`, as Optuna's own object, with the sampler and pruner of its definition.
+    """The Optuna study `name`, with the sampler and pruner of its definition.
 
-    `storage` is a database's URL, or None for the one that TRIALYARD_STORAGE or TRIALYARD_HOME names.
+    `storage` is a database's URL; None means the database of the settings (TRIALYARD_STORAGE, TRIALYARD_HOME).
 
     >>> study = studies.open("digits")
     >>> study.direction.name, study.best_trial.number == studies.best_trial("digits").number
     ('MAXIMIZE', True)
 
-    Raises StudyError where there is none of that name.
+    Raises StudyError if there is no such study.
     """
-    place = storage_of(storage)
-    definition = definitions.from_json(find(name, place).definition)
+    opened = storage_of(storage)
+    definition = definitions.from_json(find(name, opened).definition)
     with _quiet():
         return optuna.load_study(
             study_name=name,
-            storage=place,
+            storage=opened,
             sampler=sampling.sampler(definition, number=0),
             pruner=sampling.pruner(definition),
         )
 
 
 def names(storage: StorageLike = None) -> list[str]:
-    """The studies that Trialyard made, oldest first. One that is not readable is left out, with a warning.
+    """The names of the studies that Trialyard made, oldest first. An unreadable one is left out, with a warning.
 
     >>> studies.names()
     ['digits']
@@ -178,13 +179,13 @@ def find(name: str, storage: RDBStorage) -> ledger.Study:
         return ledger.find(storage, name)
     except StudyGone:
         known = names(storage)
-        place = transactions.redact(str(storage.engine.url))
+        database = transactions.redact(str(storage.engine.url))
         if not known:
             raise StudyError(
-                f"there is no study {name!r} in {place}, nor any other: `trialyard create {name}`"
+                f"there is no study {name!r} in {database}, nor any other: `trialyard create {name}`"
             ) from None
         raise StudyError(
-            f"there is no study {name!r} in {place}{nearest(name, known)}: it has {', '.join(known)}; "
+            f"there is no study {name!r} in {database}{nearest(name, known)}: it has {', '.join(known)}; "
             f"`trialyard create {name}` would make it"
         ) from None
     except NotOurStudy as error:
@@ -204,19 +205,19 @@ def check_data(study: ledger.Study, data: Mapping[str, Any]) -> None:
 def _require_same_data(name: str, stored: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     if stored.get("fingerprint") != data["fingerprint"]:
         raise StudyError(
-            f"study {name!r} started with other images (their fingerprint is {stored.get('fingerprint')}, and here it "
-            f"is {data['fingerprint']}): put the same data in place"
+            f"study {name!r} started with other images (their fingerprint is {stored.get('fingerprint')}, and that of "
+            f"the images here is {data['fingerprint']}): use the same data"
         )
 
 
 def check_direction(study: ledger.Study, storage: RDBStorage) -> None:
     """Raises StudyError unless the study maximizes exactly one value: older versions took over any empty study."""
-    with _refusing(study.name):
+    with _as_study_errors(study.name):
         ledger.check_direction(storage, study)
 
 
 @contextlib.contextmanager
-def _refusing(name: str) -> Iterator[None]:
+def _as_study_errors(name: str) -> Iterator[None]:
     try:
         yield
     except WrongDirection as wrong:
@@ -226,26 +227,27 @@ def _refusing(name: str) -> Iterator[None]:
         ) from None
     except NotOurStudy:
         raise StudyError(
-            f"there is a study {name!r} already, and it is not one of Trialyard's: choose another name with --name"
+            f"there is a study {name!r} already, and Trialyard did not make it: choose another name with --name"
         ) from None
 
 
-def check_software(study: ledger.Study, storage: RDBStorage, here: Mapping[str, str]) -> None:
-    """Raises StudyError unless the study began with software that gives the same numbers as that `here`.
+def check_software(study: ledger.Study, storage: RDBStorage, installed: Mapping[str, str]) -> None:
+    """Raises StudyError unless the study started with software that gives the same results as `installed`.
 
-    Both are what `search.checks.software` tells; what only one of them tells is not compared. A study that has not
-    begun yet, or did before this was recorded, takes `here` for its own.
+    Both have the form of `search.checks.software`; a part that only one of them has is not compared. A study without
+    recorded software takes `installed` for its own.
     """
-    began = ledger.record_software(storage, study, here)
-    different = [part for part in began if part in here and began[part] != here[part]]
+    recorded = ledger.record_software(storage, study, installed)
+    different = [part for part in recorded if part in installed and recorded[part] != installed[part]]
     if different:
         raise StudyError(
-            f"study {study.name!r} began with {_listed(began, different)}, and here is {_listed(here, different)}, so "
-            "results may differ: install the same here, or create another study with `trialyard create` and --name"
+            f"study {study.name!r} started with {_versions_text(recorded, different)}, and this machine has "
+            f"{_versions_text(installed, different)}, so results may differ: install the same versions, or start "
+            "another study with `trialyard create` and --name"
         )
 
 
-def _listed(software: Mapping[str, str], parts: list[str]) -> str:
+def _versions_text(software: Mapping[str, str], parts: list[str]) -> str:
     return " and ".join(f"{part} {software[part]}" for part in parts)
 
 
@@ -253,14 +255,14 @@ def _require_same_definition(stored: Definition, wanted: Definition) -> None:
     different = definitions.differences(stored, wanted)
     if different:
         raise StudyError(
-            f"study {wanted.name!r} exists with another definition ({'; '.join(different)}), and its trials "
-            "would not be comparable: make the definition the same, or give this one its own name with --name"
+            f"study {wanted.name!r} exists with another definition ({'; '.join(different)}), so trials would not be "
+            "comparable: use the same definition, or another name with --name"
         )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # "A new study created in RDB" goes to standard error by Optuna's own handler, beside our progress.
+    # Optuna logs to standard error, in the middle of our progress display.
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

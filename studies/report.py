@@ -1,4 +1,4 @@
-"""The report of a study: one HTML file, complete in itself, or Markdown. Everything that a person wrote is escaped."""
+"""The report of a study: one self-contained HTML file, or Markdown. All text that a user wrote is escaped."""
 
 import html
 from collections import Counter
@@ -23,7 +23,7 @@ Format = Literal["html", "markdown"]
 SHOWN_ROWS = 50  # of the leaderboard
 CURVES = 5  # trials in the figure of learning curves
 
-# The browser itself sees to it that the page asks nobody for anything.
+# With this policy the browser blocks every request to another host.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
@@ -32,56 +32,56 @@ table { border-collapse: collapse; font-size: 14px; } .wide { overflow-x: auto; 
 th, td { padding: 0.25rem 0.75rem; border-bottom: 1px solid #eee; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } td.text, th.text { text-align: left; white-space: normal; }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px; }
-li.mind { color: #8a3b00; } .quiet { color: #666; } figure { margin: 1.5rem 0; }
+li.caution { color: #8a3b00; } .quiet { color: #666; } figure { margin: 1.5rem 0; }
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportContent:
-    """All that a report says, before it has a form."""
+    """Everything that a report says, before it is rendered."""
 
     definition: Definition
     status: Status
     findings: Findings
     rows: list[Row]  # complete trials, best first
-    environment: dict[str, str]  # what the trials ran on: each value once, with its number of trials where they differ
+    environment: dict[str, str]  # what the trials ran on: different values with their numbers of trials
     trials: Sequence[FrozenTrial]
-    replays: Sequence[notebook.Replay]  # where it is the study of the notebook's own results
+    replays: Sequence[notebook.Replay]  # for the study that has the notebook's own results
     made: datetime
 
 
 def report(name: str, storage: StorageLike = None, format: Format = "html", artifacts: str | Path | None = None) -> str:
-    """The report of study `name`: what was found, what made the difference, and what cannot be concluded.
+    """The report of study `name`: the result, what made the difference, and what cannot be concluded.
 
-    As ``html`` it is one page with figures that opens without a network; as ``markdown`` it has no figures. Learning
-    curves are read below the folder `artifacts`, by default the one of the settings.
+    As ``html`` it is one page with figures, which needs no network. As ``markdown`` it has no figures. Learning curves
+    are read from the folder `artifacts`, by default the one of the settings.
 
     >>> print(studies.report("digits", format="markdown")[:8])
     # digits
 
-    Raises StudyError where there is no such study.
+    Raises StudyError if there is no such study.
     """
-    told = collect(name, storage)
+    content = collect(name, storage)
     if format == "markdown":
-        return _markdown(told)
+        return _markdown(content)
     folder = Path(artifacts) if artifacts is not None else settings.load().artifact_folder
-    return _html(told, results.curves_of(told.trials, folder, CURVES))
+    return _html(content, results.curves_of(content.trials, folder, CURVES))
 
 
 def collect(name: str, storage: StorageLike = None) -> ReportContent:
     """What a report of study `name` says. Raises StudyError where there is none."""
-    place = registry.storage_of(storage)
-    study = registry.find(name, place)
+    opened = registry.storage_of(storage)
+    study = registry.find(name, opened)
     definition = from_json(study.definition)
-    trials = place.get_all_trials(study.id, deepcopy=False)
+    trials = opened.get_all_trials(study.id, deepcopy=False)
     return ReportContent(
         definition=definition,
-        status=results.status_of(study, place),
+        status=results.status_of(study, opened),
         findings=findings.findings(trials, definition, study.data),
-        rows=results.leaderboard(name, place),
+        rows=results.leaderboard(name, opened),
         environment=_environment(trials, definition, study.data),
         trials=trials,
-        replays=notebook.replays(definition, place),
+        replays=notebook.replays(definition, opened),
         made=datetime.now().astimezone(),
     )
 
@@ -98,19 +98,21 @@ def _environment(trials: Sequence[FrozenTrial], definition: Definition, data: Ma
     images = ", ".join(
         f"{data[key]:,} {key}" for key in ("train", "validation", "test") if isinstance(data.get(key), int)
     )
-    told = {"images": f"{definition.dataset}: {images or 'unknown'}; fingerprint {data.get('fingerprint', 'unknown')}"}
+    fingerprint = data.get("fingerprint", "unknown")
+    environment = {"images": f"{definition.dataset}: {images or 'unknown'}; fingerprint {fingerprint}"}
     for key, title in (("device", "device"), ("precision", "precision"), ("precision_reason", "why that precision")):
-        told[title] = _each(trial.user_attrs[key] for trial in trials if key in trial.user_attrs)
+        environment[title] = _with_counts(trial.user_attrs[key] for trial in trials if key in trial.user_attrs)
     versions: dict[str, list[str]] = {}
     for trial in trials:
-        told_versions = trial.user_attrs.get("versions")
-        for package, number in (told_versions if isinstance(told_versions, dict) else {}).items():
+        of_trial = trial.user_attrs.get("versions")
+        for package, number in (of_trial if isinstance(of_trial, dict) else {}).items():
             versions.setdefault(str(package), []).append(str(number))
-    told |= {package: _each(numbers) for package, numbers in sorted(versions.items())}
-    return {key: value for key, value in told.items() if value}
+    environment |= {package: _with_counts(numbers) for package, numbers in sorted(versions.items())}
+    return {key: value for key, value in environment.items() if value}
 
 
-def _each(values: Iterable[Any]) -> str:
+def _with_counts(values: Iterable[Any]) -> str:
+    """The different values, with how often each occurs if there are several."""
     counted = Counter(map(str, values))
     if len(counted) <= 1:
         return next(iter(counted), "")
@@ -118,7 +120,7 @@ def _each(values: Iterable[Any]) -> str:
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """The leaderboard's titles and cells, without columns of which nothing is known."""
+    """The leaderboard's titles and cells, without empty columns."""
     names = list(dict.fromkeys(name for row in rows for name in row.params))
     titles = ["rank", "trial", "accuracy", *names, "epochs", "weights", "seconds"]
     cells = [
@@ -139,9 +141,9 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _failed(trials: Sequence[FrozenTrial]) -> list[str]:
     failed = [trial for trial in trials if trial.state == TrialState.FAIL]
-    reasons = (attributes.failure(trial.user_attrs.get("failure")) for trial in failed)
-    told = (f"{reason['kind']}: {reason['message']}" for reason in reasons)
-    return [f"{reason} ({count})" for reason, count in Counter(told).most_common(20)]
+    failures = (attributes.failure(trial.user_attrs.get("failure")) for trial in failed)
+    reasons = (f"{failure['kind']}: {failure['message']}" for failure in failures)
+    return [f"{reason} ({count})" for reason, count in Counter(reasons).most_common(20)]
 
 
 def _left_out(rows: Sequence[Row]) -> str:
@@ -152,29 +154,29 @@ def _left_out(rows: Sequence[Row]) -> str:
 # --- Markdown ---------------------------------------------------------------------------------------------
 
 
-def _markdown(told: ReportContent) -> str:
-    definition, escaped = told.definition, notes.escaped
-    titles, cells = table(told.rows[:SHOWN_ROWS])
+def _markdown(content: ReportContent) -> str:
+    definition, escaped = content.definition, notes.escaped
+    titles, cells = table(content.rows[:SHOWN_ROWS])
     lines = [
         f"# {escaped(definition.name)}",
         escaped(definition.description),
-        f"{counts(told.status)}; {told.made:%Y-%m-%d %H:%M %z}, Trialyard {version('trialyard')}.",
+        f"{counts(content.status)}; {content.made:%Y-%m-%d %H:%M %z}, Trialyard {version('trialyard')}.",
         "## What was found",
-        _bullets(told.findings.found),
+        _bullets(content.findings.best),
         "## What made the difference",
-        _bullets(told.findings.mattered) or "Nothing can be said of that yet.",
+        _bullets(content.findings.influences) or "This is not known yet.",
         "## What cannot be concluded",
-        _bullets(told.findings.cautions) or "Nothing speaks against the result.",
+        _bullets(content.findings.cautions) or "There are no cautions.",
         "## Leaderboard",
         _rows(titles, cells) if cells else "No trial is complete.",
-        _left_out(told.rows),
-        *(["## Failures", _bullets(_failed(told.trials))] if told.status.failed else []),
+        _left_out(content.rows),
+        *(["## Failures", _bullets(_failed(content.trials))] if content.status.failed else []),
         "## Searched",
-        _rows(["hyperparameter", "over"], [[name, span] for name, span in findings.searched(definition).items()]),
+        _rows(["hyperparameter", "over"], [[name, text] for name, text in findings.ranges(definition).items()]),
         "## Definition",
         notes.fenced(to_toml(definition).rstrip(), "toml"),
         "## Environment",
-        _rows(["what", "which"], [[key, value] for key, value in told.environment.items()]),
+        _rows(["what", "which"], [[key, value] for key, value in content.environment.items()]),
     ]
     return "\n\n".join(line for line in lines if line) + "\n"
 
@@ -193,27 +195,27 @@ def _rows(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 # --- HTML -------------------------------------------------------------------------------------------------
 
 
-def _html(told: ReportContent, curves: Sequence[results.Curve]) -> str:
-    # Plotly takes a moment to import, which only this needs.
+def _html(content: ReportContent, curves: Sequence[results.Curve]) -> str:
+    # Importing Plotly takes a moment, and only this function needs it.
     import plotly.io
     import plotly.offline
 
     from studies import figures
 
-    definition = told.definition
-    drawn = figures.drawn(told.trials, definition, curves, told.replays)
+    definition = content.definition
+    plots = figures.all_figures(content.trials, definition, curves, content.replays)
     config = {"displaylogo": False}
-    shown = "".join(
+    figures_html = "".join(
         f'<figure id="{name}">'
         + plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config=config, div_id=f"figure-{name}")
         + "</figure>\n"
-        for name, figure in drawn.items()
+        for name, figure in plots.items()
     )
-    titles, cells = table(told.rows[:SHOWN_ROWS])
-    searched = [[name, span] for name, span in findings.searched(definition).items()]
-    searched += [[name, f"fixed: {findings.value_text(value)}"] for name, value in definition.fixed.items()]
+    titles, cells = table(content.rows[:SHOWN_ROWS])
+    ranges = [[name, text] for name, text in findings.ranges(definition).items()]
+    ranges += [[name, f"fixed: {findings.value_text(value)}"] for name, value in definition.fixed.items()]
     name = html.escape(definition.name)
-    failures = f"<h2>Failures</h2>{_list(_failed(told.trials))}" if told.status.failed else ""
+    failures = f"<h2>Failures</h2>{_list(_failed(content.trials))}" if content.status.failed else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -222,31 +224,31 @@ def _html(told: ReportContent, curves: Sequence[results.Curve]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{name}: Trialyard's report</title>
 <style>{_STYLE}</style>
-<script>{plotly.offline.get_plotlyjs() if drawn else ""}</script>
+<script>{plotly.offline.get_plotlyjs() if plots else ""}</script>
 </head>
 <body>
 <h1>{name}</h1>
 <p>{html.escape(definition.description)}</p>
-<p class="quiet">{html.escape(counts(told.status))}; made {told.made:%Y-%m-%d %H:%M %z} by Trialyard \
+<p class="quiet">{html.escape(counts(content.status))}; made {content.made:%Y-%m-%d %H:%M %z} by Trialyard \
 {html.escape(version("trialyard"))}</p>
 <h2>What was found</h2>
-{_list(told.findings.found)}
+{_list(content.findings.best)}
 <h2>What made the difference</h2>
-{_list(told.findings.mattered) or "<p>Nothing can be said of that yet.</p>"}
+{_list(content.findings.influences) or "<p>This is not known yet.</p>"}
 <h2>What cannot be concluded</h2>
-{_list(told.findings.cautions, "mind") or "<p>Nothing speaks against the result.</p>"}
+{_list(content.findings.cautions, "caution") or "<p>There are no cautions.</p>"}
 <h2>Figures</h2>
-{shown or "<p>There is no trial to draw yet.</p>"}
+{figures_html or "<p>There is no trial to draw yet.</p>"}
 <h2>Leaderboard</h2>
 {_html_table(titles, cells) if cells else "<p>No trial is complete.</p>"}
-<p class="quiet">{html.escape(_left_out(told.rows))}</p>
+<p class="quiet">{html.escape(_left_out(content.rows))}</p>
 {failures}
 <h2>Searched and fixed</h2>
-{_html_table(["hyperparameter", "over"], searched, text=True)}
+{_html_table(["hyperparameter", "over"], ranges, text=True)}
 <h2>Definition</h2>
 <pre>{html.escape(to_toml(definition).rstrip())}</pre>
 <h2>Environment</h2>
-{_html_table(["what", "which"], [[key, value] for key, value in told.environment.items()], text=True)}
+{_html_table(["what", "which"], [[key, value] for key, value in content.environment.items()], text=True)}
 </body>
 </html>
 """

@@ -1,4 +1,4 @@
-"""What came out: the best trial, the leaderboard, the status. Reading never changes anything."""
+"""Results of a study: the best trial and model, the leaderboard, the curves, the status. Only reads the database."""
 
 import contextlib
 import importlib
@@ -45,7 +45,7 @@ LEADERBOARD_ATTRIBUTES = ("epochs", "parameters", "seconds")  # user attributes 
 class Row:
     """One finished trial of a leaderboard."""
 
-    rank: int  # from 1; trials of equal value stand in the order of their numbers
+    rank: int  # from 1; trials of equal value are in the order of their numbers
     number: int
     value: float  # validation accuracy of its best epoch, 0 to 1
     params: dict[str, Any]
@@ -56,33 +56,33 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """Where a study stands."""
+    """The progress of a study."""
 
     study: str
     description: str
-    protocol: str  # "validation", or "test": the notebook's own, chosen on the test set
+    protocol: str  # the images that trials are judged by: "validation", or "test" as in the notebook
     complete: int
     pruned: int
     failed: int
     running: int
     waiting: int
-    budget: int  # trials, those included that were imported
+    budget: int  # trials, including imported ones
     state: ledger.State  # open, paused or stopped
     ended: bool
     best: float | None  # the best value so far
     best_number: int | None
-    seconds_left: float | None  # a guess, from the pace since the first trial began; None before one finished
+    seconds_left: float | None  # estimated from the pace since the first trial started; None before one has finished
     workers: tuple[RunningTrial, ...]
-    outside: tuple[int, ...]  # numbers of RUNNING trials that no worker started: somebody's own `study.ask()`
+    outside: tuple[int, ...]  # numbers of RUNNING trials that no worker started, but for example a `study.ask()`
     failures: tuple[str, ...]  # why trials failed, as "kind: message", each reason once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One trial, epoch by epoch: the n-th entry of each tuple is epoch n's, and what is not known is empty.
+    """One trial, epoch by epoch: the n-th entry of each tuple is epoch n. An unknown column is empty.
 
-    Losses are mean cross-entropies, accuracies 0 to 1, or NaN where a model of one's own measured no finite one; `loss`
-    and `accuracy` are of the training images.
+    Losses are mean cross-entropies, accuracies are from 0 to 1. Either is NaN where a user's own model measured no
+    finite value. `loss` and `accuracy` are those of the training images.
     """
 
     number: int
@@ -92,14 +92,14 @@ class Curve:
     loss: tuple[float, ...]
     accuracy: tuple[float, ...]
     val_loss: tuple[float, ...]
-    val_accuracy: tuple[float, ...]  # the database has it, also where the others lie on another machine
+    val_accuracy: tuple[float, ...]  # known also if the trial's files are on another machine: the database has it
     seconds: tuple[float, ...]
 
 
 def best_trial(name: str, storage: StorageLike = None) -> FrozenTrial:
-    """The complete trial with the highest validation accuracy; of equals, the first.
+    """The complete trial with the highest validation accuracy; among equal ones, the first.
 
-    Pruned and failed trials never win, nor those with a violated constraint.
+    Pruned and failed trials, and trials that violate a constraint, never win.
 
     >>> trial = studies.best_trial("digits")
     >>> trial.state.name, sorted(trial.params)
@@ -107,10 +107,10 @@ def best_trial(name: str, storage: StorageLike = None) -> FrozenTrial:
     >>> 0 <= trial.value <= 1
     True
 
-    Raises StudyError where there is no such study, or no complete trial yet.
+    Raises StudyError if there is no such study, or no complete trial yet.
     """
-    place = registry.storage_of(storage)
-    return best_trial_of(registry.find(name, place), place)
+    opened = registry.storage_of(storage)
+    return best_trial_of(registry.find(name, opened), opened)
 
 
 def best_trial_of(study: Study, storage: RDBStorage) -> FrozenTrial:
@@ -131,7 +131,7 @@ def _why_none(study: Study, storage: RDBStorage) -> str:
     if study.state == "stopped":
         return (
             f"study {name!r} was stopped before any of its trials was complete: `trialyard resume {name}` opens it, "
-            f"and `trialyard work {name}` works on it"
+            f"and `trialyard work {name}` continues it"
         )
     if study.has_ended:
         return (
@@ -139,43 +139,44 @@ def _why_none(study: Study, storage: RDBStorage) -> str:
             f"`trialyard status {name}` says why; correct its definition and give it another name"
         )
     return (
-        f"study {name!r} has no complete trial yet: `trialyard work {name}` works on it, "
-        f"`trialyard status {name}` shows how far it is"
+        f"study {name!r} has no complete trial yet: `trialyard work {name}` continues it, "
+        f"`trialyard status {name}` shows its progress"
     )
 
 
 def best_model(name: str, storage: StorageLike = None) -> "keras.Model":
     """The trained model of the best trial, with the weights of its best epoch, ready to predict.
 
-    It takes images of (n, height, width, channels) on 0 to 255, as it was trained on, and gives class probabilities of
-    (n, classes), float32: on a processor the same, to the bit, as at the end of its training. It is not compiled.
+    It takes images of (n, height, width, channels) on the scale 0 to 255, and gives class probabilities of
+    (n, classes), float32. On a processor they are the same, to the bit, as at the end of the training. The model is not
+    compiled.
 
     >>> model = studies.best_model("digits")
     >>> model.predict(np.zeros((5, 28, 28, 1)), verbose=0).shape
     (5, 10)
 
-    It imports Keras. Where the study's model is a function of one's own, the function's module is imported first, so
-    that layers which it registers with Keras are known.
+    It imports Keras. If the study's model is a user's own function, the function's module is imported first, so that
+    Keras knows the layers that the module registers.
 
-    Raises StudyError where `best_trial` does, where the file is not on this machine, and where Keras cannot load it.
+    Raises StudyError as `best_trial` does, and if the file is not on this machine or Keras cannot load it.
     """
-    place = registry.storage_of(storage)
-    study = registry.find(name, place)
-    trial = best_trial_of(study, place)
-    path = file_of(study, trial, "model", place)
+    opened = registry.storage_of(storage)
+    study = registry.find(name, opened)
+    trial = best_trial_of(study, opened)
+    path = file_of(study, trial, "model", opened)
     import keras
 
     function = str(study.definition["model"])
     if ":" in function:
-        with contextlib.suppress(ImportError):  # the model may be of Keras's own layers, and need no module
+        with contextlib.suppress(ImportError):  # a model of Keras's own layers does not need the module
             importlib.import_module(function.partition(":")[0])
     try:
         return keras.models.load_model(path, compile=False)
     except (TypeError, ValueError, OSError, ImportError, AttributeError, KeyError, zipfile.BadZipFile) as error:
         raise StudyError(
             f"the model of trial {trial.number} of study {name!r}, {path}, cannot be loaded "
-            f"({' '.join(str(error).split())[:300]}): where its layers are your own, have "
-            "@keras.saving.register_keras_serializable() above each and import their module first, or call "
+            f"({' '.join(str(error).split())[:300]}): if it has layers of your own, decorate each with "
+            "@keras.saving.register_keras_serializable() and import their module first, or call "
             "keras.models.load_model(file, custom_objects={...}) yourself"
         ) from error
 
@@ -207,81 +208,82 @@ def attempts(name: str, number: int, storage: StorageLike = None) -> list[Attemp
 
     Raises StudyError if there is no such study or trial.
     """
-    place = registry.storage_of(storage)
-    study = registry.find(name, place)
+    opened = registry.storage_of(storage)
+    study = registry.find(name, opened)
     try:
-        trial_id = place.get_trial_id_from_study_id_trial_number(study.id, number)
+        trial_id = opened.get_trial_id_from_study_id_trial_number(study.id, number)
     except KeyError:
         trials = study.finished + study.running + study.waiting
         raise StudyError(f"study {name!r} has no trial {number}: its {trials} trials are numbered from 0") from None
-    return read(place, lambda connection: of_trial(connection, trial_id))
+    return read(opened, lambda connection: of_trial(connection, trial_id))
 
 
 def leaderboard(name: str, storage: StorageLike = None, top: int | None = None) -> list[Row]:
-    """The complete and feasible trials of study `name`, best first, or only the `top` of them.
+    """The complete and feasible trials of study `name`, best first; only the first `top` if it is given.
 
     >>> for row in studies.leaderboard("digits"):
     ...     print(row.rank, row.params["depth"], row.epochs, row.parameters)
     1 ... 1 ...
     2 ... 1 ...
 
-    Raises StudyError where there is no such study.
+    Raises StudyError if there is no such study.
     """
-    place = registry.storage_of(storage)
-    study = registry.find(name, place)
-    return read(place, lambda connection: _rows(connection, study.id, top))
+    opened = registry.storage_of(storage)
+    study = registry.find(name, opened)
+    return read(opened, lambda connection: _rows(connection, study.id, top))
 
 
 def _rows(connection: Connection, study_id: int, top: int | None) -> list[Row]:
-    standings = ranked(connection, study_id, top)
-    # A few trials are named; of many, the study's whole tables are read, since a statement's length has a limit.
-    some = [standing.trial_id for standing in standings] if len(standings) <= MAX_IDS_IN_CLAUSE else None
+    trials = ranked(connection, study_id, top)
+    # The length of a statement is limited. So the ids of a few trials are named, and for many all rows are read.
+    trial_ids = [trial.trial_id for trial in trials] if len(trials) <= MAX_IDS_IN_CLAUSE else None
 
-    def of(stored: type[TrialParamModel] | type[TrialUserAttributeModel], *columns: Any) -> Select[Any]:
-        chosen = select(stored.trial_id, *columns)
-        if some is not None:
-            return chosen.where(stored.trial_id.in_(some))
+    def query(stored: type[TrialParamModel] | type[TrialUserAttributeModel], *columns: Any) -> Select[Any]:
+        selected = select(stored.trial_id, *columns)
+        if trial_ids is not None:
+            return selected.where(stored.trial_id.in_(trial_ids))
         complete = (TrialModel.study_id == study_id, TrialModel.state == TrialState.COMPLETE)
-        return chosen.join(TrialModel, TrialModel.trial_id == stored.trial_id).where(*complete)
+        return selected.join(TrialModel, TrialModel.trial_id == stored.trial_id).where(*complete)
 
     params: dict[int, dict[str, Any]] = defaultdict(dict)
     stored = TrialParamModel
     columns = (stored.param_name, stored.param_value, stored.distribution_json)
-    for trial_id, name, value, distribution in connection.execute(of(stored, *columns).order_by(stored.param_id)):
+    for trial_id, name, value, distribution in connection.execute(query(stored, *columns).order_by(stored.param_id)):
         params[trial_id][name] = _distribution(distribution).to_external_repr(value)
-    told: dict[int, dict[str, Any]] = defaultdict(dict)
+    numbers: dict[int, dict[str, Any]] = defaultdict(dict)
     attribute = TrialUserAttributeModel
-    wanted = of(attribute, attribute.key, attribute.value_json).where(attribute.key.in_(LEADERBOARD_ATTRIBUTES))
-    for trial_id, key, value_json in connection.execute(wanted):
-        told[trial_id][key] = attributes.number(attributes.decoded(value_json))
+    shown_attributes = attribute.key.in_(LEADERBOARD_ATTRIBUTES)
+    rows = connection.execute(query(attribute, attribute.key, attribute.value_json).where(shown_attributes))
+    for trial_id, key, value_json in rows:
+        numbers[trial_id][key] = attributes.number(attributes.decoded(value_json))
     return [
         Row(
             rank=rank,
-            number=standing.number,
-            value=standing.value,
-            params=params[standing.trial_id],
-            **{key: told[standing.trial_id].get(key) for key in LEADERBOARD_ATTRIBUTES},
+            number=trial.number,
+            value=trial.value,
+            params=params[trial.trial_id],
+            **{key: numbers[trial.trial_id].get(key) for key in LEADERBOARD_ATTRIBUTES},
         )
-        for rank, standing in enumerate(standings, start=1)
+        for rank, trial in enumerate(trials, start=1)
     ]
 
 
 @cache
 def _distribution(as_json: str) -> BaseDistribution:
-    return json_to_distribution(as_json)  # a study has few of them, and each of its trials names them again
+    return json_to_distribution(as_json)  # a study has few distributions, and each trial repeats them
 
 
 def status(name: str, storage: StorageLike = None) -> Status:
-    """Where study `name` stands.
+    """The progress of study `name`.
 
     >>> state = studies.status("digits")
     >>> state.complete, state.budget, state.ended, state.workers
     (2, 2, True, ())
 
-    Raises StudyError where there is no such study.
+    Raises StudyError if there is no such study.
     """
-    place = registry.storage_of(storage)
-    return status_of(registry.find(name, place), place)
+    opened = registry.storage_of(storage)
+    return status_of(registry.find(name, opened), opened)
 
 
 def statuses(storage: StorageLike = None) -> list[Status]:
@@ -290,8 +292,8 @@ def statuses(storage: StorageLike = None) -> list[Status]:
     >>> [state.study for state in studies.statuses()]
     ['digits']
     """
-    place = registry.storage_of(storage)
-    return [status_of(study, place) for study in ledger.studies(place)]
+    opened = registry.storage_of(storage)
+    return [status_of(study, opened) for study in ledger.studies(opened)]
 
 
 def status_of(study: Study, storage: RDBStorage) -> Status:
@@ -324,7 +326,7 @@ def _outside(storage: RDBStorage, study: Study) -> tuple[int, ...]:
 
 
 def workers(storage: StorageLike = None) -> list[SlotStatus]:
-    """Every slot of every worker that beats, whatever study it is at, and also those that wait for one.
+    """Every slot of every live worker, also the idle ones.
 
     >>> [slot.device for slot in studies.workers()]
     []
@@ -337,22 +339,22 @@ def curves(
 ) -> list[Curve]:
     """The learning curves of study `name`: complete trials, best first, then pruned ones; `top` limits how many.
 
-    They are read below the folder `artifacts`, by default the one that TRIALYARD_ARTIFACTS or TRIALYARD_HOME names.
+    They are read from the folder `artifacts`, by default the one of the settings.
 
     >>> curve = studies.curves("digits", top=1)[0]
     >>> len(curve.loss) == len(curve.val_accuracy) == 1
     True
 
-    Raises StudyError where there is no such study.
+    Raises StudyError if there is no such study.
     """
-    place = registry.storage_of(storage)
-    study = registry.find(name, place)
-    ended = place.get_all_trials(study.id, deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    opened = registry.storage_of(storage)
+    study = registry.find(name, opened)
+    ended = opened.get_all_trials(study.id, deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     return curves_of(ended, Path(artifacts) if artifacts is not None else settings.load().artifact_folder, top)
 
 
 def curves_of(trials: Sequence[FrozenTrial], artifacts: Path, top: int | None = None) -> list[Curve]:
-    """The same for trials that were read already."""
+    """The learning curves of `trials`: complete ones, best first, then pruned ones; `top` limits how many."""
     complete = sorted(
         (trial for trial in trials if is_scored(trial)),
         key=lambda trial: (-float(trial.values[0]), trial.number),
@@ -382,36 +384,36 @@ def _curve(trial: FrozenTrial, artifacts: Path) -> Curve:
 
 
 def _history(trial: FrozenTrial, artifacts: Path) -> list[dict[str, Any]]:
-    """What the training wrote, an epoch a record; nothing where its file lies elsewhere, or is no history."""
+    """The records of a training's epochs; empty if this machine does not have the file, or it is not a history."""
     path = inside(artifacts, trial.user_attrs.get("history"))
     if path is None:
         return []
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
         keys = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")
-        # The file has null where a number was not finite.
+        # The file has null for a number that is not finite.
         return [{key: math.nan if record[key] is None else float(record[key]) for key in keys} for record in records]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        log.debug("trial %d has no history here: %s", trial.number, error)
+        log.debug("trial %d has no history on this machine: %s", trial.number, error)
         return []
 
 
 def _failures(storage: RDBStorage, study_id: int) -> tuple[str, ...]:
-    told = and_(TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "failure")
+    reason = and_(TrialUserAttributeModel.trial_id == TrialModel.trial_id, TrialUserAttributeModel.key == "failure")
 
     def work(connection: Connection) -> list[str | None]:
         return list(
             connection.execute(
                 select(TrialUserAttributeModel.value_json)
                 .select_from(TrialModel)
-                .outerjoin(TrialUserAttributeModel, told)
+                .outerjoin(TrialUserAttributeModel, reason)
                 .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.FAIL)
                 .order_by(TrialModel.number)
             ).scalars()
         )
 
-    reasons = (attributes.failure(attributes.decoded(one)) for one in dict.fromkeys(read(storage, work)))
-    return tuple(dict.fromkeys(f"{reason['kind']}: {reason['message']}" for reason in reasons))
+    failures = (attributes.failure(attributes.decoded(stored)) for stored in dict.fromkeys(read(storage, work)))
+    return tuple(dict.fromkeys(f"{failure['kind']}: {failure['message']}" for failure in failures))
 
 
 def _seconds_left(storage: RDBStorage, study: Study) -> float | None:

@@ -1,7 +1,7 @@
-"""Optuna's samplers and pruners, as a definition names them.
+"""The Optuna sampler and pruner of a definition.
 
-Trial n's sampler is seeded from (study seed, n). Two workers that both started with the study's seed
-would propose the same points, and a restarted study would repeat its first points.
+The sampler of trial n is seeded from (study seed, n). If each worker started with the study's seed, two workers would
+propose the same points, and a restarted study would repeat its first points.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from studies.space import Space
 
 
 def seed_of(definition: Definition, number: int, purpose: int) -> int:
-    """A 32-bit seed for trial `number`, unlike those of other trials, purposes and study seeds.
+    """A 32-bit seed for trial `number`, different for other trials, purposes and study seeds.
 
     Purposes: 0 for the sampler, 1 for the training.
     """
@@ -31,7 +31,7 @@ def seed_of(definition: Definition, number: int, purpose: int) -> int:
 
 
 def sampler(definition: Definition, number: int) -> BaseSampler:
-    """A sampler for trial `number` alone."""
+    """The sampler of trial `number`."""
     seed = seed_of(definition, number, purpose=0)
     conditional = any(parameter.when for parameter in definition.space.values())
     makers: dict[str, Callable[[], BaseSampler]] = {
@@ -42,7 +42,7 @@ def sampler(definition: Definition, number: int) -> BaseSampler:
         "qmc": lambda: _NumberedQMC(definition, number, independent_seed=seed),
         "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=_population(definition.trials)),
-        # Their points are in the queue already, so the sampler has nothing to propose.
+        # Their points are in the queue, so the sampler has nothing to propose.
         "grid": lambda: optuna.samplers.RandomSampler(seed=seed),
         "points": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
@@ -77,15 +77,15 @@ def check_installed(definition: Definition) -> None:
 
 
 def _population(trials: int) -> int:
-    # With the default of 50 a study of 40 trials would be a random search.
+    # With Optuna's default of 50 a study of 40 trials would be a random search.
     return max(4, min(50, trials // 4))
 
 
 class _NumberedQMC(optuna.samplers.QMCSampler):
     """Quasi-Monte Carlo in which trial n takes point n of the sequence.
 
-    Optuna's own counts the points in a study attribute that it reads and writes without a lock, so that two
-    workers can propose the same point. It also samples the first trial on its own, to learn the space from it.
+    Optuna's QMCSampler counts the points in a study attribute that it reads and writes without a lock, so two workers
+    can propose the same point. It also samples the first trial independently, to learn the search space from it.
     """
 
     def __init__(self, definition: Definition, number: int, *, independent_seed: int) -> None:

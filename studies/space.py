@@ -1,7 +1,7 @@
-"""The search space: which hyperparameters are searched, and over what.
+"""The search space: which hyperparameters are searched, and over which values.
 
-A parameter may apply only `when` others have certain values. It is then suggested only there, so that a trial
-holds just what it was trained with.
+A parameter with `when` applies only if others have certain values. It is suggested only then, so that a trial has
+exactly the hyperparameters that it was trained with.
 """
 
 import itertools
@@ -45,18 +45,18 @@ class _Parameter(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _listed(cls, raw: Any) -> Any:
+    def _when_with_tuples(cls, raw: Any) -> Any:
         # `when = { depth = 3 }` is short for `when = { depth = [3] }`.
         if isinstance(raw, dict) and isinstance(raw.get("when"), dict):
-            listed = {
+            when = {
                 name: tuple(value) if isinstance(value, (list, tuple)) else (value,)
                 for name, value in raw["when"].items()
             }
-            return {**raw, "when": listed}
+            return {**raw, "when": when}
         return raw
 
     def applies(self, point: Mapping[str, Any]) -> bool:
-        """Whether the parameter is searched where the others have the values of `point`."""
+        """Whether the parameter is searched if the others have the values of `point`."""
         return all(name in point and point[name] in values for name, values in self.when.items())
 
 
@@ -83,14 +83,14 @@ class Float(_Parameter):
         return self
 
     def distribution(self) -> BaseDistribution:
-        """Optuna's own form."""
+        """The distribution as Optuna's object."""
         return FloatDistribution(self.low, self.high, step=self.step, log=self.log)
 
     def points(self) -> list[float] | None:
         """Every value on the steps; None for a continuous range."""
         if self.step is None:
             return None
-        # 0.1 + 0.2 is not 0.3, but it is in decimals, in which a person wrote them.
+        # With floats 0.1 + 0.2 is not 0.3; with decimals it is.
         low, step = Decimal(str(self.low)), Decimal(str(self.step))
         steps = int((Decimal(str(self.high)) - low) / step)
         return [float(low + i * step) for i in range(min(steps, GRID_LIMIT) + 1)]
@@ -118,7 +118,7 @@ class Int(_Parameter):
         return self
 
     def distribution(self) -> BaseDistribution:
-        """Optuna's own form."""
+        """The distribution as Optuna's object."""
         return IntDistribution(self.low, self.high, step=self.step, log=self.log)
 
     def points(self) -> list[int]:
@@ -139,7 +139,7 @@ class Choice(_Parameter):
         return self
 
     def distribution(self) -> BaseDistribution:
-        """Optuna's own form."""
+        """The distribution as Optuna's object."""
         return CategoricalDistribution(self.choices)
 
     def points(self) -> list[Any]:
@@ -163,12 +163,12 @@ def _check_range(low: float, high: float, log: bool) -> None:
 def _divides(step: float, low: float, high: float) -> bool:
     """Whether `high` is a whole number of steps above `low`. If it is not, Optuna lowers `high`."""
     # In decimals, as Optuna computes it.
-    width, one = Decimal(str(high)) - Decimal(str(low)), Decimal(str(step))
-    return 1 <= width / one <= 2**53 and width % one == 0
+    width, step_width = Decimal(str(high)) - Decimal(str(low)), Decimal(str(step))
+    return 1 <= width / step_width <= 2**53 and width % step_width == 0
 
 
 def parameter_class(raw: Mapping[str, Any]) -> type[Float] | type[Int] | type[Choice]:
-    """Which of the three a table of the definition describes: by `choices`, by `type`, by its numbers."""
+    """The class that a table of the definition describes, from its `choices`, its `type` or its numbers."""
     if "choices" in raw:
         return Choice
     if raw.get("type") in ("float", "int"):
@@ -178,22 +178,22 @@ def parameter_class(raw: Mapping[str, Any]) -> type[Float] | type[Int] | type[Ch
 
 
 def in_order(space: Space) -> list[str]:
-    """The parameters' names, each after those that its `when` names, else as written.
+    """The parameters' names as written, but each one after those in its `when`.
 
-    Raises ValueError, with the name of one of them, where `when`s go in a circle.
+    Raises ValueError, with the name of one of them, if the `when`s are circular.
     """
     ordered: dict[str, None] = {}
     waiting = dict.fromkeys(space)
     while waiting:
         ready = [name for name in waiting if all(other in ordered for other in space[name].when)]
         if not ready:
-            raise ValueError(_in_a_circle(space, waiting))
+            raise ValueError(_name_in_cycle(space, waiting))
         ordered |= dict.fromkeys(ready)
         waiting = {name: None for name in waiting if name not in ordered}
     return list(ordered)
 
 
-def _in_a_circle(space: Space, waiting: Iterable[str]) -> str:
+def _name_in_cycle(space: Space, waiting: Iterable[str]) -> str:
     # Follow the dependencies from any parameter: the first name that is seen twice is part of a cycle.
     name, seen = next(iter(waiting)), set[str]()
     while name not in seen:
@@ -203,7 +203,7 @@ def _in_a_circle(space: Space, waiting: Iterable[str]) -> str:
 
 
 def suggest(trial: optuna.Trial, space: Space) -> Point:
-    """The trial's hyperparameters: each parameter that applies is asked for, the others are left out."""
+    """The trial's hyperparameters. Only parameters that apply are suggested."""
     point: Point = {}
     for name in in_order(space):
         parameter = space[name]
@@ -223,16 +223,16 @@ def suggest(trial: optuna.Trial, space: Space) -> Point:
 def grid(space: Space) -> list[Point]:
     """Every point of a space without continuous ranges, the last parameter changing fastest.
 
-    Raises ValueError where there are more than GRID_LIMIT.
+    Raises ValueError if there are more than GRID_LIMIT points.
     """
     points: list[Point] = [{}]
     for name in in_order(space):
         parameter = space[name]
         values = parameter.points() or ()
         extended = (
-            longer
+            longer_point
             for point in points
-            for longer in ([{**point, name: value} for value in values] if parameter.applies(point) else [point])
+            for longer_point in ([{**point, name: value} for value in values] if parameter.applies(point) else [point])
         )
         points = list(itertools.islice(extended, GRID_LIMIT + 1))
         if len(points) > GRID_LIMIT:
@@ -243,8 +243,8 @@ def grid(space: Space) -> list[Point]:
 def broken_rule(parameter: Parameter, value: object) -> str | None:
     """The rule of `parameter` that `value` breaks, in words; None if it is allowed."""
     if isinstance(parameter, Choice):
-        good = any(value == choice and type(value) is type(choice) for choice in parameter.choices)
-        return None if good else f"must be one of {listed(parameter.choices)}"
+        allowed = any(value == choice and type(value) is type(choice) for choice in parameter.choices)
+        return None if allowed else f"must be one of {values_text(parameter.choices)}"
     if isinstance(value, bool) or not isinstance(value, int if isinstance(parameter, Int) else (int, float)):
         return "must be a whole number" if isinstance(parameter, Int) else "must be a number"
     if not parameter.low <= value <= parameter.high:
@@ -256,9 +256,9 @@ def broken_rule(parameter: Parameter, value: object) -> str | None:
     return None
 
 
-def listed(values: Iterable[Scalar]) -> str:
-    """`values` as a definition would write them, on part of a line."""
-    # Escape what would break the line; leave plain names such as adam without quotes, which read better.
-    shown = [value if isinstance(value, str) and value.isidentifier() else json.dumps(value) for value in values]
-    text = ", ".join(shown)
-    return text if len(text) <= 200 else f"{text[:180]}... ({len(shown)} in all)"
+def values_text(values: Iterable[Scalar]) -> str:
+    """`values` as a definition writes them, shortened."""
+    # JSON escapes line breaks. Plain names such as adam are easier to read without quotes.
+    texts = [value if isinstance(value, str) and value.isidentifier() else json.dumps(value) for value in values]
+    text = ", ".join(texts)
+    return text if len(text) <= 200 else f"{text[:180]}... ({len(texts)} in all)"

@@ -120,7 +120,7 @@ def test_a_file_that_is_elsewhere_is_named_with_the_way_out(place: RDBStorage, m
 
 def test_a_trial_without_a_model_says_so(place: RDBStorage) -> None:
     _ended(place, "mine", {})
-    with pytest.raises(StudyError, match="trial 0 of study 'mine' names no model"):
+    with pytest.raises(StudyError, match="trial 0 of study 'mine' has no model"):
         studies.best_model("mine")
 
 

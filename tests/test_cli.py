@@ -186,9 +186,9 @@ def test_studies_and_trials_of_others_break_no_command(home: Path, trialyard: Ca
         assert (code, err) == (0, ""), arguments
         assert "colleague" not in out
     assert json.loads(trialyard("best", "digits", "--json")[1])["model"] is None
-    assert "names no model: it was not trained by Trialyard" in trialyard("export", "digits", "there")[2]
+    assert "has no model, because Trialyard did not train it" in trialyard("export", "digits", "there")[2]
     assert "5 trials, over its 4" in trialyard("storage", "check")[2]  # theirs count, and nothing else is wrong
-    assert "study 'colleague' is not one of Trialyard's" in trialyard("status", "colleague")[2]
+    assert "study 'colleague' has no definition" in trialyard("status", "colleague")[2]
 
 
 def test_an_older_database_says_what_to_run(home: Path, trialyard: Call) -> None:
@@ -223,7 +223,7 @@ def test_a_score_of_an_older_version_that_is_not_finite_is_found_and_repaired(ho
     assert "study digits: trial 2 is complete without a finite score: `trialyard storage upgrade` marks" in err
     code, out, err = trialyard("storage", "upgrade")
     assert (code, err) == (0, "")
-    assert out.startswith("study digits: trial 2 is marked as failed now, without a finite score\n")
+    assert out.startswith("study digits: trial 2 is now marked as failed, without a finite score\n")
     assert trialyard("storage", "check")[0] == 0
     assert "1 complete, 0 pruned, 2 failed" in trialyard("status")[1]
 

@@ -97,20 +97,20 @@ def _nan() -> Any:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"y_train": None}, r"has no array 'y_train', only x_train, x_test, y_test"),
+        ({"y_train": None}, r"has no array 'y_train', it has x_train, x_test, y_test"),
         ({"x_train": None}, r"has no array 'x_train'"),
         ({"y_train": np.zeros(299, dtype=np.int64)}, r"x_train has 300 images and y_train 299 labels"),
         ({"x_train": _nan()}, r"x_train has NaN or infinite values: replace them"),
-        ({"x_train": np.full((300, 8, 8), 1.5)}, r"real values from 1.5 to 1.5, and they must be from 0 to 1"),
+        ({"x_train": np.full((300, 8, 8), 1.5)}, r"floats from 1.5 to 1.5, and they must be from 0 to 1"),
         ({"x_train": np.full((300, 8, 8), 300)}, r"values from 300 to 300, and images must be from 0 to 255"),
         ({"x_train": np.full((300, 8, 8), "a")}, r"is of type <U1, and images must be numbers"),
         ({"x_train": np.zeros((300, 64), dtype=np.uint8)}, r"x_train has the shape \(300, 64\), and images must be"),
         ({"x_train": np.zeros((0, 8, 8), dtype=np.uint8)}, r"x_train has the shape \(0, 8, 8, 1\)"),
         ({"y_train": np.eye(10)[np.arange(300) % 10]}, r"y_train has the shape \(300, 10\), and labels must be \(n,\)"),
-        ({"y_train": np.full(300, 0.5)}, r"labels that are no whole numbers"),
-        ({"y_train": np.full(300, np.nan)}, r"labels that are no whole numbers"),
+        ({"y_train": np.full(300, 0.5)}, r"labels that are not whole numbers"),
+        ({"y_train": np.full(300, np.nan)}, r"labels that are not whole numbers"),
         ({"y_train": np.full(300, -1)}, r"has the label -1, and classes are numbered from 0"),
-        ({"y_train": np.full(300, "cat")}, r"labels that are no whole numbers"),
+        ({"y_train": np.full(300, "cat")}, r"labels that are not whole numbers"),
         ({"y_train": np.arange(300)}, r"data.validation = 0.1 cannot split 300 images of 300 classes"),
         ({"x_train": np.array([{}] * 300)}, r"the array x_train in .* cannot be read .* without pickling"),
     ],
@@ -123,33 +123,33 @@ def test_arrays_that_do_not_fit_are_refused(write_npz: Write, arrays: dict[str, 
 
 def test_test_images_of_another_kind_are_refused(write_npz: Write) -> None:
     path = write_npz("bad.npz", x_test=np.zeros((100, 9, 9), dtype=np.uint8))
-    with pytest.raises(DataError, match="both must be of one kind"):
+    with pytest.raises(DataError, match="both must have the same shape and classes"):
         data.load(str(path), Data(validation="test"), [])
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"])
 def test_a_file_that_is_no_npz_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.npz").write_bytes(content)
-    with pytest.raises(DataError, match=r"bad.npz is no .npz: write it with numpy.savez"):
+    with pytest.raises(DataError, match=r"bad.npz is not a .npz: write it with numpy.savez"):
         data.load(str(tmp_path / "bad.npz"), Data(), [])
 
 
 def test_an_npz_cut_off_in_the_middle_is_refused(write_npz: Write) -> None:
     path = write_npz()
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(DataError, match=r"is no .npz"):
+    with pytest.raises(DataError, match=r"is not a .npz"):
         data.load(str(path), Data(), [])
 
 
 def test_a_single_array_is_no_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "one.npy", np.zeros(3))
     (tmp_path / "one.npy").rename(tmp_path / "one.npz")
-    with pytest.raises(DataError, match=r"is no .npz"):
+    with pytest.raises(DataError, match=r"is not a .npz"):
         data.load(str(tmp_path / "one.npz"), Data(), [])
 
 
 def test_a_missing_file_names_the_folders_and_the_variable(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"none.npz does not exist, .* in {tmp_path}: .*TRIALYARD_DATA"):
+    with pytest.raises(DataError, match=f"none.npz does not exist, and none of {tmp_path} has .*: .*TRIALYARD_DATA"):
         data.load("none.npz", Data(), [tmp_path])
 
 
@@ -241,8 +241,8 @@ def test_own_data_are_taken_as_keras_gives_them() -> None:
         ),
         ("own_data:none", r"own_data:none cannot be imported \(AttributeError: ", MachineError),
         ("own_data:number", r"own_data:number is of type int, not a function", MachineError),
-        ("own_data:broken", r"ended in RuntimeError: the disk is gone; correct it there", DataError),
-        ("own_data:half", r"must give \(\(x_train, y_train\), \(x_test, y_test\)\)", DataError),
+        ("own_data:broken", r"ended in RuntimeError: the disk is gone; correct the function", DataError),
+        ("own_data:half", r"must return \(\(x_train, y_train\), \(x_test, y_test\)\)", DataError),
     ],
 )
 @pytest.mark.usefixtures("_own")

@@ -74,7 +74,7 @@ HUGE = "9" * 30
 BAD = {
     # Unknown keys, each with the nearest known one.
     "top-level key": (_text(top='precison = "auto"'), r"unknown key 'precison'.*did you mean 'precision'\?"),
-    "top-level key like none": (_text(top="qqq = 1"), r"unknown key 'qqq': known here are name, .*points$"),
+    "top-level key like none": (_text(top="qqq = 1"), r"unknown key 'qqq': the known ones are name, .*points$"),
     "mistyped required key": (
         _text(head=HEAD.replace("dataset", "datset")),
         r"unknown key 'datset'.*did you mean 'dataset'\?",
@@ -249,7 +249,7 @@ BAD = {
     ),
     "when on no value": (
         _dropout("low = 0.0, high = 0.5, when = { depth = [] }"),
-        r"space.dropout.when.depth = \[\] na",
+        r"space.dropout.when.depth = \[\] has no value",
     ),
     "depth only sometimes": (
         _text(
@@ -334,18 +334,24 @@ BAD = {
     ),
     "point that does not apply": (
         _text(space=CONDITIONAL, tail="[[points]]\ndepth = 5\ndropout = 0.1"),
-        r"points\[1\].dropout = 0.1 does not apply there, as space.dropout.when says: leave it out$",
+        r"points\[1\].dropout = 0.1 does not apply, as space.dropout.when says: leave it out$",
     ),
-    "half a point": (_text(tail=f"{POINTS}[[points]]\ndepth = 3"), r"points\[1\] has no 'dropout': .*must be whole$"),
+    "half a point": (
+        _text(tail=f"{POINTS}[[points]]\ndepth = 3"),
+        r"points\[1\] has no 'dropout': .*must be complete$",
+    ),
     "half a point of a grid": (
         _text(
             space="depth = { choices = [3, 5] }\nbatch_size = { choices = [32] }", tail=f"{GRID}\n[[points]]\ndepth=3"
         ),
-        r"points\[1\] has no 'batch_size': .*must be whole$",
+        r"points\[1\] has no 'batch_size': .*must be complete$",
     ),
     "list in a point": (_text(tail="[[points]]\ndepth = [3]"), r"points\[1\].depth = \[3\] must be "),
     # Samplers, pruners, budgets, data.
-    "points without points": (_text(tail=POINTS), r'sampler.kind = "points" tries only what \[\[points\]\] lists'),
+    "points without points": (
+        _text(tail=POINTS),
+        r'sampler.kind = "points" tries only the points under \[\[points\]\]',
+    ),
     "cmaes with one number": (
         _text(tail='[sampler]\nkind = "cmaes"'),
         r'sampler.kind = "cmaes" needs two .*choose tpe$',
@@ -404,9 +410,9 @@ BAD = {
     "name with a newline": (_text(head=HEAD.replace("small", r"small\n")), r'name = "small\\n" must be letters'),
     "name with a bell": (_text(head=HEAD.replace("small", r"sm\u0007all")), r'name = "sm\\u0007all" must be letters'),
     "empty name": (_text(head=HEAD.replace("small", "")), r'name = "" must be letters'),
-    "long name": (_text(head=HEAD.replace("small", "s" * 101)), r'name = "s{50,}.* must be letters, .*100 at most'),
+    "long name": (_text(head=HEAD.replace("small", "s" * 101)), r'name = "s{50,}.* must be letters, .*at most 100'),
     # Keys and values that would break the line.
-    "key with a newline": (_text(top=r'"a\nb" = 1'), r"unknown key .*known here are"),
+    "key with a newline": (_text(top=r'"a\nb" = 1'), r"unknown key .*the known ones are"),
     "hyperparameter with a newline": (
         _text(space='depth = { choices = [3] }\n"a\\nb" = { low = 0.0, high = 1.0 }'),
         r"space.*: a hyperparameter's name must be letters",
@@ -417,7 +423,7 @@ BAD = {
         _text(head=HEAD.replace("digits", r"dig\u001bits")),
         r"dataset = .* must be one",
     ),
-    "long key": (_text(top=f"{'k' * 5000} = 1"), r"unknown key .*known here are"),
+    "long key": (_text(top=f"{'k' * 5000} = 1"), r"unknown key .*the known ones are"),
     "long hyperparameter": (_text(fixed=f"{'k' * 5000} = 1"), r"fixed.*: a hyperparameter's name must be letters"),
     "long when": (_dropout(f"low = 0.0, high = 0.5, when = {{ {'k' * 5000} = 1 }}"), r"space.dropout.when"),
     "long description": (_text(top=f"description = '{'x' * 3000}'"), r"description = .* is too long"),
@@ -440,7 +446,7 @@ BAD = {
     ),
     "too many choices": (_dropout(f"choices = {list(range(1001))}"), r"space.dropout.choices = \[0, 1, .* is too long"),
     # No TOML at all.
-    "prose": ("search the best dropout", r"the definition is not valid TOML \(.*\): correct it there$"),
+    "prose": ("search the best dropout", r"the definition is not valid TOML \(.*\): correct it$"),
     "cut off": (_text().rstrip() + "\n[", r"is not valid TOML \("),
     "key twice": (_text(top="name = 'again'"), r"is not valid TOML \(.*(overwrite|twice)"),
     "table twice": (_text(tail="[budget]"), r"is not valid TOML \(.*twice"),

@@ -29,7 +29,7 @@ def _cpu(folder: Path, flags: str) -> Device:
         ("avx2 amx_bf16 amx_tile", "mixed_bfloat16", "Some Processor has amx_bf16"),
         ("avx512_bf16", "mixed_bfloat16", "Some Processor has avx512_bf16"),
         ("avx512_bf16 amx_bf16", "mixed_bfloat16", "Some Processor has amx_bf16 and avx512_bf16"),
-        ("avx2 avx512f", "float32", "Some Processor shows neither amx_bf16 nor avx512_bf16"),
+        ("avx2 avx512f", "float32", "Some Processor has neither amx_bf16 nor avx512_bf16"),
     ],
 )
 def test_a_processor_trains_in_bfloat16_where_it_multiplies_it(
@@ -41,7 +41,7 @@ def test_a_processor_trains_in_bfloat16_where_it_multiplies_it(
 def test_a_gpu_trains_in_bfloat16_from_compute_capability_8() -> None:
     assert precision_for(A100, "auto") == (
         "mixed_bfloat16",
-        "A100 has compute capability 8.0, which takes bfloat16",
+        "A100 has compute capability 8.0, which supports bfloat16",
     )
     assert precision_for(T4, "auto") == ("float32", "T4 has compute capability 7.5, and bfloat16 needs 8.0")
 

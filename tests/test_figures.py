@@ -80,7 +80,7 @@ def _trace(figure: Any, name: str) -> Any:
 def test_every_figure_of_a_finished_study_has_data(
     trials: list[FrozenTrial], digits: Definition, artifacts: Path
 ) -> None:
-    drawn = figures.drawn(trials, digits, results.curves_of(trials, artifacts))
+    drawn = figures.all_figures(trials, digits, results.curves_of(trials, artifacts))
     assert set(drawn) == {"learning-curves", "dropout", "cost", "progress"}  # digits is not the notebook's
     for figure in drawn.values():
         assert all(len(trace.x) == len(trace.y) > 0 for trace in figure.data)
@@ -178,7 +178,7 @@ def test_best_so_far_never_falls_and_ends_with_the_last_trial(trials: list[Froze
     assert list(by_count.x) == [1, 2, 4, 8]
     assert list(by_count.y) == list(by_time.y) == [0.90, 0.92, 0.95, 0.95]
     assert list(by_time.x) == pytest.approx([1.0, 2.0, 4.0, 8.0])
-    assert figure.layout.xaxis2.title.text == "minutes since the first began"
+    assert figure.layout.xaxis2.title.text == "minutes since the first start"
 
 
 @pytest.mark.parametrize(
@@ -218,10 +218,10 @@ def test_a_smaller_replay_of_the_notebook_is_drawn_and_says_so() -> None:
 
 
 def test_without_trials_there_is_no_figure(digits: Definition, trial: Callable[..., FrozenTrial]) -> None:
-    assert figures.drawn([], digits) == {}
-    assert figures.drawn([trial(0, FAIL, None)], digits) == {}
+    assert figures.all_figures([], digits) == {}
+    assert figures.all_figures([trial(0, FAIL, None)], digits) == {}
     # No one knows when an imported trial ran, nor what it cost.
-    assert set(figures.drawn([trial(0, COMPLETE, 0.9, imported=True)], digits)) == {"dropout"}
+    assert set(figures.all_figures([trial(0, COMPLETE, 0.9, imported=True)], digits)) == {"dropout"}
 
 
 def test_a_large_study_s_figures_stay_small_and_keep_the_best(
@@ -231,7 +231,7 @@ def test_a_large_study_s_figures_stay_small_and_keep_the_best(
         trial(n, COMPLETE, (n * 7919 % 5000) / 5000, params={"depth": 3, "dropout": 0.1}, parameters=n, seconds=1.0)
         for n in range(5000)
     ]
-    drawn = figures.drawn(many, digits)
+    drawn = figures.all_figures(many, digits)
     assert max(len(figure.to_json()) for figure in drawn.values()) < 300_000
     shown = [value for trace in drawn["dropout"].data for value in trace.y]
     assert len(shown) == figures.LIMIT
@@ -246,7 +246,7 @@ def test_names_that_people_gave_are_no_markup(trial: Callable[..., FrozenTrial])
     )
     one = trial(0, COMPLETE, 0.9, params={"kind": "<img src=x>"}, definition=definition, label="<script>")
     curve = replace(results.curves_of([one], Path())[0], loss=(1.0,), val_loss=(1.0,))
-    for figure in figures.drawn([one], definition, [curve]).values():
+    for figure in figures.all_figures([one], definition, [curve]).values():
         told = json.loads(figure.to_json())
         assert "<img" not in json.dumps(told)
         assert "<script" not in json.dumps(told)

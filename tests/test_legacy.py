@@ -73,7 +73,7 @@ def test_check_finds_scores_that_are_not_finite_and_upgrade_repairs_them(
         "as failed"
     )
     _, repaired = database.upgrade(either_url)
-    assert repaired == [f"study {scores}: trials 1, 2, 4 are marked as failed now, without a finite score"]
+    assert repaired == [f"study {scores}: trials 1, 2, 4 are now marked as failed, without a finite score"]
     assert ledger.check(storage) == []
     counts = ledger.counts(storage, registry.find(scores, storage).id)
     assert counts == ledger.Counts(complete=2, pruned=0, failed=3, running=0, waiting=0)

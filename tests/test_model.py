@@ -272,7 +272,7 @@ def test_an_own_model_that_is_compiled_stays_as_it_is() -> None:
         ("nowhere:build", MachineError, r"nowhere:build cannot be imported \(ModuleNotFoundError"),
         ("own_model:none", MachineError, r"own_model:none cannot be imported \(AttributeError"),
         ("own_model:broken", ModelError, r"own_model:broken failed to build .*\(ValueError: no such layer\)"),
-        ("own_model:nothing", ModelError, r"own_model:nothing gave a NoneType, and must give a keras.Model"),
+        ("own_model:nothing", ModelError, r"own_model:nothing returned a NoneType: it must return a keras.Model"),
     ],
 )
 @pytest.mark.usefixtures("_own")

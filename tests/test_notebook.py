@@ -167,9 +167,7 @@ def test_one_wrong_row_and_nothing_is_written(
 def test_a_hyperparameter_that_does_not_apply_is_left_out(storage: PatientStorage) -> None:
     registry.create(notebook.definition(), storage, {"fingerprint": "0"})
     row = {"depth": 7, "dropout_layers": True, "conv_dropout": 0.1, "accuracy": 0.9}
-    with pytest.raises(
-        StudyError, match=r"dense_dropout = 0\.2 does not apply there, as space\.dense_dropout\.when says"
-    ):
+    with pytest.raises(StudyError, match=r"dense_dropout = 0\.2 does not apply, as space\.dense_dropout\.when says"):
         imported.import_trials("notebook", [row | {"dense_dropout": 0.2}], storage)
     assert imported.import_trials("notebook", [row | {"dense_dropout": ""}], storage) == 1
 

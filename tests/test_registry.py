@@ -85,7 +85,7 @@ def test_a_larger_budget_is_taken_and_a_smaller_one_changes_nothing(
     assert registry.create(with_trials(9), storage, DATA).changed
     for fewer in (2, 5):
         assert not registry.create(with_trials(fewer), storage, DATA).changed
-    assert f"study {study} keeps its budget of 9 trials" in caplog.text
+    assert f"study {study} keeps its larger budget of 9 trials" in caplog.text
     found = ledger.find(storage, study).budget
     assert (found.trials, found.hours) == (9, None)
 
@@ -100,7 +100,7 @@ def test_another_definition_under_the_same_name_is_refused(
 
 
 def test_other_data_are_refused(storage: PatientStorage, study: str, trivial: Definition) -> None:
-    with pytest.raises(StudyError, match=r"started with other images .*put the same data in place"):
+    with pytest.raises(StudyError, match=r"started with other images .*use the same data"):
         registry.create(trivial, storage, {"fingerprint": "1" * 16})
 
 
@@ -125,8 +125,10 @@ def test_other_software_is_refused_and_changes_nothing(
     storage: PatientStorage, study: str, part: str, here: str
 ) -> None:
     registry.check_software(registry.find(study, storage), storage, SOFTWARE)
-    told = f"began with {part} {SOFTWARE[part]}, and here is {part} {here}, so results may differ: install the same"
-    with pytest.raises(StudyError, match=told):
+    sentence = (
+        f"started with {part} {SOFTWARE[part]}, and this machine has {part} {here}, so results may differ: install"
+    )
+    with pytest.raises(StudyError, match=sentence):
         registry.check_software(registry.find(study, storage), storage, SOFTWARE | {part: here})
     assert _recorded(storage, study) == SOFTWARE
 
@@ -166,7 +168,7 @@ def test_of_two_first_workers_one_finds_the_other_s_software(either_url: str, tr
 def test_a_study_of_somebody_s_own_is_left_alone(storage: PatientStorage, trivial: Definition) -> None:
     own = optuna.create_study(study_name="trivial", storage=storage)
     own.tell(own.ask(), 1.0)
-    with pytest.raises(StudyError, match="not one of Trialyard's: choose another name"):
+    with pytest.raises(StudyError, match="Trialyard did not make it: choose another name"):
         registry.create(trivial, storage, DATA)
     assert registry.names(storage) == []
     with pytest.raises(StudyError, match="open it with plain Optuna"):
@@ -207,7 +209,7 @@ def test_an_empty_study_that_others_made_is_taken_over_only_if_it_maximizes(
 
 def test_a_study_of_others_is_not_paused(storage: PatientStorage) -> None:
     optuna.create_study(study_name="plain", storage=storage)
-    with pytest.raises(StudyError, match="'plain' is not one of Trialyard's"):
+    with pytest.raises(StudyError, match="'plain' has no definition"):
         registry.pause("plain", storage)
     assert optuna.load_study(study_name="plain", storage=storage).user_attrs == {}
 

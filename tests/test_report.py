@@ -179,9 +179,9 @@ def test_the_report_says_what_was_found_and_what_cannot_be_concluded(
         # 1.96 * sqrt(0.98 * 0.02 / 359) = 0.01448
         "On 359 validation images, the 95 % interval of that accuracy is 0.9800 ± 0.0145.",
         # The interval of a difference: sqrt(0.01448^2 + 0.01765^2) = 0.02283.
-        "359 validation images do not tell the best from the runner-up, trial 7 (0.9700), and with it",
-        "The best of 9 is also the luckiest, and each accuracy is that of its best epoch",
-        "Ended early, lagging behind: 2 trials of 12.",
+        "359 validation images are too few to distinguish the best from the runner-up, trial 7 (0.9700): ",
+        "The best of 9 was also lucky, and each accuracy is that of its best epoch",
+        "Pruned: 2 trials of 12.",
         "Failed: 1 trial (nan 1).",
         "with one seed",
         "668,810",
@@ -226,7 +226,9 @@ def test_no_caution_vanishes_where_poor_configurations_were_repeated(
     told = collect("digits", storage).findings.cautions
     assert any("The best configuration was trained once" in sentence for sentence in told)
     # On 359 images 0.96 lies outside the interval of the best alone, and inside that of the difference.
-    assert any("do not tell the best from the runner-up, trial 1 (0.9600), and with it 1 trial" in one for one in told)
+    assert any(
+        "are too few to distinguish the best from the runner-up, trial 1 (0.9600): 1 trial" in one for one in told
+    )
 
 
 def test_an_infeasible_trial_wins_nowhere(storage: PatientStorage, run: Callable[..., Claim]) -> None:
@@ -238,14 +240,14 @@ def test_an_infeasible_trial_wins_nowhere(storage: PatientStorage, run: Callable
             connection.execute(sqlalchemy.insert(TrialSystemAttributeModel).values(row))
     trials = storage.get_all_trials(registry.find("digits", storage).id)
     assert [trial.number for trial in findings.ranked(trials)] == [0]
-    assert "The best of 1 complete trial is trial 0" in collect("digits", storage).findings.found[0]
+    assert "The best of 1 complete trial is trial 0" in collect("digits", storage).findings.best[0]
     assert [trial.number for trial in dashboard._best(trials, StudyDirection.MAXIMIZE)] == [0]
 
 
 def test_an_accuracy_had_elsewhere_has_no_interval_of_these_images(storage: PatientStorage) -> None:
     registry.create(definitions.load("digits"), storage, DATA)
     import_trials("digits", [{"depth": 3, "dropout": 0.1, "accuracy": 0.9}], storage)
-    assert not [sentence for sentence in collect("digits", storage).findings.found if "95 % interval" in sentence]
+    assert not [sentence for sentence in collect("digits", storage).findings.best if "95 % interval" in sentence]
 
 
 def test_a_study_without_trials_has_a_report(storage: PatientStorage, home: Path) -> None:
@@ -263,9 +265,9 @@ def test_one_trial_is_a_report_too(storage: PatientStorage, run: Callable[..., C
     run("digits", {"depth": 3, "dropout": 0.2}, COMPLETE, 1.0)
     told = collect("digits", storage).findings
     # The rule of three, where a binomial interval has no width: 3 / 359.
-    assert "1.0000 ± 0.0084" in told.found[1]
-    assert told.mattered == (
-        "Too few complete trials, or too equal ones, to say which hyperparameter made the difference.",
+    assert "1.0000 ± 0.0084" in told.best[1]
+    assert told.influences == (
+        "There are too few complete trials, or they are too similar, to say which hyperparameter matters.",
     )
 
 
@@ -273,7 +275,7 @@ def test_the_notebook_s_protocol_and_labels_are_warned_of(storage: PatientStorag
     notebook.create(storage)
     told = collect("notebook", storage).findings.cautions
     labels = [sentence for sentence in told if "labelled its sweeps 0.0 to 0.7" in sentence]
-    assert any("at the rates that they ran with" in sentence for sentence in labels)
+    assert any("the rates that they ran with" in sentence for sentence in labels)
     assert any("chosen by the test images" in sentence for sentence in told)
     assert any("Imported, not run here: 21 trials" in sentence for sentence in told)
     labelled = definitions.load("notebook-dropout-7-labelled")
@@ -300,16 +302,16 @@ def _best(definition: Definition, **params: Any) -> FrozenTrial:
 @pytest.mark.parametrize(
     ("space", "params", "warning"),
     [
-        ("dropout = { low = 0.0, high = 0.7 }", {"dropout": 0.695}, "dropout = 0.695 lies at the upper end"),
-        ("dropout = { low = 0.1, high = 0.7 }", {"dropout": 0.105}, "dropout = 0.105 lies at the lower end"),
+        ("dropout = { low = 0.0, high = 0.7 }", {"dropout": 0.695}, "dropout = 0.695 is at the upper end"),
+        ("dropout = { low = 0.1, high = 0.7 }", {"dropout": 0.105}, "dropout = 0.105 is at the lower end"),
         ("dropout = { low = 0.0, high = 0.7 }", {"dropout": 0.0}, None),  # no rate is less than 0
         ("dropout = { low = 0.0, high = 0.7 }", {"dropout": 0.6}, None),
-        ("dropout = { low = 0.0, high = 0.7, step = 0.1 }", {"dropout": 0.7}, "dropout = 0.7 lies at the upper end"),
+        ("dropout = { low = 0.0, high = 0.7, step = 0.1 }", {"dropout": 0.7}, "dropout = 0.7 is at the upper end"),
         ("dropout = { low = 0.0, high = 0.07, step = 0.01 }", {"dropout": 0.06}, None),
         # 2e-4 is far from 1e-4 where the range is logarithmic, and near where it is not.
         ("learning_rate = { low = 1e-4, high = 1e-1, log = true }", {"learning_rate": 2e-4}, None),
-        ("learning_rate = { low = 1e-4, high = 1e-1 }", {"learning_rate": 2e-4}, "learning_rate = 0.0002 lies at"),
-        ("batch_size = { choices = [32, 64, 128] }", {"batch_size": 128}, "batch_size = 128 lies at the upper end"),
+        ("learning_rate = { low = 1e-4, high = 1e-1 }", {"learning_rate": 2e-4}, "learning_rate = 0.0002 is at"),
+        ("batch_size = { choices = [32, 64, 128] }", {"batch_size": 128}, "batch_size = 128 is at the upper end"),
         ("batch_size = { choices = [32, 64, 128] }", {"batch_size": 64}, None),
         ("optimizer = { choices = ['adam', 'sgd', 'adamw'] }", {"optimizer": "adam"}, None),
     ],
@@ -337,9 +339,11 @@ def test_nothing_is_said_to_have_mattered_that_chance_would_show_as_well(effect:
         trial = study.ask(distributions)
         study.tell(trial, dice.gauss(0.9, 0.01) - effect * trial.params["dropout"])
     assert max(findings.importances(study.trials).values()) > 0.5  # a large share, either way
-    assert findings.stands_out(study.trials) == says
-    sentence = findings.findings(study.trials, definition, {}).mattered[0]
-    assert sentence.startswith("What told the best" if says else "These trials do not say which hyperparameter")
+    assert findings.is_significant(study.trials) == says
+    sentence = findings.findings(study.trials, definition, {}).influences[0]
+    assert sentence.startswith(
+        "The hyperparameter that matters most is dropout" if says else "These trials do not show which hyperparameter"
+    )
 
 
 def test_importances_name_what_made_the_difference() -> None:
@@ -402,7 +406,7 @@ def test_the_dashboard_reads_what_is_published(
     for told in ("0.9800", "668,810 weights", "cpu (cpu:0) in float32", "1,234 images/s", "33.2 s", "loss 0.2500"):
         assert told in complete, told
     assert "```\nlayer  weights\nDense      650\n```" in complete
-    assert "lagged behind" in _trial_note(storage, digits, 9)
+    assert "Pruned after epoch" in _trial_note(storage, digits, 9)
     failed = _trial_note(storage, digits, 11)
     assert "Failed (nan)" in failed
     assert f"```\n{EVIL}\n```" in failed
@@ -415,7 +419,7 @@ def test_the_best_at_an_edge_is_in_the_study_s_note(
     run("digits", {"depth": 3, "dropout": 0.7}, COMPLETE, 0.9)
     publish("digits")
     note = get_note(optuna.load_study(study_name="digits", storage=storage))
-    assert "dropout = 0.7 lies at the upper end of what was searched (0 to 0.7)" in note
+    assert "dropout = 0.7 is at the upper end of the searched range (0 to 0.7)" in note
 
 
 def test_it_is_published_at_most_once_in_ten_seconds_and_only_if_there_is_news(
@@ -481,8 +485,8 @@ def test_a_person_s_words_stay(
 def test_only_so_many_trials_have_a_note(
     storage: PatientStorage, home: Path, publish: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notes, "BEST_NOTED", 2)
-    monkeypatch.setattr(notes, "LATEST_NOTED", 3)
+    monkeypatch.setattr(notes, "BEST_WITH_NOTE", 2)
+    monkeypatch.setattr(notes, "LATEST_WITH_NOTE", 3)
     registry.create(definitions.load("digits"), storage, DATA)
     rate, depth = (
         registry.definition_of("digits", storage).space[name].distribution() for name in ("dropout", "depth")

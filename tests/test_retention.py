@@ -146,7 +146,7 @@ def test_results_had_elsewhere_take_no_model_s_place(storage: RDBStorage, study:
     import_trials(study, [{"dropout": 0.1 * n, "accuracy": 0.99} for n in range(3)], storage)
     numbers = [_trial(storage, root, study, me, value).number for value in (0.5, 0.7, 0.6)]
     assert _models(root) == {numbers[1], numbers[2]}
-    assert retention.superfluous(storage, root, 2) == []
+    assert retention.unneeded(storage, root, 2) == []
 
 
 def test_the_model_of_a_running_trial_stays(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
@@ -218,12 +218,12 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
     (root / "photos" / "x" / MODEL).write_bytes(b"y")
     (root / MODEL).write_bytes(b"y")
 
-    listed = retention.superfluous(storage, root, 2)
+    listed = retention.unneeded(storage, root, 2)
     reasons = {str(file.path.relative_to(root)): file.why for file in listed}
     assert reasons == {
         **{f"{claim.folder}/{CHECKPOINT}": "the checkpoint of a finished trial" for claim in ended},
         f"{ended[0].folder}/{MODEL}": "not among the best 2",
-        f"{ended[1].folder}/{TEMPORARY}": "half written, long ago",
+        f"{ended[1].folder}/{TEMPORARY}": "an old temporary file",
         **{f"{ended[1].folder.parent}/2/{name}": "of an attempt that does not count" for name in (MODEL, HISTORY)},
         **{f"{top}/9/1/{name}": "its trial is gone" for name in (MODEL, HISTORY)},
         **{f"{deleted}/{name}": "its study is gone" for name in (MODEL, HISTORY, CHECKPOINT)},
@@ -240,7 +240,7 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
     assert not (root / deleted.parts[0]).exists()
     assert not (root / "gone").exists()
     assert not (root / top / "9").exists()
-    assert retention.superfluous(storage, root, 2) == []
+    assert retention.unneeded(storage, root, 2) == []
 
 
 def test_what_was_listed_is_looked_at_again_before_it_is_removed(
@@ -249,7 +249,7 @@ def test_what_was_listed_is_looked_at_again_before_it_is_removed(
     claim = _claim(storage, study, me)
     claims.finish(storage, claim, FAIL, None, {})
     _write(root, claim.folder, HISTORY)
-    listed = retention.superfluous(storage, root, 5)
+    listed = retention.unneeded(storage, root, 5)
     assert [file.why for file in listed] == ["of an attempt that does not count"]
     with storage.engine.begin() as connection:  # while somebody thought about the answer
         set_trial_attributes(connection, claim.trial_id, {"history": str(claim.folder / HISTORY)})
@@ -263,11 +263,11 @@ def test_files_that_a_copy_of_the_study_names_stay(storage: RDBStorage, study: s
     _write(root, claim.folder, SUMMARY)
     optuna.copy_study(from_study_name=study, from_storage=storage, to_storage=storage, to_study_name="copy")
     claims.delete(storage, ledger.find(storage, study), 60.0)
-    assert retention.superfluous(storage, root, 5) == []
+    assert retention.unneeded(storage, root, 5) == []
 
 
 def test_without_an_artifacts_folder_there_is_nothing_to_prune(storage: RDBStorage, root: Path) -> None:
-    assert retention.superfluous(storage, root, 5) == []
+    assert retention.unneeded(storage, root, 5) == []
 
 
 # --- delete -----------------------------------------------------------------------------------------------
@@ -376,10 +376,10 @@ def test_delete_removes_the_files_too_and_a_crash_before_leaves_only_files(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(retention, "superfluous", die)
+        patch.setattr(retention, "unneeded", die)
         with pytest.raises(KeyboardInterrupt):
             studies.delete("two")
     assert registry.names(storage) == []
-    left = retention.superfluous(storage, root, 5)
+    left = retention.unneeded(storage, root, 5)
     assert retention.remove(storage, root, 5, left) == 400
     assert _files(root) == []

@@ -220,7 +220,7 @@ def test_a_gpu_that_the_framework_does_not_see_is_told_and_not_replaced_by_the_p
         assert psutil.Process(trainer.pid).environ()["CUDA_VISIBLE_DEVICES"] == "77"
         failed = _messages(trainer)[-1]
     assert failed.kind == "device"
-    assert "gpu:77 (A100), but tensorflow sees no GPUs there: install its CUDA libraries" in failed.message
+    assert "gpu:77 (A100), but tensorflow sees no GPUs: install its CUDA libraries" in failed.message
 
 
 def test_a_folder_that_cannot_be_written_is_the_machine_s_fault(trainer: Trainer, job: Make, home: Path) -> None:
@@ -246,7 +246,7 @@ def build(hyperparameters, image_shape, classes):
         ("import nowhere", "", "import", "mine:build cannot be imported (ModuleNotFoundError: No module named"),
         ("raise SystemExit(0)", "", "import", "mine:build cannot be imported (SystemExit: 0)"),
         ("", "import nowhere", "import", "mine:build needs a module that cannot be imported on this machine"),
-        ("", "raise ValueError('too wide')", "model", "(ValueError: too wide): correct it there"),
+        ("", "raise ValueError('too wide')", "model", "(ValueError: too wide): correct the function"),
     ],
 )
 def test_a_module_that_is_missing_is_the_machine_s_fault_and_an_error_in_a_model_is_not(

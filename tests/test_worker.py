@@ -697,9 +697,9 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
     _, err = _ended(worker, code=130)
     here = checks.software()
     for name, told in (
-        ("old", f"'old' began with keras 3.1, and here is keras {here['keras']}, "),
-        ("new", f"'new' began with trialyard 9.0, and here is trialyard {here['trialyard']}, "),
-        ("other", "'other' began with backend jax, and here is backend tensorflow, "),
+        ("old", f"'old' started with keras 3.1, and this machine has keras {here['keras']}, "),
+        ("new", f"'new' started with trialyard 9.0, and this machine has trialyard {here['trialyard']}, "),
+        ("other", "'other' started with backend jax, and this machine has backend tensorflow, "),
     ):
         assert f"study {name} is left to other workers: study {told}" in err
     assert "study later is left to other workers: " in err
@@ -709,10 +709,10 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
 
     # Named, it is a mistake; not named, the others are worked on.
     _, err = _ended(start("work", "old"), code=1)
-    assert err.startswith("error: study 'old' began with keras 3.1")
+    assert err.startswith("error: study 'old' started with keras 3.1")
     assert len(err.splitlines()) == 1
     _, err = _ended(start("run", file, "--name", "old"), code=1)
-    assert err.startswith("error: study 'old' began with keras 3.1")
+    assert err.startswith("error: study 'old' started with keras 3.1")
     claims.delete(storage, ledger.find(storage, "later"), 60.0)
     _ended(start("create", file, "--name", "last"))
     out, err = _ended(start("work"))
