@@ -42,8 +42,8 @@ from storage.settings import Settings
 from storage.transactions import has_password, redact
 from studies import definition as definitions
 from studies import exports, imported, notebook, notes, registry, results
+from studies.content import collect
 from studies.errors import StudyError
-from studies.report import collect
 from studies.report import report as report_of
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,11 @@ from search import progress
 from storage import artifacts, attributes, ledger
 from storage.settings import Settings
 from storage.slots import SlotStatus
-from studies.report import SHOWN_ROWS, ReportContent, counts, table
+from studies import text
+from studies.content import Content
 from studies.results import Row, Status
+
+WIDE = 160  # columns of a report that goes to a file or a pipe
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True)
@@ -85,7 +88,7 @@ def print_rows(rows: list[Row]) -> None:
     if not rows:
         out.print("no trial is complete yet", markup=False)
         return
-    titles, cells = table(rows)
+    titles, cells = text.table(rows)
     widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
     head, *lines = ("  ".join(map(str.rjust, line, widths)) for line in (titles, *cells))
     out.print(head, style="bold", markup=False)
@@ -135,18 +138,13 @@ def failures_text(found: Status) -> str:
     return f"{found.failed} of {found.study}'s trials failed ({'; '.join(found.failures)})"
 
 
-def print_report(told: ReportContent) -> None:
-    out.print(told.definition.name, style="bold", markup=False)
-    out.print(f"  {counts(told.status)}", markup=False)
-    for title, sentences in (
-        ("found", told.findings.best),
-        ("made the difference", told.findings.influences),
-        ("cannot be concluded", told.findings.cautions),
-    ):
-        for number, sentence in enumerate(sentences):
-            out.print(f"  {title if number == 0 else '':<19}  {sentence}", markup=False)
-    out.print()
-    print_rows(told.rows[:SHOWN_ROWS])
+def print_report(content: Content) -> None:
+    """Prints a report as rich shows its Markdown."""
+    from rich.markdown import Markdown
+
+    # Where nobody sees the width of a terminal, the table's columns have room.
+    width = None if out.is_terminal else WIDE
+    Console(width=width, highlight=False).print(Markdown(text.report(content)))
 
 
 def ask(question: str, yes: bool) -> None:

@@ -5,13 +5,13 @@ Any input gives either a `Definition` or a `DefinitionError` that names the key,
 
 import json
 import os
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from storage.errors import nearest
@@ -190,34 +190,7 @@ def from_json(raw: Mapping[str, Any]) -> Definition:
 def to_toml(definition: Definition) -> str:
     """`definition` as TOML text, without keys that have their default value; `parse` returns an equal definition."""
     # `type` is left out as well: `parse` derives it from the types of the numbers, which are kept.
-    raw = definition.model_dump(mode="json", exclude_defaults=True)
-    lines = [f"{key} = {_toml(value)}" for key, value in raw.items() if key == "name" or not _is_table(value)]
-    for key, value in raw.items():
-        if isinstance(value, dict):
-            lines += ["", f"[{key}]", *(f"{_toml_key(name)} = {_toml(item)}" for name, item in value.items())]
-    for point in raw.get("points", []):
-        lines += ["", "[[points]]", *(f"{_toml_key(name)} = {_toml(item)}" for name, item in point.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, (dict, list))
-
-
-def _toml(value: Any) -> str:
-    """A value on one line."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml_key(name)} = {_toml(item)}" for name, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    if isinstance(value, str):
-        # JSON's escapes are valid in TOML. Two exceptions: a raw DEL, and lone surrogates, which cannot occur here.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return json.dumps(value)  # numbers and booleans look the same in JSON and TOML
-
-
-def _toml_key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
+    return tomli_w.dumps(definition.model_dump(mode="json", exclude_defaults=True))
 
 
 def differences(stored: Definition, other: Definition) -> list[str]:

@@ -47,7 +47,7 @@ def import_trials(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, sto
     opened = registry.storage_of(storage)
     study = registry.find(name, opened)
     definition = from_json(study.definition)
-    labelled_rows = _read(Path(rows)) if isinstance(rows, (str, Path)) else _numbered(rows)
+    labelled_rows = read_csv(Path(rows)) if isinstance(rows, (str, Path)) else _numbered(rows)
     trials = [trial_of(row, definition, label) for label, row in labelled_rows]
     if not trials:
         raise StudyError(f"there is no row to import into study {name!r}: give at least one")
@@ -157,7 +157,8 @@ def _numbered(rows: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, Mapping[
         yield f"row {index}", row
 
 
-def _read(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
+def read_csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """The rows of a CSV file, each with its place in the file for messages. Raises StudyError."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True, skipinitialspace=True, restkey="(beyond the last column)")

@@ -6,6 +6,7 @@ All accuracies are those of one run of 20 epochs on the 10,000 test images of MN
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from optuna.storages import RDBStorage
@@ -25,97 +26,39 @@ NAME = "notebook"
 class Result:
     """One row of the notebook's tables."""
 
-    source: str  # the table
+    source: str  # the table: "conclusion", "sweep of depth 3" or "sweep of depth 7"
     label: str  # as the notebook printed it
     depth: int
     conv_dropout: float | None  # rate of the layers after convolutions; None without such a layer
     dense_dropout: float | None  # rate of the layer after Dense 128
     accuracy: float  # on the test images
-    loss: float | None = None
-    train_accuracy: float | None = None
-    measured: str  # at which epoch
 
-
-def _conclusion(
-    label: str, depth: int, dropout: float | None, accuracy: float, loss: float, train: float | None
-) -> Result:
-    return Result(
-        source="conclusion",
-        label=label,
-        depth=depth,
-        conv_dropout=dropout,
-        dense_dropout=dropout if depth == 3 else None,
-        accuracy=accuracy,
-        loss=loss,
-        train_accuracy=train,
-        measured="after epoch 20",
-    )
-
-
-def _sweep(depth: int, train: tuple[float, ...], test: tuple[float, ...]) -> list[Result]:
-    return [
-        Result(
-            source=f"sweep of depth {depth}",
-            label=f"Dropout={step / 10:.1f}",
-            depth=depth,
-            conv_dropout=None if depth == 3 else step / 100,
-            dense_dropout=step / 100 if depth == 3 else None,
-            accuracy=accuracy,
-            train_accuracy=train_accuracy,
-            measured="best of 20 epochs",
-        )
-        for step, (train_accuracy, accuracy) in enumerate(zip(train, test, strict=True))
-    ]
-
-
-CONCLUSION = (
-    _conclusion("3 layers, no dropout", 3, None, 0.9938, 0.02887, 0.9983),
-    _conclusion("3 layers, dropout 0.0", 3, 0.0, 0.9928, 0.03003, 0.9982),
-    _conclusion("5 layers, no dropout", 5, None, 0.9934, 0.02942, 0.9986),
-    _conclusion("7 layers, dropout 0.0", 7, 0.0, 0.9810, 0.08438, None),
-    _conclusion("7 layers, dropout 0.2", 7, 0.2, 0.9919, 0.05175, 0.9981),
-)
-SWEEP_3 = tuple(
-    _sweep(
-        3,
-        train=(0.99913, 0.99910, 0.99882, 0.99883, 0.99878, 0.99910, 0.99915, 0.99865),
-        test=(0.99410, 0.99360, 0.99400, 0.99290, 0.99330, 0.99320, 0.99340, 0.99340),
-    )
-)
-SWEEP_7 = tuple(
-    _sweep(
-        7,
-        train=(0.99800, 0.99852, 0.99865, 0.99782, 0.99820, 0.99792, 0.99817, 0.99783),
-        test=(0.99200, 0.99160, 0.99290, 0.99240, 0.99130, 0.99090, 0.99080, 0.99270),
-    )
-)
-RESULTS = (*CONCLUSION, *SWEEP_3, *SWEEP_7)
 
 # In the sweep of depth 3 only Dense 128 is followed by dropout. Its conv_dropout is 0 here, which has the same effect.
-_DEFINITION = f"""
-name = "{NAME}"
-description = "What the notebook measured: five conclusions, two sweeps of eight, at the rates that it ran with"
-dataset = "mnist"
-model = "convnet"
+_FOLDER = Path(__file__).parent / "reference"
+_ROWS = imported.read_csv(_FOLDER / "notebook.csv")
 
-[data]
-validation = "test"
 
-[budget]
-trials = {len(RESULTS)}
-epochs = 20
+def _result(row: Mapping[str, Any]) -> Result:
+    def rate(name: str) -> float | None:
+        return float(row[name]) if row[name] else None
 
-[space]
-depth = {{ choices = [3, 5, 7] }}
-dropout_layers = {{ choices = [false, true] }}
-conv_dropout = {{ low = 0.0, high = 0.7, when = {{ dropout_layers = true }} }}
-dense_dropout = {{ low = 0.0, high = 0.7, when = {{ dropout_layers = true, depth = 3 }} }}
+    _, source, _ = row["source"].split(", ")
+    return Result(
+        source=source,
+        label=row["label"],
+        depth=int(row["depth"]),
+        conv_dropout=rate("conv_dropout"),
+        dense_dropout=rate("dense_dropout"),
+        accuracy=float(row["accuracy"]),
+    )
 
-[fixed]
-batch_size = 128
-optimizer = "adam"
-learning_rate = 1e-3
-"""
+
+RESULTS = tuple(_result(row) for _, row in _ROWS)
+CONCLUSION, SWEEP_3, SWEEP_7 = (
+    tuple(result for result in RESULTS if result.source == source)
+    for source in ("conclusion", "sweep of depth 3", "sweep of depth 7")
+)
 
 # The images themselves are not part of the results, so there is no fingerprint.
 DATA = {"fingerprint": "unknown", "train": 60_000, "test": 10_000, "image_shape": [28, 28, 1], "classes": 10}
@@ -123,7 +66,7 @@ DATA = {"fingerprint": "unknown", "train": 60_000, "test": 10_000, "image_shape"
 
 def definition() -> Definition:
     """The definition of the study that holds the notebook's results."""
-    return definitions.parse(_DEFINITION, source=NAME)
+    return definitions.load(str(_FOLDER / "notebook.toml"))
 
 
 def create(storage: RDBStorage) -> bool:
@@ -139,23 +82,8 @@ def create(storage: RDBStorage) -> bool:
                 f"another study is named {NAME!r} already, with a different definition ({'; '.join(different)}): "
                 "import them into another database with --storage"
             )
-    rows = [imported.trial_of(_row(result), own_definition, result.label) for result in RESULTS]
+    rows = [imported.trial_of(row, own_definition, line) for line, row in _ROWS]
     return registry.create(own_definition, storage, DATA, rows).changed
-
-
-def _row(result: Result) -> dict[str, Any]:
-    layers = result.conv_dropout is not None or result.dense_dropout is not None
-    return {
-        "depth": result.depth,
-        "dropout_layers": layers,
-        "conv_dropout": result.conv_dropout or 0.0 if layers else None,
-        "dense_dropout": result.dense_dropout if result.depth == 3 else None,
-        "accuracy": result.accuracy,
-        "loss": result.loss,
-        "train_accuracy": result.train_accuracy,
-        "label": result.label,
-        "source": f"the notebook, {result.source}, {result.measured}",
-    }
 
 
 def reference_results(study: Definition) -> list[tuple[Mapping[str, Any], Result]]:

@@ -17,16 +17,16 @@ from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from sqlalchemy import Connection, delete, insert, or_, select
 
-from storage import attributes, ledger
+from storage import ledger
 from storage.artifacts import SUMMARY, inside
 from storage.owners import database_now
 from storage.tables import StudySystemAttributeModel, dashboard_note_prefix, dashboard_plot_prefix
 from storage.transactions import write
-from studies import findings, notebook, registry, results
-from studies.definition import Definition, from_json, to_toml
+from studies import findings, notebook, registry, results, text
+from studies.content import of_trials
 from studies.registry import StorageLike
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ PAUSE_SECONDS = 10.0  # between two publications of a study by any workers
 SHARE = 0.05  # of the time: how much publishing a large study may take
 BEST_WITH_NOTE, LATEST_WITH_NOTE = 50, 250  # trials
 CURVES = 5  # trials in the figure of learning curves
-LAYERS = 40  # lines of a model's summary that a note has, at most
 
 # Databases have this text. Changing it would make the notes of earlier versions look like a user's own.
 MARK = "*Written by Trialyard, and anew as trials end: what you write above this line stays.*"
@@ -67,20 +66,21 @@ def publish(
     from studies import figures
 
     began = time.monotonic()
-    definition, state, total = from_json(study.definition), study.state, study.budget.total
     trials = cached.get_all_trials(study.id, deepcopy=False)
+    content = of_trials(study, trials)
+    definition = content.definition
     curves = results.curves_of(trials, artifacts, CURVES)
     plots = figures.all_figures(trials, definition, curves, notebook.replays(definition, storage))
     attributes = {
         **{f"{dashboard_plot_prefix()}{name}:": figure.to_json() for name, figure in plots.items()},
-        dashboard_note_prefix(None): study_note(trials, definition, study.data, state=state, budget=total),
+        dashboard_note_prefix(None): text.note(content),
     }
     by_note_key = {dashboard_note_prefix(trial._trial_id): trial for trial in _trials_with_note(trials)}
 
     def work(connection: Connection) -> bool:
         stored = _stored(connection, study.id)
         published = _published(stored)
-        finished = sum(trial.state.is_finished() for trial in trials)
+        finished = content.counts.finished
         if published is not None and published.finished > finished:
             return False  # another worker has published newer results meanwhile
         wanted = dict(attributes)
@@ -88,16 +88,16 @@ def publish(
             # The note of a finished trial never changes. Ours is one piece, until a user edits it.
             if MARK not in str(stored.get(f"{key}0")) and MARK not in _body(stored, key):
                 curve = results.curves_of([trial], artifacts)
-                wanted[key] = trial_note(trial, definition, curve, _summary(trial, artifacts))
+                wanted[key] = text.trial_note(trial, definition, curve, _summary(trial, artifacts))
         changes = _changes(stored, wanted, keep=by_note_key)
         now = _published_at(connection)
         spent = round(time.monotonic() - began, 3)
-        changes[STATE] = asdict(_Published(at=now, finished=finished, state=state, seconds=spent))
+        changes[STATE] = asdict(_Published(at=now, finished=finished, state=study.state, seconds=spent))
         _apply(connection, study.id, changes)
         return True
 
     is_current = write(storage, lock, work)
-    ended = sum(trial.state.is_finished() for trial in trials) >= total
+    ended = content.counts.finished >= content.budget
     # The imported study `notebook` also shows the replays.
     if ended and notebook.reference_results(definition) and notebook.NAME in registry.names(storage):
         publish(notebook.NAME, storage, artifacts, optuna.storages.get_storage(storage), force=True)
@@ -110,84 +110,6 @@ def publish_once(name: str, storage: StorageLike, artifacts: Path) -> None:
     publish(name, opened, artifacts, optuna.storages.get_storage(opened), last=True)
 
 
-# --- the notes --------------------------------------------------------------------------------------------
-
-
-def study_note(
-    trials: Sequence[FrozenTrial], definition: Definition, data: Mapping[str, Any], *, state: str, budget: int
-) -> str:
-    """The study's note in Markdown: counts, findings and cautions, what is searched and fixed, the definition."""
-    conclusions = findings.findings(trials, definition, data)
-    by_state = {trial_state: sum(trial.state == trial_state for trial in trials) for trial_state in TrialState}
-    counts = ", ".join(f"{count} {trial_state.name.lower()}" for trial_state, count in by_state.items() if count)
-    finished = sum(count for trial_state, count in by_state.items() if trial_state.is_finished())
-    progress = "has ended" if finished >= budget else f"is {state}"
-    lines = [
-        f"## {escaped(definition.name)}",
-        escaped(definition.description),
-        f"**{finished} of {budget} trials** ({counts or 'none yet'}); the study {progress}.",
-        *map(escaped, conclusions.best),
-        *(f"- {escaped(sentence)}" for sentence in conclusions.influences),
-        *(f"- **Note:** {escaped(sentence)}" for sentence in conclusions.cautions),
-        "### Searched",
-        *(f"- **{escaped(name)}**: {escaped(text)}" for name, text in findings.ranges(definition).items()),
-        "### Fixed",
-        *(f"- **{escaped(name)}**: {escaped(findings.value_text(value))}" for name, value in definition.fixed.items()),
-        *([] if definition.fixed else ["nothing: the other hyperparameters have their defaults"]),
-        "### Definition",
-        fenced(to_toml(definition).rstrip(), "toml"),
-    ]
-    return _paragraphs(line for line in lines if line)
-
-
-def trial_note(
-    trial: FrozenTrial, definition: Definition, curves: Sequence[results.Curve], summary: Sequence[str] = ()
-) -> str:
-    """A trial's note in Markdown: the last epoch, the model and its `summary`, device and speed; or why it failed."""
-    attrs = trial.user_attrs
-    lines = [f"**Trial {trial.number}**: {escaped(findings.params_text(trial.params)) or 'no hyperparameters'}"]
-    if trial.state == TrialState.FAIL:
-        failure = attributes.failure(attrs.get("failure"))
-        lines += [f"Failed ({escaped(failure['kind'])}):", fenced(failure["message"])]
-        return _paragraphs(lines)
-    judged = "test" if definition.data.validation == "test" else "validation"
-    if trial.state == TrialState.PRUNED:
-        lines.append(f"Pruned after epoch {trial.last_step}.")
-    elif trial.values is not None:
-        best_epoch, epochs = attributes.number(attrs.get("best_epoch")), attributes.number(attrs.get("epochs"))
-        which_epoch = "" if best_epoch is None or epochs is None else f" (epoch {best_epoch} of {epochs})"
-        lines.append(f"Complete: {judged} accuracy **{trial.values[0]:.4f}**{which_epoch}.")
-    if attrs.get("imported"):
-        source = ": " + ", ".join(str(attrs[key]) for key in ("label", "source") if key in attrs)
-        lines.append(escaped(f"Imported, not run here{source.rstrip(': ')}."))
-    curve = curves[0] if curves else None
-    if curve is not None and curve.loss:
-        lines.append(
-            f"- last epoch, {len(curve.loss)}: loss {curve.loss[-1]:.4f}, accuracy {curve.accuracy[-1]:.4f}; "
-            f"{judged} loss {curve.val_loss[-1]:.4f}, accuracy {curve.val_accuracy[-1]:.4f}"
-        )
-    elif trial.last_step is not None:
-        lines.append(
-            f"- last epoch, {trial.last_step}: {judged} accuracy {trial.intermediate_values[trial.last_step]:.4f}"
-        )
-    if isinstance(attrs.get("parameters"), int):
-        lines.append(f"- model: {escaped(definition.model)} with {attrs['parameters']:,} weights")
-        if len(summary) > LAYERS:
-            summary = [*summary[: LAYERS - 1], "...", summary[-1]]
-        lines += [fenced("\n".join(summary))] if summary else []
-    if "device" in attrs:
-        lines.append(
-            escaped(
-                f"- trained on {attrs['device']} ({attrs.get('slot')}) in {attrs.get('precision')}, "
-                f"{attributes.number(attrs.get('images_per_second')) or 0:,.0f} images/s, "
-                f"{attributes.number(attrs.get('seconds')) or 0:,.1f} s"
-            )
-        )
-    if inside(Path(), attrs.get("model")) is not None:
-        lines.append(f"- files, in the artifacts folder: `{attrs['model']}`, `{attrs.get('history')}`")
-    return _paragraphs(lines)
-
-
 def _summary(trial: FrozenTrial, artifacts: Path) -> list[str]:
     """The lines of the model's summary; empty if this machine does not have its file."""
     history = inside(artifacts, trial.user_attrs.get("history"))
@@ -197,25 +119,6 @@ def _summary(trial: FrozenTrial, artifacts: Path) -> list[str]:
         return history.with_name(SUMMARY).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return []
-
-
-def escaped(text: str) -> str:
-    """`text` on one line, without anything that Markdown would read as markup."""
-    flat = " ".join(text.split())
-    start = "\\" if flat[:1] in ("+", "=") else ""
-    return start + "".join(f"\\{letter}" if letter in "\\`*_[]<>|#~&" else letter for letter in flat)
-
-
-def fenced(text: str, language: str = "") -> str:
-    """`text` as a code block, with a fence that the text does not contain."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _paragraphs(lines: Iterable[str]) -> str:
-    return "\n\n".join(lines)
 
 
 # --- which trials -----------------------------------------------------------------------------------------

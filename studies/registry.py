@@ -179,13 +179,13 @@ def find(name: str, storage: RDBStorage) -> ledger.Study:
         return ledger.find(storage, name)
     except StudyGone:
         known = names(storage)
-        database = transactions.redact(str(storage.engine.url))
+        shown_url = transactions.redact(str(storage.engine.url))
         if not known:
             raise StudyError(
-                f"there is no study {name!r} in {database}, nor any other: `trialyard create {name}`"
+                f"there is no study {name!r} in {shown_url}, nor any other: `trialyard create {name}`"
             ) from None
         raise StudyError(
-            f"there is no study {name!r} in {database}{nearest(name, known)}: it has {', '.join(known)}; "
+            f"there is no study {name!r} in {shown_url}{nearest(name, known)}: it has {', '.join(known)}; "
             f"`trialyard create {name}` would make it"
         ) from None
     except NotOurStudy as error:

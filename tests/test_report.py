@@ -31,10 +31,11 @@ from storage.tables import TrialSystemAttributeModel
 from storage.transactions import PatientStorage
 from studies import definition as definitions
 from studies import findings, notebook, notes, registry
+from studies.content import collect
 from studies.definition import Definition, parse
 from studies.errors import StudyError
 from studies.imported import import_trials
-from studies.report import collect, report
+from studies.report import report
 
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 DATA = {"fingerprint": "0" * 16, "train": 1438, "validation": 359, "image_shape": [8, 8, 1], "classes": 10}
@@ -174,7 +175,9 @@ def test_the_report_says_what_was_found_and_what_cannot_be_concluded(
     text = report(digits, storage, form)
     said = _Page(text).text if form == "html" else text.replace("\\", "")
     for sentence in (
-        "9 complete, 2 pruned, 1 failed, 0 running, 0 waiting, of a budget of 12",
+        "12 of 12 trials",
+        "9 complete, 2 pruned, 1 failed, 0 running, 0 waiting",
+        "the study has ended",
         "The best of 9 complete trials is trial 8, with depth 7, dropout 0.4: validation accuracy 0.9800.",
         # 1.96 * sqrt(0.98 * 0.02 / 359) = 0.01448
         "On 359 validation images, the 95 % interval of that accuracy is 0.9800 ± 0.0145.",
@@ -495,7 +498,7 @@ def test_only_so_many_trials_have_a_note(
     def add(*values: float) -> None:
         ledger.import_trials(
             storage,
-            "digits",
+            ledger.find(storage, "digits"),
             [Imported(value=v, params={"depth": (depth, 3), "dropout": (rate, 0.1)}, attributes={}) for v in values],
         )
 

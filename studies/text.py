@@ -1,0 +1,203 @@
+"""A study in Markdown: the one text of its report, its page, its note in the dashboard and its report in the terminal.
+
+All text that a user wrote is escaped.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from optuna.trial import FrozenTrial, TrialState
+
+from storage import attributes
+from storage.artifacts import inside
+from studies import findings
+from studies.content import Content
+from studies.definition import Definition, to_toml
+from studies.results import Curve, Row
+
+SHOWN_ROWS = 50  # of the leaderboard
+LAYERS = 40  # lines of a model's summary that a note has, at most
+IN_NOTE = ("found", "difference", "cautions", "searched", "definition")  # the sections that a note has, too
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of the text under one title."""
+
+    name: str
+    title: str
+    body: str  # Markdown
+
+
+def report(content: Content) -> str:
+    """The whole report."""
+    parts = [f"# {escaped(content.definition.name)}", head(content)]
+    for section in sections(content):
+        parts += [f"## {section.title}", section.body]
+    return _paragraphs(parts) + "\n"
+
+
+def note(content: Content) -> str:
+    """The report without what the dashboard shows itself."""
+    parts = [f"## {escaped(content.definition.name)}", head(content)]
+    for section in sections(content):
+        parts += [f"### {section.title}", section.body] if section.name in IN_NOTE else []
+    return _paragraphs(parts)
+
+
+def head(content: Content) -> str:
+    """The first paragraphs: what the study is, and how far it is."""
+    counts = content.counts
+    by_state = ", ".join(
+        f"{number} {state}"
+        for state, number in (
+            ("complete", counts.complete),
+            ("pruned", counts.pruned),
+            ("failed", counts.failed),
+            ("running", counts.running),
+            ("waiting", counts.waiting),
+        )
+    )
+    progress = "has ended" if counts.finished >= content.budget else f"is {content.state}"
+    return _paragraphs(
+        [
+            escaped(content.definition.description),
+            f"**{counts.finished} of {content.budget} trials** ({by_state}); the study {progress}.",
+        ]
+    )
+
+
+def sections(content: Content) -> list[Section]:
+    """What follows the head, in its order."""
+    definition, found = content.definition, content.findings
+    titles, cells = table(content.rows[:SHOWN_ROWS])
+    left_out = len(content.rows) - SHOWN_ROWS
+    leaderboard = [_rows(titles, cells, right=True) if cells else "No trial is complete."]
+    leaderboard += [f"{left_out:,} more are in `trialyard leaderboard`."] if left_out > 0 else []
+    searched = [[name, text] for name, text in findings.ranges(definition).items()]
+    searched += [[name, f"fixed: {findings.value_text(value)}"] for name, value in definition.fixed.items()]
+    environment = [[key, value] for key, value in content.environment.items()]
+    made = f"Made {content.made:%Y-%m-%d %H:%M %z} by Trialyard {version('trialyard')}."
+    every = [
+        Section(name="found", title="What was found", body=_bullets(found.best)),
+        Section(
+            name="difference",
+            title="What made the difference",
+            body=_bullets(found.influences) or "This is not known yet.",
+        ),
+        Section(
+            name="cautions",
+            title="What cannot be concluded",
+            body=_bullets(found.cautions) or "There are no cautions.",
+        ),
+        Section(name="leaderboard", title="Leaderboard", body=_paragraphs(leaderboard)),
+        Section(name="failures", title="Failures", body=_bullets(content.failures)),
+        Section(name="searched", title="Searched and fixed", body=_rows(["hyperparameter", "values"], searched)),
+        Section(name="definition", title="Definition", body=fenced(to_toml(definition).rstrip(), "toml")),
+        Section(
+            name="environment",
+            title="Environment",
+            body=_paragraphs([_rows(["what", "which"], environment), made]),
+        ),
+    ]
+    return [section for section in every if section.body]
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The leaderboard's titles and cells, without empty columns."""
+    names = list(dict.fromkeys(name for row in rows for name in row.params))
+    titles = ["rank", "trial", "accuracy", *names, "epochs", "weights", "seconds"]
+    cells = [
+        [
+            str(row.rank),
+            str(row.number),
+            f"{row.value:.4f}",
+            *(findings.value_text(row.params[name]) if name in row.params else "" for name in names),
+            "" if row.epochs is None else str(row.epochs),
+            "" if row.parameters is None else f"{row.parameters:,}",
+            "" if row.seconds is None else f"{row.seconds:.1f}",
+        ]
+        for row in rows
+    ]
+    known = [column for column in range(len(titles)) if any(row[column] for row in cells)]
+    return [titles[column] for column in known], [[row[column] for column in known] for row in cells]
+
+
+def trial_note(trial: FrozenTrial, definition: Definition, curves: Sequence[Curve], summary: Sequence[str] = ()) -> str:
+    """A trial's note in Markdown: the last epoch, the model and its `summary`, device and speed; or why it failed."""
+    attrs = trial.user_attrs
+    lines = [f"**Trial {trial.number}**: {escaped(findings.params_text(trial.params)) or 'no hyperparameters'}"]
+    if trial.state == TrialState.FAIL:
+        failure = attributes.failure(attrs.get("failure"))
+        lines += [f"Failed ({escaped(failure['kind'])}):", fenced(failure["message"])]
+        return _paragraphs(lines)
+    judged = "test" if definition.data.validation == "test" else "validation"
+    if trial.state == TrialState.PRUNED:
+        lines.append(f"Pruned after epoch {trial.last_step}.")
+    elif trial.values is not None:
+        best_epoch, epochs = attributes.number(attrs.get("best_epoch")), attributes.number(attrs.get("epochs"))
+        which_epoch = "" if best_epoch is None or epochs is None else f" (epoch {best_epoch} of {epochs})"
+        lines.append(f"Complete: {judged} accuracy **{trial.values[0]:.4f}**{which_epoch}.")
+    if attrs.get("imported"):
+        source = ": " + ", ".join(str(attrs[key]) for key in ("label", "source") if key in attrs)
+        lines.append(escaped(f"Imported, not run here{source.rstrip(': ')}."))
+    curve = curves[0] if curves else None
+    if curve is not None and curve.loss:
+        lines.append(
+            f"- last epoch, {len(curve.loss)}: loss {curve.loss[-1]:.4f}, accuracy {curve.accuracy[-1]:.4f}; "
+            f"{judged} loss {curve.val_loss[-1]:.4f}, accuracy {curve.val_accuracy[-1]:.4f}"
+        )
+    elif trial.last_step is not None:
+        lines.append(
+            f"- last epoch, {trial.last_step}: {judged} accuracy {trial.intermediate_values[trial.last_step]:.4f}"
+        )
+    if isinstance(attrs.get("parameters"), int):
+        lines.append(f"- model: {escaped(definition.model)} with {attrs['parameters']:,} weights")
+        if len(summary) > LAYERS:
+            summary = [*summary[: LAYERS - 1], "...", summary[-1]]
+        lines += [fenced("\n".join(summary))] if summary else []
+    if "device" in attrs:
+        lines.append(
+            "- "
+            + escaped(
+                f"trained on {attrs['device']} ({attrs.get('slot')}) in {attrs.get('precision')}, "
+                f"{attributes.number(attrs.get('images_per_second')) or 0:,.0f} images/s, "
+                f"{attributes.number(attrs.get('seconds')) or 0:,.1f} s"
+            )
+        )
+    if inside(Path(), attrs.get("model")) is not None:
+        lines.append(f"- files, in the artifacts folder: `{attrs['model']}`, `{attrs.get('history')}`")
+    return _paragraphs(lines)
+
+
+def escaped(text: str) -> str:
+    """`text` on one line, without anything that Markdown would read as markup."""
+    flat = " ".join(text.split())
+    # At its start a line may look like a list or a heading.
+    text = "".join(f"\\{letter}" if letter in "\\`*_[]<>|#~&" else letter for letter in flat)
+    return re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", text)
+
+
+def fenced(text: str, language: str = "") -> str:
+    """`text` as a code block, with a fence that the text does not contain."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _paragraphs(lines: Iterable[str]) -> str:
+    return "\n\n".join(lines)
+
+
+def _bullets(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {escaped(sentence)}" for sentence in sentences)
+
+
+def _rows(titles: Sequence[str], cells: Sequence[Sequence[str]], *, right: bool = False) -> str:
+    lines = [[escaped(cell) for cell in line] for line in (titles, *cells)]
+    lines.insert(1, ["---:" if right else "---"] * len(titles))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
