@@ -278,3 +278,12 @@ def test_the_architecture_names_the_test_of_every_promise() -> None:
     assert len(promises) == 10
     for promise in promises:
         assert re.search(r"^- `tests/[\w/]+\.py::test_\w+`", promise, re.MULTILINE), promise
+
+
+def test_every_function_that_runs_studies_is_explained_and_exists() -> None:
+    import search
+
+    for name in search.__all__:
+        assert callable(getattr(search, name))
+        if name[0].islower():
+            assert f"`{name}(" in PAGES["docs/python.md"], name
