@@ -1,4 +1,4 @@
-"""The best models stay, all histories stay, and nothing that a trial needs is ever removed."""
+"""The best models and all histories are kept, and no file that a trial needs is ever removed."""
 
 import multiprocessing
 import os
@@ -34,7 +34,7 @@ TEMPORARY = f".{'0' * 32}-{MODEL}"
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """The artifacts' folder."""
+    """The artifacts folder."""
     return tmp_path / "artifacts"
 
 
@@ -52,14 +52,14 @@ def _claim(storage: RDBStorage, study: str, me: Owner) -> Claim:
 
 
 def _end(storage: RDBStorage, root: Path, claim: Claim, state: TrialState, value: float | None) -> None:
-    """As a worker ends a trial, its files written before."""
+    """Ends a trial as a worker does, after writing its files."""
     files = artifacts.folder(Path(), claim.study, claim.number)
-    told: dict[str, Any] = {"history": str(files / HISTORY)}
+    attrs: dict[str, Any] = {"history": str(files / HISTORY)}
     _write(root, claim.study, claim.number, HISTORY)
     if state == COMPLETE:
-        told["model"] = str(files / MODEL)
+        attrs["model"] = str(files / MODEL)
         _write(root, claim.study, claim.number, MODEL)
-    claims.finish(storage, claim, state, value, told, [MODEL, HISTORY] if state == COMPLETE else [HISTORY])
+    claims.finish(storage, claim, state, value, attrs, [MODEL, HISTORY] if state == COMPLETE else [HISTORY])
 
 
 def _trial(storage: RDBStorage, root: Path, study: str, me: Owner, value: float, keep: int = 2) -> Claim:
@@ -74,12 +74,12 @@ def _files(root: Path) -> list[str]:
 
 
 def _offered(storage: RDBStorage, study: str, name: str) -> set[int]:
-    """The trials of which optuna-dashboard offers the file `name`."""
+    """The numbers of the trials whose file `name` optuna-dashboard offers."""
     return {
         trial.number
         for trial in storage.get_all_trials(registry.study_id(study, storage))
-        for one in optuna.artifacts.get_all_artifact_meta(study_or_trial=trial, storage=storage)
-        if one.filename == name
+        for artifact in optuna.artifacts.get_all_artifact_meta(study_or_trial=trial, storage=storage)
+        if artifact.filename == name
     }
 
 
@@ -92,7 +92,7 @@ def _models(root: Path) -> set[int]:
 
 @examples(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(st.sampled_from([0.1, 0.5, 0.5, 0.7, 0.9]), min_size=1, max_size=8), keep=st.integers(1, 4))
-def test_just_the_best_models_and_all_histories_are_left(
+def test_only_the_best_models_and_all_histories_are_kept(
     storage: RDBStorage, trivial: Definition, root: Path, me: Owner, values: list[float], keep: int
 ) -> None:
     name = f"s{time.monotonic_ns()}"
@@ -116,7 +116,7 @@ def _race(url: str, root: Path, study: str, slot: int, trials: int) -> None:
         retention.trim(storage, claim, root, 3)
 
 
-def test_many_workers_at_once_leave_the_best(either_url: str, trivial: Definition, root: Path) -> None:
+def test_many_workers_at_once_keep_the_best(either_url: str, trivial: Definition, root: Path) -> None:
     storage = database.create(either_url)
     registry.create(trivial, storage, {"fingerprint": "0" * 16})
     ledger.raise_budget(storage, trivial.name, Budget(trials=100, hours=None))
@@ -134,7 +134,7 @@ def test_many_workers_at_once_leave_the_best(either_url: str, trivial: Definitio
     storage.engine.dispose()
 
 
-def test_what_a_worker_left_that_was_killed_goes_with_the_next_trial(
+def test_the_model_of_a_killed_worker_is_removed_after_the_next_trial(
     storage: RDBStorage, study: str, root: Path, me: Owner
 ) -> None:
     for value in (0.1, 0.3, 0.2):
@@ -143,22 +143,22 @@ def test_what_a_worker_left_that_was_killed_goes_with_the_next_trial(
     assert _models(root) == {1, 3}
 
 
-def test_results_had_elsewhere_take_no_model_s_place(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
+def test_imported_results_do_not_count_as_kept_models(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
     import_trials(study, [{"dropout": 0.1 * n, "accuracy": 0.99} for n in range(3)], storage)
     numbers = [_trial(storage, root, study, me, value).number for value in (0.5, 0.7, 0.6)]
     assert _models(root) == {numbers[1], numbers[2]}
     assert retention.unneeded(storage, root, 2) == []
 
 
-def test_the_model_of_a_running_trial_stays(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
+def test_the_model_of_a_running_trial_is_kept(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
     running = _claim(storage, study, me)
-    _write(root, study, running.number, MODEL, HISTORY)  # written, and not yet told
+    _write(root, study, running.number, MODEL, HISTORY)  # written, but not yet recorded
     for value in (0.7, 0.8, 0.9):
         _trial(storage, root, study, me, value, keep=1)
     assert _models(root) == {running.number, 3}
 
 
-def test_an_infeasible_trial_s_model_makes_room(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
+def test_an_infeasible_trial_s_model_is_removed(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
     claim = _claim(storage, study, me)
     storage.set_trial_system_attr(claim.trial_id, "constraints:size", 1.0)
     _end(storage, root, claim, COMPLETE, 0.99)
@@ -166,7 +166,7 @@ def test_an_infeasible_trial_s_model_makes_room(storage: RDBStorage, study: str,
     assert _models(root) == set()
 
 
-def test_a_worker_that_slept_through_a_deletion_removes_nothing_of_the_study_that_came_after(
+def test_a_worker_of_a_deleted_study_removes_no_file_of_its_successor(
     storage: RDBStorage, trivial: Definition, study: str, root: Path, me: Owner
 ) -> None:
     old = _claim(storage, study, me)
@@ -174,7 +174,7 @@ def test_a_worker_that_slept_through_a_deletion_removes_nothing_of_the_study_tha
     claims.delete(storage, study, 60.0)
     registry.create(trivial, storage, {"fingerprint": "0" * 16})
     new = _claim(storage, study, me)
-    assert (new.study_id, new.trial_id) == (old.study_id, old.trial_id)  # the numbers are used again
+    assert (new.study_id, new.trial_id) == (old.study_id, old.trial_id)  # the ids are used again
     _write(root, study, new.number, MODEL)
     retention.trim(storage, old, root, 1)
     assert _models(root) == {new.number}
@@ -204,14 +204,14 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
     _write(root, study, 1, TEMPORARY)
     _write(root, study, 2, TEMPORARY, "notes.txt")
     _backdate(root / study / "1" / TEMPORARY)
-    _write(root, "photos", 0, "holiday.jpg")  # somebody's own, in a folder of such a name
+    _write(root, "photos", 0, "holiday.jpg")  # a user's file in a folder with such a name
     (root / "photos" / "x").mkdir()
     (root / "photos" / "x" / MODEL).write_bytes(b"y")
     (root / MODEL).write_bytes(b"y")
 
-    listed = retention.unneeded(storage, root, 2)
-    told = {str(file.path.relative_to(root)): file.why for file in listed}
-    assert told == {
+    files = retention.unneeded(storage, root, 2)
+    reasons = {str(file.path.relative_to(root)): file.why for file in files}
+    assert reasons == {
         **{f"{study}/{number}/{CHECKPOINT}": "the checkpoint of a finished trial" for number in (0, 1, 2)},
         f"{study}/0/{MODEL}": "not among the best 2",
         f"{study}/1/{TEMPORARY}": "an old temporary file",
@@ -220,29 +220,29 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
     }
     before = set(_files(root))
     assert _offered(storage, study, MODEL) == {0, 1, 2}
-    assert retention.remove(storage, root, 2, listed) == 100 * len(listed)
+    assert retention.remove(storage, root, 2, files) == 100 * len(files)
     assert _offered(storage, study, MODEL) == {1, 2}
     assert _offered(storage, study, CHECKPOINT) == {running.number, waiting.number}
     assert _offered(storage, study, HISTORY) == {0, 1, 2}
-    assert before - set(_files(root)) == set(told)
+    assert before - set(_files(root)) == set(reasons)
     assert not (root / "gone").exists()
     assert not (root / study / "9").exists()
     assert retention.unneeded(storage, root, 2) == []
 
 
-def test_what_was_listed_is_looked_at_again_before_it_is_removed(
+def test_a_file_is_checked_again_before_it_is_removed(
     storage: RDBStorage, trivial: Definition, root: Path, me: Owner
 ) -> None:
     _write(root, trivial.name, 0, CHECKPOINT, HISTORY)
-    listed = retention.unneeded(storage, root, 5)
-    assert len(listed) == 2
-    registry.create(trivial, storage, {"fingerprint": "0" * 16})  # while somebody thought about the answer
+    files = retention.unneeded(storage, root, 5)
+    assert len(files) == 2
+    registry.create(trivial, storage, {"fingerprint": "0" * 16})  # while the user thinks about the answer
     _claim(storage, trivial.name, me)
-    assert retention.remove(storage, root, 5, listed) == 0
+    assert retention.remove(storage, root, 5, files) == 0
     assert len(_files(root)) == 2
 
 
-def test_files_that_a_copy_of_the_study_names_stay(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
+def test_files_that_a_copy_of_the_study_needs_are_kept(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
     _end(storage, root, _claim(storage, study, me), COMPLETE, 0.9)
     _write(root, study, 0, SUMMARY)
     optuna.copy_study(from_study_name=study, from_storage=storage, to_storage=storage, to_study_name="copy")
@@ -285,7 +285,7 @@ def test_deletion_leaves_no_row_of_the_study_and_all_of_the_others(
         _end(storage, root, claim, state, value)
     storage.set_study_system_attr(registry.study_id(trivial.name, storage), "dashboard:note", "a note")
     full = _rows(storage)
-    assert all(full[name] > before[name] for name in full), full  # so each table had something to be forgotten
+    assert all(full[name] > before[name] for name in full), full  # each table has rows to delete
     claims.delete(storage, trivial.name, 60.0)
     assert _rows(storage) == before
     assert registry.names(storage) == ["other"]
@@ -293,7 +293,7 @@ def test_deletion_leaves_no_row_of_the_study_and_all_of_the_others(
     storage.engine.dispose()
 
 
-def test_a_study_that_is_worked_on_is_deleted_only_when_it_was_stopped(
+def test_a_study_with_a_running_trial_is_deleted_only_after_it_was_stopped(
     storage: RDBStorage, study: str, me: Owner
 ) -> None:
     claim = _claim(storage, study, me)
@@ -309,15 +309,13 @@ def test_a_study_that_is_worked_on_is_deleted_only_when_it_was_stopped(
         claims.claim(storage, study, me, 60.0)
 
 
-def test_a_trial_whose_worker_is_gone_keeps_no_study_from_its_deletion(
-    storage: RDBStorage, study: str, me: Owner
-) -> None:
+def test_a_trial_whose_worker_is_gone_does_not_prevent_the_deletion(storage: RDBStorage, study: str, me: Owner) -> None:
     _claim(storage, study, Owner(machine=me.machine, host=me.host, pid=me.pid, born=1.0, slot="cpu:1"))
     claims.delete(storage, study, 60.0)
     assert registry.names(storage) == []
 
 
-def test_a_claim_for_a_study_that_was_deleted_is_none_for_its_successor(
+def test_a_worker_of_a_deleted_study_claims_no_trial_of_its_successor(
     storage: RDBStorage, trivial: Definition, study: str, me: Owner
 ) -> None:
     incarnation = ledger.incarnation(storage, registry.study_id(study, storage))
