@@ -2,11 +2,11 @@
 
     python bench/dashboard.py [--trials 1000 10000] [--polls 3] [--without-notes]
 
-Studies of so many finished trials of 20 epochs, then the same with a note for each trial, as workers write them. Of
-each, `optuna-dashboard URL` and `trialyard dashboard` are started on the SQLite database, and asked as the study's page
-asks: everything once, then every 10 s for the trials after those that it knows. A poll is the median; the first load
-counts from the request, not from the start of the process. No browser takes part. With 10,000 notes the stock one
-thinks for minutes.
+It makes studies with so many finished trials of 20 epochs, then the same with a note for each trial, as workers write
+them. For each it starts `optuna-dashboard URL` and `trialyard dashboard` on the SQLite database, and sends the requests
+of the study's page: everything once, then every 10 s the trials that are new. A poll is the median. The first load is
+measured from the request, not from the start of the process. No browser is used. With 10,000 notes the stock dashboard
+needs minutes.
 """
 
 import argparse
@@ -34,9 +34,8 @@ from storage.tables import StudySystemAttributeModel, TrialModel
 from storage.transactions import PatientStorage
 from studies import registry
 
-POLL_SECONDS = (
-    10.2  # the page asks every 10 s, which is also how long the package keeps trials: a fresh answer each time
-)
+# The page polls every 10 s, and the package caches trials for 10 s: each of our polls gets a fresh answer.
+POLL_SECONDS = 10.2
 NOTE = "accuracy 0.9000 in epoch 20 of 20, loss 0.31\n\n" + "conv2d (3, 3, 1, 32)  320 weights\n" * 12
 
 
@@ -59,7 +58,7 @@ def add_notes(storage: PatientStorage, study_id: int) -> None:
 
 @contextlib.contextmanager
 def served(command: list[str]) -> Iterator[int]:
-    """The command's server on a free port, once it answers; ended at the end."""
+    """Runs the command's server on a free port while the block runs; yields the port when the server answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -76,7 +75,7 @@ def served(command: list[str]) -> Iterator[int]:
 
 
 def ask(port: int, study_id: int, after: int) -> tuple[float, int]:
-    """(seconds, bytes) of one answer, as a browser asks for it."""
+    """(seconds, bytes) of one answer to a request like the browser's."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=900)
     began = time.perf_counter()
     connection.request("GET", f"/api/studies/{study_id}?after={after}", headers={"Accept-Encoding": "gzip"})
@@ -88,7 +87,7 @@ def ask(port: int, study_id: int, after: int) -> tuple[float, int]:
 
 
 def measure(url: str, study_id: int, trials: int, polls: int) -> list[tuple[str, float, float, int]]:
-    """(which, first load, poll, bytes of a load) of both servers, which run at the same time."""
+    """(name, first load, poll, bytes of a load) of both servers, which run at the same time."""
     binaries = Path(sys.executable).parent
     commands = {
         "optuna-dashboard": [str(binaries / "optuna-dashboard"), url, "--quiet"],
@@ -96,14 +95,14 @@ def measure(url: str, study_id: int, trials: int, polls: int) -> list[tuple[str,
     }
     rows = []
     with contextlib.ExitStack() as both:
-        ports = {which: both.enter_context(served(command)) for which, command in commands.items()}
-        for which, port in ports.items():
+        ports = {name: both.enter_context(served(command)) for name, command in commands.items()}
+        for name, port in ports.items():
             first, size = ask(port, study_id, 0)
             times = []
             for _ in range(polls):
                 time.sleep(POLL_SECONDS)
                 times.append(ask(port, study_id, trials)[0])
-            rows.append((which, first, statistics.median(times), size))
+            rows.append((name, first, statistics.median(times), size))
     return rows
 
 
@@ -112,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, nargs="+", default=[1_000, 10_000])
     parser.add_argument("--polls", type=int, default=3)
-    parser.add_argument("--without-notes", action="store_true", help="only the studies without them")
+    parser.add_argument("--without-notes", action="store_true", help="only the studies without notes")
     arguments = parser.parse_args()
     for name in [name for name in os.environ if name.startswith("TRIALYARD_")]:
         del os.environ[name]
@@ -130,11 +129,11 @@ def main() -> None:
                 storage.engine.dispose()
                 rows = measure(url, study_id, trials, arguments.polls)
                 stock = rows[0][2]
-                for which, first, poll, size in rows:
+                for name, first, poll, size in rows:
                     table.add_row(
                         f"{trials:,}",
                         "yes" if notes else "no",
-                        which,
+                        name,
                         f"{first:.2f}",
                         f"{poll:.3f}",
                         f"{stock / poll:.0f}",

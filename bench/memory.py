@@ -1,10 +1,10 @@
-"""What a slot's trainer process holds over 100 small trials, and how often it was replaced.
+"""The memory of a slot's trainer process over 100 small trials, and how often it was replaced.
 
     python bench/memory.py [--trials 100]
 
-Each trial is a model of its own (mnist_cnn on 240 images of 8x8, one epoch) in the trainer of one CPU slot, as a
-worker runs it. Prints the resident memory after the first trial and after each tenth of them, and how the
-largest compares to the first: beyond 1 + TRIALYARD_MEMORY_GROWTH the process is replaced before its next trial.
+Each trial trains a new model (mnist_cnn on 240 images of 8x8, one epoch) in the trainer of one CPU slot, as in a
+worker. Prints the resident memory after the first trial and after each tenth of the trials, and the ratio of the
+largest to the first. Above 1 + TRIALYARD_MEMORY_GROWTH the process is replaced before its next trial.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What Trialyard adds to a trial: 200 trivial trials through claim, objective and finish, against plain Optuna.
+"""The overhead of Trialyard: 200 trivial trials through claim, objective and finish, against plain Optuna.
 
     python bench/overhead.py [--trials 200]
 
-Both search the same space with the same sampler on a SQLite file of their own, report one value a trial and train
-nothing: the trainer process is replaced by an object that answers at once. Ours also takes the study's lock, beats,
-checks its ownership, and writes down the attributes that a real trial has. The two take turns, 20 trials each, so
-that a busy machine is busy for both. Prints a table with the ratio of the mean times a trial.
+Both search the same space with the same sampler, each on its own SQLite file, report one value per trial and train
+nothing: an object that answers at once replaces the trainer process. Ours also takes the study's lock, sends
+heartbeats, checks the owner, and writes the attributes that a real trial has. The two take turns, 20 trials each, so
+that a busy machine slows both. Prints a table with the ratio of the mean times per trial.
 """
 
 import argparse
@@ -59,7 +59,7 @@ class Instant(Trainer):
         self._messages: list[Epoch | Trained] = []
 
     def submit(self, job: Job) -> None:
-        """Has the two messages ready that a training of one epoch would send."""
+        """Prepares the two messages that a training of one epoch would send."""
         value = 1.0 - job.hyperparameters["dropout"]
         epoch = Epoch(
             epoch=1, loss=1.0, accuracy=value, val_loss=1.0, val_accuracy=value, seconds=1.0, images_per_second=1.0
@@ -101,7 +101,7 @@ class Ours:
         self._trainer, self._interrupted = Instant(), threading.Event()
 
     def run(self, trials: int) -> None:
-        """Claims and ends so many trials."""
+        """Claims and finishes so many trials."""
         for _ in range(trials):
             handle, settings = self._handle, self._settings
             claim = claims.claim(handle.storage, handle.study, self._owner, settings.grace_seconds)
@@ -118,7 +118,7 @@ class Ours:
 
 
 class Plain:
-    """Optuna as its manual shows it."""
+    """Optuna as in its tutorial."""
 
     def __init__(self, folder: Path, definition: Definition) -> None:
         self._study = optuna.create_study(

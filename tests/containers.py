@@ -29,7 +29,7 @@ import sqlalchemy
 import yaml
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 300.0  # after which whatever is waited for will not come
+SECONDS = 300.0  # the longest wait for anything
 INSTALL_SECONDS = 2400.0
 
 
@@ -37,7 +37,7 @@ INSTALL_SECONDS = 2400.0
 
 
 def settings(env_file: Path) -> dict[str, str]:
-    """What a file as `.env` says."""
+    """The values of a `.env` file."""
     lines = (line.strip() for line in env_file.read_text(encoding="utf-8").splitlines())
     pairs = (line.partition("=") for line in lines if line and not line.startswith("#"))
     return {name: value for name, _, value in pairs}
@@ -48,14 +48,16 @@ def resolved(project: Path, program: str | None, *profiles: str) -> dict[str, An
     if program is None:
         known = settings(project / ".env")
 
-        def value(found: re.Match[str]) -> str:
-            return known.get(found[1]) or found[2] or ""
+        def value(match: re.Match[str]) -> str:
+            return known.get(match[1]) or match[2] or ""
 
         text = (project / "docker-compose.yml").read_text(encoding="utf-8")
         read: dict[str, Any] = yaml.safe_load(re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, text))
         for service in read["services"].values():
-            told = service.get("environment", {})
-            service["environment"] = {name: known.get(name) if told[name] is None else told[name] for name in told}
+            environment = service.get("environment", {})
+            service["environment"] = {
+                name: known.get(name) if environment[name] is None else environment[name] for name in environment
+            }
         return read
     options = [word for profile in profiles for word in ("--profile", profile)]
     asked = subprocess.run(
@@ -63,12 +65,12 @@ def resolved(project: Path, program: str | None, *profiles: str) -> dict[str, An
     )
     assert asked.returncode == 0, asked.stderr
     assert asked.stderr == ""
-    found: dict[str, Any] = yaml.safe_load(asked.stdout)
-    return found
+    content: dict[str, Any] = yaml.safe_load(asked.stdout)
+    return content
 
 
 def bare() -> dict[str, str]:
-    """An environment that says nothing."""
+    """An empty environment."""
     return {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
 
 
@@ -92,39 +94,41 @@ class Service:
 
 def services(project: Path, read: Mapping[str, Any]) -> dict[str, Service]:
     """Those of a resolved file, in an order in which each follows those that it waits for."""
-    found = {name: _service(project, read, name) for name in read["services"]}
+    unordered = {name: _service(project, read, name) for name in read["services"]}
     ordered: dict[str, Service] = {}
-    while len(ordered) < len(found):
-        ready = [name for name, one in found.items() if name not in ordered and one.waits_for.keys() <= ordered.keys()]
+    while len(ordered) < len(unordered):
+        ready = [
+            name for name, one in unordered.items() if name not in ordered and one.waits_for.keys() <= ordered.keys()
+        ]
         assert ready, "they wait for each other"
-        ordered |= {name: found[name] for name in ready}
+        ordered |= {name: unordered[name] for name in ready}
     return ordered
 
 
 def _service(project: Path, read: Mapping[str, Any], name: str) -> Service:
-    told = read["services"][name]
-    secrets = [{"source": one} if isinstance(one, str) else one for one in told.get("secrets", [])]
-    waits = told.get("depends_on", {})
-    environment = told.get("environment", {})
+    config = read["services"][name]
+    secrets = [{"source": one} if isinstance(one, str) else one for one in config.get("secrets", [])]
+    waits = config.get("depends_on", {})
+    environment = config.get("environment", {})
     return Service(
         name=name,
-        image=told["image"],
-        command=tuple(_words(told.get("command"))),
+        image=config["image"],
+        command=tuple(_words(config.get("command"))),
         environment={key: str(value) for key, value in environment.items() if value is not None},
         secrets={
             str(PurePosixPath("/run/secrets") / one.get("target", one["source"])): project
             / read["secrets"][one["source"]]["file"]
             for one in secrets
         },
-        volumes=dict(_volume(one) for one in told.get("volumes", [])),
-        ports=tuple(_port(one) for one in told.get("ports", [])),
+        volumes=dict(_volume(one) for one in config.get("volumes", [])),
+        ports=tuple(_port(one) for one in config.get("ports", [])),
         waits_for=dict.fromkeys(waits, "service_started")
         if isinstance(waits, list)
         else {other: condition["condition"] for other, condition in waits.items()},
-        health=tuple(_words(told.get("healthcheck", {}).get("test"))),
-        grace=seconds(told.get("stop_grace_period", "10s")),
-        stop_signal=told.get("stop_signal", "SIGTERM"),
-        profiles=tuple(told.get("profiles", [])),
+        health=tuple(_words(config.get("healthcheck", {}).get("test"))),
+        grace=seconds(config.get("stop_grace_period", "10s")),
+        stop_signal=config.get("stop_signal", "SIGTERM"),
+        profiles=tuple(config.get("profiles", [])),
     )
 
 
@@ -132,17 +136,17 @@ def _words(command: str | list[str] | None) -> list[str]:
     return shlex.split(command) if isinstance(command, str) else command or []
 
 
-def _volume(told: str | dict[str, Any]) -> tuple[str, str]:
-    if isinstance(told, dict):
-        return told["target"], told["source"]
-    source, target = told.split(":")[:2]
+def _volume(entry: str | dict[str, Any]) -> tuple[str, str]:
+    if isinstance(entry, dict):
+        return entry["target"], entry["source"]
+    source, target = entry.split(":")[:2]
     return target, source
 
 
-def _port(told: str | dict[str, Any]) -> tuple[str, int]:
-    if isinstance(told, dict):
-        return f"{told.get('host_ip', '')}:{told['published']}", int(told["target"])
-    published, _, target = told.partition("/")[0].rpartition(":")
+def _port(entry: str | dict[str, Any]) -> tuple[str, int]:
+    if isinstance(entry, dict):
+        return f"{entry.get('host_ip', '')}:{entry['published']}", int(entry["target"])
+    published, _, target = entry.partition("/")[0].rpartition(":")
     return published, int(target)
 
 
@@ -195,8 +199,8 @@ def ignored(path: str) -> bool:
 def copied(source: str) -> list[Path]:
     """The files that ``COPY source`` would take, from the project's folder; those in .dockerignore are not there."""
     start = ROOT / source
-    found = [start] if start.is_file() else sorted(path for path in start.rglob("*") if path.is_file())
-    return [path for path in found if not ignored(path.relative_to(ROOT).as_posix())]
+    paths = [start] if start.is_file() else sorted(path for path in start.rglob("*") if path.is_file())
+    return [path for path in paths if not ignored(path.relative_to(ROOT).as_posix())]
 
 
 class Image:
@@ -209,13 +213,13 @@ class Image:
 
     @cached_property
     def environment(self) -> dict[str, str]:
-        """What its ENV lines say."""
+        """The values of its ENV lines."""
         words = [word for name, rest in self.instructions if name == "ENV" for word in shlex.split(rest)]
         return dict(word.split("=", 1) for word in words)
 
     @property
     def path(self) -> str:
-        """PATH inside of it."""
+        """PATH inside the image."""
         return os.pathsep.join([str(self.folder / "venv" / "bin"), "/usr/local/bin", "/usr/bin", "/bin"])
 
     def words(self, instruction: str) -> tuple[str, ...]:
@@ -274,7 +278,7 @@ class Image:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -323,13 +327,13 @@ def _answers(engine: sqlalchemy.Engine) -> bool:
         return False
 
 
-def until(true: Callable[[], Any], what: str, pause: float = 0.5) -> Any:
-    """What `true` gives once it is true."""
+def until(condition: Callable[[], Any], what: str, pause: float = 0.5) -> Any:
+    """Waits until `condition` returns a condition value; returns it."""
     deadline = time.monotonic() + SECONDS
-    while not (found := true()):
+    while not (value := condition()):
         assert time.monotonic() < deadline, f"it never came: {what}"
         time.sleep(pause)
-    return found
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,16 +371,16 @@ class Stack:
 
     @property
     def database_port(self) -> int:
-        """Where the database really listens."""
+        """The database's real address."""
         return self._database.port
 
     def address(self, service: str) -> str:
-        """Where the service's one published port is reached."""
+        """The address of the service's only published port."""
         ((_, port),) = self.services[service].ports
         return f"http://127.0.0.1:{self._ports[port]}"
 
     def up(self, scale: Mapping[str, int]) -> None:
-        """Starts the services of no profile, `scale` times where it says so, each once those before it are ready."""
+        """Starts the services without a profile, each when those before it are ready; `scale` has their numbers."""
         for service in self.services.values():
             if service.profiles:
                 continue
@@ -390,7 +394,7 @@ class Stack:
         return [one for one in self.running if one.service.name == service]
 
     def start(self, service: Service, command: Sequence[str] = ()) -> Running:
-        """A new container of the service, with another command where one is given."""
+        """A new container of the service, with `command` instead of its own if it is given."""
         self._count += 1
         place = self.project / "containers" / f"{service.name}-{self._count}"
         place.mkdir(parents=True)
@@ -420,7 +424,7 @@ class Stack:
         return out.decode()
 
     def healthy(self, one: Running) -> bool:
-        """What the service's health check says, or else its image's."""
+        """The result of the health check of the service, or of its image."""
         words = one.service.health or ("CMD", *self.image.words("HEALTHCHECK"))
         assert words[0] == "CMD", f"the test does not know how to run {words}"
         place = one.log.with_suffix("")
@@ -436,13 +440,13 @@ class Stack:
         waiting = {name for one in self.services.values() for name in one.waits_for}
         first = [one for one in self.running if one.service.name not in waiting]
         for group in (first, [one for one in reversed(self.running) if one not in first]):
-            told = time.monotonic()
+            signalled_at = time.monotonic()
             for one in group:
                 with contextlib.suppress(ProcessLookupError):
                     one.process.send_signal(getattr(signal, one.service.stop_signal))
             for one in group:
                 try:
-                    code = one.process.wait(max(0.1, one.service.grace - (time.monotonic() - told)))
+                    code = one.process.wait(max(0.1, one.service.grace - (time.monotonic() - signalled_at)))
                 except subprocess.TimeoutExpired:
                     raise AssertionError(f"{one.service.name} did not end within {one.service.grace:g} s") from None
                 codes.setdefault(one.service.name, []).append(code)
@@ -460,19 +464,19 @@ class Stack:
 
     def _environment(self, service: Service, place: Path) -> dict[str, str]:
         is_database = service.name == self._database_name
-        told = {**({} if is_database else self.image.environment), **service.environment}
+        environment = {**({} if is_database else self.image.environment), **service.environment}
         path = os.pathsep.join([self._database.path, "/usr/bin", "/bin"]) if is_database else self.image.path
         return {
             "PATH": path,
             "HOME": str(place),
-            **{name: self._inside(service, place, value) for name, value in told.items()},
-            # The name of a service is the name of a host; libpq looks here before it asks for one's address.
+            **{name: self._inside(service, place, value) for name, value in environment.items()},
+            # The name of a service is a host name; libpq looks in this variable before it resolves the name.
             "PGHOSTADDR": "127.0.0.1",
             "PGPORT": str(self._database.port),
         }
 
     def _inside(self, service: Service, place: Path, word: str) -> str:
-        """A word of the files with what the container's paths and ports really are."""
+        """A word of the files, with the real paths and ports."""
         paths = {target: str(file) for target, file in service.secrets.items()}
         paths |= {target: str(self._volume(source)) for target, source in service.volumes.items()}
         paths.setdefault(self.image.workdir, str(place))

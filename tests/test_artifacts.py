@@ -22,7 +22,7 @@ def test_a_file_appears_whole_at_the_end(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_an_error_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+def test_an_error_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
     path = tmp_path / artifacts.HISTORY
     path.write_bytes(b"old")
 

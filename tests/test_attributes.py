@@ -1,4 +1,4 @@
-"""What others store by our names never raises, and is not taken for ours. On both databases."""
+"""Other programs' attributes with our names are ignored and raise no error, on both databases."""
 
 import json
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def storage(either_url: str) -> Iterator[PatientStorage]:
 
 
 def _readable(storage: PatientStorage, name: str) -> None:
-    """Calls whatever reads a study."""
+    """Calls every function that reads a study."""
     results.status(name, storage)
     results.leaderboard(name, storage)
     results.curves(name, storage)
@@ -44,7 +44,7 @@ def _readable(storage: PatientStorage, name: str) -> None:
     claims.running_trials(storage, registry.find(name, storage).id)
 
 
-def test_a_study_of_others_with_attributes_of_our_names_is_none_of_ours(
+def test_another_program_s_study_with_our_attribute_names_is_ignored(
     storage: PatientStorage, study: str, me: Owner
 ) -> None:
     for at, value in enumerate(JUNK):
@@ -59,7 +59,7 @@ def test_a_study_of_others_with_attributes_of_our_names_is_none_of_ours(
 
 @pytest.mark.parametrize("name", list(attributes.SHAPES))
 @pytest.mark.parametrize("value", [None, 4.5, [1], {"gpu_hours": 40}], ids=str)
-def test_a_study_whose_attribute_is_not_of_our_shape_is_left_out_with_one_warning(
+def test_a_study_whose_attribute_has_a_wrong_shape_is_left_out_with_one_warning(
     storage: PatientStorage,
     trivial: Definition,
     study: str,
@@ -87,7 +87,7 @@ def test_a_study_whose_attribute_is_not_of_our_shape_is_left_out_with_one_warnin
 
 
 @pytest.mark.parametrize("value", JUNK, ids=str)
-def test_a_trial_of_others_with_attributes_of_our_names_is_no_obstacle(
+def test_another_program_s_trial_with_our_attribute_names_breaks_nothing(
     storage: PatientStorage, study: str, me: Owner, value: Any
 ) -> None:
     study_id = registry.find(study, storage).id
@@ -95,14 +95,14 @@ def test_a_trial_of_others_with_attributes_of_our_names_is_no_obstacle(
     ours = claims.claim(storage, ledger.find(storage, study), me, 60.0)
     assert ours is not None
     names = ("attempts", "import_key", "failure", "imported", "model", "history", "versions", "device", "label")
-    told = dict.fromkeys((*names, "epochs", "best_epoch", "parameters", "seconds", "images_per_second"), value)
+    attrs = dict.fromkeys((*names, "epochs", "best_epoch", "parameters", "seconds", "images_per_second"), value)
     opened = registry.open(study, storage)
-    opened.add_trial(create_trial(value=0.9, user_attrs=told))
-    opened.add_trial(create_trial(state=TrialState.FAIL, user_attrs=told))
+    opened.add_trial(create_trial(value=0.9, user_attrs=attrs))
+    opened.add_trial(create_trial(state=TrialState.FAIL, user_attrs=attrs))
     asked = opened.ask()
     for name in names:
         asked.set_user_attr(name, value)
-    opened.enqueue_trial({}, user_attrs=told)
+    opened.enqueue_trial({}, user_attrs=attrs)
     _readable(storage, study)
     assert [holding.number for holding in claims.running_trials(storage, study_id)] == [0]
     (problem,) = ledger.check(storage)
@@ -146,7 +146,7 @@ def test_a_path_below_the_folder_is_followed() -> None:
     assert artifacts.inside(Path("/folder"), "study/3/model.keras") == Path("/folder/study/3/model.keras")
 
 
-def test_a_model_of_others_takes_no_place_among_those_that_are_kept(storage: PatientStorage, study: str) -> None:
+def test_another_program_s_model_does_not_count_as_a_kept_model(storage: PatientStorage, study: str) -> None:
     opened = registry.open(study, storage)
     for model in ("resnet50", 3, "other/0/model.keras"):
         opened.add_trial(create_trial(value=0.9, user_attrs={"model": model}))

@@ -1,4 +1,4 @@
-"""Scores are fair from the first epoch on: the averages of batch normalisation are corrected for their start."""
+"""Scores are fair from the first epoch: the averages of batch normalisation are corrected for their start."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -81,7 +81,7 @@ def _batch(dataset: Dataset) -> tuple[Any, Any]:
     return dataset.x_train[:32], np.eye(10)[dataset.y_train[:32]]
 
 
-def test_how_often_a_step_updates_each_layer_of_an_own_model_is_found_out(dataset: Dataset) -> None:
+def test_it_is_measured_how_often_a_step_updates_each_layer_of_an_own_model(dataset: Dataset) -> None:
     net = _shared({})
     x, y = _batch(dataset)
     before = net.get_weights()
@@ -89,7 +89,7 @@ def test_how_often_a_step_updates_each_layer_of_an_own_model_is_found_out(datase
     assert {one.layer.name: one.updates for one in moving._averages} == {"twice": 2, "inner": 1}
     for was, now in zip(before, net.get_weights(), strict=True):
         assert np.array_equal(was, now), "looking changes nothing"
-    # The same model that nobody looked at trains to the same weights: its random generators are where they were.
+    # Without the measurement the same model trains to the same weights: the random generators were restored.
     net.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
@@ -186,7 +186,7 @@ def test_the_score_of_a_short_run_is_that_of_re_estimated_statistics(mnist_folde
     assert record.val_accuracy > 0.5
 
 
-def test_nothing_is_corrected_where_there_is_nothing() -> None:
+def test_without_batch_normalisation_nothing_is_corrected() -> None:
     with MovingAverages().corrected(3):
         pass
 

@@ -1,4 +1,4 @@
-"""Images reach Keras whole, in their order, and nobody waits for a tuner at an epoch's end."""
+"""Keras gets all images in order, and does not wait for a tuner at the end of an epoch."""
 
 import keras
 import numpy as np
@@ -21,6 +21,6 @@ def test_batches_are_the_images_in_their_order(kind: str) -> None:
     assert all(images.dtype == kind and targets.dtype == "float32" for images, targets in given)
 
 
-def test_nothing_is_tuned_while_they_are_read() -> None:
+def test_the_dataset_is_not_autotuned() -> None:
     dataset = batches(np.zeros((4, 2, 2, 1), np.uint8), np.eye(4), 2)["x"]
     assert dataset.options().autotune.enabled is False

@@ -1,4 +1,4 @@
-"""The best model predicts as its training left it, and says what to do where it cannot be had."""
+"""The best model predicts as at the end of its training; an error says what to do if it cannot be loaded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +48,7 @@ def place(home: Path) -> RDBStorage:
 
 
 def _ended(
-    place: RDBStorage, name: str, told: dict[str, Any], model: str = "mnist_cnn", dataset: str = "d.npz"
+    place: RDBStorage, name: str, attrs: dict[str, Any], model: str = "mnist_cnn", dataset: str = "d.npz"
 ) -> Path:
     """A study with one complete trial; returns the trial's folder."""
     fixed = "fixed.depth = 3" if model == "convnet" else ""
@@ -56,8 +56,8 @@ def _ended(
     registry.create(definition, place, {"fingerprint": "0" * 16})
     claim = claims.claim(place, ledger.find(place, name), owners.this_slot("cpu:0"), 60.0)
     assert claim is not None
-    files = {key: str(claim.folder / name) for key, name in told.items() if key == "model"}
-    claims.finish(place, claim, TrialState.COMPLETE, 0.9, told | files)
+    files = {key: str(claim.folder / name) for key, name in attrs.items() if key == "model"}
+    claims.finish(place, claim, TrialState.COMPLETE, 0.9, attrs | files)
     return Path("yard/artifacts").absolute() / claim.folder
 
 
@@ -124,7 +124,7 @@ def test_a_trial_without_a_model_says_so(place: RDBStorage) -> None:
         studies.best_model("mine")
 
 
-def test_one_s_own_layers_are_known_by_their_module(
+def test_a_user_s_own_layers_are_loaded_from_their_module(
     place: RDBStorage, write_module: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
     write_module("mine_own", OWN)

@@ -46,7 +46,7 @@ def searched(trained: Path, home: Path) -> Path:
 
 @pytest.fixture
 def address(searched: Path) -> Iterator[str]:
-    """Where the command serves it, with a password."""
+    """The address of the dashboard that the command serves, with a password."""
     process = subprocess.Popen(
         [sys.executable, "-m", "search.cli", "dashboard", "--port", "0"],
         cwd=searched,
@@ -57,9 +57,9 @@ def address(searched: Path) -> Iterator[str]:
     try:
         assert process.stderr is not None
         line = process.stderr.readline()
-        found = re.search(r"http://\S+", line)
-        assert found is not None, line
-        yield found[0]
+        match = re.search(r"http://\S+", line)
+        assert match is not None, line
+        yield match[0]
     finally:
         process.kill()
         process.wait()
@@ -67,7 +67,7 @@ def address(searched: Path) -> Iterator[str]:
 
 @pytest.fixture
 def browse(chromium: str, tmp_path: Path) -> Iterator[Open]:
-    """Opens a page in a new browser, with a password or none; fails where the page asked another host for anything."""
+    """Opens a page in a new browser, with or without a password; fails if the page sends a request to another host."""
     with sync_playwright() as playwright:
         contexts: list[BrowserContext] = []
         asked: set[str] = set()
@@ -97,7 +97,7 @@ def browse(chromium: str, tmp_path: Path) -> Iterator[Open]:
 
 
 def _shot(page: Page, name: str, whole: bool = False) -> None:
-    """Keeps a picture where SCREENSHOTS names a folder, for a person to look at."""
+    """Writes a picture to the folder that SCREENSHOTS names, if it is set."""
     folder = os.environ.get("SCREENSHOTS")
     if folder:
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=whole)
@@ -209,13 +209,13 @@ def test_a_wrong_password_shows_nothing(address: str, browse: Open) -> None:
     assert answer.status == 401
     expect(page.get_by_text("the password is needed")).to_be_visible()
     _shot(page, "wrong")
-    # The page's own script is kept back as well.
+    # The page's script is not served either.
     assert page.evaluate("async () => (await fetch('/static/bundle.js')).status") == 401
 
 
 def test_no_password_shows_nothing(address: str, browse: Open) -> None:
     page = browse("about:blank")
-    # A headless browser has no dialog to ask in, and says so.
+    # A headless browser has no password dialog, and reports an error.
     with pytest.raises(Error, match="ERR_INVALID_AUTH_CREDENTIALS"):
         page.goto(f"{address}/dashboard")
 

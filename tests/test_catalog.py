@@ -39,9 +39,7 @@ def test_a_definition_is_filed_under_its_name_and_says_what_it_is(name: str) -> 
         ("notebook-dropout-7-labelled", 7, "conv_dropout", AS_LABELLED),
     ],
 )
-def test_a_sweep_is_tried_at_the_notebooks_places_in_its_order(
-    name: str, depth: int, rate: str, rates: list[float]
-) -> None:
+def test_a_sweep_has_the_notebooks_rates_in_its_order(name: str, depth: int, rate: str, rates: list[float]) -> None:
     definition = load(name)
     assert definition.queue() == [{rate: value} for value in rates]
     assert definition.trials == 8
@@ -75,7 +73,7 @@ def test_the_notebooks_studies_follow_its_protocol(name: str) -> None:
     assert "test set" in definition.description, "its protocol must be marked"
 
 
-def test_the_credited_example_trains_as_in_keras_2() -> None:
+def test_the_cited_example_trains_as_in_keras_2() -> None:
     definition = load("mnist-cnn")
     assert (definition.dataset, definition.model) == ("mnist", "mnist_cnn")
     assert definition.fixed == {"batch_size": 128, "optimizer": "adadelta", "learning_rate": 1.0}

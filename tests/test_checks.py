@@ -1,4 +1,4 @@
-"""What is asked before anything enters the database, and before a worker takes a study."""
+"""The checks before a study is created, and before a worker takes one."""
 
 import json
 import os
@@ -60,9 +60,9 @@ ASK = "import keras; print(keras.backend.backend())"
 
 
 def test_the_versions_are_those_of_the_software_without_their_patch_level() -> None:
-    found = checks.software()
-    assert keras.__version__.startswith(f"{found['keras']}.")
-    assert found["keras"].count(".") == found["trialyard"].count(".") == 1
+    versions = checks.software()
+    assert keras.__version__.startswith(f"{versions['keras']}.")
+    assert versions["keras"].count(".") == versions["trialyard"].count(".") == 1
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_the_versions_are_those_of_the_software_without_their_patch_level() -> N
 def test_the_backend_is_the_one_that_keras_will_choose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None, configured: str | None, expected: str
 ) -> None:
-    """Told without importing it; compared with what Keras, imported in a process of its own, chooses."""
+    """Known without importing Keras; compared with the choice of Keras in another process."""
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.delenv("KERAS_BACKEND", raising=False)
     if variable is not None:

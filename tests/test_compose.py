@@ -1,4 +1,4 @@
-"""The service as a team runs it: the files for Docker Compose and systemd are right, and what they say works."""
+"""The deployment files for Docker Compose and systemd are right, and their services work."""
 
 import base64
 import json
@@ -61,17 +61,17 @@ def test_compose_accepts_the_file(tmp_path: Path, docker_compose: str, env: str,
 def test_settings_reach_the_services(tmp_path: Path, docker_compose: str) -> None:
     env = "TRIALYARD_DASHBOARD_ADDRESS=192.0.2.7\nTRIALYARD_ARTIFACTS=/shared/artifacts\nTRIALYARD_WORKERS=3\n"
     read = containers.resolved(_project(tmp_path, env), docker_compose)
-    found = containers.services(tmp_path, read)
-    assert found["dashboard"].ports == (("192.0.2.7:8080", 8080),)
-    assert found["worker"].environment["TRIALYARD_WORKERS"] == "3"
-    assert "TRIALYARD_GRACE_SECONDS" not in found["worker"].environment
+    services = containers.services(tmp_path, read)
+    assert services["dashboard"].ports == (("192.0.2.7:8080", 8080),)
+    assert services["worker"].environment["TRIALYARD_WORKERS"] == "3"
+    assert "TRIALYARD_GRACE_SECONDS" not in services["worker"].environment
     for name in ("worker", "dashboard"):
-        assert found[name].volumes["/artifacts"] == "/shared/artifacts"
+        assert services[name].volumes["/artifacts"] == "/shared/artifacts"
 
 
 @pytest.mark.parametrize("env", ["", EXAMPLE, "TRIALYARD_WORKERS=2\nTRIALYARD_ARTIFACTS=/shared\n"])
-def test_the_file_as_read_here_is_as_compose_reads_it(tmp_path: Path, docker_compose: str, env: str) -> None:
-    """So that the services are run in the same way where there is no docker-compose."""
+def test_our_reader_reads_the_file_as_compose_does(tmp_path: Path, docker_compose: str, env: str) -> None:
+    """The services must run in the same way on a machine without docker-compose."""
     project = _project(tmp_path, env)
     theirs, ours = (
         containers.services(project, containers.resolved(project, program, "gpu")) for program in (docker_compose, None)
@@ -94,14 +94,14 @@ def test_the_file_as_read_here_is_as_compose_reads_it(tmp_path: Path, docker_com
         assert one.volumes.keys() == theirs[name].volumes.keys()
 
 
-def test_every_setting_is_in_the_example_and_every_one_there_is_used() -> None:
+def test_every_setting_is_in_the_example_and_every_one_in_it_is_used() -> None:
     port = (ROOT / "deploy" / "database-port.yml").read_text(encoding="utf-8")
     used = set(re.findall(r"\$\{(\w+)", COMPOSE + port)) | set(re.findall(r"^  +([A-Z_]+):$", COMPOSE, re.MULTILINE))
     shown = set(re.findall(r"^#([A-Z_]+)=", EXAMPLE, re.MULTILINE))
     assert shown - {"COMPOSE_FILE", "COMPOSE_PROFILES"} == used
 
 
-def test_a_default_in_the_example_is_the_file_s_or_the_product_s() -> None:
+def test_a_default_in_the_example_is_that_of_the_file_or_the_program() -> None:
     defaults = dict(re.findall(r"\$\{(\w+):-([^}]+)\}", COMPOSE))
     product = {f"TRIALYARD_{name.upper()}": str(field.default) for name, field in Settings.model_fields.items()}
     for name, value in re.findall(r"^#(TRIALYARD_\w+)=(.*)$", EXAMPLE, re.MULTILINE):
@@ -119,13 +119,17 @@ def test_workers_have_longer_to_stop_than_they_take() -> None:
             assert one.grace > LEAST_STOP + 20
 
 
-def test_gpus_are_for_the_profile_s_worker_alone() -> None:
-    told = yaml.safe_load(COMPOSE)["services"]
-    reserved = {name: one["deploy"]["resources"] for name, one in told.items() if "resources" in one.get("deploy", {})}
-    assert reserved.keys() == {"worker-gpu"} == {name for name, one in told.items() if one.get("profiles") == ["gpu"]}
+def test_only_the_profile_s_worker_gets_gpus() -> None:
+    services = yaml.safe_load(COMPOSE)["services"]
+    reserved = {
+        name: one["deploy"]["resources"] for name, one in services.items() if "resources" in one.get("deploy", {})
+    }
+    assert (
+        reserved.keys() == {"worker-gpu"} == {name for name, one in services.items() if one.get("profiles") == ["gpu"]}
+    )
     (device,) = reserved["worker-gpu"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
-    assert told["worker-gpu"]["build"]["target"] == "gpu"
+    assert services["worker-gpu"]["build"]["target"] == "gpu"
 
 
 def test_no_service_has_a_password_in_its_environment() -> None:
@@ -187,7 +191,7 @@ def test_the_locks_agree() -> None:
 
 
 def _asked(url: str, password: str | None) -> tuple[int, Any]:
-    """The dashboard's status and answer to somebody with this password."""
+    """The dashboard's status and answer with this password."""
     request = urllib.request.Request(url)
     if password is not None:
         request.add_header("Authorization", "Basic " + base64.b64encode(f"anybody:{password}".encode()).decode())
@@ -199,14 +203,14 @@ def _asked(url: str, password: str | None) -> tuple[int, Any]:
 
 
 def _typed(pattern: str) -> list[str]:
-    """The lines that docs/deployment.md has a newcomer type."""
-    found = re.findall(rf"^{pattern}", DEPLOYMENT, re.MULTILINE)
-    assert found, pattern
-    return [str(line) for line in found]
+    """The commands that docs/deployment.md tells a new user to type."""
+    lines = re.findall(rf"^{pattern}", DEPLOYMENT, re.MULTILINE)
+    assert lines, pattern
+    return [str(line) for line in lines]
 
 
 @pytest.mark.timeout(int(containers.INSTALL_SECONDS) + 1200)
-def test_a_team_s_service_works_from_the_lock_to_the_last_signal() -> None:
+def test_a_team_s_service_works_from_installation_to_shutdown() -> None:
     """Installed as the image would be, started as Compose would: two workers finish a study that somebody creates."""
     # Not below pytest's own folder, which is kept: an installation takes gigabytes. (And see `postgresql`.)
     with tempfile.TemporaryDirectory() as place:
@@ -243,12 +247,12 @@ def _works(stack: Stack, passwords: dict[str, str]) -> None:
     ((study_id, name),) = [(one["study_id"], one["study_name"]) for one in listed["study_summaries"]]
 
     def trials(study: int, *states: str) -> list[Any]:
-        found = _asked(f"{url}/api/studies/{study}?after=0", password)[1]["trials"]
-        return [one for one in found if one["state"] in states]
+        page_trials = _asked(f"{url}/api/studies/{study}?after=0", password)[1]["trials"]
+        return [one for one in page_trials if one["state"] in states]
 
     def ended() -> list[Any]:
-        found = trials(study_id, "Complete", "Pruned")
-        return found if len(found) == 6 else []
+        ended = trials(study_id, "Complete", "Pruned")
+        return ended if len(ended) == 6 else []
 
     finished = containers.until(ended, "the study's end", 2.0)
     complete = [one for one in finished if one["state"] == "Complete"]
@@ -287,16 +291,16 @@ def _works(stack: Stack, passwords: dict[str, str]) -> None:
 
 
 def _beside_it(stack: Stack, password: str, study: str, best: float) -> None:
-    """A trialyard that is in no container works with the same database, by one file with its URL."""
+    """A trialyard outside the containers works with the same database, through one file with its URL."""
     url = stack.project / "url"
     url.write_text(f"postgresql://trialyard:{password}@127.0.0.1:{stack.database_port}/trialyard\n", encoding="utf-8")
     command = [sys.executable, "-m", "search.cli", "status", study, "--json"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRIALYARD_")}
-    told = subprocess.run(
+    result = subprocess.run(
         command, env=environment | {"TRIALYARD_STORAGE_FILE": str(url)}, capture_output=True, text=True, timeout=120
     )
-    assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout)["best"] == best
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["best"] == best
 
 
 # --- without containers -----------------------------------------------------------------------------------
@@ -305,22 +309,22 @@ UNIT = ROOT / "deploy" / "trialyard-worker.service"
 
 
 def _unit(text: str, key: str) -> str:
-    (found,) = re.findall(rf"^{key}=(.*)$", text, re.MULTILINE)
-    return str(found)
+    (value,) = re.findall(rf"^{key}=(.*)$", text, re.MULTILINE)
+    return str(value)
 
 
 def test_systemd_accepts_the_unit(tmp_path: Path, systemd_analyze: str) -> None:
     text = UNIT.read_text(encoding="utf-8")
     program, arguments = _unit(text, "ExecStart").split(" ", 1)
     assert (Path(program).name, arguments) == ("trialyard", "work --forever")
-    # Only the program's folder is another one: systemd looks whether it is there.
+    # Only the program's folder is replaced: systemd checks that it exists.
     here = Path(sys.executable).with_name("trialyard")
     assert here.is_file()
     for change, accepted in (("", True), ("KillMode=mixd\n", False)):
         unit = tmp_path / UNIT.name
         unit.write_text(text.replace(program, str(here)) + f"\n[Service]\n{change}", encoding="utf-8")
         asked = subprocess.run([systemd_analyze, "verify", unit], capture_output=True, text=True, timeout=60)
-        # It says what it does not know, and ends well.
+        # It reports unknown options, and exits with 0.
         assert ((asked.returncode, asked.stderr) == (0, "")) == accepted, asked.stderr
 
 
@@ -338,10 +342,10 @@ def test_the_unit_gives_a_worker_time_to_stop_and_writes_where_its_settings_say(
     text = UNIT.read_text(encoding="utf-8")
     assert float(_unit(text, "TimeoutStopSec")) > LEAST_STOP + 20
     assert (_unit(text, "KillSignal"), _unit(text, "SuccessExitStatus")) == ("SIGTERM", "130")
-    told = containers.settings(ROOT / "deploy" / "trialyard-worker.env.example")
-    assert {name.removeprefix("TRIALYARD_").lower() for name in told} <= Settings.model_fields.keys()
-    assert told["TRIALYARD_ARTIFACTS"] == _unit(text, "ReadWritePaths")
-    assert told["TRIALYARD_HOME"] == f"/var/lib/{_unit(text, 'StateDirectory')}" == _unit(text, "WorkingDirectory")
+    variables = containers.settings(ROOT / "deploy" / "trialyard-worker.env.example")
+    assert {name.removeprefix("TRIALYARD_").lower() for name in variables} <= Settings.model_fields.keys()
+    assert variables["TRIALYARD_ARTIFACTS"] == _unit(text, "ReadWritePaths")
+    assert variables["TRIALYARD_HOME"] == f"/var/lib/{_unit(text, 'StateDirectory')}" == _unit(text, "WorkingDirectory")
 
 
 def test_the_second_machine_s_command_mounts_what_the_image_expects() -> None:

@@ -1,4 +1,4 @@
-"""The dashboard: nobody gets in without the password, nothing changes where it must not, and its answers are right."""
+"""The dashboard: no access without the password, no change where only reading is allowed, and correct answers."""
 
 import base64
 import io
@@ -77,9 +77,9 @@ class Answer:
         setup_testing_defaults(environ)
         environ |= {f"HTTP_{name.upper()}": value for name, value in headers.items()}
 
-        def start(status: str, found: list[tuple[str, str]], *error: Any) -> None:
+        def start(status: str, received: list[tuple[str, str]], *error: Any) -> None:
             self.status = int(status.split()[0])
-            self.headers = {name.lower(): value for name, value in found}
+            self.headers = {name.lower(): value for name, value in received}
 
         parts = app(environ, start)
         self.body = b"".join(parts)
@@ -113,7 +113,7 @@ def _basic(password: str, user: str = "me") -> str:
 
 
 def _routes(home: Path, place: PatientStorage) -> list[tuple[str, str]]:
-    """(method, path) for every route that the application itself has, with ids that are there."""
+    """(method, path) for every route of the application, with ids that exist."""
     values = {
         "study_id": "1",
         "trial_id": "1",
@@ -124,7 +124,7 @@ def _routes(home: Path, place: PatientStorage) -> list[tuple[str, str]]:
         "": "",
     }
     return [
-        (route.method, re.sub(r"<(\w*)(?::[^<>]*(?:\([^)]*\)\?)?)?>", lambda found: values[found[1]], route.rule))
+        (route.method, re.sub(r"<(\w*)(?::[^<>]*(?:\([^)]*\)\?)?)?>", lambda match: values[match[1]], route.rule))
         for route in dashboard.pages(place, home / "yard" / "artifacts").routes
     ]
 
@@ -146,7 +146,7 @@ def test_with_a_password_nothing_answers_the_anonymous(
     home: Path, place: PatientStorage, serve: Callable[..., Any], read_only: bool
 ) -> None:
     app = serve(password=SecretStr(PASSWORD), read_only=read_only)
-    paths = {path for _, path in _routes(home, place)} | {"/not/there"}
+    paths = {path for _, path in _routes(home, place)} | {"/does/not/exist"}
     answers = {(method, path): Answer(app, method, path, BODY) for path in paths for method in (*METHODS, "HEAD")}
     assert {answer.status for answer in answers.values()} == {401}
     assert {answer.headers["www-authenticate"].split()[0] for answer in answers.values()} == {"Basic"}
@@ -182,7 +182,7 @@ def test_only_the_right_password_opens(
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Lets the dashboard's time, which stands still, pass by so many seconds."""
+    """Advances the dashboard's clock, which is stopped, by so many seconds."""
     now = [1000.0]
     monkeypatch.setattr(dashboard.time, "monotonic", lambda: now[0])
 
@@ -192,7 +192,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return passes
 
 
-def test_guessing_passwords_is_slow_and_the_right_one_is_not_kept_out_for_long(
+def test_guessing_passwords_is_slow_and_the_right_one_waits_only_for_a_while(
     serve: Callable[..., Any], clock: Callable[[float], None]
 ) -> None:
     app = serve(password=SecretStr(PASSWORD), host="0.0.0.0")
@@ -212,15 +212,15 @@ def test_guessing_passwords_is_slow_and_the_right_one_is_not_kept_out_for_long(
     refused = Answer(app, "GET", "/api/studies", None, "192.0.2.7", authorization=_basic(PASSWORD))
     assert (refused.status, refused.headers["retry-after"]) == (429, "6")
     assert "wait 6 s" in refused.json["reason"]
-    # Others, and whoever was in before, behind the same address too, do not notice.
+    # Other addresses, and browsers that had access before, do not have to wait.
     assert status(PASSWORD, "192.0.2.8") == 200
     assert status(PASSWORD, cookie=f"other=1; {known}") == 200
-    assert status("wrong", cookie=known) == 401  # it is no key
+    assert status("wrong", cookie=known) == 401  # the cookie gives no access
     assert status(None, cookie=known) == 401
     assert status(PASSWORD, cookie=known[:-1]) == 429
     clock(12.1)
     assert status(PASSWORD) == 200
-    assert [status("wrong") for _ in range(2)] == [401, 429]  # one in six seconds, no ten again
+    assert [status("wrong") for _ in range(2)] == [401, 429]  # one per six seconds, not ten again
     clock(60.1)
     assert [status("wrong") for _ in range(11)] == [401] * 10 + [429]
 
@@ -259,9 +259,9 @@ def test_the_password_comes_from_the_environment_or_a_file(home: Path, monkeypat
     with pytest.raises(SettingsError, match=r"secret' is empty: write the dashboard's password into it"):
         _ = settings.load().password
     (home / "secret").write_text("from the file\n")
-    found = settings.load().password
-    assert found is not None
-    assert found.get_secret_value() == "from the file"
+    password = settings.load().password
+    assert password is not None
+    assert password.get_secret_value() == "from the file"
     monkeypatch.setenv("TRIALYARD_DASHBOARD_PASSWORD", PASSWORD)
     loaded = settings.load()
     assert loaded.password is not None
@@ -299,8 +299,8 @@ def test_only_the_dashboard_s_own_page_changes_something(
     assert note["body"] == NOTE
     body = {"version": note["version"] + 1, "body": "changed"}
     assert Answer(app, "PUT", "/api/studies/1/note", body, **known, **headers).status == status
-    found = Answer(app, "GET", "/api/studies/1", **known).json["note"]["body"]
-    assert found == ("changed" if status == 204 else NOTE)
+    body = Answer(app, "GET", "/api/studies/1", **known).json["note"]["body"]
+    assert body == ("changed" if status == 204 else NOTE)
 
 
 @pytest.mark.parametrize("host", ["example.org", "example.org:8080", "127.0.0.1.example.org", "localhost.example.org"])
@@ -331,7 +331,7 @@ def test_read_only_refuses_every_change_and_the_file_stays_the_same(
     for method, path in _routes(home, place):
         answer = Answer(app, method, path, None if method == "GET" else BODY)
         if method == "GET":
-            expected = 404 if path == f"/artifacts/1/{ARTIFACT}" else 200  # it is a trial's, and no study's
+            expected = 404 if path == f"/artifacts/1/{ARTIFACT}" else 200  # it belongs to a trial, not to a study
             assert answer.status in (expected, 302), (path, answer.body)
             assert Answer(app, "HEAD", path).status == answer.status
         else:
@@ -343,7 +343,9 @@ def test_read_only_refuses_every_change_and_the_file_stays_the_same(
     assert sorted(path.name for path in file.parent.glob("studies.db*")) == ["studies.db", "studies.db.locks"]
 
 
-def test_the_same_requests_do_change_it_otherwise(home: Path, place: PatientStorage, serve: Callable[..., Any]) -> None:
+def test_without_read_only_the_same_requests_change_something(
+    home: Path, place: PatientStorage, serve: Callable[..., Any]
+) -> None:
     app = serve()
     for method, path in _routes(home, place):
         if method != "GET":
@@ -391,16 +393,16 @@ def test_the_database_itself_refuses_where_only_reading_is_allowed(
 
 
 def _same(ours: Answer, stock: Answer) -> dict[str, Any]:
-    """Compares the two answers; what the package gives in any order, in any order."""
+    """Compares the two answers, ignoring the order where the package has none."""
     assert ours.status == stock.status, ours.body
     assert ours.headers["content-type"] == stock.headers["content-type"]
-    found, expected = ours.json, stock.json
-    for answer in (found, expected):
+    actual, expected = ours.json, stock.json
+    for answer in (actual, expected):
         for key in ("union_user_attrs", "plotly_graph_objects"):
             answer.get(key, []).sort(key=str)
-    assert found == expected
-    assert isinstance(found, dict)
-    return found
+    assert actual == expected
+    assert isinstance(actual, dict)
+    return actual
 
 
 def test_a_study_s_page_is_the_package_s_own(home: Path, place: PatientStorage, me: Owner) -> None:
@@ -411,11 +413,11 @@ def test_a_study_s_page_is_the_package_s_own(home: Path, place: PatientStorage, 
 
     def compare(*afters: int) -> dict[str, Any]:
         stock = optuna_dashboard.wsgi(database.connect(str(place.engine.url)), artifact_store=object())
-        found = {}
+        answer = {}
         for after in afters:
             path = f"/api/studies/1?after={after}"
-            found = _same(Answer(app, "GET", path), Answer(stock, "GET", path))
-        return found
+            answer = _same(Answer(app, "GET", path), Answer(stock, "GET", path))
+        return answer
 
     found = compare(0, 4, 5, 6)
     assert [trial["number"] for trial in found["best_trials"]] == [1]
@@ -431,9 +433,9 @@ def test_a_study_s_page_is_the_package_s_own(home: Path, place: PatientStorage, 
     compare(0, 5)
     place.set_trial_param(running.trial_id, "dropout", 0.8, FloatDistribution(0.0, 0.9))
     claims.finish(place, running, TrialState.COMPLETE, 0.95, {"epochs": 4})
-    found = compare(0, 5, 6)
-    assert [trial["number"] for trial in found["best_trials"]] == [5]
-    assert [trial["state"] for trial in found["trials"]] == ["Waiting"]
+    answer = compare(0, 5, 6)
+    assert [trial["number"] for trial in answer["best_trials"]] == [5]
+    assert [trial["state"] for trial in answer["trials"]] == ["Waiting"]
     compare(7, 0)
 
 
@@ -466,15 +468,15 @@ def test_a_new_study_with_a_deleted_one_s_id_shows_its_own_trials(
         assert claim is not None
         assert (claim.study_id, claim.trial_id) == (1, number + 1)  # SQLite gives them again
         claims.finish(other, claim, TrialState.COMPLETE, 0.25, {"epochs": 1})
-    found = Answer(app, "GET", "/api/studies/1").json
-    assert [trial["values"] for trial in found["trials"]] == [[0.25]] * 5
-    assert found["best_trials"][0]["values"] == [0.25]
-    assert found["union_search_space"] == []
+    answer = Answer(app, "GET", "/api/studies/1").json
+    assert [trial["values"] for trial in answer["trials"]] == [[0.25]] * 5
+    assert answer["best_trials"][0]["values"] == [0.25]
+    assert answer["union_search_space"] == []
     assert Answer(app, "GET", "/csv/1").body.count(b"0.25") == 5
     other.engine.dispose()
 
 
-def test_a_large_answer_is_packed_for_who_takes_it(
+def test_a_large_answer_is_compressed_for_clients_that_accept_it(
     home: Path, place: PatientStorage, serve: Callable[..., Any]
 ) -> None:
     optuna_dashboard.save_note(registry.open("trivial", place), "long " * 20_000)
@@ -509,7 +511,7 @@ def test_a_trial_s_file_is_downloaded_from_where_it_is(home: Path, serve: Callab
     assert Answer(app, "GET", f"/artifacts/1/1/{listed['artifact_id']}").status == 404
 
 
-def test_a_model_that_retention_took_is_offered_no_more(
+def test_a_model_that_retention_removed_is_no_longer_offered(
     home: Path, place: PatientStorage, serve: Callable[..., Any], me: Owner
 ) -> None:
     """By a dashboard that had read the finished trial before."""
@@ -518,10 +520,10 @@ def test_a_model_that_retention_took_is_offered_no_more(
     app = serve()
 
     def offered(number: int) -> list[str]:
-        told = Answer(app, "GET", "/api/studies/1").json["trials"][number]["artifacts"]
-        for one in told:
+        files = Answer(app, "GET", "/api/studies/1").json["trials"][number]["artifacts"]
+        for one in files:
             assert Answer(app, "GET", f"/artifacts/1/{number + 1}/{one['artifact_id']}").body == b"the file"
-        return sorted(one["filename"] for one in told)
+        return sorted(one["filename"] for one in files)
 
     for number, value in ((5, 0.97), (6, 0.98)):
         claim = claims.claim(place, ledger.find(place, "trivial"), me, 60.0)
@@ -552,7 +554,9 @@ def test_a_file_in_the_folder_of_optuna_s_own_store_is_found(
 
 
 @pytest.mark.parametrize("name", ["../../../secret", "/etc/passwd", "..", "", "link"])
-def test_no_file_elsewhere_is_given(home: Path, place: PatientStorage, serve: Callable[..., Any], name: str) -> None:
+def test_no_file_outside_the_folder_is_served(
+    home: Path, place: PatientStorage, serve: Callable[..., Any], name: str
+) -> None:
     (home / "secret").write_text("secret")
     (home / "yard" / "artifacts" / MODEL_PATH).with_name("link").symlink_to(home / "secret")
     ledger.raise_budget(place, ledger.find(place, "trivial"), ledger.Budget(trials=6, hours=None))
@@ -671,7 +675,7 @@ def test_it_starts_without_keras(home: Path, finished_study: str) -> None:
         "print([name for name in ('keras', 'tensorflow', 'jax', 'torch') if name in sys.modules])"
     )
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], cwd=home, env=environ, capture_output=True, text=True, check=True, timeout=120
     )
-    assert found.stdout == "[]\n"
+    assert result.stdout == "[]\n"

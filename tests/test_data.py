@@ -1,4 +1,4 @@
-"""Images come in as they are stored, are split by class, and what does not fit is refused in one sentence."""
+"""Images keep their stored type and are split by class; invalid data is refused in one sentence."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,33 +16,33 @@ Write = Callable[..., Path]
 
 
 def test_digits_are_real_images_of_the_size_of_mnist() -> None:
-    found = data.load("digits", Data(validation=0.2), [])
-    assert (len(found.y_train), len(found.y_validation)) == (1150, 288)
-    assert found.x_train.shape == (1150, 28, 28, 1)
-    assert found.x_train.dtype == np.uint8
-    assert (found.x_train.min(), found.x_train.max()) == (0, 255)
-    assert found.classes == 10
-    assert found.validated_on == "validation"
+    dataset = data.load("digits", Data(validation=0.2), [])
+    assert (len(dataset.y_train), len(dataset.y_validation)) == (1150, 288)
+    assert dataset.x_train.shape == (1150, 28, 28, 1)
+    assert dataset.x_train.dtype == np.uint8
+    assert (dataset.x_train.min(), dataset.x_train.max()) == (0, 255)
+    assert dataset.classes == 10
+    assert dataset.validated_on == "validation"
 
 
 def test_the_validation_split_has_every_class_with_its_share(write_npz: Write) -> None:
     labels = np.repeat([0, 1, 2], [200, 80, 20])
     path = write_npz(y_train=labels)
-    found = data.load(str(path), Data(validation=0.25), [])
-    assert np.bincount(found.y_validation).tolist() == [50, 20, 5]
-    assert np.bincount(found.y_train).tolist() == [150, 60, 15]
+    dataset = data.load(str(path), Data(validation=0.25), [])
+    assert np.bincount(dataset.y_validation).tolist() == [50, 20, 5]
+    assert np.bincount(dataset.y_train).tolist() == [150, 60, 15]
 
 
 def test_split_and_limit_lose_nothing_and_show_no_image_twice(tmp_path: Path) -> None:
-    images = np.arange(600, dtype=np.uint16).view(np.uint8).reshape(600, 2, 1)  # no two alike
+    images = np.arange(600, dtype=np.uint16).view(np.uint8).reshape(600, 2, 1)  # all different
     np.savez(tmp_path / "all.npz", x_train=images, y_train=np.arange(600) % 3)
-    found = data.load(str(tmp_path / "all.npz"), Data(validation=0.1), [])
-    together = np.concatenate([found.x_train, found.x_validation])
+    dataset = data.load(str(tmp_path / "all.npz"), Data(validation=0.1), [])
+    together = np.concatenate([dataset.x_train, dataset.x_validation])
     assert {image.tobytes() for image in together} == {image.tobytes() for image in images}
     limited = data.load(str(tmp_path / "all.npz"), Data(validation=0.1, limit=100), [])
     together = np.concatenate([limited.x_train, limited.x_validation])
     assert len({image.tobytes() for image in together}) == 100
-    assert limited.fingerprint == found.fingerprint, "it tells which images they were taken from"
+    assert limited.fingerprint == dataset.fingerprint, "it tells which images they were taken from"
 
 
 def test_the_split_is_a_function_of_its_seed(write_npz: Write) -> None:
@@ -73,7 +73,7 @@ def test_the_fingerprint_is_that_of_images_and_labels(write_npz: Write) -> None:
     assert one == same != other
 
 
-def test_real_numbers_from_0_to_1_are_brought_to_the_scale_of_bytes(write_npz: Write) -> None:
+def test_floats_from_0_to_1_are_scaled_to_255(write_npz: Write) -> None:
     with np.load(write_npz()) as arrays:
         images = arrays["x_train"]
     as_bytes = data.load(str(write_npz()), Data(), [])
@@ -82,7 +82,7 @@ def test_real_numbers_from_0_to_1_are_brought_to_the_scale_of_bytes(write_npz: W
     assert np.allclose(as_reals.x_train, as_bytes.x_train, atol=1e-3)
 
 
-def test_a_file_is_looked_for_in_the_data_folders(home: Path, write_npz: Write) -> None:
+def test_a_file_is_searched_in_the_data_folders(home: Path, write_npz: Write) -> None:
     (home / "there").mkdir()
     write_npz().rename(home / "there" / "small.npz")
     assert data.load("small.npz", Data(), [home / "there"]).classes == 10
@@ -128,7 +128,7 @@ def test_test_images_of_another_kind_are_refused(write_npz: Write) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"])
-def test_a_file_that_is_no_npz_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_an_npz_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.npz").write_bytes(content)
     with pytest.raises(DataError, match=r"bad.npz is not a .npz: write it with numpy.savez"):
         data.load(str(tmp_path / "bad.npz"), Data(), [])
@@ -141,7 +141,7 @@ def test_an_npz_cut_off_in_the_middle_is_refused(write_npz: Write) -> None:
         data.load(str(path), Data(), [])
 
 
-def test_a_single_array_is_no_npz(tmp_path: Path) -> None:
+def test_a_single_array_is_not_an_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "one.npy", np.zeros(3))
     (tmp_path / "one.npy").rename(tmp_path / "one.npz")
     with pytest.raises(DataError, match=r"is not a .npz"):
@@ -159,7 +159,7 @@ def test_a_limit_too_small_for_the_classes_is_refused(write_npz: Write) -> None:
 
 
 def test_without_a_network_mnist_names_the_variable_and_digits(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A real download through a proxy that is not there: port 9 of this machine answers nobody.
+    # A real download through a proxy that does not exist: nothing listens on port 9.
     for scheme in ("http", "https", "HTTP", "HTTPS"):
         monkeypatch.setenv(f"{scheme}_proxy" if scheme.islower() else f"{scheme}_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("KERAS_HOME", str(home / "keras"))
@@ -226,9 +226,9 @@ def _own(write_module: Callable[[str, str], None]) -> None:
 
 
 @pytest.mark.usefixtures("_own")
-def test_own_data_are_taken_as_keras_gives_them() -> None:
-    found = data.load("own_data:digits", Data(validation=0.25), [])
-    assert (len(found.y_train), len(found.y_validation), found.image_shape) == (30, 10, (20, 20, 1))
+def test_own_data_have_the_form_of_keras_datasets() -> None:
+    dataset = data.load("own_data:digits", Data(validation=0.25), [])
+    assert (len(dataset.y_train), len(dataset.y_validation), dataset.image_shape) == (30, 10, (20, 20, 1))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The database: safe settings, made whole or not at all, one lock a study."""
+"""The database: safe settings, created completely or not at all, one lock per study."""
 
 import multiprocessing
 import os
@@ -53,7 +53,7 @@ def test_every_connection_has_safe_settings(storage: RDBStorage) -> None:
             assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 60_000
 
 
-def test_a_reader_is_not_held_up_by_a_writer(storage: RDBStorage) -> None:
+def test_a_reader_does_not_wait_for_a_writer(storage: RDBStorage) -> None:
     with storage.engine.connect() as writer:
         writer.exec_driver_sql("BEGIN IMMEDIATE")
         began = time.monotonic()
@@ -63,7 +63,7 @@ def test_a_reader_is_not_held_up_by_a_writer(storage: RDBStorage) -> None:
         writer.rollback()
 
 
-def test_connect_names_what_to_do_where_there_is_no_database(tmp_path: Path) -> None:
+def test_connect_says_what_to_do_if_there_is_no_database(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"there is no database at .*trialyard create"):
         database.connect(f"sqlite:///{tmp_path}/none.db")
     assert list(tmp_path.iterdir()) == []
@@ -98,8 +98,8 @@ def test_redact_masks_the_password() -> None:
     assert not transactions.has_password("postgresql://me@host/db?sslmode=require")
 
 
-def test_a_connection_that_others_hold_is_waited_for(postgresql_url: str) -> None:
-    """Many slots share a pool, whose places are all taken while a silent server is being asked."""
+def test_a_call_waits_for_a_connection_of_the_pool(postgresql_url: str) -> None:
+    """Many slots share a pool, whose connections are all in use while a server does not answer."""
     database.create(postgresql_url).engine.dispose()
     storage = database.connect(postgresql_url, patience=60.0)
     storage.engine.pool._timeout = 0.1  # type: ignore[attr-defined]
@@ -116,7 +116,7 @@ def test_a_connection_that_others_hold_is_waited_for(postgresql_url: str) -> Non
     storage.engine.dispose()
 
 
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "studies.db"
     path.write_text("not a database at all, but long enough to look like a file of pages", encoding="utf-8")
     with pytest.raises(StorageError, match=r"file is not a database\): is it a database, and may you write"):
@@ -125,13 +125,13 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    # A file where a folder should be stops even root, whom permissions do not.
+    # Permissions do not stop root, but a file in the place of a folder does.
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(StorageError, match=r"cannot be written .*TRIALYARD_HOME"):
         database.create(f"sqlite:///{tmp_path}/file/studies.db")
 
 
-def test_create_is_killed_half_way_and_completed(tmp_path: Path) -> None:
+def test_a_killed_creation_is_completed(tmp_path: Path) -> None:
     # What a killed creation leaves: the draft under its own name.
     (tmp_path / ".studies.db.new").write_bytes(b"half a database")
     storage = database.create(f"sqlite:///{tmp_path}/studies.db")
@@ -241,7 +241,7 @@ def test_a_backup_is_a_database_of_its_own(both: PatientStorage, tmp_path: Path)
     copy = database.connect(f"sqlite:///{path}")
     assert database.check(copy) == []
     assert optuna.load_study(study_name="study", storage=copy).trials == study.trials
-    optuna.load_study(study_name="study", storage=copy).ask()  # it can be gone on with
+    optuna.load_study(study_name="study", storage=copy).ask()  # it can be continued
     copy.engine.dispose()
     with pytest.raises(StorageError, match="stands already"):
         database.backup(both, path)
@@ -278,7 +278,7 @@ def test_an_empty_database_says_how_it_is_made(postgresql_url: str) -> None:
 
 
 def _cut_off(storage: PatientStorage) -> None:
-    """Ends every connection to the database but the one that does it, as a server's restart would."""
+    """Ends every other connection to the database, as a restart of the server does."""
     with sqlalchemy.create_engine(storage.url).connect() as connection:
         connection.execute(
             sqlalchemy.text(
@@ -288,7 +288,7 @@ def _cut_off(storage: PatientStorage) -> None:
         )
 
 
-def test_a_call_whose_connection_is_cut_is_done_again(postgresql_url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_call_whose_connection_is_cut_is_repeated(postgresql_url: str, caplog: pytest.LogCaptureFixture) -> None:
     database.create(postgresql_url).engine.dispose()
     storage = database.connect(postgresql_url, patience=60.0)
     study_id = storage.create_new_study([StudyDirection.MAXIMIZE], "study")
@@ -327,7 +327,7 @@ def test_patience_ends(postgresql_url: str) -> None:
     storage.engine.dispose()
 
 
-def test_what_was_asked_wrongly_is_not_tried_again(both: PatientStorage) -> None:
+def test_a_wrong_call_is_not_repeated(both: PatientStorage) -> None:
     both.patience = 60.0
     tries = []
 
@@ -354,7 +354,7 @@ def test_the_quick_connection_is_what_optuna_s_constructor_makes(sqlite_url: str
     assert database._head() == slow.get_head_version() == quick.get_head_version() == quick.get_current_version()
 
 
-def test_tables_of_another_version_are_not_taken_for_this_one_s(sqlite_url: str) -> None:
+def test_tables_of_another_version_are_refused(sqlite_url: str) -> None:
     made = database.create(sqlite_url)
     with made.engine.begin() as connection:
         connection.execute(sqlalchemy.text("UPDATE alembic_version SET version_num = 'v3.0.0.d'"))
@@ -365,7 +365,7 @@ def test_tables_of_another_version_are_not_taken_for_this_one_s(sqlite_url: str)
 # --- waiting for a server ---------------------------------------------------------------------------------
 
 
-def test_what_waiting_does_not_help_is_told_at_once(own_server: PostgresServer) -> None:
+def test_an_error_that_waiting_cannot_solve_is_raised_at_once(own_server: PostgresServer) -> None:
     url = sqlalchemy.make_url(own_server.get_uri()).set(drivername="postgresql+psycopg")
     engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
     hba = own_server.pgdata / "pg_hba.conf"

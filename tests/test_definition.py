@@ -1,4 +1,4 @@
-"""The definition: whatever is written, a Definition comes out or one sentence that says what to correct."""
+"""The definition: any text gives a Definition, or one sentence that says what to correct."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ def _text(
     fixed: str = "",
     tail: str = "",
 ) -> str:
-    """A valid definition, but for the parts that are replaced."""
+    """A valid definition, except for the parts that are replaced."""
     return f"{head}\n{top}\n[budget]\n{budget}\n[space]\n{space}\n[fixed]\n{fixed}\n{tail}\n"
 
 
@@ -185,7 +185,7 @@ BAD = {
     "no step": (_dropout("low = 0.0, high = 0.5, step = 0.0"), r"space.dropout.step = 0.0 must be greater than 0$"),
     "step back": (_dropout("low = 0.0, high = 0.5, step = -0.1"), r"space.dropout.step = -0.1 must be greater than 0$"),
     "choice named twice": (_dropout("choices = [0.1, 0.2, 0.1]"), r"space.dropout: choices names 0.1 twice"),
-    # Numbers that are none.
+    # Values that are not numbers.
     "nan in a range": (_dropout("low = nan, high = 0.5"), r"space.dropout.low = NaN must be finite$"),
     "infinite range": (_dropout("low = 0.0, high = inf"), r"space.dropout.high = Infinity must be finite$"),
     "infinite step": (_dropout("low = 0.0, high = 0.5, step = inf"), r"space.dropout.step = Infinity must be finite$"),
@@ -445,7 +445,7 @@ BAD = {
         r"points\[1\].a = -1 must be one of 0, 1, 2",
     ),
     "too many choices": (_dropout(f"choices = {list(range(1001))}"), r"space.dropout.choices = \[0, 1, .* is too long"),
-    # No TOML at all.
+    # Text that is not TOML.
     "prose": ("search the best dropout", r"the definition is not valid TOML \(.*\): correct it$"),
     "cut off": (_text().rstrip() + "\n[", r"is not valid TOML \("),
     "key twice": (_text(top="name = 'again'"), r"is not valid TOML \(.*(overwrite|twice)"),
@@ -652,7 +652,7 @@ class TestQueue:
 
 
 class TestDifferences:
-    """What makes trials of two definitions incomparable."""
+    """The differences that make trials of two definitions not comparable."""
 
     def test_a_definition_does_not_differ_from_itself(self) -> None:
         for definition in catalog().values():
@@ -947,18 +947,18 @@ def _mutated(draw: st.DrawFn) -> str:
 
 @given(_mutated())
 @settings(max_examples=150, deadline=None)
-def test_a_slip_of_the_pen_is_a_definition_or_a_sentence(text: str) -> None:
+def test_a_typing_error_is_a_definition_or_a_sentence(text: str) -> None:
     _read(text)
 
 
-def test_every_line_that_is_left_out_is_a_definition_or_a_sentence() -> None:
+def test_a_missing_line_is_a_definition_or_a_sentence() -> None:
     for name, count in itertools.product(CATALOG, (1, 2)):
         lines = _text_of(name).splitlines(keepends=True)
         for at in range(len(lines)):
             _read("".join(lines[:at] + lines[at + count :]))
 
 
-def test_the_parameters_of_the_catalog_are_of_the_kinds_that_it_means() -> None:
+def test_the_parameters_of_the_catalog_have_the_intended_kinds() -> None:
     space = load("dropout-depth").space
     assert space["depth"] == Choice(choices=(3, 5, 7))
     assert space["learning_rate"] == Float(low=1e-4, high=1e-2, log=True)

@@ -46,7 +46,7 @@ def test_a_gpu_trains_in_bfloat16_from_compute_capability_8() -> None:
     assert precision_for(T4, "auto") == ("float32", "T4 has compute capability 7.5, and bfloat16 needs 8.0")
 
 
-def test_the_definition_s_word_decides() -> None:
+def test_the_definition_s_precision_wins() -> None:
     assert precision_for(A100, "float32") == ("float32", "the definition asks for it")
     assert precision_for(T4, "mixed_bfloat16") == ("mixed_bfloat16", "the definition asks for it")
 
@@ -56,7 +56,7 @@ def test_without_cpuinfo_there_is_still_a_processor(tmp_path: Path) -> None:
     assert precision_for(devices.cpu(tmp_path / "none"), "auto")[0] == "float32"
 
 
-def test_a_trainer_sees_its_own_device_alone() -> None:
+def test_a_trainer_sees_only_its_own_device() -> None:
     alone = Slot(device=A100).environment()
     assert alone["CUDA_VISIBLE_DEVICES"] == "2"
     assert alone["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
@@ -114,7 +114,7 @@ def test_a_gpu_that_is_not_there_is_named(two_gpus: None, asked: str) -> None:
 
 
 class Driver:
-    """Answers what NVIDIA's driver would of two GPUs; where there is a real one, this is not needed."""
+    """A fake of NVIDIA's driver with two GPUs, for machines without one."""
 
     NVMLError = RuntimeError
     nvmlInit = nvmlShutdown = staticmethod(lambda: None)  # noqa: N815
@@ -140,9 +140,9 @@ def test_gpus_are_those_that_the_driver_names_and_cuda_may_see(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = devices.gpus()
-    assert [gpu.index for gpu in found] == indices
-    assert all((gpu.name, gpu.capability, gpu.memory) == ("NVIDIA A100", (8, 0), 80 << 30) for gpu in found)
+    gpus = devices.gpus()
+    assert [gpu.index for gpu in gpus] == indices
+    assert all((gpu.name, gpu.capability, gpu.memory) == ("NVIDIA A100", (8, 0), 80 << 30) for gpu in gpus)
 
 
 def test_a_gpu_that_is_lost_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -166,7 +166,7 @@ def test_parts_of_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [slot.device.kind for slot in devices.slots("cpu", workers=1)] == ["cpu"]
 
 
-def test_a_container_s_limits_are_the_machine_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_s_limits_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "memory.max").write_text("5000000\n", encoding="ascii")
     (tmp_path / "memory.current").write_text("1000000\n", encoding="ascii")
     assert devices.memory(tmp_path) == 4000000

@@ -60,7 +60,7 @@ COMMANDS = _commands(PROGRAM)
 
 
 def _section(name: tuple[str, ...]) -> str:
-    """What docs/commands.md says of a command."""
+    """The section of docs/commands.md about a command."""
     heading = rf"^### `trialyard {' '.join(name)}[ `].*?$(.*?)(?=^##|\Z)"
     section = re.search(heading, COMMANDS_PAGE, re.MULTILINE | re.DOTALL)
     assert section is not None, f"docs/commands.md has no section `trialyard {' '.join(name)}`"

@@ -1,4 +1,4 @@
-"""The examples of the docstrings of `studies` are true: each is run beside a study that was really trained."""
+"""The examples in the docstrings of `studies` are correct: each runs with a study that was really trained."""
 
 import doctest
 import os
@@ -27,16 +27,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _examples(name: str) -> list[doctest.DocTest]:
     names = {"studies": studies, "np": np, "os": os}
-    found = studies if name == "studies" else getattr(studies, name)
-    return doctest.DocTestFinder(recurse=False).find(found, name, module=False, globs=names)
+    target = studies if name == "studies" else getattr(studies, name)
+    return doctest.DocTestFinder(recurse=False).find(target, name, module=False, globs=names)
 
 
 @pytest.mark.parametrize("name", ["studies", *FUNCTIONS])
 def test_the_example_gives_what_it_says(name: str, trained: Path, home: Path) -> None:
     shutil.copytree(trained / "yard", home / "yard")
-    told: list[str] = []
+    output: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for example in _examples(name):
-        runner.run(example, out=told.append)
-    assert runner.failures == 0, "".join(told)
+        runner.run(example, out=output.append)
+    assert runner.failures == 0, "".join(output)
     assert runner.tries > 0, f"the docstring of {name} has no example"

@@ -1,4 +1,4 @@
-"""What is exported is whole, tells where it came from, and is used without Trialyard."""
+"""An export is complete, says how it was made, and is used without Trialyard."""
 
 import json
 import os
@@ -74,17 +74,17 @@ def test_an_export_has_all_and_its_readme_is_true(finished: RDBStorage, home: Pa
         "trivial", finished
     )
     assert json.loads((folder / "history.json").read_text(encoding="utf-8")) == [{"epoch": 1, "val_accuracy": 0.9}]
-    told = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
-    assert (told["study"], told["number"], told["seed"]) == ("trivial", 1, 5)
-    assert told["metrics"]["val_accuracy"] == 0.9
-    assert told["hyperparameters"] == {"depth": 3}
-    assert told["versions"] == {"keras": keras.__version__}
-    assert told["data"] == {"dataset": "digits", "fingerprint": "f" * 16}
-    assert set(told["software"]) == {"trialyard", "python", "platform"}
+    record = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
+    assert (record["study"], record["number"], record["seed"]) == ("trivial", 1, 5)
+    assert record["metrics"]["val_accuracy"] == 0.9
+    assert record["hyperparameters"] == {"depth": 3}
+    assert record["versions"] == {"keras": keras.__version__}
+    assert record["data"] == {"dataset": "digits", "fingerprint": "f" * 16}
+    assert set(record["software"]) == {"trialyard", "python", "platform"}
 
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(code.splitlines()) == 6
-    # Somebody who has the folder and Keras, and nothing of ours on the path.
+    # A user who has the folder and Keras, but not Trialyard.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=True
@@ -161,14 +161,14 @@ def test_a_model_in_bfloat16_is_converted_in_float32(finished: RDBStorage, home:
     lite.allocate_tensors()
     lite.set_tensor(lite.get_input_details()[0]["index"], images)
     lite.invoke()
-    found = lite.get_tensor(lite.get_output_details()[0]["index"])
-    np.testing.assert_allclose(found, net.predict(images, verbose=0), atol=1e-5)
+    predictions = lite.get_tensor(lite.get_output_details()[0]["index"])
+    np.testing.assert_allclose(predictions, net.predict(images, verbose=0), atol=1e-5)
 
 
 def test_a_format_whose_package_is_missing_says_which(
     finished: RDBStorage, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As where it is not installed: a module of that name that cannot be imported, first on the path.
+    # Like a package that is not installed: a module of that name, first on the path, that cannot be imported.
     (home / "onnx.py").write_text("raise ModuleNotFoundError(\"No module named 'onnx'\")", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(home), os.environ.get("PYTHONPATH", str(Path.cwd()))]))
     with pytest.raises(StudyError, match=r"format onnx needs a package .*'onnx'\): `pip install onnx tf2onnx`"):

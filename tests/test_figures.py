@@ -1,4 +1,4 @@
-"""Every figure has data and says what the trials say; what is missing leaves a figure out, and breaks none."""
+"""Every figure has data and shows it correctly; missing data omits a figure, and breaks none."""
 
 import json
 from collections.abc import Callable
@@ -28,9 +28,9 @@ def digits() -> Definition:
 def trial(digits: Definition) -> Callable[..., FrozenTrial]:
     """A finished trial of `digits`, one minute after the other."""
 
-    def make(number: int, state: TrialState, value: float | None, **told: Any) -> FrozenTrial:
-        definition = told.pop("definition", digits)
-        params = told.pop("params", {"depth": (3, 5, 7)[number % 3], "dropout": number / 20})
+    def make(number: int, state: TrialState, value: float | None, **attrs: Any) -> FrozenTrial:
+        definition = attrs.pop("definition", digits)
+        params = attrs.pop("params", {"depth": (3, 5, 7)[number % 3], "dropout": number / 20})
         return FrozenTrial(
             number=number,
             state=state,
@@ -39,7 +39,7 @@ def trial(digits: Definition) -> Callable[..., FrozenTrial]:
             datetime_complete=BEGAN + timedelta(minutes=number + 1),
             params=params,
             distributions={name: definition.space[name].distribution() for name in params},
-            user_attrs=told,
+            user_attrs=attrs,
             system_attrs={},
             intermediate_values={1: 0.5, 2: value or 0.4} if state != FAIL else {},
             trial_id=number + 100,
@@ -50,7 +50,7 @@ def trial(digits: Definition) -> Callable[..., FrozenTrial]:
 
 @pytest.fixture
 def trials(trial: Callable[..., FrozenTrial]) -> list[FrozenTrial]:
-    """Six complete ones, a pruned and a failed one."""
+    """Six complete trials, a pruned one and a failed one."""
     values = (0.90, 0.92, 0.91, 0.95, 0.93, 0.94)
     complete = [
         trial(n, COMPLETE, value, parameters=1000 * (6 - n), seconds=10.0 + n, history=f"digits/{n}/history.json")
@@ -73,16 +73,16 @@ def artifacts(tmp_path: Path) -> Path:
 
 
 def _trace(figure: Any, name: str) -> Any:
-    (found,) = [trace for trace in figure.data if trace.name == name]
-    return found
+    (trace_of_name,) = [trace for trace in figure.data if trace.name == name]
+    return trace_of_name
 
 
 def test_every_figure_of_a_finished_study_has_data(
     trials: list[FrozenTrial], digits: Definition, artifacts: Path
 ) -> None:
-    drawn = figures.all_figures(trials, digits, results.curves_of(trials, artifacts))
-    assert set(drawn) == {"learning-curves", "dropout", "cost", "progress"}  # digits is not the notebook's
-    for figure in drawn.values():
+    plots = figures.all_figures(trials, digits, results.curves_of(trials, artifacts))
+    assert set(plots) == {"learning-curves", "dropout", "cost", "progress"}  # digits is not the notebook's
+    for figure in plots.values():
         assert all(len(trace.x) == len(trace.y) > 0 for trace in figure.data)
         # An older dashboard's Plotly cannot read packed arrays.
         assert "bdata" not in figure.to_json()
@@ -92,15 +92,13 @@ def test_curves_are_those_of_the_history_best_trial_first(trials: list[FrozenTri
     curves = results.curves_of(trials, artifacts)
     assert [curve.number for curve in curves] == [3, 5, 4, 1, 2, 0, 6]
     assert (curves[0].loss, curves[0].val_loss) == ((1.0, 1 / 2, 1 / 3), (2.0, 1.0, 2 / 3))
-    # A history that is broken or elsewhere leaves what the database knows.
+    # If a history is broken or on another machine, the database's values are used.
     assert (curves[1].loss, curves[1].val_accuracy) == ((), (0.5, 0.94))
     assert (curves[-1].state, curves[-1].val_accuracy) == ("pruned", (0.5, 0.6))
     assert len(results.curves_of(trials, artifacts, 2)) == 2
 
 
-def test_losses_are_drawn_as_the_notebook_drew_them(
-    trials: list[FrozenTrial], digits: Definition, artifacts: Path
-) -> None:
+def test_losses_are_drawn_as_in_the_notebook(trials: list[FrozenTrial], digits: Definition, artifacts: Path) -> None:
     figure = figures.learning_curves(results.curves_of(trials, artifacts), digits)
     assert list(_trace(figure, "trial 3, training").y) == [1.0, 1 / 2, 1 / 3]
     assert list(_trace(figure, "trial 3, validation").x) == [1, 2, 3]
@@ -147,7 +145,7 @@ def test_without_dropout_another_hyperparameter_is_drawn(
     assert list(figure.data[0].x) == list(params.values())
 
 
-def test_a_single_trial_stands_on_axes_of_what_may_be(trial: Callable[..., FrozenTrial], digits: Definition) -> None:
+def test_a_single_trial_has_axes_of_possible_values(trial: Callable[..., FrozenTrial], digits: Definition) -> None:
     one = [trial(0, COMPLETE, 0.9)]
     low, high = figures.best_so_far(one, digits).layout.yaxis.range
     assert 0.8 < low < 0.9 < high < 1.0
@@ -191,12 +189,12 @@ def test_best_so_far_never_falls_and_ends_with_the_last_trial(trials: list[Froze
         ("notebook-conclusion", "7 layers, dropout 0.2", "7 layers, dropout 0.2"),
     ],
 )
-def test_the_notebook_stands_beside_its_replay_row_by_row(
+def test_each_result_of_the_notebook_is_drawn_with_its_replay(
     trial: Callable[..., FrozenTrial], name: str, label: str, place: Any
 ) -> None:
     definition = definitions.load(name)
     rows = notebook.reference_results(definition)
-    # Each of its results is a point of our study, and no point is without one.
+    # Each of its results is a point of our study, and each point has a result.
     assert [point for point, _ in rows] == definition.queue()
     replayed = [
         trial(n, COMPLETE, 0.98 + n / 1000, params=point, definition=definition) for n, (point, _) in enumerate(rows)
@@ -220,7 +218,7 @@ def test_a_smaller_replay_of_the_notebook_is_drawn_and_says_so() -> None:
 def test_without_trials_there_is_no_figure(digits: Definition, trial: Callable[..., FrozenTrial]) -> None:
     assert figures.all_figures([], digits) == {}
     assert figures.all_figures([trial(0, FAIL, None)], digits) == {}
-    # No one knows when an imported trial ran, nor what it cost.
+    # It is not known when an imported trial ran, and what it cost.
     assert set(figures.all_figures([trial(0, COMPLETE, 0.9, imported=True)], digits)) == {"dropout"}
 
 
@@ -231,15 +229,15 @@ def test_a_large_study_s_figures_stay_small_and_keep_the_best(
         trial(n, COMPLETE, (n * 7919 % 5000) / 5000, params={"depth": 3, "dropout": 0.1}, parameters=n, seconds=1.0)
         for n in range(5000)
     ]
-    drawn = figures.all_figures(many, digits)
-    assert max(len(figure.to_json()) for figure in drawn.values()) < 300_000
-    shown = [value for trace in drawn["dropout"].data for value in trace.y]
+    plots = figures.all_figures(many, digits)
+    assert max(len(figure.to_json()) for figure in plots.values()) < 300_000
+    shown = [value for trace in plots["dropout"].data for value in trace.y]
     assert len(shown) == figures.LIMIT
     assert max(shown) == 4999 / 5000
-    assert "a sample" in drawn["dropout"].layout.title.text
+    assert "a sample" in plots["dropout"].layout.title.text
 
 
-def test_names_that_people_gave_are_no_markup(trial: Callable[..., FrozenTrial]) -> None:
+def test_names_from_users_are_escaped(trial: Callable[..., FrozenTrial]) -> None:
     definition = parse(
         'name = "x"\ndataset = "digits"\nmodel = "a:b"\n[budget]\ntrials = 2\n'
         '[space]\nkind = { choices = ["<img src=x>", "b"] }'
@@ -247,6 +245,6 @@ def test_names_that_people_gave_are_no_markup(trial: Callable[..., FrozenTrial])
     one = trial(0, COMPLETE, 0.9, params={"kind": "<img src=x>"}, definition=definition, label="<script>")
     curve = replace(results.curves_of([one], Path())[0], loss=(1.0,), val_loss=(1.0,))
     for figure in figures.all_figures([one], definition, [curve]).values():
-        told = json.loads(figure.to_json())
-        assert "<img" not in json.dumps(told)
-        assert "<script" not in json.dumps(told)
+        content = json.loads(figure.to_json())
+        assert "<img" not in json.dumps(content)
+        assert "<script" not in json.dumps(content)

@@ -1,4 +1,4 @@
-"""search -> studies -> storage: imports run one way, and no command imports Keras."""
+"""search -> studies -> storage: imports go one way, and no command imports Keras."""
 
 import ast
 import json
@@ -10,27 +10,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("search", "studies", "storage")  # each may import those after it
+PACKAGES = ("search", "studies", "storage")  # each may import those after it
 HEAVY = ("tensorflow", "keras", "jax", "torch")
 
 
 def _imports(path: Path) -> set[str]:
     """The top-level packages that a file imports, in functions too."""
-    found: set[str] = set()
+    packages: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import hides its room"
-            found.add((node.module or "").partition(".")[0])
-    return found
+            assert node.level == 0, f"{path}: a relative import hides its package"
+            packages.add((node.module or "").partition(".")[0])
+    return packages
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_those_below_it(room: str) -> None:
-    files = sorted((ROOT / room).rglob("*.py"))
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_those_below_it(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
     assert files
-    above = set(ROOMS[: ROOMS.index(room)])
+    above = set(PACKAGES[: PACKAGES.index(package)])
     wrong = {str(path.relative_to(ROOT)): _imports(path) & above for path in files if _imports(path) & above}
     assert wrong == {}
 
@@ -56,11 +56,11 @@ def _private_imports(path: Path) -> set[str]:
 
 
 def test_three_files_import_private_modules_of_optuna_and_its_dashboard() -> None:
-    files = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    files = [path for room in PACKAGES for path in (ROOT / room).rglob("*.py")]
     assert {str(path.relative_to(ROOT)) for path in files if _private_imports(path)} == MAY_IMPORT_PRIVATE
 
 
-# Who asks for a model wants Keras. (That no import of a module imports it is seen below.)
+# `best_model` returns a Keras model. (A test below shows that importing the module does not import Keras.)
 MAY_NAME_KERAS = {"studies/results.py", "studies/convert.py"}
 
 
@@ -77,15 +77,15 @@ def _loaded_by(code: str, folder: Path) -> list[str]:
     result = subprocess.run(
         [sys.executable, "-c", code + tail], cwd=folder, capture_output=True, text=True, check=True, timeout=120
     )
-    found: list[str] = json.loads(result.stdout.splitlines()[-1])
-    return found
+    packages: list[str] = json.loads(result.stdout.splitlines()[-1])
+    return packages
 
 
 def test_importing_studies_imports_no_keras(tmp_path: Path) -> None:
     assert _loaded_by("import studies", tmp_path) == []
 
 
-def test_what_draws_nothing_imports_no_plotly(home: Path) -> None:
+def test_a_command_without_figures_imports_no_plotly(home: Path) -> None:
     code = (
         "import sys, search.cli\n"
         "sys.argv = ['trialyard', 'create', 'digits']\n"
@@ -128,5 +128,5 @@ def test_a_command_imports_no_keras(home: Path, command: list[str]) -> None:
     assert _loaded_by(code, home) == []
 
 
-def test_the_look_for_heavy_packages_would_see_one(tmp_path: Path) -> None:
+def test_the_check_for_heavy_packages_finds_one(tmp_path: Path) -> None:
     assert _loaded_by("import sys; sys.modules['keras'] = sys", tmp_path) == ["keras"]

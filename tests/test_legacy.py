@@ -1,4 +1,4 @@
-"""What older versions left in the database never breaks a command, is found by the check, and is repaired."""
+"""Data of older versions never breaks a command. `storage check` finds it, and `storage upgrade` repairs it."""
 
 import math
 from collections.abc import Iterator
@@ -167,7 +167,7 @@ def test_upgrade_gives_the_attributes_of_older_studies_their_prefix(
 @pytest.mark.parametrize(
     ("fixed", "averages"), [({"depth": 5}, "keras"), ({"depth": 3, "batch_norm": True}, "keras"), ({"depth": 3}, None)]
 )
-def test_an_older_study_goes_on_with_the_scores_that_it_began_with(
+def test_an_older_study_keeps_its_way_of_scoring(
     storage: PatientStorage, trivial: Definition, either_url: str, fixed: dict[str, Any], averages: str | None
 ) -> None:
     """Its trials were scored with Keras's own averages: those to come must be, or they could not be compared."""
@@ -183,7 +183,7 @@ def test_an_older_study_goes_on_with_the_scores_that_it_began_with(
     }
 
 
-def test_older_studies_beside_current_ones_are_named(
+def test_older_studies_among_current_ones_are_named(
     storage: PatientStorage, old: str, either_url: str, trivial: Definition, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry.create(trivial.model_copy(update={"name": "new"}), storage, DATA)
@@ -199,7 +199,7 @@ def test_older_studies_beside_current_ones_are_named(
         registry.create(trivial, storage, DATA)
 
 
-def test_a_study_of_others_is_not_upgraded(storage: PatientStorage, study: str, either_url: str) -> None:
+def test_another_program_s_study_is_not_upgraded(storage: PatientStorage, study: str, either_url: str) -> None:
     others = {
         "budget": {"trials": 5, "hours": None},
         "founded": "2020-01-01",

@@ -34,8 +34,8 @@ def _run(folder: Path, data_folders: list[Path], *arguments: str) -> tuple[str, 
 
 
 def test_mnist_is_split_by_class_and_its_test_images_stay_out(mnist_folders: list[Path]) -> None:
-    found = data.load("mnist", Data(validation=0.1), mnist_folders)
-    assert (len(found.y_train), len(found.y_validation), found.image_shape) == (54_000, 6_000, (28, 28, 1))
+    dataset = data.load("mnist", Data(validation=0.1), mnist_folders)
+    assert (len(dataset.y_train), len(dataset.y_validation), dataset.image_shape) == (54_000, 6_000, (28, 28, 1))
     notebook = data.load("mnist", Data(validation="test"), mnist_folders)
     assert (len(notebook.y_train), len(notebook.y_validation)) == (60_000, 10_000)
 

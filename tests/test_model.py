@@ -40,7 +40,7 @@ def test_the_notebook_s_values_give_the_notebook_s_models(
     assert sum(int(np.prod(weight.shape)) for weight in model.non_trainable_weights) == not_trained
 
 
-def test_a_summary_tells_each_layer_and_all_weights() -> None:
+def test_a_summary_has_each_layer_and_all_weights() -> None:
     lines = summary(build("convnet", {"depth": 5, "dropout": 0.1}, MNIST, 10)).splitlines()
     assert [line.split() for line in lines[:3]] == [
         ["layer", "output", "weights"],
@@ -67,8 +67,8 @@ def test_a_summary_of_an_own_kind_of_model_says_what_is_known() -> None:
 
     model = Own()
     model(np.zeros((1, 8, 8, 1)))
-    found = [tuple(line.split()) for line in summary(model).splitlines()]
-    assert sorted(found[1:]) == [("Dense", "?", "650"), ("Dense", "?", "?"), ("Flatten", "?", "0"), ("all", "650")]
+    rows = [tuple(line.split()) for line in summary(model).splitlines()]
+    assert sorted(rows[1:]) == [("Dense", "?", "650"), ("Dense", "?", "?"), ("Flatten", "?", "0"), ("all", "650")]
 
 
 def _rates(hyperparameters: dict[str, Any], name: str = "convnet") -> list[tuple[str, float]]:
@@ -81,7 +81,7 @@ def _rates(hyperparameters: dict[str, Any], name: str = "convnet") -> list[tuple
     ]
 
 
-def test_dropout_stands_where_the_notebook_has_it() -> None:
+def test_dropout_layers_are_where_the_notebook_has_them() -> None:
     conv, dense, pool = "Conv2D", "Dense", "MaxPooling2D"
     assert _rates({"depth": 3}) == []
     assert _rates({"depth": 3, "dropout": 0.0}) == [(conv, 0.0), (dense, 0.0)]
@@ -114,8 +114,8 @@ def test_the_smallest_image_is_the_smallest_that_can_be_built(name: str, depth: 
 
 @pytest.mark.parametrize("optimizer", model_rules.OPTIMIZERS)
 def test_every_optimizer_that_a_definition_may_name_can_be_built(optimizer: str) -> None:
-    told = {"optimizer": optimizer, "learning_rate": 0.5, "weight_decay": 0.01, "label_smoothing": 0.1}
-    model = build("mnist_cnn", told | {"width": 0.1}, (8, 8, 1), 10)
+    training = {"optimizer": optimizer, "learning_rate": 0.5, "weight_decay": 0.01, "label_smoothing": 0.1}
+    model = build("mnist_cnn", training | {"width": 0.1}, (8, 8, 1), 10)
     assert type(model.optimizer).__name__.lower() == optimizer
     assert float(model.optimizer.learning_rate) == pytest.approx(0.5)
     assert model.optimizer.weight_decay == 0.01
@@ -141,7 +141,7 @@ def test_every_hyperparameter_that_a_definition_may_name_is_used() -> None:
     }
     base = {"depth": 3, "dropout": 0.1, "optimizer": "sgd"}
 
-    def told(hyperparameters: dict[str, Any]) -> str:
+    def configuration(hyperparameters: dict[str, Any]) -> str:
         keras.backend.clear_session()
         model = build("convnet", hyperparameters, MNIST, 10)
         return str((model.get_config(), model.optimizer.get_config(), model.loss.get_config()))
@@ -151,8 +151,8 @@ def test_every_hyperparameter_that_a_definition_may_name_is_used() -> None:
     assert set(values) | {"batch_size", "batch_norm_averages"} == set(rules)  # those two are the training's
     for name, value in values.items():
         start = base | ({"batch_norm": True, "batch_norm_momentum": 0.9} if name == "batch_norm_momentum" else {})
-        assert told(start) == told(start)
-        assert told(start | {name: value}) != told(start), name
+        assert configuration(start) == configuration(start)
+        assert configuration(start | {name: value}) != configuration(start), name
 
 
 def test_softmax_is_in_float32_whatever_the_rest() -> None:

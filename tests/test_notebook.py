@@ -1,4 +1,4 @@
-"""The notebook's 21 results are exact and stand as a study; anybody's results go in whole or not at all."""
+"""The notebook's 21 results are exact and become a study; results are imported completely or not at all."""
 
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,11 @@ def test_the_results_are_the_notebook_s_at_the_rates_that_it_ran_with() -> None:
     assert notebook.SWEEP_3[7].label == notebook.SWEEP_7[7].label == "Dropout=0.7"
 
 
-def test_it_becomes_a_study_of_finished_trials_once(storage: PatientStorage) -> None:
+def test_it_becomes_a_study_of_finished_trials_only_once(storage: PatientStorage) -> None:
     assert notebook.create(storage)
     assert not notebook.create(storage)
-    found = results.status("notebook", storage)
-    assert (found.complete, found.budget, found.ended, found.protocol) == (21, 21, True, "test")
+    status = results.status("notebook", storage)
+    assert (status.complete, status.budget, status.ended, status.protocol) == (21, 21, True, "test")
     assert ledger.check(storage) == []
     study = optuna.load_study(study_name="notebook", storage=storage)
     assert [trial.values[0] for trial in study.trials] == CONCLUSION + SWEEP_3 + SWEEP_7
@@ -52,12 +52,12 @@ def test_no_worker_ever_runs_the_notebook_s_study(storage: PatientStorage, me: O
     assert claims.claim(storage, ledger.find(storage, "notebook"), me, 60.0) is None
 
 
-def test_a_creation_that_was_cut_off_leaves_nothing(storage: PatientStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut_off(*_: Any) -> None:
+def test_an_interrupted_creation_leaves_nothing(storage: PatientStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ledger, "_raise_budget", cut_off)  # the last statement of the transaction
+        patch.setattr(ledger, "_raise_budget", interrupted)  # the last statement of the transaction
         with pytest.raises(KeyboardInterrupt):
             notebook.create(storage)
     assert storage.get_all_studies() == []
@@ -65,7 +65,7 @@ def test_a_creation_that_was_cut_off_leaves_nothing(storage: PatientStorage, mon
     assert results.status("notebook", storage).complete == 21
 
 
-def test_another_study_of_that_name_is_left_alone(storage: PatientStorage) -> None:
+def test_another_study_of_that_name_is_not_changed(storage: PatientStorage) -> None:
     registry.create(definitions.load("digits", name="notebook"), storage, {"fingerprint": "0"})
     with pytest.raises(StudyError, match="another study is named 'notebook' already"):
         notebook.create(storage)
@@ -98,11 +98,11 @@ def test_rows_become_complete_trials_that_can_win(storage: PatientStorage, digit
     assert registry.open(digits, storage).best_value == 0.97
 
 
-def test_the_budget_grows_with_what_is_imported(storage: PatientStorage, digits: str, me: Owner) -> None:
+def test_the_budget_grows_with_imported_trials(storage: PatientStorage, digits: str, me: Owner) -> None:
     rows = [{"depth": 3, "dropout": 0.1 * n, "accuracy": 0.9} for n in range(4)]
     imported.import_trials(digits, rows, storage)
-    found = results.status(digits, storage)
-    assert (found.budget, found.complete, found.waiting, found.seconds_left) == (16, 4, 3, None)
+    status = results.status(digits, storage)
+    assert (status.budget, status.complete, status.waiting, status.seconds_left) == (16, 4, 3, None)
     ran = 0
     while (claim := claims.claim(storage, ledger.find(storage, digits), me, 60.0)) is not None:
         claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})
@@ -123,7 +123,7 @@ def test_the_same_rows_again_add_nothing_but_two_alike_are_two(storage: PatientS
     assert imported.import_trials(digits, [row, row, row | {"accuracy": 0.8}], storage) == 1
 
 
-def test_the_time_left_is_reckoned_from_what_ran_here(storage: PatientStorage, digits: str, me: Owner) -> None:
+def test_the_time_left_is_estimated_without_imported_trials(storage: PatientStorage, digits: str, me: Owner) -> None:
     imported.import_trials(digits, [{"depth": 3, "dropout": 0.1, "accuracy": 0.9}] * 50, storage)
     claim = claims.claim(storage, ledger.find(storage, digits), me, 60.0)
     assert claim is not None
@@ -154,7 +154,7 @@ def test_the_time_left_is_reckoned_from_what_ran_here(storage: PatientStorage, d
         ({"batch_size": 32}, r"row 2: batch_size = 32, and study 'digits' fixes it at 64"),
     ],
 )
-def test_one_wrong_row_and_nothing_is_written(
+def test_with_one_wrong_row_nothing_is_written(
     storage: PatientStorage, digits: str, change: dict[str, Any], message: str
 ) -> None:
     good = {"depth": 3, "dropout": 0.1, "accuracy": 0.9}
@@ -218,7 +218,7 @@ def test_a_csv_file_that_is_wrong_says_where(
     assert results.status(digits, storage).complete == 0
 
 
-def test_a_file_or_study_that_is_not_there_is_a_sentence(storage: PatientStorage, digits: str, tmp_path: Path) -> None:
+def test_a_missing_file_or_study_is_a_sentence(storage: PatientStorage, digits: str, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"none\.csv cannot be read \(No such file or directory\)"):
         imported.import_trials(digits, tmp_path / "none.csv", storage)
     with pytest.raises(StudyError, match="there is no study 'digist'"):

@@ -1,4 +1,4 @@
-"""What is shown while a worker works: a live table in a terminal."""
+"""The progress display of a worker: a live table in a terminal."""
 
 import dataclasses
 import io
@@ -85,7 +85,7 @@ def test_lines_are_whole_lines_whatever_their_length(storage: RDBStorage, claim:
     ]
 
 
-def test_every_ending_has_its_words() -> None:
+def test_every_outcome_has_its_text() -> None:
     def trial(state: TrialState, **given: object) -> str:
         return ending(optuna.trial.create_trial(state=state, **given))  # type: ignore[arg-type]
 
@@ -102,9 +102,7 @@ def test_every_ending_has_its_words() -> None:
     ("seconds", "words"),
     [(None, "time left unknown"), (61.4, "about 61 s left"), (600, "about 10 min left"), (9000, "about 2.5 h left")],
 )
-def test_the_time_left_is_told_in_fitting_units(
-    storage: RDBStorage, study: str, seconds: float | None, words: str
-) -> None:
+def test_the_time_left_has_fitting_units(storage: RDBStorage, study: str, seconds: float | None, words: str) -> None:
     status = dataclasses.replace(results.status(study, storage), seconds_left=seconds)
     assert progress_line(status).endswith(words)
 

@@ -1,4 +1,4 @@
-"""A study is created whole or completed later, and never changed so that its trials cannot be compared."""
+"""A study is created completely, and never changed so that its trials cannot be compared."""
 
 import threading
 from typing import Any
@@ -58,7 +58,7 @@ def test_a_grid_waits_in_the_queue_each_point_once(storage: PatientStorage, me: 
 @pytest.mark.parametrize("furnished", [False, True])
 def test_a_creation_that_was_killed_half_way_is_completed(storage: PatientStorage, furnished: bool) -> None:
     definition = parse(GRID)
-    if furnished:  # as an older version left it, which gave a study its budget in a transaction of its own
+    if furnished:  # as an older version left it, which wrote the budget in a separate transaction
         registry.create(definition, storage, DATA)
         study_id = registry.find("grid", storage).id
         with storage.engine.begin() as connection:
@@ -139,8 +139,8 @@ def test_software_that_only_one_side_tells_of_is_not_compared(storage: PatientSt
     registry.check_software(registry.find(study, storage), storage, {"keras": "3.15"})
 
 
-def test_of_two_first_workers_one_finds_the_other_s_software(either_url: str, trivial: Definition) -> None:
-    """Recorded under the study's lock: never do both take their own for the study's."""
+def test_of_two_first_workers_only_one_records_its_software(either_url: str, trivial: Definition) -> None:
+    """The software is recorded under the study's lock, so that both workers cannot record their own."""
     storage = database.create(either_url)
     refused: list[str] = []
     for round_ in range(5):
@@ -165,7 +165,7 @@ def test_of_two_first_workers_one_finds_the_other_s_software(either_url: str, tr
     storage.engine.dispose()
 
 
-def test_a_study_of_somebody_s_own_is_left_alone(storage: PatientStorage, trivial: Definition) -> None:
+def test_another_program_s_study_is_not_changed(storage: PatientStorage, trivial: Definition) -> None:
     own = optuna.create_study(study_name="trivial", storage=storage)
     own.tell(own.ask(), 1.0)
     with pytest.raises(StudyError, match="Trialyard did not make it: choose another name"):
@@ -182,7 +182,7 @@ def test_a_study_of_somebody_s_own_is_left_alone(storage: PatientStorage, trivia
         ([StudyDirection.MAXIMIZE] * 2, "study 'trivial' has 2 objectives, and Trialyard maximizes exactly one"),
     ],
 )
-def test_an_empty_study_that_others_made_is_taken_over_only_if_it_maximizes(
+def test_another_program_s_empty_study_is_accepted_only_if_it_maximizes(
     either_url: str, trivial: Definition, directions: list[StudyDirection], words: str
 ) -> None:
     storage = database.create(either_url)
@@ -207,7 +207,7 @@ def test_an_empty_study_that_others_made_is_taken_over_only_if_it_maximizes(
     storage.engine.dispose()
 
 
-def test_a_study_of_others_is_not_paused(storage: PatientStorage) -> None:
+def test_another_program_s_study_is_not_paused(storage: PatientStorage) -> None:
     optuna.create_study(study_name="plain", storage=storage)
     with pytest.raises(StudyError, match="'plain' has no definition"):
         registry.pause("plain", storage)

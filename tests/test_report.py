@@ -1,4 +1,4 @@
-"""The report stands alone and says what cannot be concluded; the dashboard's notes come by themselves."""
+"""The report is self-contained and says what cannot be concluded; workers write the dashboard's notes."""
 
 import json
 import logging
@@ -44,15 +44,15 @@ EVIL = "</script><script src='https://evil.example/x.js'></script> & `<img src=x
 
 @pytest.fixture
 def artifacts(home: Path) -> Path:
-    """Where the trials have their histories: the default place."""
+    """The folder of the trials' histories: the default one."""
     return home / "yard" / "artifacts"
 
 
 @pytest.fixture
 def run(storage: PatientStorage, me: Owner, artifacts: Path) -> Callable[..., Claim]:
-    """Runs one trial of a study to an end, without training."""
+    """Runs one trial of a study without training."""
 
-    def end(study: str, params: dict[str, Any], state: TrialState, value: float | None, **told: Any) -> Claim:
+    def end(study: str, params: dict[str, Any], state: TrialState, value: float | None, **attrs: Any) -> Claim:
         claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
         assert claim is not None
         space = registry.definition_of(study, storage).space
@@ -60,7 +60,7 @@ def run(storage: PatientStorage, me: Owner, artifacts: Path) -> Callable[..., Cl
             distribution = space[name].distribution()
             storage.set_trial_param(claim.trial_id, name, distribution.to_internal_repr(chosen), distribution)
         if state == FAIL:
-            claims.finish(storage, claim, state, None, told)
+            claims.finish(storage, claim, state, None, attrs)
             return claim
         claims.record_epochs(storage, claim, {1: 0.5, 2: value or 0.0}, resumed_after=None)
         history = [
@@ -84,7 +84,7 @@ def run(storage: PatientStorage, me: Owner, artifacts: Path) -> Callable[..., Cl
             "history": f"{study}/{claim.number}/history.json",
             "model": f"{study}/{claim.number}/model.keras",
         }
-        claims.finish(storage, claim, state, value, attributes | told)
+        claims.finish(storage, claim, state, value, attributes | attrs)
         return claim
 
     return end
@@ -92,7 +92,7 @@ def run(storage: PatientStorage, me: Owner, artifacts: Path) -> Callable[..., Cl
 
 @pytest.fixture
 def digits(storage: PatientStorage, run: Callable[..., Claim]) -> str:
-    """An ended study of 12 trials of `digits`: nine complete, two pruned, one failed."""
+    """A finished study of 12 trials of `digits`: nine complete, two pruned, one failed."""
     registry.create(definitions.load("digits"), storage, DATA)
     for n in range(9):
         run("digits", {"depth": (3, 5, 7)[n % 3], "dropout": 0.05 * n}, COMPLETE, 0.90 + 0.01 * n)
@@ -103,7 +103,7 @@ def digits(storage: PatientStorage, run: Callable[..., Claim]) -> str:
 
 
 class _Page(HTMLParser):
-    """What a page would ask others for, what it runs, and what it says."""
+    """The requests, the scripts and the text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -135,16 +135,16 @@ class _Page(HTMLParser):
 # --- the report -------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_complete_in_itself(storage: PatientStorage, digits: str) -> None:
+def test_the_page_is_self_contained(storage: PatientStorage, digits: str) -> None:
     page = _Page(report(digits, storage))
-    # Nothing is loaded from anywhere, and the browser is told to see to it.
+    # The page loads nothing, and its policy makes the browser block requests.
     assert page.attributes("src", "href", "data", "action", "srcset", "poster") == []
     assert {tag for tag, _ in page.tags} & {"link", "iframe", "img", "object", "embed", "base", "form"} == set()
     (policy,) = [one["content"] for tag, one in page.tags if tag == "meta" and "http-equiv" in one]
     assert policy is not None
     assert policy.startswith("default-src 'none'; ")
     assert "http" not in policy
-    # Plotly itself is there, once, and no style imports anything.
+    # Plotly itself is in the page once, and no style imports anything.
     assert sum(len(script) > 1_000_000 for script in page.scripts) == 1
     assert "@import" not in report(digits, storage).partition("<style>")[2].partition("</style>")[0]
 
@@ -198,7 +198,7 @@ def test_the_report_says_what_was_found_and_what_cannot_be_concluded(
 
 
 @pytest.mark.parametrize("form", ["html", "markdown"])
-def test_what_people_wrote_is_text_and_no_markup(storage: PatientStorage, run: Callable[..., Claim], form: Any) -> None:
+def test_text_from_users_is_escaped(storage: PatientStorage, run: Callable[..., Claim], form: Any) -> None:
     definition = parse(
         f'name = "evil"\ndescription = {json.dumps(EVIL)}\ndataset = "digits"\nmodel = "a:b"\n[budget]\ntrials = 4\n'
         f'[space]\nkind = {{ choices = [{json.dumps(EVIL)}, "b"] }}\n[fixed]\nnote = {json.dumps(EVIL)}'
@@ -220,21 +220,22 @@ def test_what_people_wrote_is_text_and_no_markup(storage: PatientStorage, run: C
         assert all(line.replace("\\|", "").count("|") in (3, 7, 8) for line in table), table
 
 
-def test_no_caution_vanishes_where_poor_configurations_were_repeated(
+def test_cautions_stay_if_only_poor_configurations_were_repeated(
     storage: PatientStorage, run: Callable[..., Claim]
 ) -> None:
     registry.create(definitions.load("digits"), storage, DATA)
     for rate, accuracy in ((0.1, 0.98), (0.2, 0.96), (0.3, 0.5), (0.3, 0.5), (0.4, 0.4)):
         run("digits", {"depth": 3, "dropout": rate}, COMPLETE, accuracy)
-    told = collect("digits", storage).findings.cautions
-    assert any("The best configuration was trained once" in sentence for sentence in told)
-    # On 359 images 0.96 lies outside the interval of the best alone, and inside that of the difference.
+    cautions = collect("digits", storage).findings.cautions
+    assert any("The best configuration was trained once" in sentence for sentence in cautions)
+    # On 359 images 0.96 is outside the interval of the best, but inside that of the difference.
     assert any(
-        "are too few to distinguish the best from the runner-up, trial 1 (0.9600): 1 trial" in one for one in told
+        "are too few to distinguish the best from the runner-up, trial 1 (0.9600): 1 trial" in caution
+        for caution in cautions
     )
 
 
-def test_an_infeasible_trial_wins_nowhere(storage: PatientStorage, run: Callable[..., Claim]) -> None:
+def test_an_infeasible_trial_never_wins(storage: PatientStorage, run: Callable[..., Claim]) -> None:
     registry.create(definitions.load("digits"), storage, DATA)
     for accuracy, constraint in ((0.90, 0.0), (0.99, 1.0)):
         claim = run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, accuracy)
@@ -247,7 +248,7 @@ def test_an_infeasible_trial_wins_nowhere(storage: PatientStorage, run: Callable
     assert [trial.number for trial in dashboard._best(trials, StudyDirection.MAXIMIZE)] == [0]
 
 
-def test_an_accuracy_had_elsewhere_has_no_interval_of_these_images(storage: PatientStorage) -> None:
+def test_an_imported_accuracy_has_no_interval(storage: PatientStorage) -> None:
     registry.create(definitions.load("digits"), storage, DATA)
     import_trials("digits", [{"depth": 3, "dropout": 0.1, "accuracy": 0.9}], storage)
     assert not [sentence for sentence in collect("digits", storage).findings.best if "95 % interval" in sentence]
@@ -263,24 +264,24 @@ def test_a_study_without_trials_has_a_report(storage: PatientStorage, home: Path
         report("digist", storage)
 
 
-def test_one_trial_is_a_report_too(storage: PatientStorage, run: Callable[..., Claim]) -> None:
+def test_a_study_with_one_trial_has_a_report(storage: PatientStorage, run: Callable[..., Claim]) -> None:
     registry.create(definitions.load("digits"), storage, DATA)
     run("digits", {"depth": 3, "dropout": 0.2}, COMPLETE, 1.0)
-    told = collect("digits", storage).findings
-    # The rule of three, where a binomial interval has no width: 3 / 359.
-    assert "1.0000 ± 0.0084" in told.best[1]
-    assert told.influences == (
+    conclusions = collect("digits", storage).findings
+    # A binomial interval has no width here, so the rule of three is used: 3 / 359.
+    assert "1.0000 ± 0.0084" in conclusions.best[1]
+    assert conclusions.influences == (
         "There are too few complete trials, or they are too similar, to say which hyperparameter matters.",
     )
 
 
-def test_the_notebook_s_protocol_and_labels_are_warned_of(storage: PatientStorage, home: Path) -> None:
+def test_the_report_warns_of_the_notebook_s_protocol_and_labels(storage: PatientStorage, home: Path) -> None:
     notebook.create(storage)
-    told = collect("notebook", storage).findings.cautions
-    labels = [sentence for sentence in told if "labelled its sweeps 0.0 to 0.7" in sentence]
+    cautions = collect("notebook", storage).findings.cautions
+    labels = [sentence for sentence in cautions if "labelled its sweeps 0.0 to 0.7" in sentence]
     assert any("the rates that they ran with" in sentence for sentence in labels)
-    assert any("chosen by the test images" in sentence for sentence in told)
-    assert any("Imported, not run here: 21 trials" in sentence for sentence in told)
+    assert any("chosen by the test images" in sentence for sentence in cautions)
+    assert any("Imported, not run here: 21 trials" in sentence for sentence in cautions)
     labelled = definitions.load("notebook-dropout-7-labelled")
     assert any("never ran" in one for one in findings.findings([], labelled, {}).cautions)
     assert notebook.caution(definitions.load("digits")) == []
@@ -319,29 +320,29 @@ def _best(definition: Definition, **params: Any) -> FrozenTrial:
         ("optimizer = { choices = ['adam', 'sgd', 'adamw'] }", {"optimizer": "adam"}, None),
     ],
 )
-def test_the_best_at_an_edge_is_warned_of_where_there_is_a_beyond(
+def test_a_best_value_at_an_end_of_its_range_is_warned_of(
     space: str, params: dict[str, Any], warning: str | None
 ) -> None:
     definition = _searched(space, fixed="depth = 3")
-    found = findings.edges([_best(definition, **params)], definition)
-    assert len(found) == (warning is not None)
-    assert warning is None or warning in found[0]
+    warnings = findings.edges([_best(definition, **params)], definition)
+    assert len(warnings) == (warning is not None)
+    assert warning is None or warning in warnings[0]
 
 
-def test_depth_has_no_beyond() -> None:
+def test_a_depth_at_an_end_is_not_warned_of() -> None:
     definition = _searched("depth = { choices = [3, 5, 7] }")
     assert findings.edges([_best(definition, depth=7)], definition) == []
 
 
 @pytest.mark.parametrize(("effect", "says"), [(0.0, False), (0.1, True)])
-def test_nothing_is_said_to_have_mattered_that_chance_would_show_as_well(effect: float, says: bool) -> None:
+def test_an_influence_that_chance_could_give_is_not_reported(effect: float, says: bool) -> None:
     definition, dice = definitions.load("dropout-depth"), random.Random(3)
     distributions = {name: parameter.distribution() for name, parameter in definition.space.items()}
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=3))
     for _ in range(60):
         trial = study.ask(distributions)
         study.tell(trial, dice.gauss(0.9, 0.01) - effect * trial.params["dropout"])
-    assert max(findings.importances(study.trials).values()) > 0.5  # a large share, either way
+    assert max(findings.importances(study.trials).values()) > 0.5  # a large share in both cases
     assert findings.is_significant(study.trials) == says
     sentence = findings.findings(study.trials, definition, {}).influences[0]
     assert sentence.startswith(
@@ -374,7 +375,7 @@ def test_importances_name_what_made_the_difference() -> None:
 
 @pytest.fixture
 def publish(storage: PatientStorage, artifacts: Path) -> Callable[..., bool]:
-    """Publishes a study, whatever the time."""
+    """Publishes a study without waiting for the pause."""
 
     def call(study: str, last: bool = True, place: PatientStorage | None = None) -> bool:
         place = place or storage
@@ -389,9 +390,9 @@ def _attributes(storage: PatientStorage, study: str) -> dict[str, Any]:
 
 def _trial_note(storage: PatientStorage, study: str, number: int) -> str:
     trial = optuna.load_study(study_name=study, storage=storage).trials[number]
-    # As the dashboard's own page reads it.
-    told = serialize_frozen_trial(1, trial, _attributes(storage, study))
-    return str(told["note"]["body"])
+    # As the dashboard's page reads it.
+    serialized = serialize_frozen_trial(1, trial, _attributes(storage, study))
+    return str(serialized["note"]["body"])
 
 
 def test_the_dashboard_reads_what_is_published(
@@ -400,14 +401,14 @@ def test_the_dashboard_reads_what_is_published(
     assert publish(digits)
     study = optuna.load_study(study_name=digits, storage=storage)
     note = get_note(study).replace("\\", "")
-    for told in ("**12 of 12 trials**", "has ended", "depth", "0 to 0.7", "batch_size", "one of 3, 5, 7", "± 0.0145"):
-        assert told in note
+    for text in ("**12 of 12 trials**", "has ended", "depth", "0 to 0.7", "batch_size", "one of 3, 5, 7", "± 0.0145"):
+        assert text in note
     graphs = get_plotly_graph_objects(_attributes(storage, digits))
     assert set(graphs) == {"learning-curves", "dropout", "cost", "progress"}
     assert all(json.loads(graph)["data"] for graph in graphs.values())
     complete = _trial_note(storage, digits, 8).replace("\\", "")
-    for told in ("0.9800", "668,810 weights", "cpu (cpu:0) in float32", "1,234 images/s", "33.2 s", "loss 0.2500"):
-        assert told in complete, told
+    for text in ("0.9800", "668,810 weights", "cpu (cpu:0) in float32", "1,234 images/s", "33.2 s", "loss 0.2500"):
+        assert text in complete, text
     assert "```\nlayer  weights\nDense      650\n```" in complete
     assert "Pruned after epoch" in _trial_note(storage, digits, 9)
     failed = _trial_note(storage, digits, 11)
@@ -425,14 +426,14 @@ def test_the_best_at_an_edge_is_in_the_study_s_note(
     assert "dropout = 0.7 is at the upper end of the searched range (0 to 0.7)" in note
 
 
-def test_it_is_published_at_most_once_in_ten_seconds_and_only_if_there_is_news(
+def test_it_is_published_at_most_once_in_ten_seconds_and_only_after_a_change(
     storage: PatientStorage, run: Callable[..., Claim], publish: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.create(definitions.load("digits"), storage, DATA)
     run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
     assert publish("digits", last=False)
     first = _attributes(storage, "digits")
-    assert publish("digits", last=False)  # it stands already
+    assert publish("digits", last=False)  # it is up to date
     assert _attributes(storage, "digits") == first
     run("digits", {"depth": 3, "dropout": 0.2}, COMPLETE, 0.8)
     assert not publish("digits", last=False)  # too early
@@ -444,29 +445,29 @@ def test_it_is_published_at_most_once_in_ten_seconds_and_only_if_there_is_news(
     assert "2 of 12 trials" in get_note(optuna.load_study(study_name="digits", storage=storage))
 
 
-def test_what_was_read_later_is_not_overwritten_by_what_was_read_before(
+def test_older_results_do_not_overwrite_newer_ones(
     storage: PatientStorage, run: Callable[..., Claim], artifacts: Path, publish: Callable[..., bool]
 ) -> None:
     registry.create(definitions.load("digits"), storage, DATA)
     run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
 
     class Slow(optuna.storages.RDBStorage):
-        """Reads the trials, and then another worker ends one and publishes."""
+        """Reads the trials; then another worker finishes one and publishes."""
 
         def __init__(self) -> None:
             pass
 
         def get_all_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
-            found = storage.get_all_trials(*args, **kwargs)
+            trials = storage.get_all_trials(*args, **kwargs)
             run("digits", {"depth": 3, "dropout": 0.2}, COMPLETE, 0.8)
             assert publish("digits")
-            return found
+            return trials
 
     assert not notes.publish("digits", storage, artifacts, Slow(), last=True)
     assert "2 of 12 trials" in get_note(optuna.load_study(study_name="digits", storage=storage))
 
 
-def test_a_person_s_words_stay(
+def test_a_user_s_text_is_kept(
     storage: PatientStorage, run: Callable[..., Claim], publish: Callable[..., bool]
 ) -> None:
     registry.create(definitions.load("digits"), storage, DATA)
@@ -481,7 +482,7 @@ def test_a_person_s_words_stay(
     assert "2 of 12 trials" in note
     assert "1 of 12 trials" not in note
     assert note.count(notes.MARK) == 1
-    # The dashboard takes an edit only if it is of the version that stands, and so must see that it changed.
+    # The dashboard accepts an edit only of the current version, so our change must have a new version.
     assert get_note_from_system_attrs(_attributes(storage, "digits"), None)["version"] == 3
 
 
@@ -509,7 +510,7 @@ def test_only_so_many_trials_have_a_note(
 
     add(0.9, 0.8, 0.7, 0.6, 0.5)
     publish("digits")
-    assert noted() == [3, 4, 5, 6, 7]  # after three points that wait
+    assert noted() == [3, 4, 5, 6, 7]  # after three waiting points
     add(0.1, 0.2)
     publish("digits")
     assert noted() == [3, 4, 7, 8, 9]
@@ -527,7 +528,7 @@ def test_the_notebook_s_own_study_shows_its_replays_once_they_have_ended(
     assert set(graphs()) == {"dropout"}
     note = get_note(optuna.load_study(study_name="notebook", storage=storage))
     assert "run notebook-dropout-3" in note.replace("\\", "")
-    # At the rates of its labels it is another question, and no replay.
+    # With the rates of the labels it is another experiment, not a replay.
     for name, shift in (("notebook-dropout-3", 0.01), ("notebook-dropout-3-labelled", 0.1)):
         replay = definitions.load(name, epochs=2, limit=4000, name=f"my-{name}")
         registry.create(replay, storage, DATA)
@@ -546,7 +547,7 @@ def test_the_notebook_s_own_study_shows_its_replays_once_they_have_ended(
     for step, (place, value) in enumerate(zip(ours["x"], ours["y"], strict=True)):
         assert value == 0.97 + step / 1000
         assert places[place] == notebook.SWEEP_3[step].accuracy
-    # And so does its report.
+    # The report shows them, too.
     assert 'id="figure-notebook"' in report("notebook", storage)
 
 
@@ -618,7 +619,7 @@ def test_a_failure_to_publish_is_logged_and_nothing_else(
     assert "the notes and figures of study digits were not written: a figure that cannot be drawn" in caplog.text
 
 
-def test_a_slow_database_keeps_nobody_waiting(
+def test_workers_do_not_wait_for_a_slow_database(
     storage: PatientStorage, run: Callable[..., Claim], artifacts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = threading.Event()

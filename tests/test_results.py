@@ -22,8 +22,8 @@ def _end(storage: RDBStorage, study: str, me: Owner, *ends: tuple[TrialState, fl
     for state, value in ends:
         claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
         assert claim is not None
-        told = {"failure": {"kind": "nan", "message": "the loss became nan"}} if state == FAIL else {"epochs": 2}
-        claims.finish(storage, claim, state, value, told)
+        attrs = {"failure": {"kind": "nan", "message": "the loss became nan"}} if state == FAIL else {"epochs": 2}
+        claims.finish(storage, claim, state, value, attrs)
 
 
 def test_the_best_is_the_first_of_the_highest_complete_ones(storage: RDBStorage, study: str, me: Owner) -> None:
@@ -60,7 +60,7 @@ def test_a_violated_constraint_never_wins(storage: RDBStorage, study: str, me: O
     assert [row.number for row in results.leaderboard(study, storage)] == [3, 1]
     assert [row.number for row in results.leaderboard(study, storage, top=1)] == [3]
     assert (results.status(study, storage).best, results.status(study, storage).best_number) == (0.8, 3)
-    assert registry.open(study, storage).best_trial.number == 3  # Optuna's own judgement
+    assert registry.open(study, storage).best_trial.number == 3  # as Optuna itself decides
 
 
 def test_a_constraint_that_all_violate_is_named(storage: RDBStorage, study: str, me: Owner) -> None:
@@ -73,7 +73,7 @@ def test_a_constraint_that_all_violate_is_named(storage: RDBStorage, study: str,
         results.best_trial(study, storage)
 
 
-def test_an_accuracy_that_is_not_finite_is_not_in_a_curve_s_way(
+def test_a_curve_may_have_an_accuracy_that_is_not_finite(
     storage: RDBStorage, study: str, me: Owner, tmp_path: Path
 ) -> None:
     claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
@@ -118,22 +118,22 @@ def test_a_leaderboard_is_the_same_however_many_trials_are_named(
 
 
 def test_status_counts_exactly(storage: RDBStorage, study: str, me: Owner) -> None:
-    found = results.status(study, storage)
-    assert (found.budget, found.ended, found.best, found.seconds_left) == (5, False, None, None)
+    status = results.status(study, storage)
+    assert (status.budget, status.ended, status.best, status.seconds_left) == (5, False, None, None)
     _end(storage, study, me, (COMPLETE, 0.7), (PRUNED, 0.2), (FAIL, None))
     running, waiting = (claims.claim(storage, ledger.find(storage, study), me, 60.0) for _ in range(2))
     assert running is not None
     assert waiting is not None
     claims.requeue(storage, waiting, "interrupted", "")
-    found = results.status(study, storage)
-    assert (found.complete, found.pruned, found.failed, found.running, found.waiting) == (1, 1, 1, 1, 1)
-    assert (found.best, found.best_number, found.failures) == (0.7, 0, ("nan: the loss became nan",))
-    assert [holding.number for holding in found.workers] == [3]
-    assert found.seconds_left is not None
+    status = results.status(study, storage)
+    assert (status.complete, status.pruned, status.failed, status.running, status.waiting) == (1, 1, 1, 1, 1)
+    assert (status.best, status.best_number, status.failures) == (0.7, 0, ("nan: the loss became nan",))
+    assert [running.number for running in status.workers] == [3]
+    assert status.seconds_left is not None
     claims.finish(storage, running, COMPLETE, 0.8, {})
     _end(storage, study, me, (COMPLETE, 0.6))
-    found = results.status(study, storage)
-    assert (found.ended, found.seconds_left, found.best) == (True, 0.0, 0.8)
+    status = results.status(study, storage)
+    assert (status.ended, status.seconds_left, status.best) == (True, 0.0, 0.8)
 
 
 def test_reading_changes_nothing(storage: RDBStorage, study: str, me: Owner) -> None:

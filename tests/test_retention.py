@@ -1,4 +1,4 @@
-"""The best models stay, all histories stay, and nothing that a trial needs is ever removed."""
+"""The best models and all histories are kept, and no file that a trial needs is ever removed."""
 
 import multiprocessing
 import os
@@ -34,7 +34,7 @@ TEMPORARY = f".{'0' * 32}-{MODEL}"
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """The artifacts' folder."""
+    """The artifacts folder."""
     return tmp_path / "artifacts"
 
 
@@ -72,7 +72,7 @@ def _files(root: Path) -> list[str]:
 
 
 def _offered(storage: RDBStorage, study: str, name: str) -> set[int]:
-    """The trials of which optuna-dashboard offers the file `name`."""
+    """The numbers of the trials whose file `name` optuna-dashboard offers."""
     return {
         trial.number
         for trial in storage.get_all_trials(registry.find(study, storage).id)
@@ -90,7 +90,7 @@ def _models(root: Path) -> set[int]:
 
 @examples(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(st.sampled_from([0.1, 0.5, 0.5, 0.7, 0.9]), min_size=1, max_size=8), keep=st.integers(1, 4))
-def test_just_the_best_models_and_all_histories_are_left(
+def test_only_the_best_models_and_all_histories_are_kept(
     storage: RDBStorage, trivial: Definition, root: Path, me: Owner, values: list[float], keep: int
 ) -> None:
     name = f"s{time.monotonic_ns()}"
@@ -115,7 +115,7 @@ def _race(url: str, root: Path, study: str, slot: int, trials: int) -> None:
         retention.trim(storage, claim, root, 3)
 
 
-def test_many_workers_at_once_leave_the_best(either_url: str, trivial: Definition, root: Path) -> None:
+def test_many_workers_at_once_keep_the_best(either_url: str, trivial: Definition, root: Path) -> None:
     storage = database.create(either_url)
     registry.create(trivial, storage, {"fingerprint": "0" * 16})
     ledger.raise_budget(storage, ledger.find(storage, trivial.name), Budget(trials=100, hours=None))
@@ -133,7 +133,7 @@ def test_many_workers_at_once_leave_the_best(either_url: str, trivial: Definitio
     storage.engine.dispose()
 
 
-def test_what_a_worker_left_that_was_killed_goes_with_the_next_trial(
+def test_the_model_of_a_killed_worker_is_removed_after_the_next_trial(
     storage: RDBStorage, study: str, root: Path, me: Owner
 ) -> None:
     for value in (0.1, 0.3, 0.2):
@@ -142,14 +142,14 @@ def test_what_a_worker_left_that_was_killed_goes_with_the_next_trial(
     assert _models(root) == {1, 3}
 
 
-def test_results_had_elsewhere_take_no_model_s_place(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
+def test_imported_results_do_not_count_as_kept_models(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
     import_trials(study, [{"dropout": 0.1 * n, "accuracy": 0.99} for n in range(3)], storage)
     numbers = [_trial(storage, root, study, me, value).number for value in (0.5, 0.7, 0.6)]
     assert _models(root) == {numbers[1], numbers[2]}
     assert retention.unneeded(storage, root, 2) == []
 
 
-def test_the_model_of_a_running_trial_stays(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
+def test_the_model_of_a_running_trial_is_kept(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
     running = _claim(storage, study, me)
     _write(root, running.folder, MODEL, HISTORY)  # written, and not yet recorded
     for value in (0.7, 0.8, 0.9):
@@ -157,7 +157,7 @@ def test_the_model_of_a_running_trial_stays(storage: RDBStorage, study: str, roo
     assert _models(root) == {running.number, 3}
 
 
-def test_an_infeasible_trial_s_model_makes_room(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
+def test_an_infeasible_trial_s_model_is_removed(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
     claim = _claim(storage, study, me)
     storage.set_trial_system_attr(claim.trial_id, "constraints:size", 1.0)
     _end(storage, root, claim, COMPLETE, 0.99)
@@ -165,7 +165,7 @@ def test_an_infeasible_trial_s_model_makes_room(storage: RDBStorage, study: str,
     assert _models(root) == set()
 
 
-def test_a_worker_that_slept_through_a_deletion_removes_nothing_of_the_study_that_came_after(
+def test_a_worker_of_a_deleted_study_removes_no_file_of_its_successor(
     storage: RDBStorage, trivial: Definition, study: str, root: Path, me: Owner
 ) -> None:
     old = _claim(storage, study, me)
@@ -337,15 +337,13 @@ def test_a_study_that_is_worked_on_is_deleted_only_when_it_was_stopped(
         claims.claim(storage, found, me, 60.0)
 
 
-def test_a_trial_whose_worker_is_gone_keeps_no_study_from_its_deletion(
-    storage: RDBStorage, study: str, me: Owner
-) -> None:
+def test_a_trial_whose_worker_is_gone_does_not_prevent_the_deletion(storage: RDBStorage, study: str, me: Owner) -> None:
     _claim(storage, study, Owner(machine=me.machine, host=me.host, pid=me.pid, born=1.0, slot="cpu:1"))
     claims.delete(storage, ledger.find(storage, study), 60.0)
     assert registry.names(storage) == []
 
 
-def test_a_claim_for_a_study_that_was_deleted_is_none_for_its_successor(
+def test_a_worker_of_a_deleted_study_claims_no_trial_of_its_successor(
     storage: RDBStorage, trivial: Definition, study: str, me: Owner
 ) -> None:
     old = ledger.find(storage, study)

@@ -1,4 +1,4 @@
-"""Samplers and pruners: trial n draws its own points, from (seed, n) and from what is finished."""
+"""Samplers and pruners: the points of trial n depend on (seed, n) and on the finished trials."""
 
 import importlib.util
 from collections.abc import Iterable
@@ -95,7 +95,7 @@ class Searched:
         claims.finish(self.storage, claim, state, value, {})
 
     def draw(self, trials: int, value: float | None = 0.5) -> list[Point]:
-        """The points of so many further trials, each finished with `value` before the next; running on with None."""
+        """The points of so many more trials, each finished with `value` before the next; with None it keeps running."""
         points = []
         for _ in range(trials):
             claim = self.claim()
@@ -202,7 +202,7 @@ def test_an_interrupted_trial_runs_again_with_its_own_points(searched: Any, kind
     claim = study.claim()
     point = study.suggest(claim)
     claims.requeue(study.storage, claim, "interrupted", "a test")
-    # Results that came in meanwhile must not change what it is.
+    # Results that were stored meanwhile must not change it.
     claim = study.claim()
     assert claim.attempt == 2
     study.draw(8, value=0.9)
@@ -246,7 +246,7 @@ def test_tpe_learns_on_a_conditional_space_and_suggests_only_what_applies(search
         assert set(point) == {name for name, parameter in space.items() if parameter.applies(point)}
     first, last = points[:10], points[-20:]
     assert _mean(map(_value, last)) > _mean(map(_value, first)) + 0.2
-    # By chance it were a third of them, with rates of 0.35 in the mean.
+    # At random it would be a third of them, with a mean rate of 0.35.
     assert sum(point["depth"] == 3 for point in last) >= 14
     assert _mean(map(_rate_of, last)) < 0.25
 
@@ -269,7 +269,7 @@ def test_results_change_what_is_drawn_only_where_the_sampler_learns(searched: An
     assert (good.draw(1) != bad.draw(1)) == learns
 
 
-def test_pruned_trials_teach_as_well(searched: Any) -> None:
+def test_the_sampler_also_learns_from_pruned_trials(searched: Any) -> None:
     means = []
     for worst in (True, False):
         study = searched(_definition(PLAIN, sampler="tpe"))
@@ -328,7 +328,7 @@ def test_a_generation_is_a_fraction_of_a_small_study(trials: int, population: in
     assert sampling.sampler(_definition(sampler="nsga2", trials=trials), 0).population_size == population  # type: ignore[attr-defined]
 
 
-def test_a_sampler_whose_package_is_missing_is_refused_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_whose_package_is_missing_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DefinitionError, match=r"needs PyTorch.*pip install 'trialyard\[gp\]'.*choose tpe"):
         sampling.check_installed(_definition(PLAIN, sampler="gp"))
@@ -339,7 +339,7 @@ def test_a_sampler_whose_package_is_missing_is_refused_with_the_way_to_get_it(mo
 
 
 def _trained(study: Searched, values: list[float]) -> int | None:
-    """Reports `values`, one an epoch, and ends the trial. The epoch after which it was pruned, if it was."""
+    """Reports `values`, one per epoch, and ends the trial. Returns the epoch after which it was pruned, if it was."""
     claim = study.claim()
     opened = study.study.opened(claim.number)
     hyperparameters_of(study.study, opened, claim)
@@ -359,7 +359,7 @@ PRUNERS = ["hyperband", "asha", "median", "wilcoxon"]
 
 @pytest.mark.parametrize("min_epochs", [1, 3])
 @pytest.mark.parametrize("kind", PRUNERS)
-def test_a_hopeless_trial_is_pruned_but_not_before_its_least_epochs(searched: Any, kind: str, min_epochs: int) -> None:
+def test_a_weak_trial_is_pruned_but_not_before_min_epochs(searched: Any, kind: str, min_epochs: int) -> None:
     study = searched(_definition(PLAIN, pruner=kind, epochs=10, min_epochs=min_epochs))
     assert [_trained(study, [GOOD] * 10) for _ in range(5)] == [None] * 5
     # Hyperband judges trials of its later brackets later.
@@ -382,25 +382,25 @@ def test_without_a_pruner_nothing_is_pruned(searched: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [*PRUNERS, "none"])
-def test_least_epochs_beyond_the_budget_prune_nothing(searched: Any, kind: str) -> None:
+def test_min_epochs_above_the_budget_prune_nothing(searched: Any, kind: str) -> None:
     study = searched(_definition(PLAIN, pruner=kind, epochs=3, min_epochs=50))
     assert [_trained(study, [value] * 3) for value in [GOOD] * 5 + [HOPELESS] * 2] == [None] * 7
 
 
 @pytest.mark.parametrize("kind", [*PRUNERS, "none"])
-def test_a_pruner_is_made_for_one_epoch(searched: Any, kind: str) -> None:
+def test_a_pruner_can_be_made_for_one_epoch(searched: Any, kind: str) -> None:
     study = searched(_definition(PLAIN, pruner=kind, epochs=1))
     assert [_trained(study, [value]) for value in (GOOD, HOPELESS)] == [None, None]
 
 
-def test_a_bad_start_is_forgiven_before_the_least_epochs(searched: Any) -> None:
+def test_a_bad_start_before_min_epochs_is_not_pruned(searched: Any) -> None:
     for kind in ("asha", "median"):
         study = searched(_definition(PLAIN, pruner=kind, epochs=6, min_epochs=4))
         assert [_trained(study, [GOOD] * 6) for _ in range(5)] == [None] * 5
         assert _trained(study, [HOPELESS] * 3 + [0.95] * 3) is None
 
 
-def test_what_is_drawn_and_reported_is_what_optuna_reads(searched: Any) -> None:
+def test_optuna_reads_what_is_suggested_and_reported(searched: Any) -> None:
     study = searched(_definition(PLAIN))
     _trained(study, [0.1, 0.2, 0.3])
     plain = optuna.load_study(study_name="sampled", storage=str(study.storage.engine.url))

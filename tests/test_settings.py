@@ -1,4 +1,4 @@
-"""TRIALYARD_* variables: defaults, overrides, and a sentence for what cannot be used."""
+"""TRIALYARD_* variables: defaults, overrides, and a sentence for an invalid value."""
 
 import os
 from pathlib import Path
@@ -10,21 +10,21 @@ from storage import settings
 from storage.errors import SettingsError
 
 
-def test_without_settings_all_lives_in_yard(home: Path) -> None:
-    found = settings.load()
-    assert found.url == f"sqlite:///{home}/yard/studies.db"
-    assert found.artifact_folder == home / "yard" / "artifacts"
-    assert found.data_folders == (home / "yard" / "data",)
-    assert found.log_folder == home / "yard" / "logs"
+def test_without_settings_everything_is_in_yard(home: Path) -> None:
+    loaded = settings.load()
+    assert loaded.url == f"sqlite:///{home}/yard/studies.db"
+    assert loaded.artifact_folder == home / "yard" / "artifacts"
+    assert loaded.data_folders == (home / "yard" / "data",)
+    assert loaded.log_folder == home / "yard" / "logs"
 
 
 def test_the_environment_decides_and_an_option_overrides_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIALYARD_HOME", "/somewhere")
     monkeypatch.setenv("TRIALYARD_STORAGE", "sqlite:///there.db")
     monkeypatch.setenv("TRIALYARD_DATA", os.pathsep.join(["/one", "two"]))
-    found = settings.load(storage=None)
-    assert found.url == "sqlite:///there.db"
-    assert found.data_folders == (Path("/one"), home / "two", Path("/somewhere/data"))
+    loaded = settings.load(storage=None)
+    assert loaded.url == "sqlite:///there.db"
+    assert loaded.data_folders == (Path("/one"), home / "two", Path("/somewhere/data"))
     assert settings.load(storage="sqlite:///here.db").url == "sqlite:///here.db"
 
 
@@ -52,7 +52,7 @@ def test_a_value_that_cannot_be_used_is_named(
         ("nonsense", "nonsense"),
     ],
 )
-def test_a_url_without_a_password_takes_the_file_s(
+def test_a_url_without_a_password_gets_it_from_the_file(
     home: Path, monkeypatch: pytest.MonkeyPatch, url: str, expected: str
 ) -> None:
     (home / "password").write_text("p@ss/word\n", encoding="utf-8")

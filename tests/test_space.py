@@ -1,4 +1,4 @@
-"""The search space: a trial holds what applies and nothing else, and a grid is every such point once."""
+"""The search space: a trial has only the parameters that apply, and a grid has every such point once."""
 
 import itertools
 from collections.abc import Iterable
@@ -79,9 +79,9 @@ class TestSuggest:
     )
     def test_a_chain_of_conditions_is_followed_link_by_link(self, point: Point, held: list[str]) -> None:
         everything = {"optimizer": "sgd", "momentum": 0.5} | point
-        found = _fixed(everything, _chain())
-        assert list(found) == held
-        assert found == point
+        suggested = _fixed(everything, _chain())
+        assert list(suggested) == held
+        assert suggested == point
 
     def test_a_trial_holds_only_what_applies(self) -> None:
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -201,13 +201,13 @@ class TestRules:
     def test_a_value_is_judged_by_type_range_and_step(
         self, parameter: Parameter, value: object, rule: str | None
     ) -> None:
-        found = broken_rule(parameter, value)
-        assert found is None if rule is None else (found or "").startswith(rule)
+        broken = broken_rule(parameter, value)
+        assert broken is None if rule is None else (broken or "").startswith(rule)
 
     def test_a_list_of_many_choices_is_cut_to_a_line(self) -> None:
-        found = broken_rule(Choice(choices=tuple(range(1000))), -1)
-        assert found is not None
-        assert len(found) < 500
+        broken = broken_rule(Choice(choices=tuple(range(1000))), -1)
+        assert broken is not None
+        assert len(broken) < 500
 
     @pytest.mark.parametrize(
         ("raw", "kind"),
@@ -285,7 +285,7 @@ def _spaces(draw: st.DrawFn) -> Space:
 
 @given(_spaces())
 @settings(max_examples=200, deadline=None)
-def test_every_grid_point_is_whole_obeys_its_rules_and_lies_in_its_distribution(space: Space) -> None:
+def test_every_grid_point_is_complete_and_valid(space: Space) -> None:
     points = list(grid(space))
     assert points
     for point in points:
@@ -301,11 +301,11 @@ def test_every_grid_point_is_whole_obeys_its_rules_and_lies_in_its_distribution(
 
 @given(_spaces())
 @settings(max_examples=200, deadline=None)
-def test_a_grid_has_no_point_twice_and_lacks_none(space: Space) -> None:
+def test_a_grid_has_every_point_once(space: Space) -> None:
     points = list(grid(space))
     keys = [tuple(sorted((name, repr(value)) for name, value in point.items())) for point in points]
     assert len(set(keys)) == len(keys)
-    # The reference: every assignment of every parameter, less what does not apply in it.
+    # The reference: every combination of all values, without the parameters that do not apply.
     every = itertools.product(*(parameter.points() or [] for parameter in space.values()))
     wanted = set()
     for values in every:
@@ -316,7 +316,7 @@ def test_a_grid_has_no_point_twice_and_lacks_none(space: Space) -> None:
 
 @given(_spaces(), st.integers(0, 2**32 - 1))
 @settings(max_examples=100, deadline=None)
-def test_whatever_is_suggested_obeys_the_rules(space: Space, seed: int) -> None:
+def test_every_suggestion_obeys_the_rules(space: Space, seed: int) -> None:
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed)).ask()
     point = suggest(trial, space)
     assert all(broken_rule(space[name], value) is None for name, value in point.items())
@@ -342,7 +342,7 @@ def test_a_step_that_is_accepted_divides_the_range(low: float, width: float, ste
 @given(_stepped_floats(), st.integers(-2, 32), st.sampled_from([0.0, 1e-12, 1e-7, -1e-7, 1e-3, -1e-3, 0.5]))
 @example(Float(low=0.0, high=0.7, step=0.1), 1, 5e-7)
 @settings(max_examples=200, deadline=None)
-def test_a_value_near_a_step_is_good_where_optuna_finds_it_good(parameter: Float, steps: int, off: float) -> None:
+def test_a_value_near_a_step_is_allowed_if_optuna_allows_it(parameter: Float, steps: int, off: float) -> None:
     assert parameter.step is not None
     value = parameter.low + (steps + off) * parameter.step
     assert (broken_rule(parameter, value) is None) == parameter.distribution()._contains(value)
@@ -350,7 +350,7 @@ def test_a_value_near_a_step_is_good_where_optuna_finds_it_good(parameter: Float
 
 @given(_ints(limit=2**50), st.integers(-60, 2000))
 @settings(max_examples=200, deadline=None)
-def test_a_whole_number_is_good_exactly_on_the_steps(parameter: Int, above: int) -> None:
+def test_a_whole_number_is_allowed_exactly_on_the_steps(parameter: Int, above: int) -> None:
     value = parameter.low + above
     assert (broken_rule(parameter, value) is None) == (
         value in range(parameter.low, parameter.high + 1, parameter.step)

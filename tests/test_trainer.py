@@ -1,4 +1,4 @@
-"""The trainer process: kept over trials, stopped, killed, and its death told; gone when its worker is gone."""
+"""The trainer process: kept over trials, stopped, killed; its death is reported; it ends when its worker ends."""
 
 import os
 import pickle
@@ -52,7 +52,7 @@ def job(write_small: Callable[..., Path], home: Path) -> Make:
 
 
 def _messages(trainer: Trainer) -> list[Any]:
-    """All that a job sends, up to its end."""
+    """All messages of a job, up to its end."""
     messages: list[Any] = []
     while not messages or isinstance(messages[-1], Epoch):
         message = trainer.receive(240)
@@ -102,7 +102,7 @@ def test_a_stop_reaches_it_within_the_epoch_and_not_the_next_job(trainer: Traine
     assert not end.stopped
 
 
-def test_a_killed_trainer_is_told_and_replaced(trainer: Trainer, job: Make) -> None:
+def test_a_killed_trainer_is_reported_and_replaced(trainer: Trainer, job: Make) -> None:
     trainer.submit(job(epochs=100_000))
     assert isinstance(trainer.receive(240), Epoch)
     first = trainer.pid
@@ -145,7 +145,7 @@ def test_a_trainer_ends_when_its_worker_is_killed(job: Make, tmp_path: Path) -> 
         time.sleep(0.05)
 
 
-def test_data_and_models_that_fail_are_told_apart(trainer: Trainer, job: Make) -> None:
+def test_failures_of_data_and_models_are_distinguished(trainer: Trainer, job: Make) -> None:
     good = job()
     trainer.submit(job(definition=good.definition.model_copy(update={"dataset": "none.npz"})))
     missing = _messages(trainer)[-1]
@@ -173,7 +173,7 @@ def build(hyperparameters, image_shape, classes):
 """
 
 
-def test_modules_of_the_working_folder_are_used_and_never_taken_for_ours_or_python_s(
+def test_modules_of_the_working_folder_are_used_but_never_instead_of_ours_or_python_s(
     trainer: Trainer, job: Make, home: Path
 ) -> None:
     for name in ("search", "studies", "storage", "trainer", "random", "json", "keras"):
@@ -211,9 +211,7 @@ def test_a_trainer_is_pinned_before_its_framework_starts(
     assert "seen: (3, 3, '-1', None)" in failed.message
 
 
-def test_a_gpu_that_the_framework_does_not_see_is_told_and_not_replaced_by_the_processor(
-    job: Make, tmp_path: Path
-) -> None:
+def test_a_gpu_that_the_framework_does_not_see_is_an_error(job: Make, tmp_path: Path) -> None:
     slot = Slot(device=Device(kind="gpu", name="A100", index=77, capability=(8, 0)))  # there is no such card
     with Trainer(slot, tmp_path / "log") as trainer:
         trainer.submit(job(slot=slot))
@@ -280,7 +278,7 @@ def test_a_backend_that_cannot_be_imported_is_the_machine_s_fault(
     assert isinstance(_messages(trainer)[-1], Trained), "the next process does not see the repair"
 
 
-def test_a_death_before_keras_is_imported_is_told_from_one_of_a_job(
+def test_a_death_before_keras_is_imported_is_distinguished_from_one_in_a_job(
     trainer: Trainer, job: Make, home: Path, broken: Callable[[str], Path]
 ) -> None:
     file = broken("import os; os.abort()")
@@ -330,7 +328,7 @@ def test_a_trainer_that_grows_is_replaced(job: Make, home: Path, tmp_path: Path)
     assert 2 <= len(set(pids)) <= 3, "a process that grew went on, or one that did not was replaced"
 
 
-def test_want_of_memory_is_told_apart(
+def test_a_death_for_lack_of_memory_is_recognised(
     trainer: Trainer, job: Make, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (home / "mine.py").write_text(
@@ -340,7 +338,7 @@ def test_want_of_memory_is_told_apart(
     failed = _messages(trainer)[-1]
     assert failed.kind == "memory"
     assert "MemoryError" in failed.message
-    # What the kernel writes when it kills for memory, in a file of a test's own.
+    # The kernel's counter of processes killed for memory, in a file of the test.
     events = tmp_path / "memory.events"
     events.write_text("low 0\noom 3\noom_kill 3\n", encoding="ascii")
     monkeypatch.setattr(trainers, "_memory_kills", partial(trainers._memory_kills, (tmp_path / "none", events)))
@@ -356,7 +354,7 @@ def test_want_of_memory_is_told_apart(
         assert died.value.out_of_memory == killed_by_kernel
 
 
-def test_a_stop_that_keeps_leaves_a_checkpoint_to_go_on_from(trainer: Trainer, job: Make) -> None:
+def test_a_stop_that_keeps_leaves_a_checkpoint_to_continue_from(trainer: Trainer, job: Make) -> None:
     trainer.submit(job(epochs=100_000))
     for _ in range(2):
         assert isinstance(trainer.receive(240), Epoch)

@@ -1,4 +1,4 @@
-"""Training is a function of its arguments, keeps the best epoch, and stops when told."""
+"""Training is a function of its arguments, keeps the best epoch, and stops on request."""
 
 import importlib.util
 import itertools
@@ -82,7 +82,7 @@ def test_a_training_step_is_traced_once(dataset: Dataset, tmp_path: Path, monkey
     assert len(traced) == 1
 
 
-def test_every_epoch_is_told_and_written_down(dataset: Dataset, tmp_path: Path) -> None:
+def test_every_epoch_is_reported_and_written(dataset: Dataset, tmp_path: Path) -> None:
     trained, records = _train(dataset, tmp_path)
     assert [record.epoch for record in records] == [1, 2, 3]
     assert json.loads((tmp_path / HISTORY).read_text(encoding="utf-8")) == [vars(record) for record in records]
@@ -97,7 +97,7 @@ def test_every_epoch_is_told_and_written_down(dataset: Dataset, tmp_path: Path) 
 
 
 def test_the_model_that_is_saved_is_that_of_the_best_epoch(dataset: Dataset, tmp_path: Path) -> None:
-    # So fast a learner jumps about: its best epoch is not its last.
+    # With such a high learning rate the best epoch is not the last one.
     trained, records = _train(dataset, tmp_path, epochs=8, hyperparameters=HYPERPARAMETERS | {"learning_rate": 0.03})
     accuracies = [record.val_accuracy for record in records]
     assert trained.value == max(accuracies)
@@ -109,7 +109,7 @@ def test_the_model_that_is_saved_is_that_of_the_best_epoch(dataset: Dataset, tmp
     assert model.count_params() == trained.parameters
 
 
-def test_the_saved_model_loads_where_there_is_no_trialyard(dataset: Dataset, tmp_path: Path) -> None:
+def test_the_saved_model_loads_without_trialyard(dataset: Dataset, tmp_path: Path) -> None:
     trained, _ = _train(dataset, tmp_path)
     np.savez(tmp_path / "validation.npz", x=dataset.x_validation, y=dataset.y_validation)
     code = (
@@ -124,7 +124,7 @@ def test_the_saved_model_loads_where_there_is_no_trialyard(dataset: Dataset, tmp
     assert float(result.stdout.splitlines()[-1]) == pytest.approx(trained.value)
 
 
-def test_a_loss_that_is_no_number_ends_the_training_with_that_reason(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_ends_the_training_with_that_reason(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(NotANumber, match=r"loss became (nan|inf) in epoch \d"):
         _train(dataset, tmp_path, hyperparameters=HYPERPARAMETERS | {"optimizer": "sgd", "learning_rate": 1e30})
     assert not (tmp_path / MODEL).exists()
@@ -201,10 +201,10 @@ def test_an_epoch_without_a_finite_accuracy_is_never_the_best(
 
 
 class _Killed(Exception):  # noqa: N818 - it is an event
-    """Stands for a process that ends here."""
+    """Represents a process that is killed at this point."""
 
 
-def test_a_stop_ends_the_running_batch_and_keeps_whole_epochs_only(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_stop_ends_the_running_batch_and_keeps_only_whole_epochs(dataset: Dataset, tmp_path: Path) -> None:
     batches = iter(range(1000))
     trained, records = _train(
         dataset, tmp_path, stopping=lambda: "drop" if next(batches) >= 15 else None
@@ -216,18 +216,18 @@ def test_a_stop_ends_the_running_batch_and_keeps_whole_epochs_only(dataset: Data
 
 @pytest.mark.parametrize("model", ["mnist_cnn", "mine:build", "mine:subclassed"])
 @pytest.mark.parametrize("end", ["stopped", "killed"])
-def test_a_training_that_goes_on_gives_the_numbers_of_one_that_was_never_interrupted(
+def test_a_resumed_training_gives_the_numbers_of_an_uninterrupted_one(
     dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None], model: str, end: str
 ) -> None:
     write_module("mine", OWN)
     whole, undisturbed = _train(dataset, tmp_path / "whole", epochs=5, model=model)
     resumed: list[Epoch] = []
-    told: list[Epoch] = []
+    records: list[Epoch] = []
 
     def on_epoch(record: Epoch) -> None:
         if end == "killed" and record.epoch == 4 and not resumed:
             raise _Killed
-        told.append(record)
+        records.append(record)
 
     arguments: dict[str, Any] = {"epochs": 5, "model": model, "on_epoch": on_epoch, "checkpoint_seconds": 0.0}
     arguments |= {"on_resume": resumed.extend}
@@ -240,12 +240,12 @@ def test_a_training_that_goes_on_gives_the_numbers_of_one_that_was_never_interru
     else:
         with pytest.raises(_Killed):
             _train(dataset, tmp_path / "cut", **arguments)
-    assert [record.epoch for record in told] == [1, 2, 3]
+    assert [record.epoch for record in records] == [1, 2, 3]
     np.random.seed(99)  # another process has other states
     keras.utils.set_random_seed(99)
     trained, _ = _train(dataset, tmp_path / "cut", **arguments | {"stopping": lambda: None})
     assert _figures(resumed) == _figures(undisturbed[:3])
-    assert _figures(told) == _figures(undisturbed)
+    assert _figures(records) == _figures(undisturbed)
     assert (trained.value, trained.best_epoch, trained.epochs) == (whole.value, whole.best_epoch, 5)
     history = json.loads((tmp_path / "cut" / HISTORY).read_text(encoding="utf-8"))
     assert [epoch["epoch"] for epoch in history] == [1, 2, 3, 4, 5]
@@ -362,7 +362,7 @@ def build(hyperparameters, image_shape, classes):
 """
 
 
-def test_an_own_model_is_judged_by_its_accuracy_wherever_it_stands(
+def test_an_own_model_is_judged_by_its_accuracy_at_any_position(
     dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None]
 ) -> None:
     write_module("judged", COMPILED.replace("METRICS", "['mse', 'accuracy']"))

@@ -28,7 +28,7 @@ from storage import claims, database, ledger
 
 TRIALS, EPOCHS, WORKERS, SLOTS = 30, 6, 2, 2
 KILLS = ("trainer", "trainer", "worker", "worker")  # in an order that the seed decides
-SECONDS = 900.0  # after which the test gives up
+SECONDS = 900.0  # timeout
 AWAY_SECONDS = 20.0
 
 DEFINITION = f"""
@@ -71,7 +71,7 @@ def build(hyperparameters, image_shape, classes):
 
 
 class Yard:
-    """A home with one study, its worker processes, and the killer's hand on them."""
+    """A home with one study, its worker processes, and the functions that kill them."""
 
     def __init__(self, home: Path, url: str, seed: int) -> None:
         self.home, self.url, self.dice = home, url, random.Random(seed)
@@ -92,12 +92,12 @@ class Yard:
         self.began = time.monotonic()
 
     def run(self, *arguments: str) -> None:
-        """A command that must end well."""
+        """Runs a command that must succeed."""
         command = [sys.executable, "-m", "search.cli", *arguments]
         subprocess.run(command, cwd=self.home, env=self.environment, check=True, capture_output=True)
 
     def start(self) -> "subprocess.Popen[bytes]":
-        """One more worker machine, for all that we know."""
+        """Starts another worker process."""
         command = [sys.executable, "-m", "search.cli", "work", "chaos", "--devices", "cpu", "--per-device", str(SLOTS)]
         with (self.home / "workers.log").open("ab") as log:
             return subprocess.Popen(command, cwd=self.home, env=self.environment, stdout=log, stderr=log)
@@ -124,21 +124,21 @@ class Yard:
         return True
 
     def finished(self) -> int:
-        """How many trials count."""
+        """How many trials have finished."""
         return ledger.counts(self.storage, self.study_id).finished
 
     def wait(self) -> None:
-        """Until the workers see that nothing is left."""
+        """Waits until the workers end because nothing is left."""
         for worker in self.workers:
             code = worker.wait(max(1.0, SECONDS - (time.monotonic() - self.began)))
             assert code == 0, self.said()
 
     def said(self) -> str:
-        """What the workers said last."""
+        """The last output of the workers."""
         return (self.home / "workers.log").read_text(encoding="utf-8")[-3000:]
 
     def end(self) -> None:
-        """Nothing is left running."""
+        """Kills all processes."""
         for worker in self.workers:
             if worker.poll() is None:
                 worker.kill()
@@ -148,7 +148,7 @@ class Yard:
 
 @pytest.fixture
 def begin(home: Path, write_npz: Callable[..., Path]) -> Iterator[Callable[[str, int], Yard]]:
-    """Begins a study on the database at this URL, with this seed for the killer."""
+    """Starts a study on the database at this URL, with this seed for the killer."""
     write_npz()
     yards: list[Yard] = []
 
@@ -163,7 +163,7 @@ def begin(home: Path, write_npz: Callable[..., Path]) -> Iterator[Callable[[str,
 
 @dataclass
 class Run:
-    """One attempt at a trial, as the trainers' logs tell it."""
+    """One attempt at a trial, from the trainers' logs."""
 
     resumed_after: int = 0
     epochs: tuple[int, ...] = ()
@@ -179,10 +179,10 @@ def _runs(home: Path) -> dict[int, dict[int, Run]]:
     runs: dict[int, dict[int, Run]] = defaultdict(lambda: defaultdict(Run))
     for log in (home / "yard" / "logs").glob("trainer-*.log"):
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-            found = LINE.match(line)
-            if found is None:
+            match = LINE.match(line)
+            if match is None:
                 continue
-            moment, trial, attempt, what, resumed, epoch = found.groups()
+            moment, trial, attempt, what, resumed, epoch = match.groups()
             run = runs[int(trial)][int(attempt)]
             at = datetime.fromisoformat(moment)
             run.began = at if run.began is datetime.max else min(run.began, at)
@@ -220,7 +220,9 @@ def _assert_nothing_is_lost(yard: Yard) -> None:
         for _, run in sorted(runs[trial.number].items()):
             assert list(run.epochs) == list(range(run.resumed_after + 1, run.resumed_after + len(run.epochs) + 1))
             # Killed between the line in the log and the checkpoint, at most one epoch is trained twice.
-            assert reached - 1 <= run.resumed_after <= reached, f"trial {trial.number} did not go on where it was"
+            assert reached - 1 <= run.resumed_after <= reached, (
+                f"trial {trial.number} did not continue from where it was"
+            )
             assert free_at is None or run.began >= free_at - timedelta(milliseconds=1), "two had it at once"
             resumed += run.resumed_after > 0
             reached, free_at = max((reached, *run.epochs)), run.last
