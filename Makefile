@@ -2,15 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test test-all lint lock clean
 
 # Always on the processor: the locked packages have no CUDA libraries.
 demo: .venv/installed
 	TRIALYARD_HOME=yard $(BIN)/trialyard run digits --devices cpu
 
+# The tests that kill processes at random for minutes, and those that run what Docker Compose would.
+LONG := tests/chaos tests/test_compose.py
+
 test: .venv/installed-dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/chaos $(PYTEST)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/chaos $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(LONG:%=--ignore %) $(PYTEST)
+
+test-all: test
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(LONG) $(PYTEST)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

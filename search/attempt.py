@@ -172,7 +172,7 @@ class Attempt:
         while True:
             message = trainer.receive(POLL_SECONDS)
             if self._pulse.lost:
-                raise ClaimLost(f"study {self.claim.study}: trial {self.claim.number} was lost while it trained")
+                raise claims.lost(self.claim)
             state = self._pulse.state
             if isinstance(message, Failed):
                 return _failed(message)

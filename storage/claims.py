@@ -94,6 +94,14 @@ def delete(storage: RDBStorage, study: Study, grace_seconds: float) -> None:
     write(storage, study.name, work)
 
 
+def lost(claim: Claim) -> ClaimLost:
+    """What to raise when somebody else has the trial."""
+    return ClaimLost(
+        f"study {claim.study}: trial {claim.number} is no longer held by {claim.owner.slot} of process "
+        f"{claim.owner.pid} on {claim.owner.host} (attempt {claim.attempt}): its result is dropped"
+    )
+
+
 def trial_exists(storage: RDBStorage, claim: Claim) -> bool:
     """Whether the claimed trial is still in the database. Its study may have been deleted."""
     wanted = select(TrialModel.trial_id).where(TrialModel.trial_id == claim.trial_id)
@@ -386,10 +394,7 @@ def _require_owner(connection: Connection, claim: Claim, *, or_finished: bool = 
         runs = attempt.ended is None and state == TrialState.RUNNING
         if runs or (or_finished and attempt.outcome == "finished"):
             return attempt
-    raise ClaimLost(
-        f"study {claim.study}: trial {claim.number} is no longer held by {claim.owner.slot} of process "
-        f"{claim.owner.pid} on {claim.owner.host} (attempt {claim.attempt}): its result is dropped"
-    )
+    raise lost(claim)
 
 
 def _set_files(connection: Connection, claim: Claim, names: Sequence[str]) -> None:

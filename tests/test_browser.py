@@ -133,7 +133,7 @@ def test_the_list_the_study_and_a_trial_with_its_files(searched: Path, address: 
 
     page.goto(f"{address}/dashboard/studies/1/note")
     expect(page.get_by_text("3 of 3 trials")).to_be_visible(timeout=PATIENCE)
-    expect(page.get_by_text("Searched", exact=True)).to_be_visible()
+    expect(page.get_by_text("Searched and fixed", exact=True)).to_be_visible()
     _shot(page, "note")
 
     best = studies.best_trial("digits", f"sqlite:///{searched}/yard/studies.db")
@@ -146,7 +146,7 @@ def test_the_list_the_study_and_a_trial_with_its_files(searched: Path, address: 
         with page.expect_download() as download:
             page.locator(f'a[download="{name}"]').first.click()
         assert download.value.suggested_filename == name
-        written = searched / "yard" / "artifacts" / "digits" / str(best.number) / name
+        written = searched / "yard" / "artifacts" / Path(best.user_attrs["model"]).with_name(name)
         assert download.value.path().read_bytes() == written.read_bytes()
 
 

@@ -192,7 +192,7 @@ def test_a_study_of_any_name_has_its_lock(both: PatientStorage) -> None:
 
 
 def test_a_lock_that_is_never_freed_ends_in_a_sentence(both: PatientStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "LOCK_SECONDS", 1.0)
+    monkeypatch.setattr(transactions, "LOCK_SECONDS", 1.0)
     held, done = threading.Event(), threading.Event()
 
     def hold(connection: sqlalchemy.Connection) -> None:
@@ -351,7 +351,9 @@ def test_the_quick_connection_is_what_optuna_s_constructor_makes(sqlite_url: str
         name: repr(vars(slow)[name]) for name in same if name != "engine_kwargs"
     }
     assert vars(quick._version_manager).keys() == vars(slow._version_manager).keys()
-    assert database._head() == slow.get_head_version() == quick.get_head_version() == quick.get_current_version()
+    assert (
+        transactions.schema_head() == slow.get_head_version() == quick.get_head_version() == quick.get_current_version()
+    )
 
 
 def test_tables_of_another_version_are_refused(sqlite_url: str) -> None:

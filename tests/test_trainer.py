@@ -18,6 +18,7 @@ from search import trainer as trainers
 from search.devices import Device, Slot, cpu
 from search.messages import Checked, Epoch, Failed, Job, Resumed, Trained
 from search.trainer import Trainer, TrainerDied
+from storage.artifacts import CHECKPOINT
 from studies import definition as definitions
 
 Make = Callable[..., Job]
@@ -354,13 +355,13 @@ def test_a_death_for_lack_of_memory_is_recognised(
         assert died.value.out_of_memory == killed_by_kernel
 
 
-def test_a_stop_that_keeps_leaves_a_checkpoint_to_continue_from(trainer: Trainer, job: Make) -> None:
+def test_a_stop_that_keeps_leaves_a_checkpoint_to_continue_from(trainer: Trainer, job: Make, home: Path) -> None:
     trainer.submit(job(epochs=100_000))
     for _ in range(2):
         assert isinstance(trainer.receive(240), Epoch)
     trainer.stop("keep")
     assert isinstance(_messages(trainer)[-1], Trained)
-    trainer.submit(job(epochs=100_000))
+    trainer.submit(job(epochs=100_000, folder=home / "next", checkpoints=(home / "trial" / CHECKPOINT,)))
     resumed = trainer.receive(240)
     assert isinstance(resumed, Resumed)
     assert [epoch.epoch for epoch in resumed.history] == list(range(1, len(resumed.history) + 1))

@@ -43,6 +43,8 @@ def _train(dataset: Dataset, folder: Path, **changed: Any) -> tuple[Trained, lis
         "seed": 1,
         "precision": ("float32", "the test asks for it"),
         "folder": folder,
+        "checkpoints": [folder / CHECKPOINT],
+        "identity": {"study": "a", "sources": {"mine:build": "0"}},
         "on_epoch": records.append,
         "stopping": lambda: None,
     }
@@ -290,7 +292,17 @@ def subclassed(hyperparameters, image_shape, classes):
 """
 
 
-@pytest.mark.parametrize("harm", ["cut off", "no archive", "another seed", "another model"])
+OTHERS: dict[str, dict[str, Any]] = {
+    "another seed": {"seed": 2},
+    "another model": {"hyperparameters": HYPERPARAMETERS | {"width": 0.2}},
+    "another number of epochs": {"epochs": 4},
+    "another precision": {"precision": ("mixed_bfloat16", "the test asks for it")},
+    "another study": {"identity": {"study": "b", "sources": {"mine:build": "0"}}},
+    "a changed source": {"identity": {"study": "a", "sources": {"mine:build": "1"}}},
+}
+
+
+@pytest.mark.parametrize("harm", ["cut off", "no archive", *OTHERS])
 def test_a_checkpoint_that_does_not_fit_is_not_used(dataset: Dataset, tmp_path: Path, harm: str) -> None:
     cut = {"checkpoint_seconds": 0.0, "stopping": iter([None] * 20 + ["drop"] * 99).__next__}
     _train(dataset, tmp_path, **cut)
@@ -300,13 +312,25 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(dataset: Dataset, tmp_path: 
     elif harm == "no archive":
         path.write_text("nothing of the kind", encoding="utf-8")
     resumed: list[Epoch] = []
-    changed: dict[str, Any] = {
-        "another seed": {"seed": 2},
-        "another model": {"hyperparameters": HYPERPARAMETERS | {"width": 0.2}},
-    }
-    _, records = _train(dataset, tmp_path, on_resume=resumed.extend, **changed.get(harm, {}))
+    _, records = _train(dataset, tmp_path, on_resume=resumed.extend, **OTHERS.get(harm, {}))
     assert resumed == []
-    assert [record.epoch for record in records] == [1, 2, 3]
+    assert [record.epoch for record in records][:3] == [1, 2, 3]
+
+
+def test_the_longest_checkpoint_of_the_earlier_attempts_is_taken(dataset: Dataset, tmp_path: Path) -> None:
+    """A damaged one is left out, and the earlier attempts' files stay as they are."""
+    for epochs in (2, 1):
+        stops = iter([None] * (epochs * 12 + 3) + ["keep"] * 99)
+        _train(dataset, tmp_path / str(epochs), checkpoint_seconds=0.0, stopping=stops.__next__)
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / CHECKPOINT).write_bytes(b"damaged")
+    paths = [tmp_path / name / CHECKPOINT for name in ("3", "1", "2", "none")]
+    before = [path.read_bytes() for path in paths[:3]]
+    resumed: list[Epoch] = []
+    _, records = _train(dataset, tmp_path / "4", checkpoints=paths, on_resume=resumed.extend)
+    assert [epoch.epoch for epoch in resumed] == [1, 2]
+    assert [epoch.epoch for epoch in records] == [3]
+    assert [path.read_bytes() for path in paths[:3]] == before
 
 
 def test_a_batch_larger_than_the_data_is_refused(dataset: Dataset, tmp_path: Path) -> None:

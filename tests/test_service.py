@@ -1,0 +1,81 @@
+"""Python does what the command line does: real runs in plain Python sessions."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import search
+import studies
+from search.errors import WorkerError
+from storage.errors import StorageError
+from studies.errors import StudyError
+
+SECONDS = 240
+
+
+def _python(text: str, code: int = 0) -> tuple[str, str]:
+    done = subprocess.run([sys.executable, "-c", text], check=False, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == code, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.mark.usefixtures("home")
+def test_two_lines_of_python_search_and_give_the_model() -> None:
+    out, err = _python(
+        'import search, studies; print(search.run("digits", trials=2, epochs=1).state.name)\n'
+        'print(studies.best_model("digits").output_shape)'
+    )
+    assert out.splitlines() == ["COMPLETE", "(None, 10)"]
+    assert "digits trial 0 epoch 1/1: accuracy" in err
+
+
+RUN = """
+import search, sys
+try:
+    search.run("small.toml", workers=1)
+except search.Interrupted as stop:
+    print(f"requeued: {stop.requeued}")
+"""
+
+
+def test_ctrl_c_puts_the_trial_back_and_the_same_call_goes_on(home: Path, write_small: Callable[..., Path]) -> None:
+    write_small(trials=1, epochs=60)
+    process = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "trial 0 epoch 2/60" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=SECONDS)
+    assert (process.returncode, out) == (0, "requeued: True\n"), err
+    assert studies.status("small").waiting == 1
+    out, err = _python(RUN)
+    assert out == ""
+    assert "begins (attempt 2)" in err
+    assert studies.attempts("small", 0)[-1].resumed_after is not None
+
+
+def test_what_runs_studies_says_in_an_exception_what_is_wrong(home: Path, write_small: Callable[..., Path]) -> None:
+    file = write_small(trials=2, epochs=1)
+    checked = search.check(file, trials=3)
+    assert (checked.definition.trials, checked.data["train"]) == (3, 240)
+    creation = search.create(checked.definition, name="other")
+    assert (creation.changed, creation.study.name, creation.study.budget.trials) == (True, "other", 3)
+    assert not search.create(file, name="other", trials=3).changed
+    with pytest.raises(StudyError, match="there is no study 'smal'"):
+        search.work("smal")
+    with pytest.raises(WorkerError, match="name none"):
+        search.work("other", forever=True)
+    with pytest.raises(WorkerError, match="there is no worker on this machine"):
+        search.alive()
+    with pytest.raises(StorageError, match="there is no database"):
+        search.check_storage(f"sqlite:///{home}/none.db")
+    assert search.check_storage() == []
+    assert search.backup_storage(home / "copy.db") == 0
+    assert search.work("other", workers=1, listeners=[]) == ["other"]
+    assert studies.status("other").ended
+    assert search.leftovers().files == []
+    assert search.prune(search.leftovers()) == 0
