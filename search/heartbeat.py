@@ -87,8 +87,10 @@ class Heartbeat:
             held = dict(self._pulses)
         try:
             states = claims.beat(self._storage, self._slots, list(held))
-        except (OptunaError, SQLAlchemyError, StorageError, OSError) as error:
+        except Exception as error:
+            # Whatever failed: without heartbeats this worker would lose all its trials.
             log.warning("a heartbeat failed, and is sent again in %.0f s: %s", self._seconds, error)
+            log.debug("the whole error", exc_info=error)
             return
         for claim, pulse in held.items():
             state = states[claim]

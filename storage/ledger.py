@@ -24,6 +24,7 @@ from sqlalchemy.exc import IntegrityError
 
 from storage import attempts, attributes, legacy
 from storage.errors import NotOurStudy, StorageError, StudyGone, StudyUnreadable, WrongDirection, trials_text
+from storage.owners import database_now
 from storage.tables import (
     StudyDirectionModel,
     StudyModel,
@@ -79,14 +80,15 @@ class Study:
     finished: int  # trials that are complete, pruned or failed: they count against the budget for good
     running: int
     waiting: int
-    first_began: datetime | None  # when its first trial began here, naive UTC; None before that
+    first_began: datetime | None  # when its first trial began here; None before that
+    read_at: datetime  # when it was read; both naive UTC, by the database's clock
 
     @property
     def is_late(self) -> bool:
         """Whether its hours are over: no trial starts any more."""
         if self.budget.hours is None or self.first_began is None:
             return False
-        return utc_now() - self.first_began >= timedelta(hours=self.budget.hours)
+        return self.read_at - self.first_began >= timedelta(hours=self.budget.hours)
 
     @property
     def has_ended(self) -> bool:
@@ -394,6 +396,7 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
         if _is_readable(study) and {"budget", "definition", "incarnation"} <= study.values.keys()
     ]
     progress = _progress(connection, [study.study_id for study in complete])
+    now = database_now(connection)
     return [
         Study(
             id=study.study_id,
@@ -404,6 +407,7 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
             software=study.values.get("software"),
             budget=Budget(**study.values["budget"]),
             state=study.values.get("state") or "open",
+            read_at=now,
             **progress[study.study_id],
         )
         for study in complete
