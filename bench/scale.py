@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
-from storage import attempts as attempt_rows
+from storage import attempt_table as attempt_rows
 from storage import claims, database, ledger, owners, transactions
 from storage.tables import (
     TrialIntermediateValueModel,

@@ -44,7 +44,7 @@ from sqlalchemy import Connection, select
 
 from search.errors import DashboardError
 from storage import artifacts
-from storage.attempts import of_trial
+from storage.attempt_table import of_trial
 from storage.attributes import of_study
 from storage.ranking import is_scored
 from storage.tables import (

@@ -28,9 +28,9 @@ from optuna.trial import TrialState
 from sqlalchemy import Connection, insert, select
 from sqlalchemy import delete as delete_rows
 
-from storage import artifacts, attempts, deletions, ledger
+from storage import artifacts, attempt_table, deletions, ledger
 from storage import slots as slot_rows
-from storage.attempts import Attempt
+from storage.attempt_table import Attempt
 from storage.errors import ClaimLost, StorageError
 from storage.ledger import State, Study
 from storage.owners import Owner, database_now, server_started
@@ -139,7 +139,7 @@ def claim(
         else:
             number = next_number(connection, study.id)
             trial_id = insert_trial(connection, study.id, number, TrialState.RUNNING, started=utc_now())
-        earlier = attempts.start(connection, trial_id, owner, beat_seconds)
+        earlier = attempt_table.start(connection, trial_id, owner, beat_seconds)
         return Claim(
             study=study.name,
             study_id=study.id,
@@ -165,7 +165,7 @@ def _after_taking_back(connection: Connection, study: Study, grace_seconds: floa
     current = ledger.current(connection, study)
     if current.running == 0:
         return current
-    running, taken = attempts.running(connection, study.id), 0
+    running, taken = attempt_table.running(connection, study.id), 0
     # While the server was away nobody could send a heartbeat, so silence counts from the server's start.
     now, since = database_now(connection), server_started(connection)
     for trial_id, number, attempt in running:
@@ -187,8 +187,8 @@ def _put_back(
     connection: Connection, trial_id: int, attempt: int, outcome: Literal["interrupted", "crashed", "lost"], reason: str
 ) -> None:
     """Ends the attempt. The trial waits again, or fails after RETRIES attempts without a new epoch."""
-    attempts.end(connection, trial_id, attempt, outcome, reason)
-    broken = attempts.broken_in_a_row(attempts.of_trial(connection, trial_id))
+    attempt_table.end(connection, trial_id, attempt, outcome, reason)
+    broken = attempt_table.broken_in_a_row(attempt_table.of_trial(connection, trial_id))
     if broken > RETRIES:
         failure = {"kind": outcome, "message": f"{reason}; tried {broken} times without getting further"}
         set_trial_attributes(connection, trial_id, {"failure": failure})
@@ -240,7 +240,7 @@ def beat(storage: RDBStorage, slots: Mapping[Owner, str], held: Sequence[Claim])
         states: dict[Claim, State | None] = {}
         # In one order, so that two transactions never wait for each other.
         for claim in sorted(held, key=lambda claim: claim.trial_id):
-            ours = attempts.beat(connection, claim.trial_id, claim.attempt, claim.owner, now)
+            ours = attempt_table.beat(connection, claim.trial_id, claim.attempt, claim.owner, now)
             states[claim] = ledger.state_of(connection, claim.study_id) if ours else None
         return states
 
@@ -277,7 +277,7 @@ def record_epochs(
         columns: dict[str, Any] = {"epoch": max(values)}
         if resumed_after is not None:
             columns["resumed_after"] = resumed_after
-        attempts.change(connection, claim.trial_id, claim.attempt, **columns)
+        attempt_table.change(connection, claim.trial_id, claim.attempt, **columns)
         if files is not None:
             _set_files(connection, claim, files)
         return ledger.state_of(connection, claim.study_id)
@@ -312,7 +312,7 @@ def finish(
         attempt = _require_owner(connection, claim, or_finished=True)
         if attempt.outcome is not None:
             return  # done already: the commit succeeded, but its answer was lost
-        attempts.end(connection, claim.trial_id, claim.attempt, "finished")
+        attempt_table.end(connection, claim.trial_id, claim.attempt, "finished")
         if values:
             set_trial_attributes(connection, claim.trial_id, values)
         if score is not None:
@@ -364,7 +364,7 @@ def running_trials(storage: RDBStorage, study_id: int) -> list[RunningTrial]:
     """The running trials and their owners, by trial number."""
 
     def work(connection: Connection) -> tuple[datetime, list[tuple[int, int, Attempt]]]:
-        return database_now(connection), attempts.running(connection, study_id)
+        return database_now(connection), attempt_table.running(connection, study_id)
 
     now, running = read(storage, work)
     return [
@@ -389,7 +389,9 @@ def _require_owner(connection: Connection, claim: Claim, *, or_finished: bool = 
     state = connection.execute(
         select(TrialModel.state).where(TrialModel.trial_id == claim.trial_id).with_for_update()
     ).scalar()
-    attempt = attempts.current(connection, claim.trial_id, claim.attempt, claim.owner) if state is not None else None
+    attempt = (
+        attempt_table.current(connection, claim.trial_id, claim.attempt, claim.owner) if state is not None else None
+    )
     if attempt is not None:
         runs = attempt.ended is None and state == TrialState.RUNNING
         if runs or (or_finished and attempt.outcome == "finished"):
@@ -409,4 +411,4 @@ def _set_files(connection: Connection, claim: Claim, names: Sequence[str]) -> No
     if rows:
         connection.execute(insert(stored), rows)
     checkpoint = str(claim.folder / artifacts.CHECKPOINT) if artifacts.CHECKPOINT in names else None
-    attempts.change(connection, claim.trial_id, claim.attempt, checkpoint=checkpoint)
+    attempt_table.change(connection, claim.trial_id, claim.attempt, checkpoint=checkpoint)

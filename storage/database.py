@@ -15,7 +15,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy import URL, Engine, text
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from storage import attempts, attributes, deletions, legacy, slots
+from storage import attempt_table, attributes, deletions, legacy, slots
 from storage.artifacts import written_atomically
 from storage.errors import StorageError
 from storage.tables import ALL_TABLES
@@ -46,9 +46,9 @@ KINDS = "sqlite:///folder/studies.db or postgresql://user@host/database"
 INDEXES = (
     "CREATE INDEX IF NOT EXISTS trialyard_trials_by_state ON trials (study_id, state, number)",
     "CREATE INDEX IF NOT EXISTS trialyard_trials_by_number ON trials (study_id, number)",
-    attempts.INDEX,
+    attempt_table.INDEX,
 )
-OUR_TABLES = (attempts.table, deletions.table, slots.table)
+OUR_TABLES = (attempt_table.table, deletions.table, slots.table)
 
 
 # --- connecting -------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def _add_ours(storage: RDBStorage) -> None:
         for statement in INDEXES:
             connection.execute(text(statement))
         if sqlite_file(storage) is not None:
-            connection.execute(text(attempts.SQLITE_CASCADE))
+            connection.execute(text(attempt_table.SQLITE_CASCADE))
 
 
 def _unusable_reason(url: URL) -> str | None:
@@ -199,7 +199,7 @@ def _unusable_reason(url: URL) -> str | None:
     try:
         with engine.connect() as connection:
             tables = set(sqlalchemy.inspect(connection).get_table_names())
-            if {"studies", attempts.table.name} <= tables:
+            if {"studies", attempt_table.table.name} <= tables:
                 outdated = legacy.outdated(connection)
                 current = attributes.of_studies(connection, ("definition",)) if outdated else []
     except (SQLAlchemyError, sqlite3.Error) as error:
@@ -213,7 +213,7 @@ def _unusable_reason(url: URL) -> str | None:
         engine.dispose()
     if "studies" not in tables:
         return "has no studies' tables: `trialyard storage create` makes them"
-    if attempts.table.name not in tables:
+    if attempt_table.table.name not in tables:
         return "was made by an older Trialyard or by plain Optuna: run `trialyard storage upgrade`"
     if outdated and not current:
         return f"has studies of an older Trialyard ({', '.join(outdated.values())}): run `trialyard storage upgrade`"
@@ -378,7 +378,7 @@ def _copy_rows(storage: RDBStorage, path: Path) -> None:
     with one_moment.connect() as source, target.engine.begin() as sink:
         # Optuna wrote its version into the new database; the copied row takes its place.
         sink.execute(text("DELETE FROM version_info"))
-        for table in (*ALL_TABLES, attempts.table, deletions.table):
+        for table in (*ALL_TABLES, attempt_table.table, deletions.table):
             for part in source.execution_options(yield_per=1000).execute(table.select()).mappings().partitions():
                 sink.execute(table.insert(), [dict(row) for row in part])
         found = source.execute(text("SELECT version_num FROM alembic_version")).scalar_one()

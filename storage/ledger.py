@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from sqlalchemy import ColumnElement, Connection, ScalarSelect, delete, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
-from storage import attempts, attributes, legacy
+from storage import attempt_table, attributes, legacy
 from storage.errors import NotOurStudy, StorageError, StudyGone, StudyUnreadable, WrongDirection, trials_text
 from storage.owners import database_now
 from storage.tables import (
@@ -432,7 +432,7 @@ def _progress(connection: Connection, study_ids: Sequence[int]) -> dict[int, dic
             last.scalar_subquery(),
             count(TrialState.RUNNING),
             count(TrialState.WAITING),
-            attempts.first_began(StudyModel.study_id).correlate(StudyModel).scalar_subquery(),
+            attempt_table.first_began(StudyModel.study_id).correlate(StudyModel).scalar_subquery(),
         ).where(StudyModel.study_id.in_(study_ids))
     )
     return {
@@ -559,6 +559,6 @@ def _study_problems(connection: Connection, study: attributes.StudyAttributes) -
         .having(func.count() > 1)
     ).scalars()
     problems += [f"study {name}: two trials have the number {number}" for number in twice]
-    outside = attempts.started_outside(connection, study_id)
+    outside = attempt_table.started_outside(connection, study_id)
     problems += [f"study {name}: {started_outside_text(outside)}"] if outside else []
     return problems + legacy.problems(connection, study_id, name)

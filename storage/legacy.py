@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Connection, and_, delete, func, insert, select, update
 from sqlalchemy.orm import aliased
 
-from storage import attempts
+from storage import attempt_table
 from storage.artifacts import CHECKPOINT
 from storage.attributes import PREFIX, SHAPES, decoded, number
 from storage.errors import trials_text
@@ -111,7 +111,7 @@ def _move_attempts(connection: Connection, study_id: int, name: str) -> int:
                 "outcome": None if ended is None else attempt.get("outcome", "lost"),
                 "reason": attempt.get("why"),
             }
-            connection.execute(insert(attempts.table).values(row))
+            connection.execute(insert(attempt_table.table).values(row))
             moved += 1
         if old:
             connection.execute(delete(stored).where(stored.trial_id == trial_id, stored.key == "attempts"))

@@ -19,7 +19,7 @@ from sqlalchemy import (
     select,
 )
 
-from storage import attempts
+from storage import attempt_table
 from storage.owners import Owner, database_now, on_this_machine
 from storage.tables import StudyModel, TrialModel
 
@@ -72,12 +72,12 @@ def leave(connection: Connection, slots: Sequence[Owner]) -> None:
 
 def present(connection: Connection) -> list[SlotStatus]:
     """The slots that send heartbeats, by host, process and slot. Processes known to be gone are left out."""
-    now, stored = database_now(connection), attempts.table
+    now, stored = database_now(connection), attempt_table.table
     held = (
         select(stored.c.machine, stored.c.pid, stored.c.slot, stored.c.epoch, TrialModel.number, StudyModel.study_name)
         .join(TrialModel, TrialModel.trial_id == stored.c.trial_id)
         .join(StudyModel, StudyModel.study_id == TrialModel.study_id)
-        .where(stored.c.ended.is_(None), attempts.trial_is_running())
+        .where(stored.c.ended.is_(None), attempt_table.trial_is_running())
         .subquery()
     )
     same_slot = and_(*(held.c[name] == table.c[name] for name in ("machine", "pid", "slot")))

@@ -20,8 +20,8 @@ from sqlalchemy import Connection, Select, and_, func, select
 
 from storage import attributes, claims, ledger, settings
 from storage.artifacts import inside
-from storage.attempts import Attempt, of_trial, started_outside
-from storage.attempts import table as attempt_rows
+from storage.attempt_table import Attempt, of_trial, started_outside
+from storage.attempt_table import table as attempt_rows
 from storage.claims import RunningTrial
 from storage.ledger import Study
 from storage.ranking import is_scored, ranked

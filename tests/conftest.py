@@ -22,8 +22,8 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sklearn.datasets import load_digits
 
-from storage import artifacts, attempts, claims, database, ledger, owners
-from storage.attempts import Attempt
+from storage import artifacts, attempt_table, claims, database, ledger, owners
+from storage.attempt_table import Attempt
 from storage.owners import Owner
 from storage.tables import TrialSystemAttributeModel
 from storage.transactions import PatientStorage, read
@@ -207,7 +207,7 @@ depth = 3
 
 def attempts_at(storage: RDBStorage, trial_id: int) -> list[Attempt]:
     """The attempts at a trial, the first one first."""
-    return read(storage, lambda connection: attempts.of_trial(connection, trial_id))
+    return read(storage, lambda connection: attempt_table.of_trial(connection, trial_id))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from search.errors import DeviceError, MachineError
 from search.heartbeat import Pulse
 from search.messages import Epoch, Failed, Trained
 from search.trainer import Trainer, TrainerDied
-from storage import attempts, claims, ledger, owners, transactions
+from storage import attempt_table, claims, ledger, owners, transactions
 from storage.errors import StorageError, TrialyardError
 from storage.owners import Owner
 from storage.settings import Settings
@@ -118,7 +118,7 @@ def _taken_over(storage: PatientStorage) -> None:
     other = replace(owners.this_slot("cpu:0"), machine="other", host="other")
 
     def take(connection: Any) -> None:
-        ((trial_id, _, running),) = attempts.running(connection, ledger.find(storage, "trivial").id)
+        ((trial_id, _, running),) = attempt_table.running(connection, ledger.find(storage, "trivial").id)
         claims._put_back(connection, trial_id, running.attempt, "lost", "it was silent")
 
     transactions.write(storage, "trivial", take)

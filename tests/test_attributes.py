@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from storage import artifacts, attempts, attributes, claims, database, ledger, legacy, transactions
+from storage import artifacts, attempt_table, attributes, claims, database, ledger, legacy, transactions
 from storage.errors import StudyUnreadable
 from storage.ledger import Budget
 from storage.owners import Owner
@@ -130,7 +130,7 @@ def test_hours_are_counted_from_a_trial_of_ours(storage: PatientStorage, study: 
     assert claim is not None
     assert not ledger.find(storage, study).has_ended
     with storage.engine.begin() as connection:
-        connection.execute(attempts.table.update().values(began=datetime(2020, 1, 1)))
+        connection.execute(attempt_table.table.update().values(began=datetime(2020, 1, 1)))
     claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})
     assert claims.claim(storage, ledger.find(storage, study), me, 60.0) is None
 

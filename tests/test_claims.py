@@ -27,7 +27,7 @@ from optuna.trial import TrialState
 
 from search.devices import Slot, cpu
 from search.heartbeat import Heartbeat
-from storage import attempts, claims, database, ledger, owners, slots, transactions
+from storage import attempt_table, claims, database, ledger, owners, slots, transactions
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL
 from storage.claims import RETRIES, Claim
 from storage.errors import ClaimLost, StorageError
@@ -703,7 +703,7 @@ def test_hours_are_counted_from_the_first_trial_that_ran_here(storage: PatientSt
     _finish(storage, _claim(storage, study, me))
     assert not ledger.find(storage, study).has_ended
     with storage.engine.begin() as connection:
-        connection.execute(attempts.table.update().values(began=datetime(2020, 1, 1)))
+        connection.execute(attempt_table.table.update().values(began=datetime(2020, 1, 1)))
     assert ledger.find(storage, study).has_ended
     assert claims.claim(storage, ledger.find(storage, study), me, GRACE) is None
 

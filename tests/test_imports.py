@@ -130,3 +130,42 @@ def test_a_command_imports_no_keras(home: Path, command: list[str]) -> None:
 
 def test_the_check_for_heavy_packages_finds_one(tmp_path: Path) -> None:
     assert _loaded_by("import sys; sys.modules['keras'] = sys", tmp_path) == ["keras"]
+
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if path.name != "__init__.py"
+}
+
+
+def _modules_at_start(path: Path) -> set[str]:
+    """Our own modules that a file imports when it is imported itself."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & MODULES.keys()
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    remaining = {name: _modules_at_start(path) for name, path in MODULES.items()}
+    assert sum(map(len, remaining.values())) > 100
+    while leaves := [name for name, imported in remaining.items() if not imported & remaining.keys()]:
+        for name in leaves:
+            del remaining[name]
+    assert remaining == {}
+
+
+def test_no_two_files_differ_by_an_ending() -> None:
+    stems = {path.stem for path in MODULES.values()}
+    pairs = [(stem, stem + ending) for stem in stems for ending in ("s", "r", "er", "ing") if stem + ending in stems]
+    assert pairs == []
+
+
+def test_no_file_is_longer_than_600_lines() -> None:
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert {name: count for name, count in lines.items() if count > 600} == {}

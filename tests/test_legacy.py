@@ -12,7 +12,7 @@ from conftest import attempts_at
 from optuna.trial import TrialState
 
 from search import checks
-from storage import attempts, attributes, claims, database, ledger, legacy
+from storage import attempt_table, attributes, claims, database, ledger, legacy
 from storage.errors import StorageError
 from storage.owners import Owner
 from storage.tables import TrialHeartbeatModel, TrialValueModel, set_trial_attributes, update_trial, value_row
@@ -129,7 +129,7 @@ OLD_ATTEMPT = {
 def _with_old_attempts(storage: PatientStorage, trial_id: int, attempts_json: list[dict[str, Any]]) -> None:
     """Puts a trial's attempts where older versions had them."""
     with storage.engine.begin() as connection:
-        connection.execute(attempts.table.delete().where(attempts.table.c.trial_id == trial_id))
+        connection.execute(attempt_table.table.delete().where(attempt_table.table.c.trial_id == trial_id))
         set_trial_attributes(connection, trial_id, {"attempts": attempts_json})
         beat = datetime(2026, 1, 2, 4, 0, 0)
         connection.execute(sqlalchemy.insert(TrialHeartbeatModel).values(trial_id=trial_id, heartbeat=beat))

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from sqlalchemy import func, select
 
 import studies
-from storage import artifacts, attempts, claims, database, ledger, owners, retention
+from storage import artifacts, attempt_table, claims, database, ledger, owners, retention
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
 from storage.claims import Claim
 from storage.errors import StorageError, StudyGone
@@ -277,7 +277,7 @@ def _rows(storage: RDBStorage) -> dict[str, int]:
     with storage.engine.connect() as connection:
         return {
             table.name: int(connection.execute(select(func.count()).select_from(table)).scalar_one())
-            for table in (*BaseModel.metadata.sorted_tables, attempts.table)
+            for table in (*BaseModel.metadata.sorted_tables, attempt_table.table)
             if table.name not in ("version_info", "trial_heartbeats")  # heartbeats are in the table of attempts
         }
 

@@ -26,7 +26,7 @@ import studies
 from search import checks, data, devices, worker
 from search.model import build
 from storage import artifacts, claims, database, ledger, owners
-from storage.attempts import Attempt
+from storage.attempt_table import Attempt
 from storage.errors import StorageError
 from storage.settings import Settings
 from storage.transactions import PatientStorage
