@@ -365,7 +365,7 @@ def _find(connection: Connection, name: str) -> Study:
         raise StorageError(f"study {name!r} is of an older Trialyard: run `trialyard storage upgrade`")
     here = attributes.of_studies(connection, attributes.SHAPES, StudyModel.study_id == study_id)
     if not here or ("definition" not in here[0].values and here[0].problem is None):
-        raise NotOurStudy(f"study {name!r} is not one of Trialyard's, it has no definition: open it with plain Optuna")
+        raise NotOurStudy(f"study {name!r} has no definition, so Trialyard did not make it: open it with plain Optuna")
     if here[0].problem is not None:
         raise StudyUnreadable(here[0].problem)
     found = _load(connection, StudyModel.study_id == study_id)

@@ -72,7 +72,7 @@ def create(
         )
     if results is None and creation.study.budget.trials > budget.trials:
         log.warning(
-            "study %s keeps its budget of %d trials: `trialyard stop %s` ends it sooner",
+            "study %s keeps its larger budget of %d trials: `trialyard stop %s` ends it sooner",
             *(name, creation.study.budget.trials, name),
         )
     return creation
@@ -186,7 +186,7 @@ def find(name: str, storage: RDBStorage) -> ledger.Study:
             ) from None
         raise StudyError(
             f"there is no study {name!r} in {shown_url}{nearest(name, known)}: it has {', '.join(known)}; "
-            f"`trialyard create {name}` would make it"
+            f"`trialyard create {name}` creates it"
         ) from None
     except NotOurStudy as error:
         raise StudyError(str(error)) from None

@@ -117,11 +117,11 @@ def best_trial_of(study: Study, storage: RDBStorage) -> FrozenTrial:
     """As `best_trial`, for a study that has been read already."""
     best = read(storage, lambda connection: ranked(connection, study.id, top=1))
     if not best:
-        raise StudyError(_why_none(study, storage))
+        raise StudyError(_why_no_best(study, storage))
     return storage.get_trial(best[0].trial_id)
 
 
-def _why_none(study: Study, storage: RDBStorage) -> str:
+def _why_no_best(study: Study, storage: RDBStorage) -> str:
     name, counts = study.name, ledger.counts(storage, study.id)
     if counts.complete:
         return (
@@ -182,20 +182,20 @@ def best_model(name: str, storage: StorageLike = None) -> "keras.Model":
 
 
 def file_of(study: Study, trial: FrozenTrial, artifact: Literal["model", "history"], storage: RDBStorage) -> Path:
-    """Where this machine has the trial's `artifact`. Raises StudyError if it has none."""
+    """The path of the trial's `artifact`. Raises StudyError if this machine does not have the file."""
     path = inside(settings.load().artifact_folder, trial.user_attrs.get(artifact))
     if path is None:
         raise StudyError(
-            f"trial {trial.number} of study {study.name!r} names no {artifact}: it was not trained by Trialyard; train "
-            "its hyperparameters as a point of a study of your own"
+            f"trial {trial.number} of study {study.name!r} has no {artifact}, because Trialyard did not train it: "
+            "train its hyperparameters as a point of another study"
         )
     if not path.is_file():
         attempts = read(storage, lambda connection: of_trial(connection, trial._trial_id))
         host = attempts[-1].owner.host if attempts else "another machine"
         raise StudyError(
             f"the {artifact} of trial {trial.number} of study {study.name!r} is not on this machine ({path} does not "
-            f"exist; it was trained on {host}): set TRIALYARD_ARTIFACTS to the folder that it was written to, or copy "
-            "it there"
+            f"exist; it was trained on {host}): set TRIALYARD_ARTIFACTS to the folder that has it, or copy it to "
+            "that path"
         )
     return path
 
@@ -422,7 +422,7 @@ def _seconds_left(storage: RDBStorage, study: Study) -> float | None:
         return 0.0
     if ran <= 0 or study.first_began is None:
         return None
-    # Those that were imported have no attempt, and took no time here.
+    # Imported trials have no attempt: they took no time here.
     query = select(func.max(attempt_rows.c.ended)).join(TrialModel, TrialModel.trial_id == attempt_rows.c.trial_id)
     finished = (TrialModel.study_id == study.id, attempt_rows.c.outcome == "finished")
     last = read(storage, lambda connection: connection.execute(query.where(*finished)).scalar())

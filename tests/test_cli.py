@@ -495,5 +495,5 @@ def test_a_stopped_study_that_is_run_again_says_so(trialyard: Call, home: Path) 
     assert err == (
         "study n is stopped: `trialyard resume n`, and the same command goes on\n"
         "error: study 'n' was stopped before any of its trials was complete: `trialyard resume n` opens it, and "
-        "`trialyard work n` works on it\n"
+        "`trialyard work n` continues it\n"
     )
