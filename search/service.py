@@ -254,7 +254,7 @@ def backup_storage(file: str | Path, storage: str | None = None) -> int:
 
     Raises StorageError if `file` exists or cannot be written.
     """
-    return database.backup(database.connect(_settings(storage).url), Path(file))
+    return database.backup(database.connect_any_version(_settings(storage).url), Path(file))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +276,7 @@ def leftovers(storage: str | None = None) -> Leftovers:
 
 
 def prune(found: Leftovers, storage: str | None = None) -> int:
-    """Removes those of the files `found` that no trial needs still; returns how many bytes that freed.
+    """Removes those of the files `found` that still no trial needs; returns how many bytes that freed.
 
     Raises StorageError.
     """

@@ -141,6 +141,18 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
     return connect(url, patience)
 
 
+def connect_any_version(url: str) -> PatientStorage:
+    """As `connect`, also for a database of an older version: for a copy of it. Raises StorageError."""
+    parsed = _parsed(url)
+    path = file_of(parsed)
+    if path is not None and not path.exists():
+        raise StorageError(f"there is no database at {redact(url)} to be copied")
+    reason = _unusable_reason(parsed)
+    if reason is not None and "storage create" in reason:
+        raise StorageError(f"the database {redact(url)} {reason}")
+    return _storage(parsed, skip_compatibility_check=True)
+
+
 def upgrade(url: str) -> tuple[str, list[str]]:
     """Brings the tables of an older Optuna or Trialyard up to this one's, and repairs what is in them.
 
@@ -374,11 +386,14 @@ def _copy_rows(storage: RDBStorage, path: Path) -> None:
     url = _parsed(f"sqlite:///{path}")
     _make_tables(url)
     target = _storage(url)
+    existing = set(sqlalchemy.inspect(storage.engine).get_table_names())
     one_moment = storage.engine.execution_options(isolation_level="REPEATABLE READ")
     with one_moment.connect() as source, target.engine.begin() as sink:
         # Optuna wrote its version into the new database; the copied row takes its place.
         sink.execute(text("DELETE FROM version_info"))
         for table in (*ALL_TABLES, attempt_table.table, deletions.table):
+            if table.name not in existing:
+                continue  # of an older version
             for part in source.execution_options(yield_per=1000).execute(table.select()).mappings().partitions():
                 sink.execute(table.insert(), [dict(row) for row in part])
         found = source.execute(text("SELECT version_num FROM alembic_version")).scalar_one()

@@ -1,9 +1,9 @@
 """Which files stay: those that a trial names, all files of trials that are not finished, and the best trials' models.
 
-A file that no row names is garbage, whoever wrote it: an attempt that lost its trial, or one that was followed by
-another. What is garbage is decided by what the database says *now*, under the study's lock, and never by what was
-listed before. Only a finished trial's own rank makes its model unneeded, and a rank never rises. With a file goes
-the entry by which optuna-dashboard offers it.
+A file of a finished trial that no row names is garbage, whoever wrote it: an attempt that lost its trial, or one that
+was followed by another. What is garbage is decided by what the database says *now*, under the study's lock, and never
+by what was listed before. Only a finished trial's own rank makes its model unneeded, and a rank never rises. With a
+file goes the entry by which optuna-dashboard offers it.
 
 An artifacts folder may be shared with other databases: the files of a study that this database neither has nor has
 deleted are left alone.

@@ -259,12 +259,12 @@ def test_the_pictures_screen_shows_what_a_terminal_shows() -> None:
 
 
 # What a code span of a page may name: a file or folder, and perhaps a function, a class or a test in it.
-MAX_IDS_IN_CLAUSE = re.compile(r"`((?:search|studies|storage|tests|bench|deploy|docs)/[\w./-]*)(?:::(\w+))?`")
+NAMED = re.compile(r"`((?:search|studies|storage|tests|bench|deploy|docs)/[\w./-]*)(?:::(\w+))?`")
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_names_only_files_functions_and_tests_that_exist(page: str) -> None:
-    for path, name in MAX_IDS_IN_CLAUSE.findall(_without_code(PAGES[page])):
+    for path, name in NAMED.findall(_without_code(PAGES[page])):
         file = ROOT / path
         assert file.exists(), path
         if name:

@@ -53,6 +53,7 @@ KEPT = (
 
 def test_a_yard_of_version_0_1_is_brought_over_whole_and_its_trials_go_on(yard: Path) -> None:
     assert "run `trialyard storage upgrade`" in _trialyard("status", code=1)
+    assert "6 trials are in copy.db" in _trialyard("storage", "backup", "copy.db")
     before = _rows(yard, *KEPT)
     files = {path: path.read_bytes() for path in (yard / "artifacts").rglob("*") if path.is_file()}
     said = _trialyard("storage", "upgrade")
