@@ -94,7 +94,6 @@ class Attempt:
     ) -> None:
         self.handle, self.claim, self.trainer, self.settings = handle, claim, trainer, settings
         self._pulse, self._listeners, self._interrupted = pulse, listeners, interrupted
-        self._opened = handle.opened(claim.number)
 
     def run(self) -> None:
         """Runs the claimed trial to its end and records it.
@@ -106,6 +105,7 @@ class Attempt:
         """
         fault: TrialyardError | None = None
         try:
+            self._opened = self.handle.opened(self.claim.number)
             outcome = self._train()
             self._record(outcome)
             fault = outcome.fault

@@ -66,7 +66,7 @@ def _backend() -> str:
         found = json.loads((folder / "keras.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "tensorflow"
-    return str(found.get("backend", "tensorflow"))
+    return str(found.get("backend", "tensorflow")) if isinstance(found, dict) else "tensorflow"
 
 
 def check_with_keras(definition: Definition, dataset: Dataset) -> None:
@@ -124,7 +124,8 @@ def forget_keras() -> None:
     check_keras.cache_clear()
     mark = _mark(_backend())
     if mark is not None:
-        mark.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            mark.unlink(missing_ok=True)
 
 
 def _mark(backend: str) -> Path | None:
@@ -133,7 +134,7 @@ def _mark(backend: str) -> Path | None:
     """
     origins = []
     for name in ("keras", backend, "numpy"):
-        spec = importlib.util.find_spec(name)
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
         if spec is None or spec.origin is None:
             return None
         origins.append((spec.origin, os.stat(spec.origin).st_mtime_ns))

@@ -299,8 +299,9 @@ def report(
     try:
         with artifacts.written_atomically(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StudyError(f"{file} cannot be written ({error.strerror}): give another file with --output") from None
+    except (OSError, ValueError) as error:  # ValueError: a path without a file's name
+        reason = getattr(error, "strerror", None) or error
+        raise StudyError(f"{file} cannot be written ({reason}): give another file with --output") from None
     say(f"the report of {study} is in {file}")
 
 

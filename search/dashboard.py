@@ -560,6 +560,11 @@ class TrialFiles:
     def remove(self, artifact_id: str) -> None:
         """Does nothing: ``trialyard storage prune`` removes files that no trial needs."""
 
+    def _named(self, trial_id: int) -> list[str]:
+        attrs = self._storage.get_trial(trial_id).user_attrs
+        paths = [attrs.get(key) for key in ("model", "history")]
+        return [path for path in paths if isinstance(path, str) and artifacts.inside(self._folder, path) is not None]
+
     def _paths(self, artifact_id: str) -> Iterator[Path]:
         key = f"artifacts:{artifact_id}"
 
@@ -576,13 +581,14 @@ class TrialFiles:
                 for row in connection.execute(owner).all()
             ]
 
-        for (_, study, number, _, stored), incarnation, attempts in read(self._storage, work):
+        for (_, study, number, trial_id, stored), incarnation, attempts in read(self._storage, work):
             name = (json.loads(json.loads(stored)) or {}).get("filename", "")
             if not name or Path(name).name != name:
                 continue
             folders = [PurePosixPath(study, str(number))]  # as older versions had it
             for attempt in attempts if incarnation else ():
                 folders.append(artifacts.attempt_folder(study, incarnation, number, attempt.attempt))
+            folders += [PurePosixPath(path).parent for path in self._named(trial_id)]  # as a copy of a study has them
             for folder in folders:
                 # The id says which of them: it follows from the path. Others' artifacts have random ids.
                 if artifacts.listing(folder / name)[0] == key:

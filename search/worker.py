@@ -28,7 +28,6 @@ from storage.transactions import PatientStorage
 from studies import definition as definitions
 from studies import registry
 from studies.definition import Definition
-from studies.errors import StudyError
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +157,10 @@ def _fill(
             interrupted.wait(IDLE_SECONDS)
 
 
+def _key(study: Study) -> tuple[int, str]:
+    return study.id, study.incarnation
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Left:
     """A study that is left to other workers."""
@@ -177,9 +180,9 @@ class _OpenStudies:
         self._lock = threading.Lock()  # the slots' threads look one after another
         self._looked = float("-inf")
         self._handles: list[StudyHandle] = []
-        # All by incarnation: a later study of the same name is another one.
-        self._admitted: dict[str, StudyHandle] = {}
-        self._left: dict[str, _Left] = {}
+        # By id and incarnation: a later study of the same name is another one, and so is a copy under another name.
+        self._admitted: dict[tuple[int, str], StudyHandle] = {}
+        self._left: dict[tuple[int, str], _Left] = {}
         self._gone: set[str] = set()  # names of those that were named and deleted
 
     def now(self) -> list[StudyHandle]:
@@ -200,18 +203,19 @@ class _OpenStudies:
     def leave(self, study: Study, error: MachineError) -> None:
         """Leaves `study` to other workers for a while, and says why. Raises `error` if it was named."""
         if not self._leave:
+            checks.forget_keras()
             raise error
         with self._lock:
-            if self._admitted.pop(study.incarnation, None) is not None:  # else another slot was first
+            if self._admitted.pop(_key(study), None) is not None:  # else another slot was first
                 checks.forget_keras()
-                self._handles = [handle for handle in self._handles if handle.study.incarnation != study.incarnation]
+                self._handles = [handle for handle in self._handles if _key(handle.study) != _key(study)]
                 self._leave_for_now(study, error)
 
     def _leave_for_now(self, study: Study, error: TrialyardError) -> None:
-        before = self._left.get(study.incarnation)
+        before = self._left.get(_key(study))
         if before is None or before.reason != str(error):
             log.warning("study %s is left to other workers: %s", study.name, error)
-        self._left[study.incarnation] = _Left(reason=str(error), until=time.monotonic() + LEFT_SECONDS)
+        self._left[_key(study)] = _Left(reason=str(error), until=time.monotonic() + LEFT_SECONDS)
 
     def _look(self) -> list[StudyHandle]:
         handles = []
@@ -225,19 +229,22 @@ class _OpenStudies:
             study = existing[name]
             if study.state != "open" or study.has_ended:
                 continue
-            left = self._left.get(study.incarnation)
-            if study.incarnation not in self._admitted and left is not None and time.monotonic() < left.until:
+            left = self._left.get(_key(study))
+            if _key(study) not in self._admitted and left is not None and time.monotonic() < left.until:
                 continue
             try:
-                handle = self._admitted.get(study.incarnation) or self._admit(study)
-            except (StudyError, StudyGone, KeyError):
-                if name in registry.names(self._storage):
+                handle = self._admitted.get(_key(study)) or self._admit(study)
+            except (TrialyardError, KeyError):
+                if self._exists(study):
                     raise
                 continue  # deleted while it was looked at
             if handle is not None:
-                self._admitted[study.incarnation] = handle
+                self._admitted[_key(study)] = handle
                 handles.append(handle)
         return handles
+
+    def _exists(self, study: Study) -> bool:
+        return any(_key(study) == _key(other) for other in ledger.studies(self._storage))
 
     def _admit(self, study: Study) -> StudyHandle | None:
         # One study that this machine cannot serve must not keep it from the others: its definition may be of a later
@@ -254,9 +261,7 @@ class _OpenStudies:
             self._leave_for_now(study, error)
             return None
         except TrialyardError as error:
-            if study.name not in registry.names(self._storage):
-                raise  # deleted a moment ago
-            if not self._leave:
+            if not self._leave or not self._exists(study):
                 raise
             self._leave_for_now(study, error)
             return None

@@ -3,6 +3,7 @@
 import json
 import mimetypes
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ CHECKPOINT = "checkpoint.npz"
 DOWNLOADABLE = (MODEL, HISTORY, CHECKPOINT)  # optuna-dashboard offers these while they exist
 
 ID_LENGTH = 12  # hexadecimal digits of a study's incarnation, in the name of its folder
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
 _NAMES = uuid.UUID("6f0ed9c4-6bb5-4a55-9a0e-8f5d3f1d3c52")  # of our artifacts' ids
 
 
@@ -26,7 +28,9 @@ def attempt_folder(study: str, incarnation: str, number: int, attempt: int) -> P
     ``<study>-<id>/<trial>/<attempt>``: no other attempt has this path, whether of another trial, of a later study of
     this name, or in another database.
     """
-    return PurePosixPath(f"{study}-{incarnation[:ID_LENGTH]}", str(number), str(attempt))
+    # Plain Optuna may have copied the study under a name that is no folder's.
+    name = study if _PLAIN.fullmatch(study) else "study"
+    return PurePosixPath(f"{name}-{incarnation[:ID_LENGTH]}", str(number), str(attempt))
 
 
 def inside(root: Path, below: object) -> Path | None:

@@ -26,14 +26,13 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
-    func,
     insert,
     select,
     update,
 )
 from sqlalchemy.orm import InstrumentedAttribute
 
-from storage.owners import Owner, database_now
+from storage.owners import Owner, clock
 from storage.tables import TrialModel
 
 Outcome = Literal["finished", "interrupted", "crashed", "lost"]
@@ -129,25 +128,25 @@ def first_began(study_id: int | InstrumentedAttribute[int]) -> Select[datetime]:
 def start(connection: Connection, trial_id: int, owner: Owner, beat_seconds: float) -> list[Attempt]:
     """Adds the next attempt at a trial; returns the attempts before it."""
     earlier = of_trial(connection, trial_id)
-    now = database_now(connection)
+    now = clock(connection)
     number = earlier[-1].attempt + 1 if earlier else 1
     row = {"trial_id": trial_id, "attempt": number, "began": now, "beat": now, "beat_seconds": beat_seconds, "epoch": 0}
     connection.execute(insert(table).values(row | asdict(owner)))
     return earlier
 
 
-def current(connection: Connection, trial_id: int, attempt: int, owner: Owner) -> Attempt | None:
-    """The attempt, if it is `owner`'s and no other has begun since."""
-    latest = select(func.max(table.c.attempt)).where(table.c.trial_id == trial_id).scalar_subquery()
-    row = (
-        connection.execute(
-            select(table).where(table.c.trial_id == trial_id, table.c.attempt == attempt, table.c.attempt == latest)
-        )
-        .mappings()
-        .first()
+def locked(connection: Connection, trial_id: int) -> tuple[TrialState, Attempt] | None:
+    """Locks a trial's row; returns its state and its last attempt. None: there is no such trial, or no attempt."""
+    rows = connection.execute(
+        select(TrialModel.state, table)
+        .join(table, table.c.trial_id == TrialModel.trial_id)
+        .where(TrialModel.trial_id == trial_id)
+        .order_by(table.c.attempt.desc())
+        .limit(1)
+        .with_for_update(of=TrialModel)
     )
-    found = None if row is None else _attempt(row)
-    return found if found is not None and found.owner == owner else None
+    row = rows.mappings().first()
+    return None if row is None else (row["state"], _attempt(row))
 
 
 def change(connection: Connection, trial_id: int, attempt: int, **columns: Any) -> None:
@@ -156,17 +155,18 @@ def change(connection: Connection, trial_id: int, attempt: int, **columns: Any) 
     connection.execute(update(table).where(*mine).values(columns))
 
 
-def end(connection: Connection, trial_id: int, attempt: int, outcome: Outcome, reason: str | None = None) -> None:
-    """Records how an attempt ended."""
-    ended = database_now(connection)
-    change(connection, trial_id, attempt, ended=ended, outcome=outcome, reason=reason)
+def end(
+    connection: Connection, trial_id: int, attempt: int, outcome: Outcome, reason: str | None = None, **columns: Any
+) -> None:
+    """Records how an attempt ended, and other columns of its row."""
+    change(connection, trial_id, attempt, ended=clock(connection), outcome=outcome, reason=reason, **columns)
 
 
-def beat(connection: Connection, trial_id: int, attempt: int, owner: Owner, now: datetime) -> bool:
+def beat(connection: Connection, trial_id: int, attempt: int, owner: Owner) -> bool:
     """Records a heartbeat; returns whether the attempt is still `owner`'s and has not ended."""
     mine = and_(*(table.c[name] == value for name, value in asdict(owner).items()))
     running_attempt = (table.c.trial_id == trial_id, table.c.attempt == attempt, table.c.ended.is_(None))
-    return connection.execute(update(table).where(*running_attempt, mine).values(beat=now)).rowcount == 1
+    return connection.execute(update(table).where(*running_attempt, mine).values(beat=clock(connection))).rowcount == 1
 
 
 def broken_in_a_row(attempts: Sequence[Attempt]) -> int:

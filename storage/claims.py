@@ -31,7 +31,7 @@ from sqlalchemy import delete as delete_rows
 from storage import artifacts, attempt_table, deletions, ledger
 from storage import slots as slot_rows
 from storage.attempt_table import Attempt
-from storage.errors import ClaimLost, StorageError
+from storage.errors import ClaimLost, StorageError, StudyUnreadable
 from storage.ledger import State, Study
 from storage.owners import Owner, database_now, server_started
 from storage.tables import (
@@ -39,11 +39,13 @@ from storage.tables import (
     TrialModel,
     TrialParamModel,
     TrialSystemAttributeModel,
+    TrialUserAttributeModel,
     TrialValueModel,
     delete_study,
     insert_trial,
     next_number,
     set_trial_attributes,
+    start_waiting,
     update_trial,
     utc_now,
     value_row,
@@ -88,7 +90,8 @@ def delete(storage: RDBStorage, study: Study, grace_seconds: float) -> None:
                 f"study {study.name!r} has {current.running} running trials: `trialyard stop {study.name}` first, "
                 "then delete it"
             )
-        deletions.record(connection, study.name, study.incarnation)
+        old_folder = has_old_folder(connection, study.id, study.name)
+        deletions.record(connection, study.name, study.incarnation, old_folder=old_folder)
         delete_study(connection, study.id)
 
     write(storage, study.name, work)
@@ -106,6 +109,21 @@ def trial_exists(storage: RDBStorage, claim: Claim) -> bool:
     """Whether the claimed trial is still in the database. Its study may have been deleted."""
     wanted = select(TrialModel.trial_id).where(TrialModel.trial_id == claim.trial_id)
     return read(storage, lambda connection: connection.execute(wanted).scalar() is not None)
+
+
+def has_old_folder(connection: Connection, study_id: int, study: str) -> bool:
+    """Whether trials of a study name files where versions before 0.2 kept them: in ``<study>/<trial>/``."""
+    stored, attempt = TrialUserAttributeModel, attempt_table.table
+    trials = select(TrialModel.trial_id).where(TrialModel.study_id == study_id)
+    named = select(stored.trial_id).where(
+        stored.trial_id.in_(trials),
+        stored.key.in_(("model", "history")),
+        stored.value_json.startswith(f'"{study}/', autoescape=True),
+    )
+    resumable = select(attempt.c.trial_id).where(
+        attempt.c.trial_id.in_(trials), attempt.c.checkpoint.startswith(f"{study}/", autoescape=True)
+    )
+    return any(connection.execute(query.limit(1)).first() is not None for query in (named, resumable))
 
 
 # --- claim ------------------------------------------------------------------------------------------------
@@ -135,7 +153,8 @@ def claim(
         ).first()
         if waiting is not None:
             trial_id, number = waiting
-            update_trial(connection, trial_id, state=TrialState.RUNNING, _datetime_start_utc=utc_now())
+            if not start_waiting(connection, trial_id):
+                return None  # somebody's own `study.ask()`, which does not take our lock, was faster
         else:
             number = next_number(connection, study.id)
             trial_id = insert_trial(connection, study.id, number, TrialState.RUNNING, started=utc_now())
@@ -236,15 +255,22 @@ def beat(storage: RDBStorage, slots: Mapping[Owner, str], held: Sequence[Claim])
     def work(connection: Connection) -> dict[Claim, State | None]:
         if slots:
             slot_rows.beat(connection, slots)
-        now = database_now(connection)
         states: dict[Claim, State | None] = {}
         # In one order, so that two transactions never wait for each other.
         for claim in sorted(held, key=lambda claim: claim.trial_id):
-            ours = attempt_table.beat(connection, claim.trial_id, claim.attempt, claim.owner, now)
-            states[claim] = ledger.state_of(connection, claim.study_id) if ours else None
+            ours = attempt_table.beat(connection, claim.trial_id, claim.attempt, claim.owner)
+            states[claim] = _state_to_obey(connection, claim) if ours else None
         return states
 
     return write(storage, None, work)
+
+
+def _state_to_obey(connection: Connection, claim: Claim) -> State:
+    try:
+        return ledger.state_of(connection, claim.study_id)
+    except StudyUnreadable as error:
+        log.warning("%s", error)
+        return "paused"
 
 
 def record_epochs(
@@ -275,12 +301,12 @@ def record_epochs(
                 insert(stored).values(row | {"intermediate_value": number, "intermediate_value_type": kind})
             )
         columns: dict[str, Any] = {"epoch": max(values)}
+        if files is not None:
+            columns["checkpoint"] = _set_files(connection, claim, files)
         if resumed_after is not None:
             columns["resumed_after"] = resumed_after
         attempt_table.change(connection, claim.trial_id, claim.attempt, **columns)
-        if files is not None:
-            _set_files(connection, claim, files)
-        return ledger.state_of(connection, claim.study_id)
+        return _state_to_obey(connection, claim)
 
     return write(storage, claim.study, work)
 
@@ -312,7 +338,7 @@ def finish(
         attempt = _require_owner(connection, claim, or_finished=True)
         if attempt.outcome is not None:
             return  # done already: the commit succeeded, but its answer was lost
-        attempt_table.end(connection, claim.trial_id, claim.attempt, "finished")
+        attempt_table.end(connection, claim.trial_id, claim.attempt, "finished", checkpoint=None)
         if values:
             set_trial_attributes(connection, claim.trial_id, values)
         if score is not None:
@@ -339,7 +365,8 @@ def requeue(
         _require_owner(connection, claim)
         _put_back(connection, claim.trial_id, claim.attempt, outcome, reason)
         if files is not None:
-            _set_files(connection, claim, files)
+            checkpoint = _set_files(connection, claim, files)
+            attempt_table.change(connection, claim.trial_id, claim.attempt, checkpoint=checkpoint)
 
     write(storage, claim.study, work)
 
@@ -386,21 +413,21 @@ def running_trials(storage: RDBStorage, study_id: int) -> list[RunningTrial]:
 
 def _require_owner(connection: Connection, claim: Claim, *, or_finished: bool = False) -> Attempt:
     """Locks the trial's row; returns the claim's attempt. Raises ClaimLost unless it is the last one, and runs."""
-    state = connection.execute(
-        select(TrialModel.state).where(TrialModel.trial_id == claim.trial_id).with_for_update()
-    ).scalar()
-    attempt = (
-        attempt_table.current(connection, claim.trial_id, claim.attempt, claim.owner) if state is not None else None
-    )
-    if attempt is not None:
+    found = attempt_table.locked(connection, claim.trial_id)
+    if found is not None:
+        state, attempt = found
+        ours = attempt.attempt == claim.attempt and attempt.owner == claim.owner
         runs = attempt.ended is None and state == TrialState.RUNNING
-        if runs or (or_finished and attempt.outcome == "finished"):
+        if ours and (runs or (or_finished and attempt.outcome == "finished")):
             return attempt
     raise lost(claim)
 
 
-def _set_files(connection: Connection, claim: Claim, names: Sequence[str]) -> None:
-    """Sets which of the trial's files optuna-dashboard offers: these of this attempt, and none of earlier ones."""
+def _set_files(connection: Connection, claim: Claim, names: Sequence[str]) -> str | None:
+    """Sets which of the trial's files optuna-dashboard offers: these of this attempt, and none of earlier ones.
+
+    Returns the attempt's checkpoint, if it is among them.
+    """
     stored = TrialSystemAttributeModel
     folders = {PurePosixPath(path).parent for path in claim.checkpoints} | {claim.folder}
     paths = [folder / name for folder in folders for name in artifacts.DOWNLOADABLE]
@@ -410,5 +437,4 @@ def _set_files(connection: Connection, claim: Claim, names: Sequence[str]) -> No
     rows = [{"trial_id": claim.trial_id, "key": key, "value_json": json.dumps(entry)} for key, entry in entries]
     if rows:
         connection.execute(insert(stored), rows)
-    checkpoint = str(claim.folder / artifacts.CHECKPOINT) if artifacts.CHECKPOINT in names else None
-    attempt_table.change(connection, claim.trial_id, claim.attempt, checkpoint=checkpoint)
+    return str(claim.folder / artifacts.CHECKPOINT) if artifacts.CHECKPOINT in names else None

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import json
 import logging
 import re
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,18 @@ def connect(url: str, patience: float = 0.0) -> PatientStorage:
     return storage
 
 
+def file_identity(url: str) -> tuple[object, ...]:
+    """What tells a SQLite file from another one at the same URL: its path, and the file itself. Empty for a server."""
+    path = file_of(_parsed(url))
+    if path is None:
+        return ()
+    try:
+        status = path.stat()
+    except OSError:
+        return (path,)
+    return path, status.st_dev, status.st_ino
+
+
 def connect_with_retries(url: str, patience: float) -> PatientStorage:
     """As `connect`, but tried again for `patience` seconds while the server is away: workers start before it does.
 
@@ -128,6 +142,13 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
                     _make_tables(_parsed(f"sqlite:///{draft}"))
                     draft.replace(path)
         elif _unusable_reason(parsed):
+            engine = _engine(parsed)
+            tables = set(sqlalchemy.inspect(engine).get_table_names())
+            engine.dispose()
+            if slots.table.name in tables and attempt_table.table.name not in tables:
+                raise StorageError(
+                    f"the database {redact(url)} was made by an older Trialyard: run `trialyard storage upgrade`"
+                )
             # Doing it twice is harmless, so a creation that was cut off is completed.
             with _advisory_lock(parsed):
                 _make_tables(parsed)
@@ -369,11 +390,22 @@ def backup(storage: RDBStorage, path: Path) -> int:
             else:
                 _copy_rows(storage, draft)
             with contextlib.closing(sqlite3.connect(draft)) as copied:
+                _renew_incarnations(copied)
                 copied.execute("PRAGMA journal_mode = DELETE")  # one file, without its log beside it
                 (trials,) = copied.execute("SELECT count(*) FROM trials").fetchone()
     except (OSError, SQLAlchemyError, sqlite3.Error) as error:
         raise StorageError(f"{path} cannot be written ({cause_of(error)}): give a file in a folder of yours") from error
     return int(trials)
+
+
+def _renew_incarnations(copied: sqlite3.Connection) -> None:
+    """Gives the studies of a copy identities of their own: what it writes or deletes is not the original's."""
+    key = f"{attributes.PREFIX}incarnation"
+    rows = copied.execute("SELECT study_user_attribute_id FROM study_user_attributes WHERE key = ?", (key,)).fetchall()
+    for (row_id,) in rows:
+        renewed = (json.dumps(uuid.uuid4().hex), row_id)
+        copied.execute("UPDATE study_user_attributes SET value_json = ? WHERE study_user_attribute_id = ?", renewed)
+    copied.commit()
 
 
 def _copy_file(storage: RDBStorage, path: Path) -> None:

@@ -24,7 +24,7 @@ from sqlalchemy.exc import IntegrityError
 
 from storage import attempt_table, attributes, legacy
 from storage.errors import NotOurStudy, StorageError, StudyGone, StudyUnreadable, WrongDirection, trials_text
-from storage.owners import database_now
+from storage.owners import clock
 from storage.tables import (
     StudyDirectionModel,
     StudyModel,
@@ -396,7 +396,6 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
         if _is_readable(study) and {"budget", "definition", "incarnation"} <= study.values.keys()
     ]
     progress = _progress(connection, [study.study_id for study in complete])
-    now = database_now(connection)
     return [
         Study(
             id=study.study_id,
@@ -407,7 +406,6 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
             software=study.values.get("software"),
             budget=Budget(**study.values["budget"]),
             state=study.values.get("state") or "open",
-            read_at=now,
             **progress[study.study_id],
         )
         for study in complete
@@ -415,7 +413,7 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
 
 
 def _progress(connection: Connection, study_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """For each study its finished, running and waiting trials, and when the first one began.
+    """For each study its finished, running and waiting trials, when the first one began, and the time now.
 
     Only unfinished trials are counted, which are few. One statement sees one moment, also without a lock: a trial that
     changes its state is counted once.
@@ -433,6 +431,7 @@ def _progress(connection: Connection, study_ids: Sequence[int]) -> dict[int, dic
             count(TrialState.RUNNING),
             count(TrialState.WAITING),
             attempt_table.first_began(StudyModel.study_id).correlate(StudyModel).scalar_subquery(),
+            clock(connection),
         ).where(StudyModel.study_id.in_(study_ids))
     )
     return {
@@ -441,8 +440,9 @@ def _progress(connection: Connection, study_ids: Sequence[int]) -> dict[int, dic
             "running": running,
             "waiting": waiting,
             "first_began": began,
+            "read_at": now,
         }
-        for study_id, number, running, waiting, began in rows
+        for study_id, number, running, waiting, began, now in rows
     }
 
 

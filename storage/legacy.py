@@ -227,7 +227,9 @@ def _rename(connection: Connection, study_id: int) -> None:
 def _scored_as_before(definition: dict[str, Any]) -> dict[str, Any]:
     """The definition with Keras's own moving averages, so that new trials stay comparable with the older ones."""
     fixed = definition.get("fixed", {})
-    no_averages = definition["model"] == "mnist_cnn" or (fixed.get("depth") == 3 and not fixed.get("batch_norm"))
+    no_averages = definition["model"] == "mnist_cnn" or (
+        fixed.get("depth") == 3 and not fixed.get("batch_norm") and "batch_norm" not in definition.get("space", {})
+    )
     return definition if no_averages else definition | {"fixed": fixed | {"batch_norm_averages": "keras"}}
 
 

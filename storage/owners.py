@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import psutil
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import ColumnElement, Connection, DateTime, func, literal_column, select, text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,13 @@ def database_now(connection: Connection) -> datetime:
     # Not now(), which is when the transaction began: it may have waited for a lock since.
     found: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
     return found.astimezone(UTC).replace(tzinfo=None)
+
+
+def clock(connection: Connection) -> ColumnElement[datetime]:
+    """As `database_now`, as an expression inside another statement."""
+    if connection.dialect.name == "sqlite":
+        return literal_column("strftime('%Y-%m-%d %H:%M:%f', 'now')", DateTime())
+    return literal_column("(clock_timestamp() AT TIME ZONE 'UTC')", DateTime())
 
 
 def server_started(connection: Connection) -> datetime:

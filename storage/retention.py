@@ -10,6 +10,7 @@ deleted are left alone.
 """
 
 import contextlib
+import logging
 import re
 import time
 from collections import defaultdict
@@ -23,10 +24,12 @@ from sqlalchemy import Connection, delete, select
 
 from storage import artifacts, attributes, deletions
 from storage.artifacts import CHECKPOINT, HISTORY, ID_LENGTH, MODEL, SUMMARY
-from storage.claims import Claim
+from storage.claims import Claim, has_old_folder
 from storage.ranking import RankedTrial, ranked
 from storage.tables import StudyModel, TrialModel, TrialSystemAttributeModel, TrialUserAttributeModel
 from storage.transactions import read, write
+
+log = logging.getLogger(__name__)
 
 # Behind the best, so many are looked at when a trial ends: what a worker left that was killed at that moment.
 LOOK_PAST_KEPT = 20
@@ -36,7 +39,7 @@ _NUMBER = re.compile(r"0|[1-9][0-9]*")
 _STUDY = re.compile(rf"(.+)-([0-9a-f]{{{ID_LENGTH}}})")
 # No other file is ever touched, wherever the settings point.
 _OURS = re.compile(rf"(\.[0-9a-f]{{32}}-)?({'|'.join(map(re.escape, (MODEL, HISTORY, SUMMARY, CHECKPOINT)))})")
-STUDY_GONE, TRIAL_GONE = "its study is gone", "its trial is gone"
+STUDY_GONE = "its study is gone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,7 @@ def trim(storage: RDBStorage, claim: Claim, root: Path, keep: int) -> None:
             return []
         best = ranked(connection, claim.study_id, keep + LOOK_PAST_KEPT, with_model=True)
         trials = {trial.trial_id for trial in best[keep:]} | {claim.trial_id}
-        kept = _paths(connection, "model", [trial.trial_id for trial in best[:keep]])
-        paths = _paths(connection, "model", sorted(trials)) - kept
+        paths = _paths(connection, "model", sorted(trials)) - _named(connection, keep)
         return sorted(path for path in paths if (root / path).exists())
 
     def remove_all(connection: Connection) -> None:
@@ -98,7 +100,7 @@ def remove_attempts(claim: Claim, root: Path) -> None:
 def unneeded(storage: RDBStorage, root: Path, keep: int, study: str | None = None) -> list[UnneededFile]:
     """What below `root` no trial needs, by path; only that of `study` if it is given.
 
-    Files of studies that were deleted and of trials that are gone, files of attempts that do not count, checkpoints of
+    Files of studies that were deleted, files of attempts that do not count, checkpoints of
     finished trials, models beyond the best `keep`, and what was left half written more than a day ago.
     """
     # First the files: a trial is in the database before it has one.
@@ -129,12 +131,18 @@ def remove(storage: RDBStorage, root: Path, keep: int, listed: Sequence[Unneeded
 
             def work(connection: Connection, batch: list[File] = batch) -> int:
                 gone = _unneeded(connection, root, keep, batch)
+                size = 0
                 for each in gone:
-                    artifacts.remove(each.path)
+                    try:
+                        artifacts.remove(each.path)
+                    except OSError as error:  # another user's
+                        log.warning("%s stays: %s", each.path, error.strerror or error)
+                        continue
+                    size += each.size
                     _withdraw(connection, each.file.path)
                     for folder in list(each.path.parents)[: len(each.file.path.parts) - 1]:
                         _remove_empty(folder)
-                return sum(each.size for each in gone)
+                return size
 
             freed += write(storage, study, work)
     return freed
@@ -199,9 +207,8 @@ def _unneeded(connection: Connection, root: Path, keep: int, files: Sequence[Fil
 
 
 def _reason(file: File, states: dict[int, TrialState], models: set[str], keep: int) -> str | None:
-    if file.number not in states:
-        return TRIAL_GONE
-    if not states[file.number].is_finished():
+    # Nobody deletes single trials: a number that this database does not have is of a copy of it that went on.
+    if file.number not in states or not states[file.number].is_finished():
         return None
     if file.path.name == CHECKPOINT:
         return "the checkpoint of a finished trial"
@@ -246,18 +253,27 @@ def _study_ids(connection: Connection, files: Sequence[File]) -> dict[tuple[str,
     """The ids of the studies that the files are of; _DELETED or _UNKNOWN, as of another database, for one without."""
     deleted = deletions.all_deleted(connection)
     existing = {
-        (study.name, str(study.values["incarnation"])[:ID_LENGTH]): study.study_id
+        _study_folder(study.name, str(study.values["incarnation"])): study.study_id
         for study in attributes.of_studies(connection, ("incarnation",))
         if "incarnation" in study.values
     }
     named = connection.execute(select(StudyModel.study_name, StudyModel.study_id))
-    by_name: dict[str, int] = {name: study_id for name, study_id in named}  # noqa: C416 - rows are no pairs to mypy
+    # A name says little: another database may have a study of this name, and its files in the same old folder.
+    by_name = {name: study_id for name, study_id in named if has_old_folder(connection, study_id, name)}
+    gone = {_study_folder(study, incarnation) for study, incarnation, _ in deleted}
+    gone_by_name = {study for study, _, old in deleted if old}
     ids: dict[tuple[str, str | None], int] = {}
     for study, short in {(file.study, file.id) for file in files}:
-        found = by_name.get(study) if short is None else existing.get((study, short))
-        gone = any(name == study and incarnation.startswith(short or "") for name, incarnation in deleted)
-        ids[study, short] = found or (_DELETED if gone else _UNKNOWN)
+        if short is None:
+            found, was_deleted = by_name.get(study), study in gone_by_name
+        else:
+            found, was_deleted = existing.get(f"{study}-{short}"), f"{study}-{short}" in gone
+        ids[study, short] = found or (_DELETED if was_deleted else _UNKNOWN)
     return ids
+
+
+def _study_folder(study: str, incarnation: str) -> str:
+    return artifacts.attempt_folder(study, incarnation, 0, 1).parts[0]
 
 
 def _study_of(connection: Connection, incarnation: str) -> int | None:

@@ -98,6 +98,13 @@ def update_trial(connection: Connection, trial_id: int, **columns: Any) -> None:
     connection.execute(update(TrialModel).where(TrialModel.trial_id == trial_id).values(values))
 
 
+def start_waiting(connection: Connection, trial_id: int) -> bool:
+    """Makes a WAITING trial RUNNING; returns False if it is not waiting any more."""
+    values = {TrialModel.state: TrialState.RUNNING, TrialModel._datetime_start_utc: utc_now()}
+    waiting = (TrialModel.trial_id == trial_id, TrialModel.state == TrialState.WAITING)
+    return connection.execute(update(TrialModel).where(*waiting).values(values)).rowcount == 1
+
+
 def set_trial_attributes(connection: Connection, trial_id: int, values: Mapping[str, Any]) -> None:
     """Sets user attributes of a trial. The values must be JSON."""
     stored = TrialUserAttributeModel

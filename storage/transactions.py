@@ -304,13 +304,19 @@ def _study_lock(path: Path, study: str) -> Iterator[None]:
     import filelock
 
     try:
-        with lock_file(path, f"study-{urllib.parse.quote(study, safe='')}"):
+        with lock_file(path, _lock_name(study)):
             yield
     except filelock.Timeout as error:
         raise StorageError(
             f"study {study!r} has been locked for {LOCK_SECONDS:.0f} s by another process: "
             f"see who holds {error.lock_file}, end it, and run the command again"
         ) from None
+
+
+def _lock_name(study: str) -> str:
+    # Others may give a study any name, and a file's name has a limit.
+    quoted = urllib.parse.quote(study, safe="")
+    return f"study-{quoted}" if len(quoted) <= 100 else f"study-{hashlib.sha256(study.encode()).hexdigest()}"
 
 
 def lock_file(path: Path, name: str) -> "filelock.BaseFileLock":

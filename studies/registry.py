@@ -27,11 +27,12 @@ def storage_of(storage: StorageLike) -> RDBStorage:
     """The open storage. Raises StorageError if there is no database."""
     if isinstance(storage, RDBStorage):
         return storage
-    return _connected(storage or settings.load().url)
+    url = storage or settings.load().url
+    return _connected(url, database.file_identity(url))
 
 
 @cache
-def _connected(url: str) -> RDBStorage:
+def _connected(url: str, identity: tuple[object, ...]) -> RDBStorage:
     return database.connect(url)
 
 

@@ -620,18 +620,20 @@ def test_a_trial_s_files_are_optuna_s_artifacts_while_they_are_there(
     assert _offered(storage, other) == []
 
 
-def test_all_studies_are_seen_in_two_statements_and_a_clock(storage: PatientStorage, study: str, me: Owner) -> None:
+def test_all_studies_are_seen_in_two_statements(storage: PatientStorage, study: str, me: Owner) -> None:
     optuna.create_study(storage=storage, study_name="somebody's own")
     registry.create(parse(OTHER), storage, {"fingerprint": "1" * 16})
     ledger.set_state(storage, ledger.find(storage, "other"), "paused")
     texts: list[str] = []
     sqlalchemy.event.listen(storage.engine, "before_cursor_execute", lambda *told: texts.append(told[2]))
     first, second = ledger.studies(storage)
-    assert len([text for text in texts if text.startswith("SELECT") and "FROM " in text]) == 2
+    assert len([text for text in texts if text.startswith("SELECT")]) == 2
     assert (first.name, first.budget.trials, first.state) == (study, 5, "open")
     assert (second.name, second.budget.trials, second.state) == ("other", 2, "paused")
     again = [ledger.find(storage, name) for name in (study, "other")]
-    assert [first, second] == [replace(found, read_at=first.read_at) for found in again]
+    assert [replace(found, read_at=first.read_at) for found in (first, second)] == [
+        replace(found, read_at=first.read_at) for found in again
+    ]
     assert first.incarnation != second.incarnation
     ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=6, hours=None))
     assert ledger.studies(storage)[0] != first

@@ -201,7 +201,7 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
         _write(root, claim.folder, CHECKPOINT)
     _write(root, running.folder, MODEL, HISTORY)
     top = running.folder.parent.parent
-    _write(root, top / "9" / "1", MODEL, HISTORY)  # no such trial
+    _write(root, top / "9" / "1", MODEL, HISTORY)  # of a copy of this database that went on
     _write(root, ended[1].folder.parent / "2", MODEL, HISTORY)  # of an attempt that lost its trial and went on
     _write(root, ended[1].folder, TEMPORARY)
     _write(root, ended[2].folder, TEMPORARY, "notes.txt")
@@ -210,7 +210,7 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
     deleted = artifacts.attempt_folder("gone", gone.incarnation, 0, 1)
     claims.delete(storage, gone, 60.0)
     _write(root, deleted, MODEL, HISTORY, CHECKPOINT)
-    _write(root, "gone/0", MODEL)  # of the same study, as older versions kept it
+    _write(root, "gone/0", MODEL)  # of a study of this name in another database, as older versions kept it
     other = f"{study}-{'0' * 12}"  # of another database's study of the same name
     _write(root, f"{other}/0/1", MODEL, HISTORY, CHECKPOINT)
     _write(root, "photos/0", "holiday.jpg")  # somebody's own, in a folder of such a name
@@ -225,11 +225,9 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
         f"{ended[0].folder}/{MODEL}": "not among the best 2",
         f"{ended[1].folder}/{TEMPORARY}": "an old temporary file",
         **{f"{ended[1].folder.parent}/2/{name}": "of an attempt that does not count" for name in (MODEL, HISTORY)},
-        **{f"{top}/9/1/{name}": "its trial is gone" for name in (MODEL, HISTORY)},
         **{f"{deleted}/{name}": "its study is gone" for name in (MODEL, HISTORY, CHECKPOINT)},
-        f"gone/0/{MODEL}": "its study is gone",
     }
-    assert retention.of_others(storage, root) == [other]
+    assert retention.of_others(storage, root) == ["gone", other]
     before = set(_files(root))
     assert _offered(storage, study, MODEL) == {0, 1, 2}
     assert retention.remove(storage, root, 2, listed) == 100 * len(listed)
@@ -238,8 +236,8 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
     assert _offered(storage, study, HISTORY) == {0, 1, 2}
     assert before - set(_files(root)) == set(reasons)
     assert not (root / deleted.parts[0]).exists()
-    assert not (root / "gone").exists()
-    assert not (root / top / "9").exists()
+    assert (root / "gone" / "0" / MODEL).exists()
+    assert (root / top / "9" / "1" / MODEL).exists()
     assert retention.unneeded(storage, root, 2) == []
 
 
