@@ -2,17 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint lock clean
+.PHONY: demo test test-all quick lint lock clean
 
 # Always on the processor: the locked packages have no CUDA libraries.
 demo: .venv/installed
 	TRIALYARD_HOME=yard $(BIN)/trialyard run digits --devices cpu
 
-# The tests that kill processes at random for minutes, and those that run what Docker Compose would.
-LONG := tests/chaos tests/test_compose.py
+# The tests that kill processes at random for minutes, those that run what Docker Compose would, and a search on MNIST.
+LONG := tests/chaos tests/test_compose.py tests/test_mnist.py
+# Those that train nothing and start no server: for every change, within a minute.
+QUICK := $(patsubst %,tests/test_%.py,artifacts attempt batches catalog definition devices docs figures notebook progress \
+	results settings space)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(LONG:%=--ignore %) $(PYTEST)
+
+quick: .venv/installed-dev
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(QUICK) $(PYTEST)
 
 test-all: test
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(LONG) $(PYTEST)
