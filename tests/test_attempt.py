@@ -200,3 +200,23 @@ def test_a_file_that_cannot_be_removed_ends_no_worker(
     _run(storage, tmp_path, me, _trained(stopped=False))
     assert _only(storage).state == TrialState.COMPLETE
     assert "a file of trial 0 stays: [Errno 13] Permission denied" in caplog.text
+
+
+def test_a_study_deleted_right_after_the_claim_ends_no_worker(
+    storage: PatientStorage, tmp_path: Path, me: Owner
+) -> None:
+    study = ledger.find(storage, "trivial")
+    claim = claims.claim(storage, study, me, 60.0)
+    assert claim is not None
+    handle = StudyHandle(
+        study=study,
+        definition=registry.definition_of("trivial", storage),
+        storage=storage,
+        cached=optuna.storages.get_storage(storage),
+    )
+    ledger.set_state(storage, study, "stopped")
+    claims.delete(storage, study, 60.0)
+    settings = Settings(home=tmp_path)
+    trainer = Scripted(tmp_path, [])
+    Attempt(handle, claim, trainer, settings, pulse=Pulse(), listeners=[], interrupted=Event()).run()
+    assert registry.names(storage) == []

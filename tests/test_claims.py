@@ -33,6 +33,7 @@ from storage.claims import RETRIES, Claim
 from storage.errors import ClaimLost, StorageError
 from storage.ledger import Budget, Imported
 from storage.owners import Owner
+from storage.tables import TrialModel
 from storage.transactions import PatientStorage
 from studies import registry
 from studies.definition import Definition, parse
@@ -718,3 +719,28 @@ def test_a_budget_that_forgot_an_import_is_noticed(storage: PatientStorage, stud
             "WHERE key = 'trialyard:budget'"
         )
     assert ledger.check(storage) == [f"study {study}: 1 imported trials, and its budget says 0"]
+
+
+def test_an_unreadable_state_of_one_study_stops_no_heartbeat(
+    storage: PatientStorage, study: str, me: Owner, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry.create(parse(OTHER), storage, {"fingerprint": "1" * 16})
+    claim, other = _claim(storage, study, me), _claim(storage, "other", replace(me, slot="cpu:1"))
+    storage.set_study_user_attr(other.study_id, "trialyard:state", 4)
+    assert claims.beat(storage, {}, [claim, other]) == {claim: "open", other: "paused"}
+    assert "study 'other' is not readable" in caplog.text
+
+
+def test_a_trial_that_somebody_asked_for_at_the_same_moment_is_left_to_him(
+    storage: PatientStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain Optuna does not take our lock."""
+    claims.requeue(storage, _claim(storage, study, me), "interrupted", "told to stop")
+    start = claims.start_waiting
+
+    def late(connection: Any, trial_id: int) -> bool:
+        connection.execute(sqlalchemy.update(TrialModel).values(state=TrialState.RUNNING))
+        return bool(start(connection, trial_id))
+
+    monkeypatch.setattr(claims, "start_waiting", late)
+    assert claims.claim(storage, ledger.find(storage, study), me, GRACE) is None

@@ -422,6 +422,8 @@ def test_report_writes_the_form_that_is_asked_for(home: Path, trialyard: Call) -
     (home / "folder").mkdir()
     code, _, err = trialyard("report", "notebook", "--output", "folder")
     assert (code, err) == (1, "error: folder cannot be written (Is a directory): give another file with --output\n")
+    code, _, err = trialyard("report", "notebook", "--output", ".")
+    assert (code, len(err.splitlines())) == (1, 1)
     assert sorted(path.name for path in home.iterdir()) == ["folder", "new", "notebook-report.html", "yard"]
     assert _dump(home) == before
 

@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy
-from conftest import attempts_at
+from conftest import TRIVIAL, attempts_at
 from optuna.trial import TrialState
 
 from search import checks
@@ -18,7 +18,7 @@ from storage.owners import Owner
 from storage.tables import TrialHeartbeatModel, TrialValueModel, set_trial_attributes, update_trial, value_row
 from storage.transactions import PatientStorage
 from studies import registry, results
-from studies.definition import Definition
+from studies.definition import Definition, parse
 
 DATA = {"fingerprint": "0" * 16, "train": 100, "validation": 10}
 
@@ -258,3 +258,20 @@ def test_attempts_of_older_versions_move_to_their_table(
     assert again is not None
     assert (again.number, again.attempt) == (1, 2), "its worker is gone"
     assert again.checkpoints == (f"{study}/1/checkpoint.npz",)
+
+
+def test_an_older_study_that_searches_batch_norm_keeps_its_scores(
+    storage: PatientStorage, trivial: Definition, either_url: str
+) -> None:
+    searched = parse(TRIVIAL.replace("[fixed]", "batch_norm = { choices = [false, true] }\n\n[fixed]"))
+    registry.create(searched, storage, DATA)
+    _make_old(storage, searched.name)
+    database.upgrade(either_url)
+    assert registry.definition_of(searched.name, storage).fixed["batch_norm_averages"] == "keras"
+
+
+def test_creation_does_not_take_a_database_of_an_older_version(storage: PatientStorage, either_url: str) -> None:
+    with storage.engine.begin() as connection:
+        attempt_table.table.drop(connection)
+    with pytest.raises(StorageError, match="run `trialyard storage upgrade`"):
+        database.create(either_url)

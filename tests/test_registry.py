@@ -1,6 +1,7 @@
 """A study is created completely, and never changed so that its trials cannot be compared."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -9,7 +10,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from sqlalchemy import delete
 
-from storage import claims, database, ledger
+from storage import artifacts, claims, database, ledger
 from storage.owners import Owner
 from storage.tables import StudyUserAttributeModel
 from storage.transactions import PatientStorage
@@ -224,3 +225,26 @@ def test_open_gives_optuna_s_own_study(storage: PatientStorage, study: str) -> N
     assert type(opened) is optuna.Study
     assert opened.direction == StudyDirection.MAXIMIZE
     assert optuna.load_study(study_name=study, storage=storage).user_attrs == opened.user_attrs
+
+
+def test_a_database_file_that_was_replaced_is_seen(home: Path, trivial: Definition) -> None:
+    url = "sqlite:///studies.db"
+    created = database.create(url)
+    registry.create(trivial, created, DATA)
+    assert registry.names(url) == [trivial.name]
+    for storage in (created, registry.storage_of(url)):
+        storage.engine.dispose()  # the last one to leave brings SQLite's log into the file
+    (home / "studies.db").rename(home / "old.db")
+    database.create(url).engine.dispose()
+    assert registry.names(url) == []
+    assert registry.names("sqlite:///old.db") == [trivial.name]
+
+
+def test_a_study_of_any_name_has_a_lock_and_a_folder(storage: PatientStorage, study: str, me: Owner) -> None:
+    """Ours have plain names; plain Optuna copies a study under any other."""
+    for name in ("\u6570\u5b57\u8a8d\u8b58" * 10, "../../outside"):
+        optuna.copy_study(from_study_name=study, from_storage=storage, to_storage=storage, to_study_name=name)
+        claim = claims.claim(storage, ledger.find(storage, name), me, 60.0)
+        assert claim is not None
+        assert artifacts.inside(Path("folder"), str(claim.folder)) is not None
+        assert str(claim.folder).startswith("study-")

@@ -24,7 +24,7 @@ from storage.ledger import Budget
 from storage.owners import Owner
 from storage.tables import BaseModel, set_trial_attributes
 from storage.transactions import PatientStorage
-from studies import registry
+from studies import registry, results
 from studies.definition import Definition
 from studies.imported import import_trials
 
@@ -379,3 +379,76 @@ def test_delete_removes_the_files_too_and_a_crash_before_leaves_only_files(
     left = retention.unneeded(storage, root, 5)
     assert retention.remove(storage, root, 5, left) == 400
     assert _files(root) == []
+
+
+# --- other databases and copies ---------------------------------------------------------------------------
+
+
+def test_the_old_folder_of_another_database_s_study_of_the_same_name_stays(
+    storage: RDBStorage, trivial: Definition, study: str, root: Path, me: Owner, tmp_path: Path
+) -> None:
+    """Versions before 0.2 named folders by the study alone: only a row tells whose the files are."""
+    claims.finish(storage, _claim(storage, study, me), FAIL, None, {})
+    _write(root, f"{study}/0", MODEL, HISTORY)
+    assert retention.unneeded(storage, root, 5) == []
+    assert retention.of_others(storage, root) == [study]
+    assert studies.delete(study, storage) == 0
+    assert retention.unneeded(storage, root, 5) == []
+    owning = database.create(f"sqlite:///{tmp_path}/old.db")
+    created = registry.create(trivial, owning, {"fingerprint": "0" * 16}).study
+    claim = _claim(owning, study, me)
+    claims.finish(owning, claim, COMPLETE, 0.9, {"history": f"{study}/0/{HISTORY}"})
+    assert [file.why for file in retention.unneeded(owning, root, 5)] == ["of an attempt that does not count"]
+    claims.delete(owning, created, 60.0)
+    assert {file.why for file in retention.unneeded(owning, root, 5)} == {"its study is gone"}
+    owning.engine.dispose()
+
+
+def test_a_backup_never_removes_what_the_original_needs(
+    storage: PatientStorage, study: str, root: Path, me: Owner, tmp_path: Path
+) -> None:
+    _end(storage, root, _claim(storage, study, me), COMPLETE, 0.5)
+    running = _claim(storage, study, me)
+    database.backup(storage, tmp_path / "copy.db")
+    _write(root, running.folder, CHECKPOINT)
+    _end(storage, root, _claim(storage, study, me), COMPLETE, 0.9)  # after the copy was made
+    files = _files(root)
+    copy = database.connect(f"sqlite:///{tmp_path}/copy.db")
+    assert ledger.find(copy, study).incarnation != ledger.find(storage, study).incarnation
+    assert retention.unneeded(copy, root, 5) == []
+    assert results.best_trial(study, copy).user_attrs["model"] in files, "a restored backup still finds its files"
+    ledger.set_state(copy, ledger.find(copy, study), "stopped")
+    claims.delete(copy, ledger.find(copy, study), 60.0)
+    assert retention.unneeded(copy, root, 5) == []
+    assert _files(root) == files
+    copy.engine.dispose()
+
+
+def test_a_copied_study_keeps_its_models_and_both_can_be_deleted(
+    storage: RDBStorage, study: str, root: Path, me: Owner
+) -> None:
+    first = _trial(storage, root, study, me, 0.5, keep=1)
+    optuna.copy_study(from_study_name=study, from_storage=storage, to_storage=storage, to_study_name="copy")
+    _trial(storage, root, study, me, 0.9, keep=1)
+    assert (root / first.folder / MODEL).exists(), "it is the copy's best"
+    for name in (study, "copy"):
+        claims.delete(storage, ledger.find(storage, name), 60.0)
+    assert registry.names(storage) == []
+
+
+def test_files_that_cannot_be_removed_are_named_and_the_others_go(
+    storage: RDBStorage, study: str, root: Path, me: Owner, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    claim = _claim(storage, study, me)
+    claims.finish(storage, claim, FAIL, None, {})
+    _write(root, claim.folder, HISTORY, SUMMARY)
+    remove = artifacts.remove
+
+    def refused(path: Path) -> None:
+        if path.name == HISTORY:
+            raise PermissionError(13, "Permission denied")
+        remove(path)
+
+    monkeypatch.setattr(artifacts, "remove", refused)
+    assert retention.remove(storage, root, 5, retention.unneeded(storage, root, 5)) == 100
+    assert f"{root / claim.folder / HISTORY} stays: Permission denied" in caplog.text
