@@ -9,42 +9,18 @@ import dataclasses
 import logging
 import signal
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
-import optuna
 import typer
-from optuna.exceptions import OptunaError
-from sqlalchemy.exc import SQLAlchemyError
 
-from search import progress, service
-from search.terminal import (
-    ask,
-    err,
-    failures_text,
-    out,
-    print_best,
-    print_json,
-    print_report,
-    print_rows,
-    print_status,
-    print_workers,
-    record,
-    say,
-    size_text,
-    warn,
-)
-from storage import artifacts, database, settings
 from storage.errors import SettingsError, StorageError, TrialyardError
-from storage.settings import Settings
-from storage.transactions import has_password, redact
-from studies import definition as definitions
-from studies import exports, imported, notebook, notes, registry, results
-from studies.content import collect
-from studies.errors import StudyError
-from studies.report import report as report_of
+
+if TYPE_CHECKING:
+    from search.service import Interrupted
+    from storage.settings import Settings
+    from studies.results import Status
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +74,10 @@ SourceArgument = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
+        from search.terminal import say
+
         say(f"trialyard {version('trialyard')}")
         raise typer.Exit
 
@@ -110,6 +90,10 @@ def options(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more on standard error.")] = False,
 ) -> None:
     """Hyperparameter search for Keras image classifiers, on Optuna."""
+    import optuna
+
+    from search.terminal import err
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     handler: logging.Handler = logging.StreamHandler()
     # Beside the live table a line must be printed by rich; elsewhere rich would break it at 80 columns.
@@ -125,6 +109,9 @@ def options(
 @app.command()
 def catalog(as_json: JsonOption = False) -> None:
     """List the ready definitions, one line each."""
+    from search.terminal import print_json, say
+    from studies import definition as definitions
+
     ready = definitions.catalog()
     if as_json:
         print_json([{"name": name, "description": ready[name].description} for name in ready])
@@ -139,6 +126,9 @@ def check(
     file: SourceArgument, trials: TrialsOption = None, epochs: EpochsOption = None, limit: LimitOption = None
 ) -> None:
     """Check that a definition is right, and that its data and model fit."""
+    from search import service
+    from search.terminal import say
+
     checked = service.check(file, trials=trials, epochs=epochs, limit=limit)
     definition, data = checked.definition, checked.data
     judged = "test" if definition.data.validation == "test" else "validation"
@@ -158,6 +148,9 @@ def create(
     limit: LimitOption = None,
 ) -> None:
     """Put a study into the database, for workers to come."""
+    from search import service
+    from search.terminal import say
+
     url = _settings(storage).url
     creation = service.create(source, name=name, trials=trials, epochs=epochs, limit=limit, storage=url)
     study, budget = creation.study.name, creation.study.budget
@@ -182,6 +175,12 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Create the study if needed, run it here, print the result."""
+    from search import service
+    from search.terminal import out, print_best, print_json, print_rows, record
+    from studies import definition as definitions
+    from studies import results
+    from studies.errors import StudyError
+
     here = _settings(storage)
     definition = definitions.load(source, name=name, trials=trials, epochs=epochs, limit=limit)
     try:
@@ -212,6 +211,10 @@ def work(
     forever: Annotated[bool, typer.Option("--forever", help="Wait for studies to come, until told to stop.")] = False,
 ) -> None:
     """Be a worker machine: fill every slot with trials, the oldest study first, until nothing is left."""
+    from search import progress, service
+    from search.terminal import say
+    from studies import registry, results
+
     if studies and forever:
         raise typer.BadParameter("with --forever it takes trials of all studies: name none")
     here = _settings(storage)
@@ -237,6 +240,9 @@ def work(
 @app.command()
 def pause(study: StudyArgument, storage: StorageOption = None) -> None:
     """Have all workers put a study's trials back into the queue, and start no more."""
+    from search.terminal import say
+    from studies import registry
+
     registry.pause(study, _settings(storage).url)
     say(f"study {study} is paused: `trialyard resume {study}` lets its workers go on")
 
@@ -244,6 +250,9 @@ def pause(study: StudyArgument, storage: StorageOption = None) -> None:
 @app.command()
 def resume(study: StudyArgument, storage: StorageOption = None) -> None:
     """Let the workers go on with a study that was paused or stopped."""
+    from search.terminal import say
+    from studies import registry
+
     registry.resume(study, _settings(storage).url)
     say(f"study {study} is open: `trialyard work {study}` works on it where no worker waits")
 
@@ -251,6 +260,9 @@ def resume(study: StudyArgument, storage: StorageOption = None) -> None:
 @app.command()
 def stop(study: StudyArgument, storage: StorageOption = None) -> None:
     """End a study with the trials that it has; those that run go back to the queue and stay there."""
+    from search.terminal import say
+    from studies import registry
+
     registry.stop(study, _settings(storage).url)
     say(f"study {study} is stopped: `trialyard leaderboard {study}` shows its results")
 
@@ -264,6 +276,10 @@ def import_results(
     storage: StorageOption = None,
 ) -> None:
     """Import results obtained elsewhere; `import notebook` creates a study of the notebook's own."""
+    from search.terminal import say
+    from storage import database
+    from studies import imported, notebook, notes
+
     here = _settings(storage)
     if file is not None:
         added = imported.import_trials(study, file, here.url)
@@ -288,6 +304,12 @@ def report(
     ] = None,
 ) -> None:
     """What was found, what made the difference, and what cannot be concluded, in one file."""
+    from search.terminal import print_report, say
+    from storage import artifacts
+    from studies.content import collect
+    from studies.errors import StudyError
+    from studies.report import report as report_of
+
     here = _settings(storage)
     if form == "table":
         if output is not None:
@@ -315,6 +337,10 @@ def dashboard(
     read_only: Annotated[bool, typer.Option("--read-only", help="Refuse whatever would change something.")] = False,
 ) -> None:
     """Serve optuna-dashboard for a browser, until Ctrl-C or SIGTERM."""
+    from search import service
+    from search.terminal import warn
+    from storage.transactions import redact
+
     url = _settings(storage).url
     service.serve(
         host,
@@ -338,6 +364,9 @@ def export(
     storage: StorageOption = None,
 ) -> None:
     """Take the best trial away: its model, history and definition, and a README that uses them."""
+    from search.terminal import say
+    from studies import exports
+
     chosen = None if form is None else exports.format_of(form)
     target = exports.export(study, folder, chosen, _settings(storage).url)
     say(f"the best of {study} is in {target}")
@@ -346,6 +375,9 @@ def export(
 @app.command()
 def delete(study: StudyArgument, storage: StorageOption = None, yes: YesOption = False) -> None:
     """Remove a study with all its trials, models and histories; asks first."""
+    from search.terminal import ask, say, size_text
+    from studies import registry, results
+
     url = _settings(storage).url
     status = results.status(study, url)
     done = status.complete + status.pruned + status.failed
@@ -361,6 +393,9 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Counts, best so far, who is running what, time left."""
+    from search.terminal import print_json, print_status, print_workers, say
+    from studies import results
+
     url = _settings(storage).url
     statuses = [results.status(study, url)] if study else results.statuses(url)
     workers = [] if study else results.workers(url)
@@ -379,6 +414,9 @@ def status(
 @app.command()
 def alive(storage: StorageOption = None) -> None:
     """Check that a worker of this machine works. For health checks: if none does, exit code 1 and the reason."""
+    from search import service
+    from search.terminal import say
+
     silent = service.alive(_settings(storage).url)
     say(f"a worker of this machine gave its last sign {silent:.0f} s ago")
 
@@ -386,6 +424,9 @@ def alive(storage: StorageOption = None) -> None:
 @app.command()
 def best(study: StudyArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
     """The best trial: its value, its hyperparameters, and where its model is."""
+    from search.terminal import print_best, print_json, record
+    from studies import results
+
     here = _settings(storage)
     trial = results.best_trial(study, here.url)
     if as_json:
@@ -402,6 +443,9 @@ def leaderboard(
     as_json: JsonOption = False,
 ) -> None:
     """Trials as a table, best first."""
+    from search.terminal import print_json, print_rows
+    from studies import results
+
     rows = results.leaderboard(study, _settings(storage).url, top)
     if as_json:
         print_json([dataclasses.asdict(row) for row in rows])
@@ -412,12 +456,19 @@ def leaderboard(
 @storage_app.command("create")
 def storage_create(storage: StorageOption = None) -> None:
     """Make the database's tables if needed."""
+    from search import service
+    from search.terminal import say
+
     say(f"the database {service.create_storage(_settings(storage).url)} is ready")
 
 
 @storage_app.command("upgrade")
 def storage_upgrade(storage: StorageOption = None) -> None:
     """Bring the database of an older version up to this one, with no worker running; make a backup before."""
+    from search import service
+    from search.terminal import say
+    from storage.transactions import redact
+
     url = _settings(storage).url
     revision, repaired = service.upgrade_storage(url)
     for sentence in repaired:
@@ -428,6 +479,11 @@ def storage_upgrade(storage: StorageOption = None) -> None:
 @storage_app.command("check")
 def storage_check(storage: StorageOption = None) -> None:
     """Check that the database is whole, and that each study keeps its promises."""
+    from search import service
+    from search.terminal import say
+    from storage.transactions import redact
+    from studies import registry
+
     url = _settings(storage).url
     problems = service.check_storage(url)
     if problems:
@@ -440,6 +496,9 @@ def storage_backup(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file.")], storage: StorageOption = None
 ) -> None:
     """Copy the whole database, as it is at this moment, to a new SQLite file; workers may go on."""
+    from search import service
+    from search.terminal import say
+
     trials = service.backup_storage(file, _settings(storage).url)
     say(f"{trials} trials are in {file}: `--storage sqlite:///{file}` reads them")
 
@@ -447,6 +506,9 @@ def storage_backup(
 @storage_app.command("prune")
 def storage_prune(storage: StorageOption = None, yes: YesOption = False) -> None:
     """Remove files that no trial of this database needs; lists them, and asks first."""
+    from search import service
+    from search.terminal import ask, say, size_text, warn
+
     here = _settings(storage)
     found = service.leftovers(here.url)
     for folder in found.of_others:
@@ -461,7 +523,10 @@ def storage_prune(storage: StorageOption = None, yes: YesOption = False) -> None
 # --- what several commands do -----------------------------------------------------------------------------
 
 
-def _settings(storage: str | None) -> Settings:
+def _settings(storage: str | None) -> "Settings":
+    from storage import settings
+    from storage.transactions import has_password, redact
+
     if storage is not None and has_password(storage):
         raise SettingsError(
             f"--storage {redact(storage)} has a password in it, which everybody sees in the process list: put the URL "
@@ -470,14 +535,20 @@ def _settings(storage: str | None) -> Settings:
     return settings.load(storage=storage)
 
 
-def _exit_after(stop: service.Interrupted) -> NoReturn:
+def _exit_after(stop: "Interrupted") -> NoReturn:
+    from search.terminal import warn
+
     left = "is back in the queue" if stop.requeued else "is taken back by the next worker"
     warn(f"interrupted: what ran {left}; the same command goes on where it stopped")
     raise typer.Exit(130) from None
 
 
-def _print_problems(study: str, here: Settings) -> None:
+def _print_problems(study: str, here: "Settings") -> None:
     """Says that a study is not open, and why trials of it failed."""
+    from search.terminal import failures_text, warn
+    from studies import results
+    from studies.errors import StudyError
+
     try:
         status = results.status(study, here.url)
     except (StudyError, StorageError):
@@ -487,7 +558,9 @@ def _print_problems(study: str, here: Settings) -> None:
         warn(failures_text(status))
 
 
-def _print_closed(status: results.Status) -> None:
+def _print_closed(status: "Status") -> None:
+    from search.terminal import warn
+
     if status.state != "open":
         warn(f"study {status.study} is {status.state}: `trialyard resume {status.study}`, and the same command goes on")
 
@@ -502,7 +575,12 @@ def main() -> None:
         app(prog_name="trialyard")
     except TrialyardError as error:
         _end(str(error))
-    except (OptunaError, SQLAlchemyError) as error:
+    except Exception as error:
+        from optuna.exceptions import OptunaError
+        from sqlalchemy.exc import SQLAlchemyError
+
+        if not isinstance(error, (OptunaError, SQLAlchemyError)):
+            raise
         log.debug("the whole error", exc_info=error)
         _end(f"the database did not answer ({error.__cause__ or error}): is it there, whole, and writable?")
 

@@ -169,3 +169,14 @@ def test_no_two_files_differ_by_an_ending() -> None:
 def test_no_file_is_longer_than_600_lines() -> None:
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
     assert {name: count for name, count in lines.items() if count > 600} == {}
+
+
+def test_help_imports_only_what_parses() -> None:
+    text = (
+        "import sys; sys.argv = ['trialyard', '--help']\nfrom search import program\n"
+        "try:\n    program.main()\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('optuna', 'sqlalchemy', 'numpy', 'pydantic') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", text], check=True, timeout=60, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "leaderboard" in done.stdout
