@@ -317,7 +317,7 @@ def hyperparameters_of(handle: StudyHandle, opened: optuna.Study, claim: Claim) 
 class _Draft:
     """A storage for one trial's suggestions: it keeps them, and passes everything else on to the real storage.
 
-    Optuna writes each suggestion in a transaction of its own, and asks nobody who owns the trial.
+    Optuna writes each suggestion in a transaction of its own, and does not check who owns the trial.
     """
 
     def __init__(self, storage: BaseStorage) -> None:

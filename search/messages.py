@@ -83,7 +83,7 @@ class Epoch:
     images_per_second: float
 
     def to_json(self) -> dict[str, Any]:
-        """The epoch as JSON, which has no NaN: null stands for a number that is not finite."""
+        """The epoch as JSON, which has no NaN: null means a number that is not finite."""
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in asdict(self).items()
@@ -105,12 +105,12 @@ def best_epoch(history: Sequence[Epoch]) -> Epoch | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A training that came to its end, or was told to stop."""
+    """A training that came to its end, or was asked to stop."""
 
     value: float  # validation accuracy of the best epoch
     best_epoch: int
     epochs: int  # that were trained whole
-    stopped: bool  # told to, before the last epoch's end
+    stopped: bool  # asked to, before the last epoch's end
     parameters: int  # weights in the model
     seconds: float  # of training, all epochs
     images_per_second: float  # median over the epochs but the first, which also compiles

@@ -80,7 +80,7 @@ class Lines(Listener):
         )
 
     def ended(self, claim: Claim, trial: FrozenTrial) -> None:
-        """Prints how it ended, and where the study stands."""
+        """Prints how it ended, and how far the study is."""
         try:
             status = self._status(claim.study)
         except StudyError:  # it was deleted a moment ago

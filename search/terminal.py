@@ -64,18 +64,18 @@ def print_json(value: Any) -> None:
 
 
 def print_best(study: str, trial: FrozenTrial, settings: Settings) -> None:
-    told = trial.user_attrs
-    judged = "test (the notebook's protocol)" if told.get("protocol") == "test" else "validation"
+    attrs = trial.user_attrs
+    judged = "test (the notebook's protocol)" if attrs.get("protocol") == "test" else "validation"
     out.print(f"best of {study}: trial {trial.number}, {judged} accuracy {trial.values[0]:.4f}", markup=False)
     out.print(f"  hyperparameters  {progress.shown(trial.params)}", markup=False)
     best_epoch, epochs, parameters, seconds, speed = numbers = [
-        attributes.number(told.get(key))
+        attributes.number(attrs.get(key))
         for key in ("best_epoch", "epochs", "parameters", "seconds", "images_per_second")
     ]
     if None not in numbers:  # else others added it
         out.print(
             f"  training         best epoch {best_epoch} of {epochs}, {parameters:,} weights, "
-            f"{seconds:.1f} s, {speed:,.0f} images/s in {told.get('precision')}",
+            f"{seconds:.1f} s, {speed:,.0f} images/s in {attrs.get('precision')}",
             markup=False,
         )
     model = _path(trial, "model", settings)
@@ -142,7 +142,7 @@ def print_report(content: Content) -> None:
     """Prints a report as rich shows its Markdown."""
     from rich.markdown import Markdown
 
-    # Where nobody sees the width of a terminal, the table's columns have room.
+    # Outside a terminal the table may be wider.
     width = None if out.is_terminal else WIDE
     Console(width=width, highlight=False).print(Markdown(text.report(content)))
 

@@ -48,7 +48,7 @@ def listing(path: PurePosixPath) -> tuple[str, str]:
     """The system attribute, key and value, by which optuna-dashboard offers a trial's file.
 
     `path` is relative to the artifacts folder. The attribute is the one that ``optuna.artifacts.upload_artifact``
-    writes, but the id follows from the path: written again it is the same, and whoever removes the file knows it.
+    writes, but the id follows from the path: written again it is the same, and the code that removes the file knows it.
     """
     artifact_id = str(uuid.uuid5(_NAMES, str(path)))
     kind, encoding = mimetypes.guess_type(path.name)

@@ -185,7 +185,7 @@ def _after_taking_back(connection: Connection, study: Study, grace_seconds: floa
     if current.running == 0:
         return current
     running, taken = attempt_table.running(connection, study.id), 0
-    # While the server was away nobody could send a heartbeat, so silence counts from the server's start.
+    # While the server was away no heartbeat arrived, so silence counts from the server's start.
     now, since = database_now(connection), server_started(connection)
     for trial_id, number, attempt in running:
         owner = attempt.owner

@@ -112,7 +112,7 @@ def connect_with_retries(url: str, patience: float) -> PatientStorage:
 
 
 # What a server that is there says of a connection that it will never accept. Nothing else tells it from one that is
-# just starting: libpq gives no error code before the connection stands (psycopg 3.3).
+# just starting: libpq gives no error code before the connection exists (psycopg 3.3).
 REFUSALS = re.compile(
     r"authentication failed|no password supplied|no pg_hba\.conf entry|does not exist|not permitted to log in"
     r"|permission denied"
@@ -258,7 +258,7 @@ def _unusable_reason(url: URL) -> str | None:
 
 
 def _revision(url: URL) -> str | None:
-    """The version of the tables at `url`, in Optuna's words; None where that cannot be told."""
+    """The version of the tables at `url`, in Optuna's words; None if it is not known."""
     engine = _engine(url)
     try:
         with engine.connect() as connection:
@@ -320,7 +320,7 @@ def _parsed(url: str) -> URL:
 
 
 def _shown(url: str) -> str:
-    # What does not parse may still hold a password: only what stands before the first "@" could be one.
+    # What does not parse may still hold a password: only the part before the first "@" could be one.
     return "***@" + url.rpartition("@")[2] if "@" in url else url
 
 
@@ -379,10 +379,10 @@ def backup(storage: RDBStorage, path: Path) -> int:
     """Copies the whole database, as of one moment, to a new SQLite file; returns how many trials it has.
 
     The file is a database of its own: ``--storage sqlite:///FILE`` reads it. Workers may go on meanwhile.
-    Raises StorageError where `path` stands already or cannot be written.
+    Raises StorageError if `path` exists already or cannot be written.
     """
     if path.exists():
-        raise StorageError(f"{path} stands already: give the backup another name")
+        raise StorageError(f"{path} exists already: give the backup another name")
     try:
         with written_atomically(path) as draft:
             if sqlite_file(storage) is not None:
@@ -391,7 +391,7 @@ def backup(storage: RDBStorage, path: Path) -> int:
                 _copy_rows(storage, draft)
             with contextlib.closing(sqlite3.connect(draft)) as copied:
                 _renew_incarnations(copied)
-                copied.execute("PRAGMA journal_mode = DELETE")  # one file, without its log beside it
+                copied.execute("PRAGMA journal_mode = DELETE")  # one file, without a separate log
                 (trials,) = copied.execute("SELECT count(*) FROM trials").fetchone()
     except (OSError, SQLAlchemyError, sqlite3.Error) as error:
         raise StorageError(f"{path} cannot be written ({cause_of(error)}): give a file in a folder of yours") from error

@@ -57,7 +57,7 @@ class Budget:
 
     trials: int  # that are run here: complete, pruned and failed ones count
     hours: float | None  # since the first trial started; no trial starts later
-    imported: int = 0  # trials that were run elsewhere; they count beside those above, not against them
+    imported: int = 0  # trials that were run elsewhere; they count in addition to those above
 
     @property
     def total(self) -> int:
@@ -147,8 +147,8 @@ def create_study(
     """Creates a study whole, in one transaction: its row, attributes, waiting trials, imported trials and budget.
 
     `points` are hyperparameters that are tried first, in this order. An empty study that somebody else made is
-    completed. If the study exists already, `accept` gets its stored definition and data and raises whatever speaks
-    against it; then imported trials are added, and the budget is raised if `budget` is larger (see `raise_budget`).
+    completed. If the study exists already, `accept` gets its stored definition and data, and raises an error to refuse
+    it; then imported trials are added, and the budget is raised if `budget` is larger (see `raise_budget`).
 
     Raises WrongDirection if a study of this name does not maximize exactly one value; NotOurStudy if it has trials
     and no definition; StorageError if it is of an older version.
@@ -193,7 +193,7 @@ def create_study(
 def raise_budget(storage: RDBStorage, study: Study, budget: Budget) -> Budget:
     """Gives `study` a larger budget in trials, or other hours; returns the budget that it has then.
 
-    Fewer trials than it has change nothing: nobody ends a study that others asked more of. `budget.imported` is
+    Fewer trials than it has change nothing: a study that others asked more of is not ended. `budget.imported` is
     ignored: the trials in the database count. Raises StudyGone.
     """
 

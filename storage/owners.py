@@ -22,7 +22,7 @@ class Owner:
     slot: str  # for people, and to tell the slots of one process apart
 
     def gone(self) -> bool:
-        """Whether this was a process of this very machine and has ended; False where that cannot be told."""
+        """Whether this was a process of this very machine and has ended; False if that is not known."""
         if self.machine != _machine():
             return False
         try:
@@ -86,7 +86,7 @@ def clock(connection: Connection) -> ColumnElement[datetime]:
 
 
 def server_started(connection: Connection) -> datetime:
-    """When the database's server began to serve, naive UTC; nobody could beat before. The distant past on SQLite."""
+    """When the database's server started, naive UTC: there were no heartbeats before. The distant past on SQLite."""
     if connection.dialect.name == "sqlite":
         return datetime.min
     found: datetime = connection.execute(text("SELECT pg_postmaster_start_time()")).scalar_one()

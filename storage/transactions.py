@@ -209,7 +209,7 @@ def has_password(url: str) -> bool:
 
 
 def _secret_options(url: URL) -> list[str]:
-    """Those of libpq's options in `url` that nobody may read."""
+    """The options of libpq in `url` that are secret."""
     return [name for name in ("password", "sslpassword") if name in url.query]
 
 
@@ -236,7 +236,7 @@ def read(storage: RDBStorage, work: Callable[[Connection], T]) -> T:
 def write(storage: RDBStorage, study: str | None, work: Callable[[Connection], T]) -> T:
     """What `work` gives, done in one transaction under the lock of `study` (by name; None takes no lock).
 
-    Whole or not at all: where the database goes away in the middle, nothing of it is done, and it begins anew. Only
+    Whole or not at all: if the database goes away in the middle, nothing of it is done, and it starts again. Only
     where it goes away between the commit and its answer is the work done twice, which `work` must bear.
 
     Raises StorageError if the lock cannot be had within LOCK_SECONDS. Inside `work`, another `write` would wait for it.
@@ -297,7 +297,7 @@ def _timed_out(study: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _study_lock(path: Path, study: str) -> Iterator[None]:
-    """SQLite ignores SELECT ... FOR UPDATE, and lets waiting writers starve: a lock file beside the database stands in.
+    """SQLite ignores SELECT ... FOR UPDATE, and lets waiting writers starve: a lock file next to the database is used.
 
     The kernel lets go of it when its holder dies.
     """
@@ -339,7 +339,7 @@ def sqlite_file(storage: RDBStorage) -> Path | None:
 
 
 def forbid_writing(storage: RDBStorage) -> None:
-    """From now on the database refuses every change through `storage`, whoever asks for it in this process."""
+    """From now on the database refuses every change through `storage`."""
     engine = storage.engine
     engine.dispose()  # connections that are open already would not hear of it
     if sqlite_file(storage) is not None:

@@ -287,7 +287,7 @@ def status(name: str, storage: StorageLike = None) -> Status:
 
 
 def statuses(storage: StorageLike = None) -> list[Status]:
-    """Where each study stands, oldest first; a study that is not readable is left out, with a warning.
+    """The status of each study, oldest first; a study that is not readable is left out, with a warning.
 
     >>> [state.study for state in studies.statuses()]
     ['digits']

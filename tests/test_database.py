@@ -243,7 +243,7 @@ def test_a_backup_is_a_database_of_its_own(both: PatientStorage, tmp_path: Path)
     assert optuna.load_study(study_name="study", storage=copy).trials == study.trials
     optuna.load_study(study_name="study", storage=copy).ask()  # it can be continued
     copy.engine.dispose()
-    with pytest.raises(StorageError, match="stands already"):
+    with pytest.raises(StorageError, match="exists already"):
         database.backup(both, path)
 
 
