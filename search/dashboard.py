@@ -43,7 +43,7 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, select
 
 from search.errors import DashboardError
-from storage import artifacts
+from storage import artifacts, claims
 from storage.attempt_table import of_trial
 from storage.attributes import of_study
 from storage.ranking import is_scored
@@ -323,6 +323,11 @@ class RememberingStorage(_CachedStorage):
         self._reading = threading.Lock()
         self._last: dict[int, tuple[int, Any]] = {}  # by study: the last trial that is remembered, and its row
 
+    def delete_study(self, study_id: int) -> None:
+        """As Optuna, but the deletion is recorded, so that the study's files may go, too."""
+        claims.announce_deletion(self.backend, study_id)
+        super().delete_study(study_id)
+
     def get_all_studies(self) -> list[FrozenStudy]:
         """All studies, without their plots and notes, which the list of studies does not show."""
 
@@ -562,8 +567,8 @@ class TrialFiles:
 
     def _named(self, trial_id: int) -> list[str]:
         attrs = self._storage.get_trial(trial_id).user_attrs
-        paths = [attrs.get(key) for key in ("model", "history")]
-        return [path for path in paths if isinstance(path, str) and artifacts.inside(self._folder, path) is not None]
+        paths = (attrs.get(key) for key in ("model", "history"))
+        return [str(path) for path in paths if artifacts.inside(self._folder, path) is not None]
 
     def _paths(self, artifact_id: str) -> Iterator[Path]:
         key = f"artifacts:{artifact_id}"
@@ -582,12 +587,11 @@ class TrialFiles:
             ]
 
         for (_, study, number, trial_id, stored), incarnation, attempts in read(self._storage, work):
-            name = (json.loads(json.loads(stored)) or {}).get("filename", "")
-            if not name or Path(name).name != name:
+            if (name := (json.loads(json.loads(stored)) or {}).get("filename", "")) != Path(name).name or not name:
                 continue
-            folders = [PurePosixPath(study, str(number))]  # as older versions had it
-            for attempt in attempts if incarnation else ():
-                folders.append(artifacts.attempt_folder(study, incarnation, number, attempt.attempt))
+            own = [attempt.attempt for attempt in attempts] if incarnation else []
+            folders = [artifacts.attempt_folder(study, incarnation, number, attempt) for attempt in own]
+            folders.append(PurePosixPath(study, str(number)))  # as older versions had it
             folders += [PurePosixPath(path).parent for path in self._named(trial_id)]  # as a copy of a study has them
             for folder in folders:
                 # The id says which of them: it follows from the path. Others' artifacts have random ids.

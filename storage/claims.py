@@ -90,8 +90,7 @@ def delete(storage: RDBStorage, study: Study, grace_seconds: float) -> None:
                 f"study {study.name!r} has {current.running} running trials: `trialyard stop {study.name}` first, "
                 "then delete it"
             )
-        old_folder = has_old_folder(connection, study.id, study.name)
-        deletions.record(connection, study.name, study.incarnation, old_folder=old_folder)
+        _record_deletion(connection, study)
         delete_study(connection, study.id)
 
     write(storage, study.name, work)
@@ -109,6 +108,18 @@ def trial_exists(storage: RDBStorage, claim: Claim) -> bool:
     """Whether the claimed trial is still in the database. Its study may have been deleted."""
     wanted = select(TrialModel.trial_id).where(TrialModel.trial_id == claim.trial_id)
     return read(storage, lambda connection: connection.execute(wanted).scalar() is not None)
+
+
+def announce_deletion(storage: RDBStorage, study_id: int) -> None:
+    """Remembers that somebody else, such as optuna-dashboard, is about to delete the study: its files may go then."""
+    study = next((study for study in ledger.studies(storage) if study.id == study_id), None)
+    if study is not None:
+        write(storage, study.name, lambda connection: _record_deletion(connection, study))
+
+
+def _record_deletion(connection: Connection, study: Study) -> None:
+    old_folder = has_old_folder(connection, study.id, study.name)
+    deletions.record(connection, study.name, study.incarnation, old_folder=old_folder)
 
 
 def has_old_folder(connection: Connection, study_id: int, study: str) -> bool:

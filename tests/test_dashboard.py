@@ -577,6 +577,8 @@ def test_nothing_is_uploaded_and_no_file_is_removed(
         assert (answer.status, answer.json["reason"].split(":")[0]) == (403, "files cannot be uploaded here")
     assert Answer(app, "DELETE", "/api/studies/1", {}).status == 204
     assert sorted((home / "yard" / "artifacts").rglob("*")) == files
+    unneeded = retention.unneeded(place, home / "yard" / "artifacts", 5)
+    assert [file.why for file in unneeded] == ["its study is gone"], "prune removes them when it is asked to"
 
 
 # --- the command ------------------------------------------------------------------------------------------
