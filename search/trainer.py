@@ -6,7 +6,6 @@ environment that pins its device, and the process may crash, hang or run out of 
 
 import contextlib
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import psutil
 
 from search.devices import Slot
 from search.messages import Checked, Epoch, Failed, Job, Ready, Resumed, Stop, StopMode, Trained
+from storage.settings import environment_without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class Trainer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=_without_storage() | {"TF_CPP_MIN_LOG_LEVEL": "2"} | self.slot.environment(),
+                env=environment_without_secrets() | {"TF_CPP_MIN_LOG_LEVEL": "2"} | self.slot.environment(),
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # a Ctrl-C in the terminal is for the worker, which then says what to do
             )
@@ -201,11 +201,6 @@ class Trainer:
             out_of_memory=out_of_memory,
             ready=self._ready,
         )
-
-
-def _without_storage() -> dict[str, str]:
-    # It touches no database, and a user's model may print its environment.
-    return {name: value for name, value in os.environ.items() if not name.startswith("TRIALYARD_STORAGE")}
 
 
 def _memory_kills(files: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))) -> int:

@@ -118,6 +118,14 @@ def _with_password(url: str, password: str) -> str:
     return parsed.set(password=password).render_as_string(hide_password=False)
 
 
+SECRETS = ("TRIALYARD_STORAGE", "TRIALYARD_DASHBOARD_PASSWORD")  # what the names of secret variables start with
+
+
+def environment_without_secrets() -> dict[str, str]:
+    """The environment for a process that runs users' code: it needs no database, and may print its environment."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(SECRETS)}
+
+
 def load(**overrides: Any) -> Settings:
     """The settings of this process. An override that is None is ignored.
 

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial
 
 from storage.artifacts import HISTORY, MODEL
 from storage.errors import nearest
+from storage.settings import environment_without_secrets
 from studies import definition as definitions
 from studies import registry, results
 from studies.definition import Definition
@@ -156,6 +157,7 @@ def _convert(model: Path, format: Format, target: Path, definition: Definition) 
     try:
         result = subprocess.run(
             [sys.executable, "-P", "-m", "studies.convert", *arguments],
+            env=environment_without_secrets(),
             capture_output=True,
             text=True,
             errors="replace",

@@ -194,7 +194,8 @@ import tensorflow as tf
 def build(hyperparameters, image_shape, classes):
     threads = tf.config.threading
     seen = (threads.get_intra_op_parallelism_threads(), threads.get_inter_op_parallelism_threads(),
-            os.environ["CUDA_VISIBLE_DEVICES"], os.environ.get("TRIALYARD_STORAGE"))
+            os.environ["CUDA_VISIBLE_DEVICES"],
+            os.environ.get("TRIALYARD_STORAGE") or os.environ.get("TRIALYARD_DASHBOARD_PASSWORD"))
     raise ValueError(f"seen: {seen}")
 """
 
@@ -204,6 +205,7 @@ def test_a_trainer_is_pinned_before_its_framework_starts(
 ) -> None:
     slot = Slot(device=cpu(), threads=3)
     monkeypatch.setenv("TRIALYARD_STORAGE", "postgresql://me:secret@host/db")
+    monkeypatch.setenv("TRIALYARD_DASHBOARD_PASSWORD", "secret")
     (home / "mine.py").write_text(SEEN, encoding="utf-8")
     good = job()
     with Trainer(slot, tmp_path / "log") as trainer:
