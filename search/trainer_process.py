@@ -197,11 +197,16 @@ def _trained(
 
 def _sources(definition: Definition) -> dict[str, str]:
     """A digest of the source file of each of a user's own functions: a changed one makes another training."""
+    from search.data import import_function
+
     digests = {}
     for name in (definition.model, definition.dataset):
-        module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
-        if module is not None and module.__file__ is not None:
-            digests[name] = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:16]
+        if ":" not in name:
+            continue
+        import_function(name)  # a process's first job has not imported it yet
+        file = sys.modules[name.partition(":")[0]].__file__
+        if file is not None:
+            digests[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     return digests
 
 

@@ -21,6 +21,7 @@ from containers import ROOT, Image, Stack
 
 import studies
 from search import worker
+from storage import database
 from storage.settings import Settings
 
 DEPLOYMENT = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
@@ -259,8 +260,10 @@ def _works(stack: Stack, passwords: dict[str, str]) -> None:
     assert complete
     assert all(0.0 < one["values"][0] <= 1.0 for one in complete)
     workers = {one.process.pid for one in stack.of("worker")}
-    database = f"postgresql://trialyard:{passwords['database_password']}@127.0.0.1:{stack.database_port}/trialyard"
-    attempts = [studies.attempts(name, trial["number"], database) for trial in finished]
+    url_here = f"postgresql://trialyard:{passwords['database_password']}@127.0.0.1:{stack.database_port}/trialyard"
+    storage = database.connect(url_here)
+    attempts = [studies.attempts(name, trial["number"], storage) for trial in finished]
+    storage.engine.dispose()  # a server that is asked to stop waits for those that are connected
     assert {attempt.owner.pid for each in attempts for attempt in each} == workers, "each of the two had its share"
     assert all(len(each) == 1 for each in attempts)
 

@@ -1,5 +1,6 @@
 """The trainer process: kept over trials, stopped, killed; its death is reported; it ends when its worker ends."""
 
+import dataclasses
 import os
 import pickle
 import signal
@@ -370,3 +371,29 @@ def test_a_stop_that_keeps_leaves_a_checkpoint_to_continue_from(trainer: Trainer
     following = trainer.receive(240)
     assert isinstance(following, Epoch)
     assert following.epoch == len(resumed.history) + 1
+
+
+def test_a_checkpoint_of_an_own_model_is_taken_in_another_process(job: Make, home: Path, tmp_path: Path) -> None:
+    """Its identity has a digest of the module, which a process's first job has not imported yet."""
+    text = (
+        "import keras\ndef build(hyperparameters, image_shape, classes):\n"
+        "    return keras.Sequential([keras.Input(image_shape), keras.layers.Flatten(), keras.layers.Dense(classes)])\n"
+    )
+    (home / "mine.py").write_text(text, encoding="utf-8")
+
+    def own(**changed: Any) -> Job:
+        made = job(epochs=100_000, **changed)
+        return dataclasses.replace(made, definition=made.definition.model_copy(update={"model": "mine:build"}))
+
+    checkpoints = (home / "trial" / CHECKPOINT,)
+    with Trainer(Slot(device=cpu()), tmp_path / "log") as first:
+        first.submit(own())
+        assert isinstance(first.receive(240), Epoch)
+        first.stop("keep")
+        assert isinstance(_messages(first)[-1], Trained)
+    for changed in (False, True):
+        if changed:
+            (home / "mine.py").write_text(text + "# changed\n", encoding="utf-8")
+        with Trainer(Slot(device=cpu()), tmp_path / "log") as second:
+            second.submit(own(folder=home / "next", checkpoints=checkpoints))
+            assert isinstance(second.receive(240), Epoch if changed else Resumed)
