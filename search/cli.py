@@ -547,11 +547,10 @@ def _print_problems(study: str, here: "Settings") -> None:
     """Says that a study is not open, and why trials of it failed."""
     from search.terminal import failures_text, warn
     from studies import results
-    from studies.errors import StudyError
 
     try:
         status = results.status(study, here.url)
-    except (StudyError, StorageError):
+    except TrialyardError:
         return  # there is none: the error that follows says so
     _print_closed(status)
     if status.failures:
@@ -579,6 +578,8 @@ def main() -> None:
         from optuna.exceptions import OptunaError
         from sqlalchemy.exc import SQLAlchemyError
 
+        if isinstance(error, UnicodeEncodeError):  # of what the shell gave
+            _end(f"{error.object!r} is not text in UTF-8: write it so")
         if not isinstance(error, (OptunaError, SQLAlchemyError)):
             raise
         log.debug("the whole error", exc_info=error)

@@ -62,7 +62,7 @@ def check(
     epochs: int | None = None,
     limit: int | None = None,
 ) -> Checked:
-    """Checks that a definition obeys the rules, and that its data load and its model builds on this machine.
+    """Checks that a definition obeys the rules, that its data load here, and that a model of your own can be built.
 
     `name`, `trials`, `epochs` and `limit` (training images) replace what the definition says. Nothing is written.
 
@@ -91,10 +91,15 @@ def create(
 
     Raises what `check` raises; StudyError if a study of this name has another definition; StorageError.
     """
+    creation, _ = _create(_definition(source, name, trials, epochs, limit), _settings(storage), patience)
+    return creation
+
+
+def _create(definition: Definition, here: Settings, patience: float) -> tuple[ledger.Creation, PatientStorage]:
     # Everything is checked before the database is touched, the data and a user's own model included.
-    checked = check(source, name=name, trials=trials, epochs=epochs, limit=limit)
-    opened = database.create(_settings(storage).url, patience)
-    return registry.create(checked.definition, opened, checked.data)
+    checked = check(definition)
+    opened = database.create(here.url, patience)
+    return registry.create(definition, opened, checked.data), opened
 
 
 def run(
@@ -121,10 +126,8 @@ def run(
 
     here = _settings(storage)
     places = slots_of(devices, per_device, workers)
-    creation = create(
-        source, name=name, trials=trials, epochs=epochs, limit=limit, storage=storage, patience=here.patience_seconds
-    )
-    opened = database.connect(here.url, here.patience_seconds)
+    definition = _definition(source, name, trials, epochs, limit)
+    creation, opened = _create(definition, here, here.patience_seconds)
     if not creation.study.has_ended:
         registry.check_software(creation.study, opened, checks.software())
         _fill([creation.study], opened, here, places, listeners, leave=False)

@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 from datetime import UTC, datetime
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,17 +198,16 @@ def _trained(
 
 def _sources(definition: Definition) -> dict[str, str]:
     """A digest of the source file of each of a user's own functions: a changed one makes another training."""
+    return {name: _digest(name) for name in (definition.model, definition.dataset) if ":" in name}
+
+
+@cache  # this process keeps the module as it was when it was imported, whatever happens to the file
+def _digest(function: str) -> str:
     from search.data import import_function
 
-    digests = {}
-    for name in (definition.model, definition.dataset):
-        if ":" not in name:
-            continue
-        import_function(name)  # a process's first job has not imported it yet
-        file = sys.modules[name.partition(":")[0]].__file__
-        if file is not None:
-            digests[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-    return digests
+    import_function(function)
+    file = sys.modules[function.partition(":")[0]].__file__
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
 def _log(line: str) -> None:

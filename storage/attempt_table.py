@@ -1,8 +1,8 @@
 """The table of attempts: who ran a trial, when it was last seen, and how its run ended.
 
 Each run of a trial is one row. The row of a RUNNING trial's last attempt is its owner, its heartbeat and its right to
-write, all in one. Only `storage.claims` changes rows; `storage.legacy` adds those of
-older versions.
+write, all in one. Only `storage.claims` changes rows; `storage.legacy` adds those of older
+versions.
 """
 
 from collections.abc import Sequence

@@ -39,7 +39,6 @@ from storage.tables import (
     TrialModel,
     TrialParamModel,
     TrialSystemAttributeModel,
-    TrialUserAttributeModel,
     TrialValueModel,
     delete_study,
     insert_trial,
@@ -90,7 +89,7 @@ def delete(storage: RDBStorage, study: Study, grace_seconds: float) -> None:
                 f"study {study.name!r} has {current.running} running trials: `trialyard stop {study.name}` first, "
                 "then delete it"
             )
-        _record_deletion(connection, study)
+        deletions.record(connection, study.id, study.name, study.incarnation)
         delete_study(connection, study.id)
 
     write(storage, study.name, work)
@@ -114,27 +113,11 @@ def announce_deletion(storage: RDBStorage, study_id: int) -> None:
     """Remembers that somebody else, such as optuna-dashboard, is about to delete the study: its files may go then."""
     study = next((study for study in ledger.studies(storage) if study.id == study_id), None)
     if study is not None:
-        write(storage, study.name, lambda connection: _record_deletion(connection, study))
-
-
-def _record_deletion(connection: Connection, study: Study) -> None:
-    old_folder = has_old_folder(connection, study.id, study.name)
-    deletions.record(connection, study.name, study.incarnation, old_folder=old_folder)
-
-
-def has_old_folder(connection: Connection, study_id: int, study: str) -> bool:
-    """Whether trials of a study name files where versions before 0.2 kept them: in ``<study>/<trial>/``."""
-    stored, attempt = TrialUserAttributeModel, attempt_table.table
-    trials = select(TrialModel.trial_id).where(TrialModel.study_id == study_id)
-    named = select(stored.trial_id).where(
-        stored.trial_id.in_(trials),
-        stored.key.in_(("model", "history")),
-        stored.value_json.startswith(f'"{study}/', autoescape=True),
-    )
-    resumable = select(attempt.c.trial_id).where(
-        attempt.c.trial_id.in_(trials), attempt.c.checkpoint.startswith(f"{study}/", autoescape=True)
-    )
-    return any(connection.execute(query.limit(1)).first() is not None for query in (named, resumable))
+        write(
+            storage,
+            study.name,
+            lambda connection: deletions.record(connection, study.id, study.name, study.incarnation),
+        )
 
 
 # --- claim ------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from storage.transactions import (
     PatientStorage,
     cause_of,
     file_of,
-    has_password,
     is_transient,
     lock_file,
     lock_row,
@@ -35,8 +34,6 @@ from storage.transactions import (
     sqlite_file,
     write,
 )
-
-__all__ = ["has_password", "redact"]
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +54,7 @@ OUR_TABLES = (attempt_table.table, deletions.table, slots.table)
 
 
 def connect(url: str, patience: float = 0.0) -> PatientStorage:
-    """Optuna's storage on the database at `url`, which must stand already (see `create`).
+    """Optuna's storage on the database at `url`, which must exist already (see `create`).
 
     `patience` is how many seconds a call waits for a database that is away; connecting itself is tried once (but see
     `connect_with_retries`).
@@ -124,7 +121,7 @@ def _is_away(error: BaseException) -> bool:
 
 
 def create(url: str, patience: float = 0.0) -> PatientStorage:
-    """Makes the tables at `url` unless they stand (on SQLite the file and its folder, too), and connects to it.
+    """Makes the tables at `url` if needed (on SQLite the file and its folder, too), and connects to it.
 
     Raises StorageError where it cannot be written.
     """

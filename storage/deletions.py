@@ -5,7 +5,8 @@ An artifacts folder may be shared with other databases, so a folder that names n
 
 from sqlalchemy import Boolean, Column, Connection, DateTime, MetaData, String, Table, delete, insert, select
 
-from storage.tables import utc_now
+from storage import attempt_table
+from storage.tables import TrialModel, TrialUserAttributeModel, utc_now
 
 table = Table(
     "trialyard_deleted_studies",
@@ -17,8 +18,9 @@ table = Table(
 )
 
 
-def record(connection: Connection, study: str, incarnation: str, *, old_folder: bool) -> None:
-    """Remembers that the study was deleted."""
+def record(connection: Connection, study_id: int, study: str, incarnation: str) -> None:
+    """Remembers that the study is deleted, in the transaction that deletes it or before."""
+    old_folder = has_old_folder(connection, study_id, study)
     mine = (table.c.incarnation == incarnation, table.c.study == study)
     connection.execute(delete(table).where(*mine))
     row = {"incarnation": incarnation, "study": study, "old_folder": old_folder, "deleted": utc_now()}
@@ -29,3 +31,18 @@ def all_deleted(connection: Connection) -> list[tuple[str, str, bool]]:
     """The name and the incarnation of every study that was deleted, and whether it had an old folder."""
     rows = connection.execute(select(table.c.study, table.c.incarnation, table.c.old_folder))
     return [(study, incarnation, old) for study, incarnation, old in rows]
+
+
+def has_old_folder(connection: Connection, study_id: int, study: str) -> bool:
+    """Whether trials of a study name files where versions before 0.2 kept them: in ``<study>/<trial>/``."""
+    stored, attempt = TrialUserAttributeModel, attempt_table.table
+    trials = select(TrialModel.trial_id).where(TrialModel.study_id == study_id)
+    named = select(stored.trial_id).where(
+        stored.trial_id.in_(trials),
+        stored.key.in_(("model", "history")),
+        stored.value_json.startswith(f'"{study}/', autoescape=True),
+    )
+    resumable = select(attempt.c.trial_id).where(
+        attempt.c.trial_id.in_(trials), attempt.c.checkpoint.startswith(f"{study}/", autoescape=True)
+    )
+    return any(connection.execute(query.limit(1)).first() is not None for query in (named, resumable))

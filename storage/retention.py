@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -24,7 +24,8 @@ from sqlalchemy import Connection, delete, select
 
 from storage import artifacts, attributes, deletions
 from storage.artifacts import CHECKPOINT, HISTORY, ID_LENGTH, MODEL, SUMMARY
-from storage.claims import Claim, has_old_folder
+from storage.claims import Claim
+from storage.deletions import has_old_folder
 from storage.ranking import RankedTrial, ranked
 from storage.tables import StudyModel, TrialModel, TrialSystemAttributeModel, TrialUserAttributeModel
 from storage.transactions import read, write
@@ -70,11 +71,14 @@ def trim(storage: RDBStorage, claim: Claim, root: Path, keep: int) -> None:
     """
 
     def beyond(connection: Connection) -> list[str]:
-        if _study_of(connection, claim.incarnation) != claim.study_id:
+        if attributes.of_study(connection, claim.study_id, "incarnation") != claim.incarnation:
             return []
         best = ranked(connection, claim.study_id, keep + LOOK_PAST_KEPT, with_model=True)
         trials = {trial.trial_id for trial in best[keep:]} | {claim.trial_id}
-        paths = _paths(connection, "model", sorted(trials)) - _named(connection, keep)
+        kept = _paths(connection, "model", [trial.trial_id for trial in best[:keep]])
+        paths = _paths(connection, "model", sorted(trials)) - kept
+        if paths and _may_be_shared(connection, claim, paths):
+            paths -= _named(connection, keep)
         return sorted(path for path in paths if (root / path).exists())
 
     def remove_all(connection: Connection) -> None:
@@ -100,8 +104,8 @@ def remove_attempts(claim: Claim, root: Path) -> None:
 def unneeded(storage: RDBStorage, root: Path, keep: int, study: str | None = None) -> list[UnneededFile]:
     """What below `root` no trial needs, by path; only that of `study` if it is given.
 
-    Files of studies that were deleted, files of attempts that do not count, checkpoints of
-    finished trials, models beyond the best `keep`, and what was left half written more than a day ago.
+    Files of studies that were deleted, files of attempts that do not count, checkpoints of finished trials, models
+    beyond the best `keep`, and what was left half written more than a day ago.
     """
     # First the files: a trial is in the database before it has one.
     files = [file for file in _files(root) if study is None or file.study == study]
@@ -120,7 +124,7 @@ def of_others(storage: RDBStorage, root: Path) -> list[str]:
 
 
 def remove(storage: RDBStorage, root: Path, keep: int, listed: Sequence[UnneededFile]) -> int:
-    """Removes those of the `listed` files that are unneeded still; returns how many bytes that freed."""
+    """Removes those of the `listed` files that are still unneeded; returns how many bytes that freed."""
     freed = 0
     by_study: dict[str, list[File]] = defaultdict(list)
     for each in listed:
@@ -276,11 +280,12 @@ def _study_folder(study: str, incarnation: str) -> str:
     return artifacts.attempt_folder(study, incarnation, 0, 1).parts[0]
 
 
-def _study_of(connection: Connection, incarnation: str) -> int | None:
-    for study in attributes.of_studies(connection, ("incarnation",)):
-        if study.values.get("incarnation") == incarnation:
-            return study.study_id
-    return None
+def _may_be_shared(connection: Connection, claim: Claim, paths: Collection[str]) -> bool:
+    """Whether another study may name some of `paths`, as a copy does. Most studies have none: to ask all is slow."""
+    mine = _study_folder(claim.study, claim.incarnation)
+    studies = attributes.of_studies(connection, ("incarnation",))
+    copies = sum(study.values.get("incarnation") == claim.incarnation for study in studies)
+    return copies > 1 or any(PurePosixPath(path).parts[0] != mine for path in paths)
 
 
 def _remove_empty(folder: Path) -> None:

@@ -73,14 +73,15 @@ def leave(connection: Connection, slots: Sequence[Owner]) -> None:
 def present(connection: Connection) -> list[SlotStatus]:
     """The slots that send heartbeats, by host, process and slot. Processes known to be gone are left out."""
     now, stored = database_now(connection), attempt_table.table
+    slot = ("machine", "pid", "born", "slot")
     held = (
-        select(stored.c.machine, stored.c.pid, stored.c.slot, stored.c.epoch, TrialModel.number, StudyModel.study_name)
+        select(*(stored.c[name] for name in slot), stored.c.epoch, TrialModel.number, StudyModel.study_name)
         .join(TrialModel, TrialModel.trial_id == stored.c.trial_id)
         .join(StudyModel, StudyModel.study_id == TrialModel.study_id)
         .where(stored.c.ended.is_(None), attempt_table.trial_is_running())
         .subquery()
     )
-    same_slot = and_(*(held.c[name] == table.c[name] for name in ("machine", "pid", "slot")))
+    same_slot = and_(*(held.c[name] == table.c[name] for name in slot))
     rows = connection.execute(
         select(table, held.c.study_name, held.c.number, held.c.epoch)
         .outerjoin(held, same_slot)

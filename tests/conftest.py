@@ -3,10 +3,11 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +329,57 @@ def write_small(home: Path, write_npz: Callable[..., Path]) -> Callable[..., Pat
         return path
 
     return write
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+Command = Callable[..., subprocess.Popen[str]]
+COMMAND = [sys.executable, "-m", "search.cli"]
+SECONDS = 240  # that a command may take
+
+
+@pytest.fixture
+def start(home: Path) -> Iterator[Command]:
+    """Starts ``trialyard`` with these arguments in the current folder, unless another folder, environment or program is
+    given; what still runs at the end is killed.
+    """
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(
+        *arguments: str,
+        program: Sequence[str] = COMMAND,
+        folder: Path = home,
+        variables: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*program, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env={"TRIALYARD_WORKERS": "1"} | dict(os.environ if variables is None else variables),
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    """Waits for the end of a command; what it wrote to standard output and to standard error."""
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == code, err
+    return out, err
+
+
+def until(process: subprocess.Popen[str], *words: str) -> None:
+    """Reads the command's progress up to the line that has all these words."""
+    assert process.stderr is not None
+    seen = ""
+    while not all(word in seen for word in words):
+        seen = process.stderr.readline()
+        assert seen, f"it ended before it said {words}"

@@ -82,17 +82,21 @@ def _trained(*, stopped: bool) -> Trained:
     )
 
 
+def _handle(storage: PatientStorage, study: ledger.Study) -> StudyHandle:
+    return StudyHandle(
+        study=study,
+        definition=registry.definition_of(study.name, storage),
+        storage=storage,
+        cached=optuna.storages.get_storage(storage),
+    )
+
+
 def _run(storage: PatientStorage, folder: Path, me: Owner, *messages: Message | Callable[[], Message]) -> Scripted:
     """Runs one trial with a trainer that says `messages`."""
     study = ledger.find(storage, "trivial")
     claim = claims.claim(storage, study, me, 60.0)
     assert claim is not None
-    handle = StudyHandle(
-        study=study,
-        definition=registry.definition_of("trivial", storage),
-        storage=storage,
-        cached=optuna.storages.get_storage(storage),
-    )
+    handle = _handle(storage, study)
     trainer, settings = Scripted(folder, list(messages)), Settings(home=folder)
     Attempt(handle, claim, trainer, settings, pulse=Pulse(), listeners=[], interrupted=Event()).run()
     return trainer
@@ -208,12 +212,7 @@ def test_a_study_deleted_right_after_the_claim_ends_no_worker(
     study = ledger.find(storage, "trivial")
     claim = claims.claim(storage, study, me, 60.0)
     assert claim is not None
-    handle = StudyHandle(
-        study=study,
-        definition=registry.definition_of("trivial", storage),
-        storage=storage,
-        cached=optuna.storages.get_storage(storage),
-    )
+    handle = _handle(storage, study)
     ledger.set_state(storage, study, "stopped")
     claims.delete(storage, study, 60.0)
     settings = Settings(home=tmp_path)

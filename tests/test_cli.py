@@ -99,6 +99,12 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(
     assert _dump(home) == before
 
 
+def test_an_argument_that_is_not_utf_8_is_one_sentence(trialyard: Call) -> None:
+    trialyard("storage", "create")
+    code, out, err = trialyard("status", "\udcff")
+    assert (code, out, err) == (1, "", "error: '\\udcff' is not text in UTF-8: write it so\n")
+
+
 @pytest.mark.parametrize(
     "arguments", [["nothing"], ["run"], ["best"], ["status", "--jsn"], ["create", "digits", "--trials", "0"]]
 )

