@@ -28,7 +28,7 @@ from storage.claims import Claim
 from storage.errors import ClaimLost, StorageError, StudyGone, TrialyardError
 from storage.settings import Settings
 from storage.transactions import PatientStorage
-from studies import sampling
+from studies import recipe, sampling
 from studies.definition import Definition
 from studies.space import Point, suggest
 
@@ -131,12 +131,12 @@ class Attempt:
             point = hyperparameters_of(self.handle, self._opened, self.claim)
         except (ValueError, RuntimeError, ArithmeticError) as error:
             return _failed(Failed(kind="sampler", message=f"{type(error).__name__}: {error}"))
+        self._recipe = recipe.of_trial(definition, self.claim.number, point)
         for listener in self._listeners:
-            listener.began(self.claim, point, definition.budget.epochs)
+            listener.began(self.claim, point, self._recipe.epochs)
         job = Job(
             definition=definition,
-            hyperparameters={**definition.fixed, **point},
-            seed=self._seed(),
+            recipe=self._recipe,
             slot=self.trainer.slot,
             data_folders=self.settings.data_folders,
             folder=self.settings.artifact_folder / self.claim.folder,
@@ -157,9 +157,6 @@ class Attempt:
             return self._follow()
         except TrainerDied as died:
             return self._outcome_of_death(died)
-
-    def _seed(self) -> int:
-        return sampling.seed_of(self.handle.definition, self.claim.number, purpose=1)
 
     def _follow(self) -> Outcome:
         """Handles the trainer's messages until its job ends. Raises TrainerDied and ClaimLost."""
@@ -190,7 +187,7 @@ class Attempt:
                 listed, last = files, message.val_accuracy
                 self._notify_epoch(message)
                 # After its last epoch a trial is complete: pruning would save nothing.
-                if not pruned and message.epoch < budget.epochs and self._should_prune(message.epoch):
+                if not pruned and message.epoch < self._recipe.epochs and self._should_prune(message.epoch):
                     pruned, stop_by = True, time.monotonic() + self.settings.stop_seconds
                     trainer.stop("drop")
             now = time.monotonic()
@@ -247,7 +244,9 @@ class Attempt:
             claims.requeue(storage, claim, kind, outcome.reason, self._files() or None)
             return
         state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[outcome.kind]
-        claims.finish(storage, claim, state, outcome.value, self._attributes(outcome), _files_left(outcome.trained))
+        trained = outcome.trained
+        hits = trained.hits if trained is not None and outcome.kind == "complete" else None
+        claims.finish(storage, claim, state, outcome.value, self._attributes(outcome), _files_left(trained), hits)
         with _ignore_leftover_file(claim):
             # Only now: if the database had stayed away, the trial would have resumed from its checkpoint.
             retention.remove_attempts(claim, self.settings.artifact_folder)
@@ -261,7 +260,7 @@ class Attempt:
         trained = outcome.trained
         if trained is None:
             return {}
-        slot, data = self.trainer.slot, self.handle.definition.data
+        slot = self.trainer.slot
         return {
             "parameters": trained.parameters,
             "epochs": trained.epochs,
@@ -274,8 +273,8 @@ class Attempt:
             "precision_reason": trained.precision_reason,
             "versions": trained.versions,
             "data_fingerprint": trained.data_fingerprint,
-            "protocol": "test" if data.validation == "test" else "validation",
-            "seed": self._seed(),
+            "protocol": "confirmation" if self._recipe.confirms else self.handle.definition.judged_on,
+            "seed": self._recipe.seed,
             "history": str(self.claim.folder / artifacts.HISTORY),
             **({} if trained.stopped else {"model": str(self.claim.folder / artifacts.MODEL)}),
         }

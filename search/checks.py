@@ -23,9 +23,10 @@ from search.errors import DataError, MachineError, ModelError
 from search.messages import Checked, Failed, Job
 from search.trainer import Trainer, TrainerDied
 from storage.settings import Settings
-from studies import model_rules, sampling
+from studies import model_rules, recipe, sampling
 from studies.definition import Definition
-from studies.space import Choice, Int, in_order
+from studies.recipe import Recipe
+from studies.space import Choice, in_order
 
 BATCH_SIZE = 128  # the default, as in search.model, which this process must not import
 POLL_SECONDS = 1.0
@@ -42,6 +43,8 @@ def check(definition: Definition, settings: Settings) -> dict[str, Any]:
     if ":" in definition.dataset or ":" in definition.model:
         return _check_in_trainer(definition, settings)
     dataset = data.load(definition.dataset, definition.data, settings.data_folders)
+    if definition.confirm is not None:
+        data.require_test(definition.dataset, settings.data_folders)
     _check_sizes(definition, dataset)
     check_keras(_backend())
     return dataset.summary()
@@ -79,13 +82,13 @@ def check_with_keras(definition: Definition, dataset: Dataset) -> None:
 
         from search.model import accuracy_of, build
 
-        net = build(definition.model, first_point(definition), dataset.image_shape, dataset.classes)
+        net = build(definition.model, first_recipe(definition).hyperparameters, dataset.image_shape, dataset.classes)
         y = keras.utils.to_categorical(dataset.y_validation[:1], dataset.classes)
         accuracy_of(net.evaluate(dataset.x_validation[:1], y, verbose=0, return_dict=True), definition.model)
 
 
-def first_point(definition: Definition) -> dict[str, Any]:
-    """Hyperparameters that the definition allows: the first listed point, or the low ends and first choices."""
+def first_recipe(definition: Definition) -> Recipe:
+    """A training that the definition allows: of its first listed point, or of the low ends and first choices."""
     point: dict[str, Any] = {}
     listed = definition.points[0] if definition.points else {}
     for name in in_order(definition.space):
@@ -93,7 +96,7 @@ def first_point(definition: Definition) -> dict[str, Any]:
         if parameter.applies(point):
             low = parameter.choices[0] if isinstance(parameter, Choice) else parameter.low
             point[name] = listed.get(name, low)
-    return {**definition.fixed, **point}
+    return recipe.of_trial(definition, 0, point)
 
 
 @cache  # it takes seconds, and a worker checks every study that it takes
@@ -169,8 +172,7 @@ def _check_in_trainer(definition: Definition, settings: Settings) -> dict[str, A
         trainer.submit(
             Job(
                 definition=definition,
-                hyperparameters={},
-                seed=0,
+                recipe=first_recipe(definition),
                 slot=trainer.slot,
                 data_folders=settings.data_folders,
                 folder=None,
@@ -204,7 +206,7 @@ def _check_sizes(definition: Definition, dataset: Dataset) -> None:
     if definition.model not in model_rules.NAMES:
         return
     height, width, _ = dataset.image_shape
-    for depth in _depths(definition):
+    for depth in definition.values_of("depth") or (None,):
         smallest = model_rules.smallest_image(definition.model, depth)
         if min(height, width) < smallest:
             which = definition.model + (f" of depth {depth}" if depth else "")
@@ -215,16 +217,8 @@ def _check_sizes(definition: Definition, dataset: Dataset) -> None:
 
 
 def _largest(definition: Definition, name: str, default: int) -> tuple[int, str]:
+    largest = max(int(value) for value in definition.values_of(name) or (default,))
     parameter = definition.space.get(name)
-    if isinstance(parameter, Choice):
-        return max(int(value) for value in parameter.choices), f"space.{name}.choices"
-    if isinstance(parameter, Int):
-        return parameter.high, f"space.{name}.high"
-    return int(definition.fixed.get(name, default)), f"fixed.{name}" if name in definition.fixed else f"{name}"
-
-
-def _depths(definition: Definition) -> list[Any]:
-    parameter = definition.space.get("depth")
     if parameter is not None:
-        return list(parameter.points() or [])
-    return [definition.fixed.get("depth")]
+        return largest, f"space.{name}.{'choices' if isinstance(parameter, Choice) else 'high'}"
+    return largest, f"fixed.{name}" if name in definition.fixed else name

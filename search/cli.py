@@ -11,11 +11,28 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from storage.errors import SettingsError, StorageError, TrialyardError
+from search import storage_commands
+from search.options import (
+    DevicesOption,
+    EpochsOption,
+    Form,
+    JsonOption,
+    LimitOption,
+    NameOption,
+    PerDeviceOption,
+    SourceArgument,
+    StorageOption,
+    StudyArgument,
+    TrialsOption,
+    WorkersOption,
+    YesOption,
+    settings_of,
+)
+from storage.errors import TrialyardError
 
 if TYPE_CHECKING:
     from search.service import Interrupted
@@ -32,44 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-storage_app = typer.Typer(help="The database itself.", no_args_is_help=True)
-app.add_typer(storage_app, name="storage")
-
-StorageOption = Annotated[
-    str | None,
-    typer.Option("--storage", metavar="URL", help="Database. Default: TRIALYARD_STORAGE, else ./yard/studies.db"),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON value on standard output, nothing else there.")]
-NameOption = Annotated[str | None, typer.Option("--name", help="Another name for the study.")]
-TrialsOption = Annotated[
-    int | None, typer.Option("--trials", min=1, envvar="TRIALYARD_TRIALS", help="Budget in trials.")
-]
-EpochsOption = Annotated[
-    int | None, typer.Option("--epochs", min=1, envvar="TRIALYARD_EPOCHS", help="Epochs of a trial.")
-]
-LimitOption = Annotated[
-    int | None, typer.Option("--limit", min=1, envvar="TRIALYARD_LIMIT", help="Use only so many training images.")
-]
-DevicesOption = Annotated[
-    str,
-    typer.Option(
-        "--devices", metavar="auto|cpu|N,N", envvar="TRIALYARD_DEVICES", help="GPUs by number, the processor, or auto."
-    ),
-]
-PerDeviceOption = Annotated[
-    int | None,
-    typer.Option("--per-device", min=1, envvar="TRIALYARD_PER_DEVICE", help="So many trials share each device."),
-]
-WorkersOption = Annotated[
-    int | None,
-    typer.Option("--workers", min=1, envvar="TRIALYARD_WORKERS", help="So many trials at once here, in all."),
-]
-Form = Literal["html", "markdown", "table"]
-YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study in the database.")]
-SourceArgument = Annotated[
-    str, typer.Argument(metavar="NAME|FILE", help="A ready definition (see `trialyard catalog`), or a TOML file.")
-]
+app.add_typer(storage_commands.app, name="storage")
 
 
 def _print_version(wanted: bool) -> None:
@@ -151,7 +131,7 @@ def create(
     from search import service
     from search.terminal import say
 
-    url = _settings(storage).url
+    url = settings_of(storage).url
     creation = service.create(source, name=name, trials=trials, epochs=epochs, limit=limit, storage=url)
     study, budget = creation.study.name, creation.study.budget
     say(
@@ -181,7 +161,7 @@ def run(
     from studies import results
     from studies.errors import StudyError
 
-    here = _settings(storage)
+    here = settings_of(storage)
     definition = definitions.load(source, name=name, trials=trials, epochs=epochs, limit=limit)
     try:
         trial = service.run(
@@ -217,7 +197,7 @@ def work(
 
     if studies and forever:
         raise typer.BadParameter("with --forever it takes trials of all studies: name none")
-    here = _settings(storage)
+    here = settings_of(storage)
     try:
         names = service.work(
             *(studies or ()),
@@ -238,12 +218,45 @@ def work(
 
 
 @app.command()
+def confirm(
+    study: StudyArgument,
+    top: Annotated[int | None, typer.Option("--top", help="So many of the best configurations. Default: 3.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Train each from so many seeds.")] = 8,
+    storage: StorageOption = None,
+    chosen_devices: DevicesOption = "auto",
+    per_device: PerDeviceOption = None,
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the best configurations again from several seeds, and judge them by the test images."""
+    from search import service
+    from search.terminal import print_confirmed, print_json
+
+    try:
+        found = service.confirm(
+            study,
+            top=top,
+            seeds=seeds,
+            storage=settings_of(storage).url,
+            devices=chosen_devices,
+            per_device=per_device,
+            workers=workers,
+        )
+    except service.Interrupted as stop:
+        _exit_after(stop)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        print_confirmed(found)
+
+
+@app.command()
 def pause(study: StudyArgument, storage: StorageOption = None) -> None:
     """Have all workers put a study's trials back into the queue, and start no more."""
     from search.terminal import say
     from studies import registry
 
-    registry.pause(study, _settings(storage).url)
+    registry.pause(study, settings_of(storage).url)
     say(f"study {study} is paused: `trialyard resume {study}` lets its workers go on")
 
 
@@ -253,7 +266,7 @@ def resume(study: StudyArgument, storage: StorageOption = None) -> None:
     from search.terminal import say
     from studies import registry
 
-    registry.resume(study, _settings(storage).url)
+    registry.resume(study, settings_of(storage).url)
     say(f"study {study} is open: `trialyard work {study}` works on it where no worker waits")
 
 
@@ -263,7 +276,7 @@ def stop(study: StudyArgument, storage: StorageOption = None) -> None:
     from search.terminal import say
     from studies import registry
 
-    registry.stop(study, _settings(storage).url)
+    registry.stop(study, settings_of(storage).url)
     say(f"study {study} is stopped: `trialyard leaderboard {study}` shows its results")
 
 
@@ -280,7 +293,7 @@ def import_results(
     from storage import database
     from studies import imported, notebook, notes
 
-    here = _settings(storage)
+    here = settings_of(storage)
     if file is not None:
         added = imported.import_trials(study, file, here.url)
         line = f"study {study}: {added} trials were imported{'' if added else '; all of them existed already'}"
@@ -310,7 +323,7 @@ def report(
     from studies.errors import StudyError
     from studies.report import report as report_of
 
-    here = _settings(storage)
+    here = settings_of(storage)
     if form == "table":
         if output is not None:
             raise typer.BadParameter("--format table is for the terminal: --output goes with html or markdown")
@@ -341,7 +354,7 @@ def dashboard(
     from search.terminal import warn
     from storage.transactions import redact
 
-    url = _settings(storage).url
+    url = settings_of(storage).url
     service.serve(
         host,
         port,
@@ -368,7 +381,7 @@ def export(
     from studies import exports
 
     chosen = None if form is None else exports.format_of(form)
-    target = exports.export(study, folder, chosen, _settings(storage).url)
+    target = exports.export(study, folder, chosen, settings_of(storage).url)
     say(f"the best of {study} is in {target}")
 
 
@@ -378,7 +391,7 @@ def delete(study: StudyArgument, storage: StorageOption = None, yes: YesOption =
     from search.terminal import ask, say, size_text
     from studies import registry, results
 
-    url = _settings(storage).url
+    url = settings_of(storage).url
     status = results.status(study, url)
     done = status.complete + status.pruned + status.failed
     ask(f"Remove study {study} with its {done} finished trials, and their models and histories?", yes)
@@ -396,7 +409,7 @@ def status(
     from search.terminal import print_json, print_status, print_workers, say
     from studies import results
 
-    url = _settings(storage).url
+    url = settings_of(storage).url
     statuses = [results.status(study, url)] if study else results.statuses(url)
     workers = [] if study else results.workers(url)
     if as_json:
@@ -417,7 +430,7 @@ def alive(storage: StorageOption = None) -> None:
     from search import service
     from search.terminal import say
 
-    silent = service.alive(_settings(storage).url)
+    silent = service.alive(settings_of(storage).url)
     say(f"a worker of this machine gave its last sign {silent:.0f} s ago")
 
 
@@ -427,7 +440,7 @@ def best(study: StudyArgument, storage: StorageOption = None, as_json: JsonOptio
     from search.terminal import print_best, print_json, record
     from studies import results
 
-    here = _settings(storage)
+    here = settings_of(storage)
     trial = results.best_trial(study, here.url)
     if as_json:
         print_json(record(study, trial, here))
@@ -446,93 +459,14 @@ def leaderboard(
     from search.terminal import print_json, print_rows
     from studies import results
 
-    rows = results.leaderboard(study, _settings(storage).url, top)
+    rows = results.leaderboard(study, settings_of(storage).url, top)
     if as_json:
         print_json([dataclasses.asdict(row) for row in rows])
     else:
         print_rows(rows)
 
 
-@storage_app.command("create")
-def storage_create(storage: StorageOption = None) -> None:
-    """Make the database's tables if needed."""
-    from search import service
-    from search.terminal import say
-
-    say(f"the database {service.create_storage(_settings(storage).url)} is ready")
-
-
-@storage_app.command("upgrade")
-def storage_upgrade(storage: StorageOption = None) -> None:
-    """Bring the database of an older version up to this one, with no worker running; make a backup before."""
-    from search import service
-    from search.terminal import say
-    from storage.transactions import redact
-
-    url = _settings(storage).url
-    revision, repaired = service.upgrade_storage(url)
-    for sentence in repaired:
-        say(sentence)
-    say(f"the database {redact(url)} has the tables of this version ({revision})")
-
-
-@storage_app.command("check")
-def storage_check(storage: StorageOption = None) -> None:
-    """Check that the database is whole, and that each study keeps its promises."""
-    from search import service
-    from search.terminal import say
-    from storage.transactions import redact
-    from studies import registry
-
-    url = _settings(storage).url
-    problems = service.check_storage(url)
-    if problems:
-        raise StorageError(f"{len(problems)} problems in {redact(url)}: {'; '.join(problems)}")
-    say(f"the database {redact(url)} is whole, with {len(registry.names(url))} studies")
-
-
-@storage_app.command("backup")
-def storage_backup(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file.")], storage: StorageOption = None
-) -> None:
-    """Copy the whole database, as it is at this moment, to a new SQLite file; workers may go on."""
-    from search import service
-    from search.terminal import say
-
-    trials = service.backup_storage(file, _settings(storage).url)
-    say(f"{trials} trials are in {file}: `--storage sqlite:///{file}` reads them")
-
-
-@storage_app.command("prune")
-def storage_prune(storage: StorageOption = None, yes: YesOption = False) -> None:
-    """Remove files that no trial of this database needs; lists them, and asks first."""
-    from search import service
-    from search.terminal import ask, say, size_text, warn
-
-    here = _settings(storage)
-    found = service.leftovers(here.url)
-    for folder in found.of_others:
-        warn(f"{here.artifact_folder / folder}: kept, since it may be another database's: this one never had it")
-    for file in found.files:
-        warn(f"{file.path}: {size_text(file.size)}, {file.why}")
-    if found.files:
-        ask(f"Remove these {len(found.files)} files, {size_text(sum(file.size for file in found.files))}?", yes)
-    say(f"{size_text(service.prune(found, here.url))} are free, below {here.artifact_folder}")
-
-
 # --- what several commands do -----------------------------------------------------------------------------
-
-
-def _settings(storage: str | None) -> "Settings":
-    from storage import settings
-    from storage.transactions import has_password, redact
-
-    if storage is not None and has_password(storage):
-        raise SettingsError(
-            f"--storage {redact(storage)} has a password in it, which everybody sees in the process list: put the URL "
-            "into TRIALYARD_STORAGE, or into a file that TRIALYARD_STORAGE_FILE names"
-        )
-    return settings.load(storage=storage)
 
 
 def _exit_after(stop: "Interrupted") -> NoReturn:

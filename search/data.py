@@ -12,6 +12,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,12 +41,28 @@ class Dataset:
     classes: int
     fingerprint: str  # of the source's training arrays, before the limit and the split
     validated_on: Literal["validation", "test"]
+    # Only for a confirmation, and judged by once, after the last epoch; of the same form as the validation images.
+    x_test: Array | None = None
+    y_test: Array | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width, channels."""
         height, width, channels = self.x_train.shape[1:]
         return height, width, channels
+
+    @property
+    def judged(self) -> tuple[Literal["validation", "test"], Array, Array]:
+        """The images that judge a training, and their labels: a confirmation's test images, else the validation's."""
+        if self.x_test is not None and self.y_test is not None:
+            return "test", self.x_test, self.y_test
+        return self.validated_on, self.x_validation, self.y_validation
+
+    @cached_property
+    def judged_fingerprint(self) -> str:
+        """Of the images that judge a training."""
+        _, x, y = self.judged
+        return _fingerprint(x, y)
 
     def summary(self) -> dict[str, Any]:
         """What a study records about its data: counts and the fingerprint."""
@@ -58,30 +75,37 @@ class Dataset:
         }
 
 
-def load(name: str, data: Data, folders: Sequence[Path]) -> Dataset:
+def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) -> Dataset:
     """The dataset `name` (see `studies.definition`), limited and split as `data` says.
 
+    The test arrays are read only for a confirmation (`test`), and where the definition validates on them.
     Files are searched in `folders`; mnist and fashion_mnist are downloaded to the last folder if no folder has them.
     Raises DataError, and MachineError if a function cannot be imported.
     """
     arrays = _source(name, folders)
-    keys = ("x_train", "y_train") + (("x_test", "y_test") if data.validation == "test" else ())
+    share = None if data.validation == "test" else data.validation
+    keys = ("x_train", "y_train") + (("x_test", "y_test") if share is None or test else ())
     raw = {key: _array(arrays, key, name) for key in keys}
     x, y = _pair(raw["x_train"], raw["y_train"], name, "x_train", "y_train")
     fingerprint = _fingerprint(x, y)
     classes = int(y.max()) + 1
     if data.limit is not None and data.limit < len(y):
         x, _, y, _ = _split(x, y, len(y) - data.limit, data.seed, f"data.limit = {data.limit}", name)
-    if data.validation == "test":
-        x_validation, y_validation = _pair(raw["x_test"], raw["y_test"], name, "x_test", "y_test")
-        if x_validation.shape[1:] != x.shape[1:] or y_validation.max() >= classes:
+    x_test = y_test = None
+    if "x_test" in raw:
+        x_test, y_test = _pair(raw["x_test"], raw["y_test"], name, "x_test", "y_test")
+        if x_test.shape[1:] != x.shape[1:] or y_test.max() >= classes:
             raise DataError(
-                f"{name}: x_test has images of shape {x_validation.shape[1:]} in {int(y_validation.max()) + 1} classes "
+                f"{name}: x_test has images of shape {x_test.shape[1:]} in {int(y_test.max()) + 1} classes "
                 f"and x_train of shape {x.shape[1:]} in {classes}: both must have the same shape and classes"
             )
+    if share is None:
+        assert x_test is not None
+        assert y_test is not None
+        x_validation, y_validation = x_test, y_test
     else:
-        setting = f"data.validation = {data.validation:g}"
-        held_out = round(len(y) * data.validation)
+        setting = f"data.validation = {share:g}"
+        held_out = round(len(y) * share)
         x, x_validation, y, y_validation = _split(x, y, held_out, data.seed, setting, name)
     return Dataset(
         x_train=x,
@@ -90,8 +114,17 @@ def load(name: str, data: Data, folders: Sequence[Path]) -> Dataset:
         y_validation=y_validation,
         classes=classes,
         fingerprint=fingerprint,
-        validated_on="test" if data.validation == "test" else "validation",
+        validated_on="test" if share is None else "validation",
+        x_test=x_test if test else None,
+        y_test=y_test if test else None,
     )
+
+
+def require_test(name: str, folders: Sequence[Path]) -> None:
+    """Raises DataError if the dataset has no test images. None of them is read."""
+    arrays = _source(name, folders)
+    for key in ("x_test", "y_test"):
+        _require(arrays, key, name)
 
 
 # --- where the arrays come from ---------------------------------------------------------------------------
@@ -235,12 +268,16 @@ def _download(name: str, folder: Path) -> Path:
 
 
 def _array(arrays: _Arrays, key: str, name: str) -> Array:
+    _require(arrays, key, name)
+    return arrays[key]()
+
+
+def _require(arrays: _Arrays, key: str, name: str) -> None:
     if key not in arrays:
         raise DataError(
             f"{name} has no array {key!r}, it has {', '.join(arrays) or 'none'}: add x_train and y_train, and x_test "
             "and y_test to be confirmed on"
         )
-    return arrays[key]()
 
 
 def _pair(x: Array, y: Array, name: str, x_name: str, y_name: str) -> tuple[Array, Array]:

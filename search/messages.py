@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from search.devices import Slot
+from storage.hits import Hits
 from studies.definition import Definition
+from studies.recipe import Recipe
 
 StopMode = Literal["keep", "drop"]  # whether a training that is stopped writes a checkpoint of its last whole epoch
 
@@ -24,8 +26,7 @@ class Job:
     """One training; or with `folder` None only a check: load the data, build the model, train nothing."""
 
     definition: Definition
-    hyperparameters: dict[str, Any]
-    seed: int
+    recipe: Recipe
     slot: Slot
     data_folders: tuple[Path, ...]
     folder: Path | None  # for model, history and checkpoint
@@ -107,8 +108,8 @@ def best_epoch(history: Sequence[Epoch]) -> Epoch | None:
 class Trained:
     """A training that came to its end, or was asked to stop."""
 
-    value: float  # validation accuracy of the best epoch
-    best_epoch: int
+    value: float  # validation accuracy of the best epoch; in a confirmation the test accuracy of the last one
+    best_epoch: int  # in a confirmation the last one
     epochs: int  # that were trained whole
     stopped: bool  # asked to, before the last epoch's end
     parameters: int  # weights in the model
@@ -118,6 +119,7 @@ class Trained:
     precision_reason: str
     data_fingerprint: str
     versions: dict[str, str]
+    hits: Hits | None  # of the model that is kept; None if it was stopped, or gives something else than classes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,9 @@ from storage.ledger import Study
 from storage.retention import UnneededFile
 from storage.settings import Settings
 from storage.transactions import PatientStorage
+from studies import confirmation, registry, results
 from studies import definition as definitions
-from studies import registry, results
+from studies.confirmation import Confirmed
 from studies.definition import Definition
 
 if TYPE_CHECKING:
@@ -188,6 +189,45 @@ def _fill(
     shown = progress.display(found, opened, places) if listeners is None else listeners
     if not worker.work(names, opened, here, places, shown, leave=leave):
         raise Interrupted(requeued=not opened.shutting_down.is_set())
+
+
+def confirm(
+    study: str,
+    *,
+    top: int | None = None,
+    seeds: int = confirmation.SEEDS,
+    storage: str | None = None,
+    devices: str = "auto",
+    per_device: int | None = None,
+    workers: int | None = None,
+    listeners: "Sequence[Listener] | None" = None,
+) -> Confirmed:
+    """Trains the `top` best configurations of `study` again from so many `seeds`, and judges them by the test images.
+
+    None for `top` means three, or fewer if the study has not so many. The trainings are trials of a study of their own,
+    so workers of other machines help, and the same call continues where this one stopped. `devices`, `per_device`
+    and `workers` are as for `work`. See `studies.confirmation`.
+
+    Raises StudyError if there is no such study, or it has not ended, has no complete trial, or has chosen by the test
+    images; DataError if there are no test images; and what `work` raises.
+    """
+    from search import checks
+    from search.devices import slots as slots_of
+
+    here = _settings(storage)
+    places = slots_of(devices, per_device, workers)
+    opened = database.connect_with_retries(here.url, here.patience_seconds)
+    searched = registry.find(study, opened)
+    definition = confirmation.definition_of(searched, opened, top, seeds)
+    checked = check(definition)
+    registry.check_data(searched, checked.data)
+    if definition.name not in registry.names(opened):
+        ledger.record_test_opening(opened, searched)
+    created = registry.create(definition, opened, checked.data).study
+    if not created.has_ended:
+        registry.check_software(created, opened, checks.software())
+        _fill([created], opened, here, places, listeners, leave=False)
+    return confirmation.of_study(registry.find(created.name, opened), opened)
 
 
 def alive(storage: str | None = None) -> float:

@@ -15,6 +15,7 @@ from storage import artifacts, attributes, ledger
 from storage.settings import Settings
 from storage.slots import SlotStatus
 from studies import text
+from studies.confirmation import Confirmed
 from studies.content import Content
 from studies.results import Row, Status
 
@@ -65,7 +66,8 @@ def print_json(value: Any) -> None:
 
 def print_best(study: str, trial: FrozenTrial, settings: Settings) -> None:
     attrs = trial.user_attrs
-    judged = "test (the notebook's protocol)" if attrs.get("protocol") == "test" else "validation"
+    judged_on = {"test": "test (the notebook's protocol)", "confirmation": "test"}
+    judged = judged_on.get(str(attrs.get("protocol")), "validation")
     out.print(f"best of {study}: trial {trial.number}, {judged} accuracy {trial.values[0]:.4f}", markup=False)
     out.print(f"  hyperparameters  {progress.shown(trial.params)}", markup=False)
     best_epoch, epochs, parameters, seconds, speed = numbers = [
@@ -139,12 +141,19 @@ def failures_text(found: Status) -> str:
 
 
 def print_report(content: Content) -> None:
-    """Prints a report as rich shows its Markdown."""
+    _print_markdown(text.report(content))
+
+
+def print_confirmed(found: Confirmed) -> None:
+    _print_markdown(f"# {text.escaped(found.study)}, confirmed\n\n{text.confirmed(found)}\n")
+
+
+def _print_markdown(markdown: str) -> None:
     from rich.markdown import Markdown
 
     # Outside a terminal the table may be wider.
     width = None if out.is_terminal else WIDE
-    Console(width=width, highlight=False).print(Markdown(text.report(content)))
+    Console(width=width, highlight=False).print(Markdown(markdown))
 
 
 def ask(question: str, yes: bool) -> None:

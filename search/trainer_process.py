@@ -151,20 +151,23 @@ def _loaded(job: Job, datasets: "dict[Any, Dataset]") -> "Dataset":
     from search import data
 
     wanted = job.definition
-    key = (wanted.dataset, wanted.data, job.data_folders)
+    images, test = job.recipe.data, job.recipe.confirms and job.folder is not None
+    key = (wanted.dataset, images, job.data_folders, test)
     if key not in datasets:
         datasets.clear()  # one at a time: a machine may serve many studies
-        datasets[key] = data.load(wanted.dataset, wanted.data, job.data_folders)
+        datasets[key] = data.load(wanted.dataset, images, job.data_folders, test=test)
     return datasets[key]
 
 
 def _trained(
     job: Job, dataset: "Dataset", connection: "Connection[Any, Any]", stops: "list[StopMode]"
 ) -> Trained | Checked:
-    from search import checks, training_loop
+    from search import checks, data, training_loop
 
     wanted = job.definition
     if job.folder is None:
+        if job.recipe.confirms:
+            data.require_test(wanted.dataset, job.data_folders)
         checks.check_with_keras(wanted, dataset)
         return Checked(data=dataset.summary())
     precision = precision_for(job.slot.device, wanted.precision)
@@ -181,10 +184,10 @@ def _trained(
 
     return training_loop.train(
         model=wanted.model,
-        hyperparameters=job.hyperparameters,
+        hyperparameters=job.recipe.hyperparameters,
         dataset=dataset,
-        epochs=wanted.budget.epochs,
-        seed=job.seed,
+        epochs=job.recipe.epochs,
+        seed=job.recipe.seed,
         precision=precision,
         folder=job.folder,
         checkpoints=job.checkpoints,

@@ -19,6 +19,7 @@ from search.errors import DataError
 from search.messages import Epoch, StopMode, Trained, best_epoch
 from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, stored
+from storage.hits import Hits
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ def train(
     checkpoint_seconds: float = 30.0,
 ) -> Trained:
     """Builds `model` and trains it; writes to `folder` its history, its summary and the model of the best epoch.
+
+    With test images in the `dataset` it is a confirmation: the number of epochs was chosen before, so the model of the
+    last epoch is kept, and judged by these images once.
 
     It continues from the longest of the `checkpoints` (paths that may not exist) that is of this very training, and
     tells `on_resume` of the epochs that it has already. `identity` is what makes it this training, besides the other
@@ -74,6 +78,7 @@ def train(
     batches_per_epoch = math.ceil(len(y_train) / batch_size)
     moving_averages = _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
     stop = _StopAtBatch(stopping)
+    confirms = dataset.x_test is not None
     # How a model is judged is not one of its hyperparameters, and models without moving averages are judged alike.
     judged = {"batch_norm_averages": "corrected"} if moving_averages else {}
     whole_identity = {
@@ -88,7 +93,7 @@ def train(
         **judged,
         **(identity or {}),
     }
-    history, best_weights = _resumed(net, checkpoints, whole_identity)
+    history, kept_weights = _resumed(net, checkpoints, whole_identity)
     if history:
         on_resume(history)
     unwritten: checkpoint.Checkpoint | None = None
@@ -122,11 +127,11 @@ def train(
             images_per_second=len(y_train) / seconds,
         )
         history.append(record)
-        if best_epoch(history) is record:
-            best_weights = judged_weights
+        if confirms or best_epoch(history) is record:
+            kept_weights = judged_weights
         on_epoch(record)
         if epoch < epochs:
-            unwritten = checkpoint.take(net, history, best_weights)
+            unwritten = checkpoint.take(net, history, kept_weights)
             if time.monotonic() - written_at >= checkpoint_seconds:
                 checkpoint.write(folder / CHECKPOINT, unwritten, whole_identity)
                 unwritten, written_at = None, time.monotonic()
@@ -140,12 +145,19 @@ def train(
     _write_history(folder / HISTORY, history)
     with stored(folder / SUMMARY) as temporary:
         temporary.write_text(summary(net), encoding="utf-8")
+    hits = None
     if not stop.stopped:
-        _write_model(folder / MODEL, net, best_weights, model, hyperparameters, dataset)
+        kept = _kept(net, kept_weights, model, hyperparameters, dataset)
+        with stored(folder / MODEL) as temporary:
+            kept.save(temporary)
+        hits = _hits(kept, dataset, _evaluation_batch(batch_size))
+    value = best.val_accuracy if best else 0.0
+    if confirms and hits is not None:
+        value = float(hits.array().mean())
     speeds = [record.images_per_second for record in history[1:] or history]
     return Trained(
-        value=best.val_accuracy if best else 0.0,
-        best_epoch=best.epoch if best else 0,
+        value=value,
+        best_epoch=len(history) if confirms else best.epoch if best else 0,
         epochs=len(history),
         stopped=stop.stopped,
         parameters=net.count_params(),
@@ -155,6 +167,7 @@ def train(
         precision_reason=precision[1],
         data_fingerprint=dataset.fingerprint,
         versions=versions(),
+        hits=hits,
     )
 
 
@@ -217,15 +230,28 @@ def _write_history(path: Path, history: list[Epoch]) -> None:
         temporary.write_text(json.dumps([epoch.to_json() for epoch in history], indent=1), encoding="utf-8")
 
 
-def _write_model(
-    path: Path, net: keras.Model, weights: list[Array], model: str, h: Hyperparameters, dataset: Dataset
-) -> None:
-    """Saves the model of the best epoch with Keras's own layers, so that it loads without Trialyard."""
+def _kept(net: keras.Model, weights: list[Array], model: str, h: Hyperparameters, dataset: Dataset) -> keras.Model:
+    """The model that is saved: with Keras's own layers, so that it loads without Trialyard."""
     if ":" not in model:
         net = build(model, h, dataset.image_shape, dataset.classes, plain=True)
     net.set_weights(weights)
-    with stored(path) as temporary:
-        net.save(temporary)
+    return net
+
+
+def _hits(net: keras.Model, dataset: Dataset, batch_size: int) -> Hits | None:
+    """Which of the images that judge it `net` gets right: the test images of a confirmation, else the validation's.
+
+    None if it does not give one number for each class and image.
+    """
+    judged_on, x, y = dataset.judged
+    right = []
+    for start in range(0, len(y), batch_size):
+        # Without `predict`, which compiles for a second or more.
+        scores = keras.ops.convert_to_numpy(net(x[start : start + batch_size], training=False))
+        if scores.shape != (len(y[start : start + batch_size]), dataset.classes):
+            return None
+        right.append(scores.argmax(axis=1) == y[start : start + batch_size])
+    return Hits.of(np.concatenate(right), judged_on, dataset.judged_fingerprint)
 
 
 class _StopAtBatch(keras.callbacks.Callback):  # type: ignore[misc]

@@ -119,6 +119,7 @@ SHAPES: Mapping[str, Callable[[Any], bool]] = {
     "definition": _is_definition,
     "data": lambda value: isinstance(value, dict),
     "software": _is_software,
+    "test_openings": _is_count,
 }
 
 

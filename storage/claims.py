@@ -29,9 +29,11 @@ from sqlalchemy import Connection, insert, select
 from sqlalchemy import delete as delete_rows
 
 from storage import artifacts, attempt_table, deletions, ledger
+from storage import hits as hit_rows
 from storage import slots as slot_rows
 from storage.attempt_table import Attempt
 from storage.errors import ClaimLost, StorageError, StudyUnreadable
+from storage.hits import Hits
 from storage.ledger import State, Study
 from storage.owners import Owner, database_now, server_started
 from storage.tables import (
@@ -312,8 +314,9 @@ def finish(
     value: float | None,
     values: dict[str, Any],
     files: Sequence[str] = (),
+    hits: Hits | None = None,
 ) -> None:
-    """Ends the trial for good, with `values` as its user attributes. Raises ClaimLost.
+    """Ends the trial for good, with `values` as its user attributes and its `hits`. Raises ClaimLost.
 
     A `value` that is not finite is never stored. A COMPLETE trial without a finite value ends as FAIL with that reason,
     and a PRUNED one has no value, as with Optuna's own `tell`.
@@ -337,6 +340,8 @@ def finish(
             set_trial_attributes(connection, claim.trial_id, values)
         if score is not None:
             connection.execute(insert(TrialValueModel).values(value_row(claim.trial_id, score)))
+        if hits is not None:
+            hit_rows.record(connection, claim.trial_id, hits)
         _set_files(connection, claim, files)
         update_trial(connection, claim.trial_id, state=state, _datetime_complete_utc=utc_now())
 

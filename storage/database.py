@@ -17,7 +17,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy import URL, Engine, text
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from storage import attempt_table, attributes, deletions, legacy, slots
+from storage import attempt_table, attributes, deletions, hits, legacy, slots
 from storage.artifacts import written_atomically
 from storage.errors import StorageError
 from storage.tables import ALL_TABLES
@@ -47,7 +47,8 @@ INDEXES = (
     "CREATE INDEX IF NOT EXISTS trialyard_trials_by_number ON trials (study_id, number)",
     attempt_table.INDEX,
 )
-OUR_TABLES = (attempt_table.table, deletions.table, slots.table)
+OUR_TABLES = (attempt_table.table, deletions.table, hits.table, slots.table)
+NEWEST = hits.table.name  # an older version lacks it
 
 
 # --- connecting -------------------------------------------------------------------------------------------
@@ -216,7 +217,8 @@ def _add_ours(storage: RDBStorage) -> None:
         for statement in INDEXES:
             connection.execute(text(statement))
         if sqlite_file(storage) is not None:
-            connection.execute(text(attempt_table.SQLITE_CASCADE))
+            for trigger in (attempt_table.SQLITE_CASCADE, hits.SQLITE_CASCADE):
+                connection.execute(text(trigger))
 
 
 def _unusable_reason(url: URL) -> str | None:
@@ -243,7 +245,7 @@ def _unusable_reason(url: URL) -> str | None:
         engine.dispose()
     if "studies" not in tables:
         return "has no studies' tables: `trialyard storage create` makes them"
-    if attempt_table.table.name not in tables:
+    if NEWEST not in tables:
         return "was made by an older Trialyard or by plain Optuna: run `trialyard storage upgrade`"
     if outdated and not current:
         return f"has studies of an older Trialyard ({', '.join(outdated.values())}): run `trialyard storage upgrade`"
@@ -420,7 +422,7 @@ def _copy_rows(storage: RDBStorage, path: Path) -> None:
     with one_moment.connect() as source, target.engine.begin() as sink:
         # Optuna wrote its version into the new database; the copied row takes its place.
         sink.execute(text("DELETE FROM version_info"))
-        for table in (*ALL_TABLES, attempt_table.table, deletions.table):
+        for table in (*ALL_TABLES, attempt_table.table, deletions.table, hits.table):
             if table.name not in existing:
                 continue  # of an older version
             for part in source.execution_options(yield_per=1000).execute(table.select()).mappings().partitions():

@@ -77,6 +77,7 @@ class Study:
     software: Mapping[str, str] | None  # that it began with; None before its first worker
     budget: Budget
     state: State
+    test_openings: int  # confirmations of it that were created: each opens its test images
     finished: int  # trials that are complete, pruned or failed: they count against the budget for good
     running: int
     waiting: int
@@ -331,6 +332,17 @@ def set_state(storage: RDBStorage, study: Study, state: State) -> None:
     write(storage, study.name, work)
 
 
+def record_test_opening(storage: RDBStorage, study: Study) -> int:
+    """Counts that a confirmation will open the test images of `study`; returns how many have. Raises StudyGone."""
+
+    def work(connection: Connection) -> int:
+        openings = current(connection, study).test_openings + 1
+        _set_attribute(connection, study.id, "test_openings", openings)
+        return openings
+
+    return write(storage, study.name, work)
+
+
 def _set_attribute(connection: Connection, study_id: int, name: str, value: Any) -> None:
     stored, key = StudyUserAttributeModel, attributes.PREFIX + name
     connection.execute(delete(stored).where(stored.study_id == study_id, stored.key == key))
@@ -406,6 +418,7 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
             software=study.values.get("software"),
             budget=Budget(**study.values["budget"]),
             state=study.values.get("state") or "open",
+            test_openings=study.values.get("test_openings") or 0,
             **progress[study.study_id],
         )
         for study in complete

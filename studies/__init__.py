@@ -9,6 +9,7 @@
 The examples in these docstrings are tests. They run on a study `digits` with two trials.
 """
 
+from studies.confirmation import Comparison, Confirmed, Estimate, confirmed
 from studies.exports import export
 from studies.imported import import_trials
 from studies.registry import delete, names, open, pause, resume, stop
@@ -28,12 +29,16 @@ from studies.results import (
 )
 
 __all__ = [
+    "Comparison",
+    "Confirmed",
     "Curve",
+    "Estimate",
     "Row",
     "Status",
     "attempts",
     "best_model",
     "best_trial",
+    "confirmed",
     "curves",
     "delete",
     "export",

@@ -10,7 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes
 from storage.ledger import Counts, State, Study
-from studies import findings, notebook, registry, results
+from studies import confirmation, findings, notebook, registry, results
+from studies.confirmation import Confirmed
 from studies.definition import Definition, from_json
 from studies.findings import Findings
 from studies.registry import StorageLike
@@ -30,6 +31,7 @@ class Content:
     environment: Mapping[str, str]  # what the trials ran on: different values with their numbers of trials
     trials: Sequence[FrozenTrial]
     rows: Sequence[Row] = ()  # complete trials, best first; a note has none
+    confirmed: Confirmed | None = None  # the last confirmation of the study, or the study itself if it is one
     replays: Sequence[notebook.Replay] = ()  # for the study that has the notebook's own results
     made: datetime
 
@@ -42,6 +44,7 @@ def collect(name: str, storage: StorageLike = None) -> Content:
     return replace(
         content,
         rows=results.leaderboard(name, opened),
+        confirmed=confirmation.last_of(study, opened),
         replays=notebook.replays(content.definition, opened),
     )
 

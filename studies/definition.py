@@ -78,6 +78,22 @@ class Pruner(_Table):
     min_epochs: Annotated[Whole, Field(ge=1)] = 1  # no trial is pruned before
 
 
+class Candidate(_Table):
+    """A configuration that a confirmation trains again."""
+
+    trial: Annotated[Whole, Field(ge=0)]  # its number in the study that is confirmed
+    epochs: Annotated[Whole, Field(ge=1, le=100_000)]  # that validation chose
+    hyperparameters: dict[Name, Scalar]  # those that were searched
+
+
+class Confirm(_Table):
+    """Makes the study a confirmation of another one: see `studies.confirmation`."""
+
+    study: str
+    incarnation: str
+    candidates: Annotated[tuple[Candidate, ...], Field(min_length=1, max_length=1000)]
+
+
 def _tag(raw: Any) -> str | None:
     if isinstance(raw, (Float, Int, Choice)):
         return type(raw).__name__
@@ -105,6 +121,7 @@ class Definition(_Table):
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
     points: tuple[dict[Name, Scalar], ...] = ()
+    confirm: Confirm | None = None
 
     def queue(self) -> list[Point]:
         """The points that are tried first, in order and without repetition: those of `points`, then those of a grid."""
@@ -122,9 +139,32 @@ class Definition(_Table):
         assert self.budget.trials is not None  # _check_sampler makes sure
         return self.budget.trials
 
+    @property
+    def judged_on(self) -> Literal["validation", "test"]:
+        """Which images give a trial its value."""
+        return "test" if self.confirm is not None or self.data.validation == "test" else "validation"
+
+    def values_of(self, name: str) -> tuple[Any, ...] | None:
+        """All values that the trainings may give to a hyperparameter; only the ends of a range without steps.
+
+        None: none of them has it.
+        """
+        if name in self.fixed:
+            return (self.fixed[name],)
+        if self.confirm is not None:
+            found = [each.hyperparameters[name] for each in self.confirm.candidates if name in each.hyperparameters]
+            return tuple(found) or None
+        if name not in self.space:
+            return None
+        parameter = self.space[name]
+        if isinstance(parameter, Choice):
+            return parameter.choices
+        return tuple(parameter.points() or (parameter.low, parameter.high))
+
     def to_json(self) -> dict[str, Any]:
         """What the database holds; `from_json` gives the same definition back."""
-        return self.model_dump(mode="json")
+        stored = self.model_dump(mode="json")
+        return {key: value for key, value in stored.items() if key != "confirm" or value is not None}
 
     def _typed(self, point: Mapping[str, Any]) -> Point:
         # `dropout = 0` in a point means 0.0 if dropout is a float.
@@ -242,7 +282,7 @@ def _checked(raw: Mapping[str, Any], source: str) -> Definition:
         raise DefinitionError(f"{source} is nested too deeply: see docs/definition.md for the format") from None
     for check in (
         _check_source,
-        _check_names,
+        *((_check_confirm,) if definition.confirm is not None else (_check_names,)),
         _check_conditions,
         _check_rules,
         _check_momentum,
@@ -300,6 +340,29 @@ def _check_names(definition: Definition) -> str | None:
     return None
 
 
+def _check_confirm(definition: Definition) -> str | None:
+    confirm, rules = definition.confirm, model_rules.rules(definition.model)
+    assert confirm is not None
+    numbers = tuple(candidate.trial for candidate in confirm.candidates)
+    candidate, seed = definition.space.get("candidate"), definition.space.get("seed")
+    if set(definition.space) != {"candidate", "seed"} or not isinstance(seed, Choice):
+        return "confirm needs exactly the choices `candidate` and `seed` in [space]: use `trialyard confirm`"
+    if not isinstance(candidate, Choice) or candidate.choices != numbers:
+        return "space.candidate must have the trials of confirm.candidates as choices: use `trialyard confirm`"
+    if definition.data.validation == "test":
+        return 'data.validation = "test" and confirm exclude each other: leave one out'
+    for index, each in enumerate(confirm.candidates, start=1):
+        for name, value in each.hyperparameters.items():
+            key = f"confirm.candidates[{index}].hyperparameters.{name}"
+            if rules is not None and name not in rules:
+                return f"{key}: the model {definition.model} has no hyperparameter {name!r}{nearest(name, rules)}"
+            broken = (rules or model_rules.TRAINING).get(name)
+            problem = None if broken is None else broken.broken_by(value)
+            if problem:
+                return f"{key} = {_shown(value)} {problem}"
+    return None
+
+
 def _check_conditions(definition: Definition) -> str | None:
     space = definition.space
     for name, parameter in space.items():
@@ -348,10 +411,9 @@ def _check_rules(definition: Definition) -> str | None:
 
 
 def _check_momentum(definition: Definition) -> str | None:
-    if definition.model not in model_rules.NAMES or "momentum" not in (*definition.space, *definition.fixed):
+    if definition.model not in model_rules.NAMES or definition.values_of("momentum") is None:
         return None  # a user's own model may use it in its own way
-    parameter = definition.space.get("optimizer")
-    optimizers = parameter.choices if isinstance(parameter, Choice) else (definition.fixed.get("optimizer", "adam"),)
+    optimizers = definition.values_of("optimizer") or ("adam",)
     if any(optimizer in model_rules.WITH_MOMENTUM for optimizer in optimizers):
         return None
     return (
@@ -497,6 +559,8 @@ def _known_keys(path: Iterable[Any]) -> list[str]:
         "budget": Budget,
         "sampler": Sampler,
         "pruner": Pruner,
+        "confirm": Confirm,
+        "candidates": Candidate,
         "Float": Float,
         "Int": Int,
         "Choice": Choice,

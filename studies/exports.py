@@ -36,7 +36,7 @@ METRICS = ("best_epoch", "epochs", "parameters", "seconds", "images_per_second")
 README = """\
 # The best model of the study {study}
 
-Trial {number}: {protocol} accuracy {value:.4f}. It takes images of (n, height, width, channels) on the scale 0 to 255
+Trial {number}: {judged} accuracy {value:.4f}. It takes images of (n, height, width, channels) on the scale 0 to 255
 (multiply values from 0 to 1 by 255), and gives class probabilities. Keras loads it; Trialyard is not needed. In this
 folder:
 
@@ -145,7 +145,7 @@ def _readme(name: str, trial: FrozenTrial, definition: Definition, format: Forma
     return README.format(
         study=name,
         number=trial.number,
-        protocol=trial.user_attrs.get("protocol", "validation"),
+        judged="validation" if trial.user_attrs.get("protocol", "validation") == "validation" else "test",
         value=trial.values[0],
         more=more + (OWN_MODEL.format(model=definition.model) if ":" in definition.model else ""),
     )

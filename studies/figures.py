@@ -419,7 +419,7 @@ def _params(params: Mapping[str, Any]) -> str:
 
 
 def _score_title(definition: Definition) -> str:
-    return _images("validation", definition) + " accuracy"
+    return definition.judged_on + " accuracy"
 
 
 def _images(kind: str, definition: Definition) -> str:

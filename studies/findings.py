@@ -35,7 +35,10 @@ class Findings:
 def findings(trials: Sequence[FrozenTrial], definition: Definition, data: Mapping[str, Any]) -> Findings:
     """What can be concluded from `trials`; `data` is the study's user attribute of that name."""
     complete = ranked(trials)
-    judged = "test" if definition.data.validation == "test" else "validation"
+    if definition.confirm is not None:
+        sentence = f"This study confirms {definition.confirm.study}: it trains its best configurations again."
+        return Findings(best=(sentence,), influences=(), cautions=tuple(_by_state(trials)))
+    judged = definition.judged_on
     cautions = [*notebook.caution(definition)]
     if definition.data.validation == "test":
         cautions.append(

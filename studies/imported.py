@@ -81,7 +81,7 @@ def trial_of(row: Mapping[str, Any], definition: Definition, where: str) -> Impo
         raise StudyError(f"{where} has no accuracy: give it as a number from 0 to 1")
     rest = {key: _fact(key, given[key], rule, where) for key, rule in COLUMNS.items() if key in given}
     accuracy = float(rest.pop("accuracy"))
-    protocol = "test" if definition.data.validation == "test" else "validation"
+    protocol = definition.judged_on
     if rest.get("protocol", protocol) != protocol:
         raise StudyError(
             f"{where}: protocol = {_shown(rest['protocol'])}, and study {definition.name!r} judges its trials on "

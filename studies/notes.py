@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from storage.artifacts import SUMMARY, inside
 from storage.owners import database_now
 from storage.tables import StudySystemAttributeModel, dashboard_note_prefix, dashboard_plot_prefix
 from storage.transactions import write
-from studies import findings, notebook, registry, results, text
+from studies import confirmation, findings, notebook, registry, results, text
 from studies.content import of_trials
 from studies.registry import StorageLike
 
@@ -67,7 +67,7 @@ def publish(
 
     began = time.monotonic()
     trials = cached.get_all_trials(study.id, deepcopy=False)
-    content = of_trials(study, trials)
+    content = replace(of_trials(study, trials), confirmed=confirmation.last_of(study, storage))
     definition = content.definition
     curves = results.curves_of(trials, artifacts, CURVES)
     plots = figures.all_figures(trials, definition, curves, notebook.replays(definition, storage))
@@ -101,6 +101,9 @@ def publish(
     # The imported study `notebook` also shows the replays.
     if ended and notebook.reference_results(definition) and notebook.NAME in registry.names(storage):
         publish(notebook.NAME, storage, artifacts, optuna.storages.get_storage(storage), force=True)
+    # The study that is confirmed shows the result.
+    if ended and definition.confirm is not None and definition.confirm.study in registry.names(storage):
+        publish(definition.confirm.study, storage, artifacts, optuna.storages.get_storage(storage), force=True)
     return is_current
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import zipfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,7 +60,7 @@ class Status:
 
     study: str
     description: str
-    protocol: str  # the images that trials are judged by: "validation", or "test" as in the notebook
+    protocol: str  # what trials are judged by: "validation" images, "test" ones as in the notebook, or "confirmation"
     complete: int
     pruned: int
     failed: int
@@ -117,11 +117,12 @@ def best_trial_of(study: Study, storage: RDBStorage) -> FrozenTrial:
     """As `best_trial`, for a study that has been read already."""
     best = read(storage, lambda connection: ranked(connection, study.id, top=1))
     if not best:
-        raise StudyError(_why_no_best(study, storage))
+        raise StudyError(why_no_best(study, storage))
     return storage.get_trial(best[0].trial_id)
 
 
-def _why_no_best(study: Study, storage: RDBStorage) -> str:
+def why_no_best(study: Study, storage: RDBStorage) -> str:
+    """A sentence for people: why the study has no best trial, and what to do."""
     name, counts = study.name, ledger.counts(storage, study.id)
     if counts.complete:
         return (
@@ -303,7 +304,7 @@ def status_of(study: Study, storage: RDBStorage) -> Status:
     return Status(
         study=study.name,
         description=study.definition["description"],
-        protocol="test" if study.definition["data"]["validation"] == "test" else "validation",
+        protocol=_protocol(study.definition),
         complete=counts.complete,
         pruned=counts.pruned,
         failed=counts.failed,
@@ -319,6 +320,12 @@ def status_of(study: Study, storage: RDBStorage) -> Status:
         outside=_outside(storage, study) if counts.running else (),
         failures=_failures(storage, study.id) if counts.failed else (),
     )
+
+
+def _protocol(definition: Mapping[str, Any]) -> str:
+    if definition.get("confirm") is not None:
+        return "confirmation"
+    return "test" if definition["data"]["validation"] == "test" else "validation"
 
 
 def _outside(storage: RDBStorage, study: Study) -> tuple[int, ...]:

@@ -24,7 +24,8 @@ from studies.space import Space
 def seed_of(definition: Definition, number: int, purpose: int) -> int:
     """A 32-bit seed for trial `number`, different for other trials, purposes and study seeds.
 
-    Purposes: 0 for the sampler, 1 for the training.
+    Purposes: 0 for the sampler, 1 for the training; 2 for the training and 3 for the split of a confirmation, where
+    `number` is that of its seed.
     """
     entropy = [definition.sampler.seed, number, purpose]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])

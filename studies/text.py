@@ -14,13 +14,22 @@ from optuna.trial import FrozenTrial, TrialState
 from storage import attributes
 from storage.artifacts import inside
 from studies import findings
+from studies.confirmation import Comparison, Confirmed
 from studies.content import Content
 from studies.definition import Definition, to_toml
 from studies.results import Curve, Row
+from studies.statistics import MIN_SEEDS, Interval
 
 SHOWN_ROWS = 50  # of the leaderboard
 LAYERS = 40  # lines of a model's summary that a note has, at most
-IN_NOTE = ("found", "difference", "cautions", "searched", "definition")  # the sections that a note has, too
+IN_NOTE = (
+    "found",
+    "confirmed",
+    "difference",
+    "cautions",
+    "searched",
+    "definition",
+)  # the sections that a note has, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +93,11 @@ def sections(content: Content) -> list[Section]:
     every = [
         Section(name="found", title="What was found", body=_bullets(found.best)),
         Section(
+            name="confirmed",
+            title="Confirmed on the test images",
+            body="" if content.confirmed is None else confirmed(content.confirmed),
+        ),
+        Section(
             name="difference",
             title="What made the difference",
             body=_bullets(found.influences) or "This is not known yet.",
@@ -104,6 +118,95 @@ def sections(content: Content) -> list[Section]:
         ),
     ]
     return [section for section in every if section.body]
+
+
+def confirmed(found: Confirmed) -> str:
+    """The result of a confirmation: its estimates, its comparisons, and what follows."""
+    accuracies = [
+        [
+            str(each.trial),
+            _accuracy(each.searched),
+            _accuracy(each.mean),
+            _accuracy(each.deviation),
+            _accuracy(min(each.accuracies, default=None)),
+            _accuracy(max(each.accuracies, default=None)),
+            "" if each.parameters is None else f"{each.parameters:,}",
+            "" if each.seconds is None else f"{each.seconds:.1f}",
+        ]
+        for each in found.estimates
+    ]
+    titles = ["trial", "in the search", "mean", "deviation", "lowest", "highest", "weights", "seconds"]
+    intervals = [
+        [str(each.trial), _interval(each.of_mean), _interval(each.of_new_seed), _interval(each.of_one_model)]
+        for each in found.estimates
+    ]
+    images = "" if found.images is None else f" on {found.images:,} test images"
+    parts = [
+        escaped(
+            f"Accuracies{images} of {found.seeds} trainings each, with {found.seeds} seeds; the search's own was "
+            "measured on validation images:"
+        ),
+        _rows(titles, accuracies, right=True),
+        "The 95 % intervals:",
+        _rows(["trial", "the mean over all seeds", "a new seed", "one model's sampling error"], intervals),
+        _bullets(_confirmed_sentences(found)),
+    ]
+    return _paragraphs(parts)
+
+
+def _confirmed_sentences(found: Confirmed) -> list[str]:
+    sentences = []
+    for each in found.estimates:
+        what = f"Trial {each.trial} ({findings.params_text(each.hyperparameters)}; {each.epochs} epochs)"
+        if each.shrinkage is not None:
+            more = "less" if each.shrinkage >= 0 else "more"
+            sentences.append(f"{what}: {abs(each.shrinkage):.4f} {more} than the search promised.")
+    sentences += [_comparison(each) for each in found.comparisons]
+    paired = min((len(each.accuracies) for each in found.estimates), default=0)
+    if found.trained < found.trainings:
+        sentences.append(f"{found.trained} of {found.trainings} trainings are complete.")
+    if len(found.estimates) > 1 and 0 < paired < MIN_SEEDS:
+        smallest = 2 / 2**paired
+        sentences.append(
+            f"No test is made: with {paired} seeds its smallest possible p is 2 / 2^{paired} = {smallest:.3g}, and not "
+            f"below 0.05. {MIN_SEEDS} seeds are needed."
+        )
+    if found.winner is not None:
+        sentences.append(
+            f"The winner is trial {found.winner}: it is better than each other candidate by more than chance explains."
+        )
+    elif found.tied:
+        trials = ", ".join(map(str, found.tied))
+        sentences.append(
+            f"A tie: these measurements do not tell the trials {trials} apart. The smallest of them is trial "
+            f"{found.smallest}."
+        )
+    if found.openings > 1:
+        sentences.append(
+            f"The test images of this study were opened by {found.openings} confirmations: what was chosen after the "
+            "first one is not independent of them."
+        )
+    else:
+        sentences.append("The test images of this study were opened by this confirmation only.")
+    return sentences
+
+
+def _comparison(found: Comparison) -> str:
+    tested = ""
+    if found.p is not None and found.p_holm is not None:
+        tested = f"; sign-flip test: p {found.p:.3g}, {found.p_holm:.3g} with Holm's correction"
+    return (
+        f"Trial {found.first} less trial {found.other}: {found.difference:+.4f}, 95 % interval over seeds and images "
+        f"{_interval(found.interval, '+.4f')}; better with {found.better:.0%} of the seeds{tested}."
+    )
+
+
+def _accuracy(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _interval(interval: Interval | None, form: str = ".4f") -> str:
+    return "not known" if interval is None else f"{interval.low:{form}} to {interval.high:{form}}"
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -134,7 +237,7 @@ def trial_note(trial: FrozenTrial, definition: Definition, curves: Sequence[Curv
         failure = attributes.failure(attrs.get("failure"))
         lines += [f"Failed ({escaped(failure['kind'])}):", fenced(failure["message"])]
         return _paragraphs(lines)
-    judged = "test" if definition.data.validation == "test" else "validation"
+    judged = definition.judged_on
     if trial.state == TrialState.PRUNED:
         lines.append(f"Pruned after epoch {trial.last_step}.")
     elif trial.values is not None:

@@ -34,6 +34,9 @@ def _examples(name: str) -> list[doctest.DocTest]:
 @pytest.mark.parametrize("name", ["studies", *FUNCTIONS])
 def test_the_example_gives_what_it_says(name: str, trained: Path, home: Path) -> None:
     shutil.copytree(trained / "yard", home / "yard")
+    if name == "confirmed":
+        command = [sys.executable, "-m", "search.cli", "confirm", "digits", "--top", "1", "--seeds", "2"]
+        subprocess.run(command, cwd=home, check=True, timeout=280, stdout=subprocess.DEVNULL)
     output: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for example in _examples(name):

@@ -1,0 +1,59 @@
+"""The options that several commands have, and the settings that they lead to."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from storage.errors import SettingsError
+
+if TYPE_CHECKING:
+    from storage.settings import Settings
+
+StorageOption = Annotated[
+    str | None,
+    typer.Option("--storage", metavar="URL", help="Database. Default: TRIALYARD_STORAGE, else ./yard/studies.db"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON value on standard output, nothing else there.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="Another name for the study.")]
+TrialsOption = Annotated[
+    int | None, typer.Option("--trials", min=1, envvar="TRIALYARD_TRIALS", help="Budget in trials.")
+]
+EpochsOption = Annotated[
+    int | None, typer.Option("--epochs", min=1, envvar="TRIALYARD_EPOCHS", help="Epochs of a trial.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, envvar="TRIALYARD_LIMIT", help="Use only so many training images.")
+]
+DevicesOption = Annotated[
+    str,
+    typer.Option(
+        "--devices", metavar="auto|cpu|N,N", envvar="TRIALYARD_DEVICES", help="GPUs by number, the processor, or auto."
+    ),
+]
+PerDeviceOption = Annotated[
+    int | None,
+    typer.Option("--per-device", min=1, envvar="TRIALYARD_PER_DEVICE", help="So many trials share each device."),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, envvar="TRIALYARD_WORKERS", help="So many trials at once here, in all."),
+]
+Form = Literal["html", "markdown", "table"]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study in the database.")]
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="NAME|FILE", help="A ready definition (see `trialyard catalog`), or a TOML file.")
+]
+
+
+def settings_of(storage: str | None) -> "Settings":
+    """The settings, with this database if one is given. Raises SettingsError for a URL with a password in it."""
+    from storage import settings
+    from storage.transactions import has_password, redact
+
+    if storage is not None and has_password(storage):
+        raise SettingsError(
+            f"--storage {redact(storage)} has a password in it, which everybody sees in the process list: put the URL "
+            "into TRIALYARD_STORAGE, or into a file that TRIALYARD_STORAGE_FILE names"
+        )
+    return settings.load(storage=storage)

@@ -1,0 +1,78 @@
+"""The commands below ``trialyard storage``: the database itself."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from search.options import StorageOption, YesOption, settings_of
+from storage.errors import StorageError
+
+app = typer.Typer(help="The database itself.", no_args_is_help=True)
+
+
+@app.command("create")
+def storage_create(storage: StorageOption = None) -> None:
+    """Make the database's tables if needed."""
+    from search import service
+    from search.terminal import say
+
+    say(f"the database {service.create_storage(settings_of(storage).url)} is ready")
+
+
+@app.command("upgrade")
+def storage_upgrade(storage: StorageOption = None) -> None:
+    """Bring the database of an older version up to this one, with no worker running; make a backup before."""
+    from search import service
+    from search.terminal import say
+    from storage.transactions import redact
+
+    url = settings_of(storage).url
+    revision, repaired = service.upgrade_storage(url)
+    for sentence in repaired:
+        say(sentence)
+    say(f"the database {redact(url)} has the tables of this version ({revision})")
+
+
+@app.command("check")
+def storage_check(storage: StorageOption = None) -> None:
+    """Check that the database is whole, and that each study keeps its promises."""
+    from search import service
+    from search.terminal import say
+    from storage.transactions import redact
+    from studies import registry
+
+    url = settings_of(storage).url
+    problems = service.check_storage(url)
+    if problems:
+        raise StorageError(f"{len(problems)} problems in {redact(url)}: {'; '.join(problems)}")
+    say(f"the database {redact(url)} is whole, with {len(registry.names(url))} studies")
+
+
+@app.command("backup")
+def storage_backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file.")], storage: StorageOption = None
+) -> None:
+    """Copy the whole database, as it is at this moment, to a new SQLite file; workers may go on."""
+    from search import service
+    from search.terminal import say
+
+    trials = service.backup_storage(file, settings_of(storage).url)
+    say(f"{trials} trials are in {file}: `--storage sqlite:///{file}` reads them")
+
+
+@app.command("prune")
+def storage_prune(storage: StorageOption = None, yes: YesOption = False) -> None:
+    """Remove files that no trial of this database needs; lists them, and asks first."""
+    from search import service
+    from search.terminal import ask, say, size_text, warn
+
+    here = settings_of(storage)
+    found = service.leftovers(here.url)
+    for folder in found.of_others:
+        warn(f"{here.artifact_folder / folder}: kept, since it may be another database's: this one never had it")
+    for file in found.files:
+        warn(f"{file.path}: {size_text(file.size)}, {file.why}")
+    if found.files:
+        ask(f"Remove these {len(found.files)} files, {size_text(sum(file.size for file in found.files))}?", yes)
+    say(f"{size_text(service.prune(found, here.url))} are free, below {here.artifact_folder}")

@@ -1,0 +1,41 @@
+"""What one trial trains: all that its numbers follow from, besides the software and the images."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from studies import sampling
+from studies.definition import Data, Definition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training."""
+
+    hyperparameters: dict[str, Any]  # fixed and searched
+    epochs: int
+    seed: int  # of the initial weights, the order of the images and the dropout
+    data: Data  # how the images are limited and split
+    confirms: bool = False  # whether the model of the last epoch is judged by the test images
+
+
+def of_trial(definition: Definition, number: int, point: Mapping[str, Any]) -> Recipe:
+    """The recipe of trial `number`, which has the hyperparameters `point`."""
+    if definition.confirm is None:
+        return Recipe(
+            hyperparameters={**definition.fixed, **point},
+            epochs=definition.budget.epochs,
+            seed=sampling.seed_of(definition, number, purpose=1),
+            data=definition.data,
+        )
+    # Trials with the same seed are pairs: every candidate has the same order of images and the same split.
+    chosen = next(each for each in definition.confirm.candidates if each.trial == point["candidate"])
+    return Recipe(
+        hyperparameters={**definition.fixed, **chosen.hyperparameters},
+        epochs=chosen.epochs,
+        seed=sampling.seed_of(definition, int(point["seed"]), purpose=2),
+        data=definition.data.model_copy(
+            update={"seed": sampling.seed_of(definition, int(point["seed"]), purpose=3)},
+        ),
+        confirms=True,
+    )

@@ -1,0 +1,141 @@
+"""Intervals and tests for accuracies, each with its source. Knows no database and no study.
+
+A training's *hits* say for each of the same images whether the model got it right. All intervals are of 95 %.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CONFIDENCE = 0.95
+MIN_SEEDS = 6  # with fewer, no sign-flip test can give p < 0.05: its smallest p is 2 / 2^n
+RESAMPLES = 10_000
+EXACT_FLIPS = 2**14  # up to so many sign flips are all tried; of more, so many are drawn
+
+Hits = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """From `low` to `high`, both accuracies or differences of accuracies."""
+
+    low: float
+    high: float
+
+
+def wilson(right: int, images: int) -> Interval:
+    """The sampling error of one accuracy that was measured once: `right` of `images`.
+
+    It says nothing of a winner that was chosen for its accuracy. Source: Wilson 1927, as scipy computes it. Raises
+    ValueError unless 0 <= right <= images and images > 0.
+    """
+    from scipy import stats  # takes a second: most commands need no statistics
+
+    found = stats.binomtest(right, images).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(low=float(found.low), high=float(found.high))
+
+
+def of_mean(values: Sequence[float]) -> Interval | None:
+    """Where the mean over all possible seeds is: Student's t interval of the mean. None for fewer than two values."""
+    return _t_interval(values, lambda count: 1 / count)
+
+
+def of_new_seed(values: Sequence[float]) -> Interval | None:
+    """Where the accuracy of a training with a new seed will be: the prediction interval of a normal distribution.
+
+    None for fewer than two values. Source: Hahn and Meeker, Statistical Intervals, 1991, section 4.7.
+    """
+    return _t_interval(values, lambda count: 1 + 1 / count)
+
+
+def _t_interval(values: Sequence[float], share_of_variance: Any) -> Interval | None:
+    count = len(values)
+    if count < 2:
+        return None
+    from scipy import stats
+
+    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread * math.sqrt(share_of_variance(count))
+    return Interval(low=mean - half, high=mean + half)
+
+
+def difference(first: Hits, second: Hits) -> Interval | None:
+    """Where the difference of two configurations' mean accuracies is, over new seeds *and* new images.
+
+    `first` and `second` are (seeds, images), paired: row s of both is of the same seed, column i of the same image.
+    None for fewer than two seeds.
+
+    A bootstrap in both directions. The images are drawn again with replacement. The seeds are too few for that: their
+    part is drawn from Student's t distribution with the standard error that the seeds have beyond what the finite
+    number of images explains. Resampling rows and columns alike would count that part twice (Owen, The pigeonhole
+    bootstrap, 2007); the split into the two parts is that of Cameron, Gelbach and Miller, 2011. Its coverage is tested
+    in tests/test_statistics.py. The same hits always give the same interval.
+    """
+    differences = first.astype(np.int8) - second.astype(np.int8)
+    seeds, images = differences.shape
+    if seeds < 2:
+        return None
+    mean = float(differences.mean())
+    of_seed, of_image = differences.mean(axis=1), differences.mean(axis=0)
+    rest = differences - of_seed[:, None] - of_image[None, :] + mean
+    rest_variance = float((rest**2).sum()) / ((seeds - 1) * max(1, images - 1)) / (seeds * images)
+    seed_error = math.sqrt(max(0.0, float(of_seed.var(ddof=1)) / seeds - rest_variance))
+    generator = np.random.default_rng(0)
+    # Equal columns are drawn together: there are at most 2 x seeds + 1 different means.
+    means, counts = np.unique(of_image, return_counts=True)
+    drawn = generator.multinomial(images, counts / images, size=RESAMPLES) @ means / images
+    drawn = drawn + seed_error * generator.standard_t(seeds - 1, RESAMPLES)
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(low=float(low), high=float(high))
+
+
+def probability_better(first: Sequence[float], second: Sequence[float]) -> float:
+    """How often a training of the first is better than one of the second with the same seed; a tie counts half.
+
+    Source: Bouthillier et al., Accounting for Variance in Machine Learning Benchmarks, MLSys 2021.
+    """
+    pairs = list(zip(first, second, strict=True))
+    return sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs)
+
+
+def sign_flip_p(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """The two-sided p of the sign-flip test over paired seeds: could the differences as well have the other sign?
+
+    Exact up to 14 seeds. None below MIN_SEEDS, where no p could be below 0.05.
+    """
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    if len(differences) < MIN_SEEDS:
+        return None
+    from scipy import stats
+
+    found = stats.permutation_test(
+        (differences,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=EXACT_FLIPS,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p values, corrected for how many comparisons were made. Source: Holm 1979."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda at: p_values[at])):
+        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
+        corrected[index] = largest
+    return corrected
+
+
+def packed(hits: Hits) -> bytes:
+    """Hits as n / 8 bytes, the first image in the highest bit."""
+    return np.packbits(hits).tobytes()
+
+
+def unpacked(stored: bytes, images: int) -> Hits:
+    """The hits that `packed` packed."""
+    return np.unpackbits(np.frombuffer(stored, dtype=np.uint8), count=images).astype(bool)

@@ -1,0 +1,277 @@
+"""The best configurations are trained again from several seeds, and judged by test images that nobody chose by."""
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import optuna
+import pytest
+from conftest import COMMAND, SECONDS, SMALL, Command, ended
+from optuna.trial import TrialState
+from sklearn.datasets import load_digits
+
+import search
+import studies
+from storage import database, hits, ledger
+from storage.transactions import read
+from studies import confirmation, registry, text
+from studies import definition as definitions
+from studies.errors import StudyError
+
+# Test arrays that leave a line for each time they are read, and cannot be read at all while a search runs.
+WATCHED = """
+import os
+from pathlib import Path
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+
+class Watched:
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        assert not Path("forbidden").exists(), "a test array was read"
+        with open("reads", "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        return self.array
+
+
+def load():
+    images, labels = load_digits(return_X_y=True)
+    images = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return (images[:300], labels[:300]), (Watched(images[300:400]), Watched(labels[300:400]))
+"""
+SEEDS = 2
+
+
+@dataclass(frozen=True)
+class Done:
+    """A folder where a study was searched and confirmed, and what the commands printed."""
+
+    folder: Path
+    out: str
+    reads: int  # of the test images and of their labels
+
+    @property
+    def url(self) -> str:
+        return f"sqlite:///{self.folder}/yard/studies.db"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """Two candidates with two seeds each, after a search of three trials."""
+    folder = tmp_path_factory.mktemp("confirmed")
+    (folder / "watched.py").write_text(WATCHED, encoding="utf-8")
+    definition = SMALL.format(trials=3, epochs=3).replace("small.npz", "watched:load")
+    (folder / "small.toml").write_text(definition, encoding="utf-8")
+    (folder / "forbidden").touch()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TRIALYARD_")}
+
+    def command(*arguments: str) -> str:
+        done = subprocess.run(
+            [*COMMAND, *arguments],
+            cwd=folder,
+            env=kept | {"TRIALYARD_WORKERS": "1"},
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    command("run", "small.toml")
+    (folder / "forbidden").unlink()
+    assert not (folder / "reads").exists()
+    out = command("confirm", "small", "--top", "2", "--seeds", str(SEEDS))
+    return Done(folder=folder, out=out, reads=len((folder / "reads").read_text().splitlines()))
+
+
+@pytest.fixture
+def confirmed(done: Done, home: Path) -> Done:
+    """A copy of that folder as the current one."""
+    shutil.copytree(done.folder, home, dirs_exist_ok=True)
+    return Done(folder=home, out=done.out, reads=done.reads)
+
+
+def test_a_search_reads_no_test_image_and_a_confirmation_once_a_run(done: Done) -> None:
+    # Two arrays. Trials with the same seed have the same split, so their data are loaded once.
+    assert done.reads == 2 * SEEDS
+
+
+def test_each_candidate_is_trained_from_the_same_seeds_and_splits(done: Done) -> None:
+    storage = database.connect(done.url)
+    trials = optuna.load_study(study_name="small-confirm", storage=storage).trials
+    searched = studies.leaderboard("small", done.url)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
+    points = [(trial.params["seed"], trial.params["candidate"]) for trial in trials]
+    assert points == [(seed, row.number) for seed in (1, 2) for row in searched[:2]]
+    seeds = [trial.user_attrs["seed"] for trial in trials]
+    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
+    assert {trial.user_attrs["protocol"] for trial in trials} == {"confirmation"}
+    best_epochs = {
+        trial.number: trial.user_attrs["best_epoch"]
+        for trial in optuna.load_study(study_name="small", storage=storage).trials
+    }
+    for trial in trials:
+        assert trial.user_attrs["epochs"] == trial.user_attrs["best_epoch"] == best_epochs[trial.params["candidate"]]
+
+
+def test_values_are_those_of_a_plain_evaluation_of_the_saved_models(done: Done) -> None:
+    images, labels = load_digits(return_X_y=True)
+    images = np.rint(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)[300:400]
+    storage = database.connect(done.url)
+    trials = optuna.load_study(study_name="small-confirm", storage=storage).trials
+    measured = read(storage, lambda connection: hits.of_trials(connection, [trial._trial_id for trial in trials]))
+    for trial in trials:
+        model = keras.models.load_model(done.folder / "yard" / "artifacts" / trial.user_attrs["model"])
+        model.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+        _, accuracy = model.evaluate(images, labels[300:400], verbose=0)
+        assert trial.values == [pytest.approx(accuracy, abs=1e-6)]
+        own = measured[trial._trial_id]
+        assert (own.judged_on, own.images) == ("test", 100)
+        assert (own.array() == (model.predict(images, verbose=0).argmax(axis=1) == labels[300:400])).all()
+    assert len({own.fingerprint for own in measured.values()}) == 1
+
+
+def test_the_hits_of_a_search_are_those_of_its_validation_images(done: Done) -> None:
+    storage = database.connect(done.url)
+    trials = optuna.load_study(study_name="small", storage=storage).trials
+    measured = read(storage, lambda connection: hits.of_trials(connection, [trial._trial_id for trial in trials]))
+    for trial in trials:
+        own = measured[trial._trial_id]
+        assert (own.judged_on, own.images) == ("validation", 60)
+        assert own.array().mean() == pytest.approx(trial.values[0], abs=1e-6)
+    assert len({own.fingerprint for own in measured.values()}) == 1
+
+
+def test_the_result_is_the_same_in_python_json_report_note_and_terminal(confirmed: Done) -> None:
+    found = studies.confirmed("small")
+    assert (found.study, found.confirmation, found.seeds, found.openings) == ("small", "small-confirm", SEEDS, 1)
+    assert (found.trained, found.trainings, found.images) == (4, 4, 100)
+    assert found == studies.confirmed("small-confirm")
+    first, second = found.estimates
+    assert first.mean is not None
+    assert second.mean is not None
+    assert first.mean >= second.mean
+    rows = {row.number: row for row in studies.leaderboard("small")}
+    for each in found.estimates:
+        assert each.searched == rows[each.trial].value
+        assert each.hyperparameters == rows[each.trial].params
+        assert each.parameters == rows[each.trial].parameters
+        assert each.shrinkage == pytest.approx(rows[each.trial].value - np.mean(each.accuracies))
+    (comparison,) = found.comparisons
+    assert comparison.difference == pytest.approx(first.mean - second.mean)
+    assert (comparison.p, comparison.p_holm, found.winner) == (None, None, None)
+    assert set(found.tied) == {first.trial, second.trial}
+    assert found.smallest in found.tied
+
+    assert f"{first.mean:.4f}" in confirmed.out
+    for words in ("No test is made: with 2 seeds", "A tie: these measurements", "opened by this confirmation only"):
+        assert words in " ".join(confirmed.out.split())
+    report = studies.report("small", format="markdown")
+    assert "## Confirmed on the test images" in report
+    assert text.confirmed(found) in report
+    assert "This study confirms small" in studies.report("small-confirm", format="markdown")
+    storage = database.connect(confirmed.url)
+    stored = storage.get_study_system_attrs(registry.find("small", storage).id)
+    note = "".join(value for key, value in sorted(stored.items()) if key.startswith("dashboard:note_str"))
+    assert "### Confirmed on the test images" in note
+
+
+def test_again_it_trains_nothing_and_another_number_of_seeds_opens_the_images_again(confirmed: Done) -> None:
+    before = _rows(confirmed)
+    assert search.confirm("small", top=2, seeds=SEEDS, listeners=[]) == studies.confirmed("small")
+    assert _rows(confirmed) == before
+    other = search.confirm("small", top=1, seeds=1, workers=1, listeners=[])
+    assert (other.confirmation, other.trained, other.openings) == ("small-confirm-2", 1, 2)
+    assert studies.confirmed("small") == other
+    (estimate,) = other.estimates
+    assert (estimate.of_mean, estimate.of_new_seed, other.tied, other.winner) == (None, None, (), None)
+    # A seed's training is the same in every confirmation.
+    first = next(each for each in studies.confirmed("small-confirm").estimates if each.trial == estimate.trial)
+    assert estimate.accuracies == first.accuracies[:1]
+    assert "opened by 2 confirmations" in text.confirmed(other)
+    # Also when the confirmations are gone.
+    studies.delete("small-confirm")
+    studies.delete("small-confirm-2")
+    with pytest.raises(StudyError, match="was not confirmed yet"):
+        studies.confirmed("small")
+    storage = database.connect(confirmed.url)
+    assert registry.find("small", storage).test_openings == 2
+
+
+def test_an_unfinished_confirmation_has_no_verdict(confirmed: Done) -> None:
+    storage = database.connect(confirmed.url)
+    study = registry.find("small", storage)
+    definition = confirmation.definition_of(study, storage, 2, 6)
+    created = registry.create(definition, storage, dict(study.data)).study
+    found = confirmation.of_study(created, storage)
+    assert (found.trained, found.trainings, found.winner, found.tied) == (0, 12, None, ())
+    assert all(estimate.mean is None for estimate in found.estimates)
+    assert "0 of 12 trainings are complete" in text.confirmed(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing"], "there is no study 'nothing'"),
+        (["small", "--top", "4"], "study 'small' has 3 different complete configurations, and 4 candidates"),
+        (["small", "--top", "0"], "--top = 0: at least 1 is needed"),
+        (["small", "--seeds", "0"], "--seeds = 0: at least 1 is needed"),
+        (["small-confirm"], "study 'small-confirm' is a confirmation itself: confirm small again"),
+        (["open"], "study 'open' has not ended (0 of 3 trials): `trialyard work open` finishes it"),
+        (["empty"], "study 'empty' was stopped before any of its trials was complete"),
+        (["shown"], "study 'shown' has chosen by the test images, as the notebook did"),
+        (["untested"], "has no array 'x_test'"),
+        (["changed"], "study 'changed' started with other images"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_changes_nothing(
+    confirmed: Done, start: Command, write_npz: Callable[..., Path], arguments: list[str], words: str
+) -> None:
+    _make(arguments[0], confirmed, write_npz)
+    before = _rows(confirmed)
+    out, err = ended(start("confirm", *arguments), code=1)
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert words in err
+    assert _rows(confirmed) == before
+
+
+def _make(name: str, confirmed: Done, write_npz: Callable[..., Path]) -> None:
+    """A study like `small` that cannot be confirmed."""
+    changes: dict[str, dict[str, Any]] = {
+        "open": {},
+        "empty": {},
+        "shown": {"data": {"validation": "test"}},
+        "untested": {"dataset": str(write_npz("untested.npz", x_test=None, y_test=None))},
+        "changed": {},
+    }
+    if name not in changes:
+        return
+    storage = database.connect(confirmed.url)
+    searched = registry.find("small", storage)
+    definition = definitions.from_json({**searched.definition, "name": name, **changes[name]})
+    results = None if name in ("open", "empty") else [ledger.Imported(value=0.9, params={}, attributes={})]
+    fingerprint = "of others" if name == "changed" else searched.data["fingerprint"]
+    registry.create(definition, storage, {"fingerprint": fingerprint}, results)
+    if name == "empty":
+        registry.stop(name, storage)
+    storage.engine.dispose()
+
+
+def _rows(confirmed: Done) -> list[str]:
+    """All that the database holds."""
+    with contextlib.closing(sqlite3.connect(confirmed.folder / "yard" / "studies.db")) as connection:
+        return list(connection.iterdump())
