@@ -269,6 +269,7 @@ class Attempt:
             "images_per_second": round(trained.images_per_second, 1),
             "device": slot.device.name,
             "slot": slot.name,
+            "threads": slot.threads,
             "precision": trained.precision,
             "precision_reason": trained.precision_reason,
             "versions": trained.versions,

@@ -46,7 +46,7 @@ def check(definition: Definition, settings: Settings) -> dict[str, Any]:
     if definition.confirm is not None:
         data.require_test(definition.dataset, settings.data_folders)
     _check_sizes(definition, dataset)
-    check_keras(_backend())
+    check_keras(backend())
     return dataset.summary()
 
 
@@ -56,11 +56,11 @@ def software() -> dict[str, str]:
     ``{"trialyard": "0.1", "keras": "3.15", "backend": "tensorflow"}``. A minor version may change what a layer does or
     how it begins; backends draw other random numbers.
     """
-    return {name: ".".join(version(name).split(".")[:2]) for name in ("trialyard", "keras")} | {"backend": _backend()}
+    return {name: ".".join(version(name).split(".")[:2]) for name in ("trialyard", "keras")} | {"backend": backend()}
 
 
-def _backend() -> str:
-    """What Keras will choose, by its own rule (`keras/src/backend/config.py`): this process must not import it."""
+def backend() -> str:
+    """The backend that Keras will choose, by its own rule (`keras/src/backend/config.py`): it is not imported here."""
     if os.environ.get("KERAS_BACKEND"):
         return os.environ["KERAS_BACKEND"]
     above = Path.home() if os.access(Path.home(), os.W_OK) else Path("/tmp")
@@ -125,7 +125,7 @@ def check_keras(backend: str) -> None:
 def forget_keras() -> None:
     """Has `check_keras` look again: a worker could not import what it needs."""
     check_keras.cache_clear()
-    mark = _mark(_backend())
+    mark = _mark(backend())
     if mark is not None:
         with contextlib.suppress(OSError):
             mark.unlink(missing_ok=True)
@@ -156,7 +156,7 @@ def _trainer() -> Iterator[Trainer]:
 
 def _import_error(died: TrainerDied, trainer: Trainer) -> MachineError:
     return MachineError(
-        f"Keras cannot be imported on this machine with the backend {_backend()} ({died.how}{_last_line(trainer)}): "
+        f"Keras cannot be imported on this machine with the backend {backend()} ({died.how}{_last_line(trainer)}): "
         "repair the installation, or set KERAS_BACKEND to another backend that is installed"
     )
 

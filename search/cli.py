@@ -251,6 +251,34 @@ def confirm(
 
 
 @app.command()
+def replay(
+    study: StudyArgument,
+    number: Annotated[int, typer.Argument(metavar="NUMBER", min=0, help="A complete trial.")],
+    storage: StorageOption = None,
+    chosen_devices: DevicesOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train a trial again from its record, and compare epoch by epoch; exit code 1 if it is not confirmed."""
+    from search import service
+    from search.terminal import print_json, print_replayed, replayed_epoch_text, warn
+
+    found = service.replay(
+        study,
+        number,
+        storage=settings_of(storage).url,
+        devices=chosen_devices,
+        on_difference=lambda difference: warn(f"not as it was: {difference}"),
+        on_epoch=lambda epoch: warn(replayed_epoch_text(epoch)),
+    )
+    if as_json:
+        print_json(dataclasses.asdict(found) | {"exact": found.is_exact, "holds": found.holds})
+    else:
+        print_replayed(found)
+    if not found.holds:
+        raise typer.Exit(1)
+
+
+@app.command()
 def pause(study: StudyArgument, storage: StorageOption = None) -> None:
     """Have all workers put a study's trials back into the queue, and start no more."""
     from search.terminal import say

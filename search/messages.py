@@ -7,6 +7,7 @@ must be importable under the same name in both processes.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,6 +103,12 @@ def best_epoch(history: Sequence[Epoch]) -> Epoch | None:
     # max() over a NaN depends on the order: what comes before it is forgotten, or what comes after it.
     finite = [epoch for epoch in history if math.isfinite(epoch.val_accuracy)]
     return max(finite, key=lambda epoch: epoch.val_accuracy, default=None)
+
+
+def versions(backend: str) -> dict[str, str]:
+    """The versions of the software that a training's numbers depend on, with this backend of Keras."""
+    packages = ("trialyard", "keras", backend, "optuna", "numpy")
+    return {"backend": backend} | {package: version(package) for package in packages}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from studies.definition import Definition
 if TYPE_CHECKING:
     from search.devices import Slot
     from search.progress import Listener
+    from search.retraining import Replayed, ReplayedEpoch
 
 Source = str | Path | Definition  # a name of the catalog, a TOML file, or a definition
 
@@ -228,6 +229,32 @@ def confirm(
         registry.check_software(created, opened, checks.software())
         _fill([created], opened, here, places, listeners, leave=False)
     return confirmation.of_study(registry.find(created.name, opened), opened)
+
+
+def replay(
+    study: str,
+    number: int,
+    *,
+    storage: str | None = None,
+    devices: str = "auto",
+    on_difference: Callable[[str], None] = lambda difference: None,
+    on_epoch: "Callable[[ReplayedEpoch], None]" = lambda epoch: None,
+) -> "Replayed":
+    """Trains trial `number` of `study` again from its record, on one device, and compares; nothing is written.
+
+    `on_difference` learns what is not as it was (software, device) before the training begins, `on_epoch` of each epoch
+    of both trainings. On the same kind of processor in float32 with the same software they must be the same.
+
+    Raises StudyError if the trial is not complete or was imported, or its images are others now; DataError, ModelError
+    or MachineError if it cannot be trained here.
+    """
+    from search import retraining
+    from search.devices import slots as slots_of
+
+    here = _settings(storage)
+    slot = slots_of(devices, per_device=1)[0]
+    opened = database.connect(here.url)
+    return retraining.replay(registry.find(study, opened), number, opened, here, slot, on_difference, on_epoch)
 
 
 def alive(storage: str | None = None) -> float:

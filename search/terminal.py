@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 
 from search import progress
+from search.retraining import Replayed, ReplayedEpoch
 from storage import artifacts, attributes, ledger
 from storage.settings import Settings
 from storage.slots import SlotStatus
@@ -146,6 +147,25 @@ def print_report(content: Content) -> None:
 
 def print_confirmed(found: Confirmed) -> None:
     _print_markdown(f"# {text.escaped(found.study)}, confirmed\n\n{text.confirmed(found)}\n")
+
+
+def replayed_epoch_text(epoch: ReplayedEpoch) -> str:
+    recorded = "not recorded" if epoch.recorded is None else f"{epoch.recorded:.4f} recorded"
+    equal = ", the same" if epoch.is_equal else ""
+    return f"epoch {epoch.epoch}: accuracy {epoch.replayed:.4f}, {recorded}{equal}"
+
+
+def print_replayed(found: Replayed) -> None:
+    what = f"trial {found.trial} of {found.study}: {found.replayed_value:.4f}, and {found.recorded_value:.4f} recorded"
+    again = "" if found.attempts <= 1 else f", though the recorded training took {found.attempts} attempts"
+    if found.is_exact:
+        verdict = f"the same in all {len(found.epochs)} epochs, to the last bit{again}"
+    elif found.tolerance == 0.0:
+        first = next((epoch.epoch for epoch in found.epochs if not epoch.is_equal), len(found.epochs))
+        verdict = f"not the same from epoch {first} on, and it should be"
+    else:
+        verdict = f"{'within' if found.holds else 'not within'} the tolerance of {found.tolerance:.4f}"
+    out.print(f"{what}: {verdict}", markup=False)
 
 
 def _print_markdown(markdown: str) -> None:

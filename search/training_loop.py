@@ -16,7 +16,7 @@ from search import averages, checkpoint
 from search.batches import batches
 from search.data import Array, Dataset
 from search.errors import DataError
-from search.messages import Epoch, StopMode, Trained, best_epoch
+from search.messages import Epoch, StopMode, Trained, best_epoch, versions
 from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, stored
 from storage.hits import Hits
@@ -166,7 +166,7 @@ def train(
         precision=precision[0],
         precision_reason=precision[1],
         data_fingerprint=dataset.fingerprint,
-        versions=versions(),
+        versions=versions(keras.backend.backend()),
         hits=hits,
     )
 
@@ -211,13 +211,6 @@ def _resumed(net: keras.Model, paths: Sequence[Path], identity: dict[str, Any]) 
         else:
             return found.history, found.best_weights
     return [], []
-
-
-def versions() -> dict[str, str]:
-    """The versions of the software that the results depend on."""
-    backend = keras.backend.backend()
-    packages = ("trialyard", "keras", backend, "optuna", "numpy")
-    return {"backend": backend} | {package: version(package) for package in packages}
 
 
 def _evaluation_batch(batch_size: int) -> int:

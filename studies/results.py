@@ -214,9 +214,14 @@ def attempts(name: str, number: int, storage: StorageLike = None) -> list[Attemp
     try:
         trial_id = opened.get_trial_id_from_study_id_trial_number(study.id, number)
     except KeyError:
-        trials = study.finished + study.running + study.waiting
-        raise StudyError(f"study {name!r} has no trial {number}: its {trials} trials are numbered from 0") from None
+        raise StudyError(no_trial_text(study, number)) from None
     return read(opened, lambda connection: of_trial(connection, trial_id))
+
+
+def no_trial_text(study: Study, number: int) -> str:
+    """A sentence for people: the study has no trial of this number."""
+    trials = study.finished + study.running + study.waiting
+    return f"study {study.name!r} has no trial {number}: its {trials} trials are numbered from 0"
 
 
 def leaderboard(name: str, storage: StorageLike = None, top: int | None = None) -> list[Row]:
@@ -371,7 +376,7 @@ def curves_of(trials: Sequence[FrozenTrial], artifacts: Path, top: int | None = 
 
 
 def _curve(trial: FrozenTrial, artifacts: Path) -> Curve:
-    records = _history(trial, artifacts)
+    records = history_of(trial, artifacts)
 
     def column(key: str) -> tuple[float, ...]:
         return tuple(float(record[key]) for record in records)
@@ -390,7 +395,7 @@ def _curve(trial: FrozenTrial, artifacts: Path) -> Curve:
     )
 
 
-def _history(trial: FrozenTrial, artifacts: Path) -> list[dict[str, Any]]:
+def history_of(trial: FrozenTrial, artifacts: Path) -> list[dict[str, Any]]:
     """The records of a training's epochs; empty if this machine does not have the file, or it is not a history."""
     path = inside(artifacts, trial.user_attrs.get("history"))
     if path is None:

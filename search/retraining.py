@@ -1,0 +1,205 @@
+"""Trains a finished trial again from its record, and compares the two epoch by epoch. Nothing is written."""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from search import checks, data
+from search.devices import Slot
+from search.errors import DataError, MachineError, ModelError
+from search.messages import Epoch, Failed, Job, Trained, versions
+from search.trainer import START_SECONDS, Trainer, TrainerDied
+from storage import attributes
+from storage.attempt_table import of_trial
+from storage.ledger import Study
+from storage.settings import Settings
+from storage.transactions import read
+from studies import definition as definitions
+from studies import recipe, registry, results
+from studies.definition import Definition, Precision
+from studies.errors import StudyError
+
+TOLERANCE = 0.01  # besides the sampling error of both accuracies, where numbers cannot be the same
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedEpoch:
+    """One epoch of both trainings: the validation accuracies, and the training losses if they are known."""
+
+    epoch: int
+    recorded: float | None
+    replayed: float
+    recorded_loss: float | None
+    replayed_loss: float
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether both trainings have the same numbers, to the last bit."""
+        losses = self.recorded_loss is None or self.recorded_loss == self.replayed_loss
+        return self.recorded == self.replayed and losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """A trial and its replay."""
+
+    study: str
+    trial: int
+    differences: tuple[str, ...]  # between the recorded circumstances and these: software, device, precision
+    attempts: int  # that the recorded training took
+    epochs: tuple[ReplayedEpoch, ...]
+    recorded_value: float
+    replayed_value: float
+    tolerance: float  # how far the values may be apart; 0 where the numbers must be the same
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every epoch has the same numbers."""
+        return all(epoch.is_equal for epoch in self.epochs) and self.recorded_value == self.replayed_value
+
+    @property
+    def holds(self) -> bool:
+        """Whether the replay confirms the record: exactly, or within the tolerance under other circumstances."""
+        if self.tolerance == 0.0:
+            return self.is_exact
+        return abs(self.recorded_value - self.replayed_value) <= self.tolerance
+
+
+def replay(
+    study: Study,
+    number: int,
+    storage: RDBStorage,
+    here: Settings,
+    slot: Slot,
+    on_difference: Callable[[str], None],
+    on_epoch: Callable[[ReplayedEpoch], None],
+) -> Replayed:
+    """Trains trial `number` again. `on_difference` learns first what is not as it was, then `on_epoch` of each epoch.
+
+    The numbers must be the same on the same kind of processor in float32 with the same software. On a GPU, in
+    bfloat16, or elsewhere the values may be apart by TOLERANCE and the 95 % sampling error of their difference.
+
+    Raises StudyError if the trial is not complete or was imported, or its images are others now; and DataError,
+    ModelError or MachineError if it cannot be trained here.
+    """
+    trial = _complete_trial(study, number, storage)
+    definition = definitions.from_json(study.definition)
+    recorded = trial.user_attrs
+    found = data.load(definition.dataset, definition.data, here.data_folders)
+    registry.check_data(study, found.summary())
+    precision = _precision(recorded)
+    wanted = definition.model_copy(update={"precision": precision or definition.precision})
+    slot = replace(slot, threads=int(attributes.number(recorded.get("threads")) or slot.threads))
+    differences = _differences(recorded, slot)
+    for difference in differences:
+        on_difference(difference)
+    history = results.history_of(trial, here.artifact_folder)
+    by_epoch = {epoch: (value, None) for epoch, value in trial.intermediate_values.items()} | {
+        at: (float(record["val_accuracy"]), float(record["loss"])) for at, record in enumerate(history, start=1)
+    }
+    epochs: list[ReplayedEpoch] = []
+
+    def compare(epoch: Epoch) -> None:
+        accuracy, loss = by_epoch.get(epoch.epoch, (None, None))
+        both = ReplayedEpoch(
+            epoch=epoch.epoch,
+            recorded=accuracy,
+            replayed=epoch.val_accuracy,
+            recorded_loss=loss,
+            replayed_loss=epoch.loss,
+        )
+        epochs.append(both)
+        on_epoch(both)
+
+    trained = _train(wanted, recipe.of_trial(definition, number, trial.params), slot, here, compare)
+    exact = not differences and slot.device.kind == "cpu" and trained.precision == "float32"
+    value = float(trial.values[0])
+    return Replayed(
+        study=study.name,
+        trial=number,
+        differences=differences,
+        attempts=len(read(storage, lambda connection: of_trial(connection, trial._trial_id))),
+        epochs=tuple(epochs),
+        recorded_value=value,
+        replayed_value=trained.value,
+        tolerance=0.0 if exact else _tolerance(value, trained),
+    )
+
+
+def _complete_trial(study: Study, number: int, storage: RDBStorage) -> FrozenTrial:
+    try:
+        trial = storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study.id, number))
+    except KeyError:
+        raise StudyError(results.no_trial_text(study, number)) from None
+    name = f"trial {number} of study {study.name!r}"
+    if trial.user_attrs.get("imported"):
+        raise StudyError(f"{name} was imported: Trialyard did not train it, and cannot train it again")
+    if trial.state != TrialState.COMPLETE:
+        raise StudyError(f"{name} is {trial.state.name.lower()}: only a complete trial can be trained again")
+    if "seed" not in trial.user_attrs:
+        raise StudyError(f"{name} has no seed: another program ran it, and Trialyard cannot train it again")
+    return trial
+
+
+def _precision(recorded: Mapping[str, Any]) -> Precision | None:
+    known: dict[str, Precision] = {"float32": "float32", "mixed_bfloat16": "mixed_bfloat16"}
+    return known.get(str(recorded.get("precision")))
+
+
+def _differences(recorded: Mapping[str, Any], slot: Slot) -> tuple[str, ...]:
+    """What is not as it was when the trial was trained, a sentence each."""
+    found = []
+    if recorded.get("device") != slot.device.name:
+        found.append(f"it was trained on {recorded.get('device')}, and this is {slot.device.name}")
+    if slot.device.kind == "cpu" and "threads" not in recorded:
+        found.append("it is not recorded with how many threads it was trained, which decides the last digits")
+    stored = recorded.get("versions")
+    here = versions(checks.backend())
+    for package, version in (stored if isinstance(stored, dict) else {}).items():
+        if here.get(package) != version:
+            found.append(f"it was trained with {package} {version}, and here is {here.get(package, 'none')}")
+    return tuple(found)
+
+
+def _tolerance(value: float, trained: Trained) -> float:
+    images = trained.hits.images if trained.hits is not None else 0
+    error = 1.96 * math.sqrt(2 * value * (1.0 - value) / images) if images else 0.0
+    return TOLERANCE + error
+
+
+def _train(
+    definition: Definition, wanted: recipe.Recipe, slot: Slot, here: Settings, on_epoch: Callable[[Epoch], None]
+) -> Trained:
+    with tempfile.TemporaryDirectory() as folder, Trainer(slot, Path(folder) / "log") as trainer:
+        trainer.submit(
+            Job(
+                definition=definition,
+                recipe=wanted,
+                slot=slot,
+                data_folders=here.data_folders,
+                folder=Path(folder) / "trial",
+            )
+        )
+        start_by = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                message = trainer.receive(POLL_SECONDS)
+            except TrainerDied as died:
+                raise MachineError(f"the training ended too early: {died.how}") from None
+            if isinstance(message, Epoch):
+                on_epoch(message)
+            elif isinstance(message, Trained):
+                return message
+            elif isinstance(message, Failed):
+                kinds = {"model": ModelError, "load": DataError, "data": DataError}
+                raise kinds.get(message.kind, MachineError)(message.message)
+            if time.monotonic() > start_by and not trainer.ready:
+                raise MachineError(f"{trainer.hung()}: repair Keras or its backend")

@@ -1,0 +1,144 @@
+"""A trial that is trained again from its record has the same numbers, also if the first training was interrupted."""
+
+import contextlib
+import json
+import signal
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from conftest import Command, ended, until
+from sklearn.datasets import load_digits
+
+import search
+import studies
+from search.errors import DataError
+from search.retraining import Replayed, ReplayedEpoch
+from storage import claims, database, ledger, owners
+from studies import registry
+from studies.errors import StudyError
+
+
+def _change(home: Path, number: int, **attributes: object) -> None:
+    """Sets user attributes of a trial of `small`, as an editor of the database would."""
+    storage = database.connect(f"sqlite:///{home}/yard/studies.db")
+    trial_id = storage.get_trial_id_from_study_id_trial_number(registry.find("small", storage).id, number)
+    with contextlib.closing(sqlite3.connect(home / "yard" / "studies.db")) as connection, connection:
+        for key, value in attributes.items():
+            connection.execute(
+                "UPDATE trial_user_attributes SET value_json = ? WHERE trial_id = ? AND key = ?",
+                (json.dumps(value), trial_id, key),
+            )
+
+
+def test_a_replay_of_a_trial_that_was_killed_and_resumed_is_exact(
+    home: Path, write_small: Callable[..., Path], start: Command
+) -> None:
+    file = str(write_small(trials=1, epochs=30))
+    process = start("run", file)
+    for _ in range(4):
+        until(process, "trial 0 epoch")
+    process.send_signal(signal.SIGINT)
+    ended(process, code=130)
+    ended(start("run", file))
+    attempts = studies.attempts("small", 0)
+    assert [attempt.outcome for attempt in attempts] == ["interrupted", "finished"]
+    assert attempts[1].resumed_after
+    url = f"sqlite:///{home}/yard/studies.db"
+    before = studies.best_trial("small", url)
+
+    out, err = ended(start("replay", "small", "0"))
+    assert "the same in all 30 epochs, to the last bit, though the recorded training took 2 attempts" in out
+    assert err.count(" recorded, the same") == 30
+    assert "not as it was" not in err
+    assert studies.best_trial("small", url) == before
+
+    # Under other circumstances they are named first, and the values may differ a little.
+    versions = before.user_attrs["versions"]
+    _change(home, 0, device="a faster one", versions=versions | {"keras": "3.1"})
+    named: list[str] = []
+    epochs: list[ReplayedEpoch] = []
+    found = search.replay("small", 0, on_difference=named.append, on_epoch=epochs.append)
+    assert [name.split(",")[0] for name in named] == [
+        "it was trained on a faster one",
+        "it was trained with keras 3.1",
+    ]
+    assert found.differences == tuple(named)
+    assert (found.epochs, found.is_exact, found.holds) == (tuple(epochs), True, True)
+    assert 0.01 < found.tolerance < 0.2
+
+    # A record that was changed is found out.
+    history = home / "yard" / "artifacts" / before.user_attrs["history"]
+    records = json.loads(history.read_text(encoding="utf-8"))
+    records[2]["loss"] += 1e-9
+    history.write_text(json.dumps(records), encoding="utf-8")
+    _change(home, 0, device=before.user_attrs["device"], versions=versions)
+    out, _ = ended(start("replay", "small", "0", "--json"), code=1)
+    told = json.loads(out)
+    assert (told["exact"], told["holds"], told["tolerance"]) == (False, False, 0.0)
+    assert [epoch["epoch"] for epoch in told["epochs"]] == list(range(1, 31))
+
+
+def test_values_within_the_tolerance_hold() -> None:
+    epoch = ReplayedEpoch(epoch=1, recorded=0.9, replayed=0.91, recorded_loss=None, replayed_loss=0.3)
+    assert not epoch.is_equal
+
+    def replayed(tolerance: float) -> Replayed:
+        return Replayed(
+            study="small",
+            trial=0,
+            differences=("another device",),
+            attempts=1,
+            epochs=(epoch,),
+            recorded_value=0.9,
+            replayed_value=0.91,
+            tolerance=tolerance,
+        )
+
+    assert (replayed(0.02).is_exact, replayed(0.02).holds) == (False, True)
+    assert not replayed(0.005).holds
+    assert not replayed(0.0).holds
+
+
+def test_what_cannot_be_replayed_is_said_in_one_sentence(
+    home: Path, write_small: Callable[..., Path], write_npz: Callable[..., Path], start: Command
+) -> None:
+    file = write_small(trials=4, epochs=2)
+    (home / "more.csv").write_text("dropout,accuracy\n0.2,0.9\n", encoding="utf-8")
+    search.create(file)
+    studies.import_trials("small", home / "more.csv")
+    url = f"sqlite:///{home}/yard/studies.db"
+    storage = database.connect(url)
+    study = ledger.find(storage, "small")
+    for state in (optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL, optuna.trial.TrialState.COMPLETE):
+        claim = claims.claim(storage, study, owners.this_slot("cpu:0"), 60.0)
+        assert claim is not None
+        claims.finish(storage, claim, state, 0.5, {})
+    storage.engine.dispose()
+    for number, words in (
+        (0, "trial 0 of study 'small' was imported: Trialyard did not train it"),
+        (1, "trial 1 of study 'small' is pruned: only a complete trial can be trained again"),
+        (2, "trial 2 of study 'small' is fail: only a complete trial can be trained again"),
+        (3, "trial 3 of study 'small' has no seed"),
+        (7, "study 'small' has no trial 7: its 4 trials are numbered from 0"),
+    ):
+        with pytest.raises(StudyError, match=words):
+            search.replay("small", number, storage=url)
+    _, err = ended(start("replay", "small", "1"), code=1)
+    assert err == "error: trial 1 of study 'small' is pruned: only a complete trial can be trained again\n"
+
+    with database.connect(url).engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO trial_user_attributes (trial_id, key, value_json) "
+            "SELECT trial_id, 'seed', '1' FROM trials WHERE number = 3"
+        )
+    images, labels = load_digits(return_X_y=True)
+    write_npz(x_train=np.rint(images.reshape(-1, 8, 8)).astype(np.uint8)[100:400], y_train=labels[100:400])
+    with pytest.raises(StudyError, match="study 'small' started with other images"):
+        search.replay("small", 3, storage=url)
+    (home / "small.npz").unlink()
+    with pytest.raises(DataError, match="does not exist"):
+        search.replay("small", 3, storage=url)
