@@ -279,6 +279,34 @@ def replay(
 
 
 @app.command()
+def compare(
+    study: StudyArgument,
+    other: Annotated[
+        str | None, typer.Argument(metavar="[OTHER]", help="Another study. Default: the notebook's results.")
+    ] = None,
+    storage: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put two studies side by side, or a study beside the notebook's results that it repeats."""
+    from search.terminal import print_compared, print_json, print_notebook_rows
+    from studies import comparison
+
+    url = settings_of(storage).url
+    if other is not None:
+        found = comparison.compare(study, other, url)
+        if as_json:
+            print_json(dataclasses.asdict(found))
+        else:
+            print_compared(found)
+        return
+    rows = comparison.compare_notebook(study, url)
+    if as_json:
+        print_json([dataclasses.asdict(row) | {"difference": row.difference, "agrees": row.agrees} for row in rows])
+    else:
+        print_notebook_rows(rows)
+
+
+@app.command()
 def pause(study: StudyArgument, storage: StorageOption = None) -> None:
     """Have all workers put a study's trials back into the queue, and start no more."""
     from search.terminal import say

@@ -143,7 +143,8 @@ def _complete_trial(study: Study, number: int, storage: RDBStorage) -> FrozenTri
     if trial.user_attrs.get("imported"):
         raise StudyError(f"{name} was imported: Trialyard did not train it, and cannot train it again")
     if trial.state != TrialState.COMPLETE:
-        raise StudyError(f"{name} is {trial.state.name.lower()}: only a complete trial can be trained again")
+        state = "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
+        raise StudyError(f"{name} is {state}: only a complete trial can be trained again")
     if "seed" not in trial.user_attrs:
         raise StudyError(f"{name} has no seed: another program ran it, and Trialyard cannot train it again")
     return trial

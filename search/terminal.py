@@ -16,6 +16,7 @@ from storage import artifacts, attributes, ledger
 from storage.settings import Settings
 from storage.slots import SlotStatus
 from studies import text
+from studies.comparison import NotebookRow, StudyComparison
 from studies.confirmation import Confirmed
 from studies.content import Content
 from studies.results import Row, Status
@@ -147,6 +148,14 @@ def print_report(content: Content) -> None:
 
 def print_confirmed(found: Confirmed) -> None:
     _print_markdown(f"# {text.escaped(found.study)}, confirmed\n\n{text.confirmed(found)}\n")
+
+
+def print_compared(found: StudyComparison) -> None:
+    _print_markdown(text.compared(found))
+
+
+def print_notebook_rows(rows: list[NotebookRow]) -> None:
+    _print_markdown(text.compared_with_notebook(rows))
 
 
 def replayed_epoch_text(epoch: ReplayedEpoch) -> str:

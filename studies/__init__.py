@@ -9,6 +9,7 @@
 The examples in these docstrings are tests. They run on a study `digits` with two trials.
 """
 
+from studies.comparison import NotebookRow, StudyComparison, compare, compare_notebook
 from studies.confirmation import Comparison, Confirmed, Estimate, confirmed
 from studies.exports import export
 from studies.imported import import_trials
@@ -33,11 +34,15 @@ __all__ = [
     "Confirmed",
     "Curve",
     "Estimate",
+    "NotebookRow",
     "Row",
     "Status",
+    "StudyComparison",
     "attempts",
     "best_model",
     "best_trial",
+    "compare",
+    "compare_notebook",
     "confirmed",
     "curves",
     "delete",

@@ -32,6 +32,7 @@ from studies.space import (
     in_order,
     parameter_class,
 )
+from studies.wording import one_line, sentence, shown
 
 DATASETS = ("mnist", "fashion_mnist", "digits")
 FUNCTION = "package.module:function"
@@ -188,7 +189,7 @@ def load(name_or_file: str, **overrides: Any) -> Definition:
     if name_or_file in names:
         text = (folder / f"{name_or_file}.toml").read_text(encoding="utf-8")
         return parse(text, source=name_or_file, **overrides)
-    path, shown_path = Path(name_or_file), _one_line(name_or_file, 300)
+    path, shown_path = Path(name_or_file), one_line(name_or_file, 300)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -277,7 +278,7 @@ def _checked(raw: Mapping[str, Any], source: str) -> Definition:
     try:
         definition = Definition.model_validate(raw)
     except ValidationError as error:
-        raise DefinitionError(f"{source}: {_sentence(error)}") from None
+        raise DefinitionError(f"{source}: {sentence(error, _known_keys)}") from None
     except RecursionError:
         raise DefinitionError(f"{source} is nested too deeply: see docs/definition.md for the format") from None
     for check in (
@@ -299,16 +300,16 @@ def _check_source(definition: Definition) -> str | None:
     dataset, model = definition.dataset, definition.model
     if not (dataset in DATASETS or dataset.endswith(".npz") or _is_function(dataset)):
         return (
-            f"dataset = {_shown(dataset)} must be one of {', '.join(DATASETS)}, the path of an .npz file, or "
+            f"dataset = {shown(dataset)} must be one of {', '.join(DATASETS)}, the path of an .npz file, or "
             f'"{FUNCTION}"{nearest(dataset, DATASETS)}'
         )
     if not (model in model_rules.NAMES or _is_function(model)):
         return (
-            f'model = {_shown(model)} must be one of {", ".join(model_rules.NAMES)}, or "{FUNCTION}"'
+            f'model = {shown(model)} must be one of {", ".join(model_rules.NAMES)}, or "{FUNCTION}"'
             f"{nearest(model, model_rules.NAMES)}"
         )
     if "\0" in dataset:
-        return f"dataset = {_shown(dataset)} is not a path: remove the zero byte"
+        return f"dataset = {shown(dataset)} is not a path: remove the zero byte"
     return None
 
 
@@ -322,7 +323,7 @@ def _check_names(definition: Definition) -> str | None:
         return "space is empty, so there is nothing to search: name a hyperparameter with a range or choices"
     for name in definition.fixed:
         if name in definition.space:
-            return f"fixed.{name} = {_shown(definition.fixed[name])} is in [space] too: leave one of them out"
+            return f"fixed.{name} = {shown(definition.fixed[name])} is in [space] too: leave one of them out"
     rules = model_rules.rules(definition.model)
     if rules is not None:
         for table, names in (("space", definition.space), ("fixed", definition.fixed)):
@@ -336,7 +337,7 @@ def _check_names(definition: Definition) -> str | None:
             return f"depth is missing: give it in [space] or [fixed], one of {', '.join(map(str, model_rules.DEPTHS))}"
         depth = definition.space.get("depth")
         if depth is not None and depth.when:
-            return f"space.depth.when = {_shown(depth.when)}: a convnet always needs its depth: leave `when` out"
+            return f"space.depth.when = {shown(depth.when)}: a convnet always needs its depth: leave `when` out"
     return None
 
 
@@ -359,7 +360,7 @@ def _check_confirm(definition: Definition) -> str | None:
             broken = (rules or model_rules.TRAINING).get(name)
             problem = None if broken is None else broken.broken_by(value)
             if problem:
-                return f"{key} = {_shown(value)} {problem}"
+                return f"{key} = {shown(value)} {problem}"
     return None
 
 
@@ -379,7 +380,7 @@ def _check_conditions(definition: Definition) -> str | None:
             for value in values:
                 broken = broken_rule(space[other], value)
                 if broken:
-                    return f"{key} = {_shown(value)} {broken}, as space.{other} says"
+                    return f"{key} = {shown(value)} {broken}, as space.{other} says"
     try:
         in_order(space)
     except ValueError as circle:
@@ -392,7 +393,7 @@ def _check_rules(definition: Definition) -> str | None:
     for name, value in definition.fixed.items():
         broken = name in rules and rules[name].broken_by(value)
         if broken:
-            return f"fixed.{name} = {_shown(value)} {broken}"
+            return f"fixed.{name} = {shown(value)} {broken}"
     for name, parameter in definition.space.items():
         if name not in rules:
             continue
@@ -406,7 +407,7 @@ def _check_rules(definition: Definition) -> str | None:
         for end, value in ends:
             broken = rules[name].broken_by(value)
             if broken:
-                return f"space.{name}.{end} = {_shown(value)}: {name} {broken}"
+                return f"space.{name}.{end} = {shown(value)}: {name} {broken}"
     return None
 
 
@@ -453,12 +454,12 @@ def _check_points(definition: Definition) -> str | None:
         for name, value in point.items():
             key = f"points[{index}].{name}"
             if name not in space:
-                return f"{key} = {_shown(value)}: there is no {name!r} in [space]{nearest(name, space)}"
+                return f"{key} = {shown(value)}: there is no {name!r} in [space]{nearest(name, space)}"
             broken = broken_rule(space[name], value)
             if broken:
-                return f"{key} = {_shown(value)} {broken}, as space.{name} says"
+                return f"{key} = {shown(value)} {broken}, as space.{name} says"
             if not all(other not in point or space[name].applies(point) for other in space[name].when):
-                return f"{key} = {_shown(value)} does not apply, as space.{name}.when says: leave it out"
+                return f"{key} = {shown(value)} does not apply, as space.{name}.when says: leave it out"
         if definition.sampler.kind in ("points", "grid"):
             needed = [name for name in in_order(space) if space[name].applies(point)]
             missing = [name for name in needed if name not in point]
@@ -471,85 +472,6 @@ def _check_points(definition: Definition) -> str | None:
             return f"points[{index}] repeats points[{seen.index(point) + 1}]: leave one out"
         seen.append(point)
     return None
-
-
-# --- from pydantic's errors to one sentence ---------------------------------------------------------------
-
-_TAGS = {"Float", "Int", "Choice"}
-
-
-def _sentence(error: ValidationError) -> str:
-    problems = error.errors(include_url=False)
-    # An unknown key often causes the other errors: a misspelled key is also missing.
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    # The last part of a location may name a member of a union (`float`, `bool`), which means nothing to a user.
-    # Below `space` the third part is the tag of the parameter's kind. A parameter itself may also be named "Float".
-    in_space = first["loc"][:1] == ("space",)
-    path = [part for at, part in enumerate(first["loc"]) if not (in_space and at == 2 and part in _TAGS)]
-    kind, value = first["type"], first["input"]
-    if kind == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
-        return f"unknown key {_path(path)!r}: the known ones are {', '.join(known)}{nearest(str(path[-1]), known)}"
-    if kind == "missing":
-        return f"{_path(path)} is missing: add it"
-    if kind == "union_tag_invalid":
-        return f"{_path(path)} = {_shown(value)} must be true or false, a number or a string"
-    if kind == "union_tag_not_found":
-        return (
-            f"{_path(path)} = {_shown(value)} must be a table such as {{ low = 0.0, high = 0.7 }} or "
-            "{ choices = [3, 5, 7] }"
-        )
-    if path and path[-1] == "[key]":
-        return f"{_path(path[:-1])}: a hyperparameter's name must be letters, digits and _, and start with a letter"
-    if kind == "value_error":
-        return f"{_path(path)}: {first['ctx']['error']}"
-    same = [p for p in problems if p["loc"][: len(first["loc"]) - 1] == first["loc"][:-1] and p["input"] == value]
-    if "pattern" in kind:
-        return (
-            f"{_path(path)} = {_shown(value)} must be letters, digits and . _ - (at most 100), and start with a "
-            "letter or digit"
-        )
-    if path and (path[-1] in ("bool", "int", "float", "str") or _is_union_part(path[-1])) and len(path) > 1:
-        path = path[:-1]
-    rule = " or ".join(dict.fromkeys(_rule(p) for p in same)) or _rule(first)
-    return f"{_path(path)} = {_shown(value)} {rule}"
-
-
-def _is_union_part(part: object) -> bool:
-    return isinstance(part, str) and (part.startswith(("constrained-", "literal[")) or "[" in part)
-
-
-def _rule(problem: Any) -> str:
-    kind, context = problem["type"], problem.get("ctx", {})
-    rules = {
-        "bool_type": "must be true or false",
-        "int_type": "must be a whole number",
-        "float_type": "must be a number",
-        "string_type": "must be a string",
-        "finite_number": "must be finite",
-        "dict_type": "must be a table",
-        "model_type": "must be a table",
-        "tuple_type": "must be a list",
-        "list_type": "must be a list",
-        "too_short": "must not be empty",
-        "string_too_short": "must not be empty",
-        "too_long": "is too long",
-        "string_too_long": "is too long",
-    }
-    if kind in rules:
-        return rules[kind]
-    if kind == "literal_error":
-        return f"must be {context['expected']}".replace("'", '"')
-    comparisons = {
-        "greater_than": "gt",
-        "greater_than_equal": "ge",
-        "less_than": "lt",
-        "less_than_equal": "le",
-    }
-    if kind in comparisons:
-        bound = context[comparisons[kind]]
-        return f"must be {kind.replace('_', ' ').replace('than equal', 'than or equal to')} {bound:g}"
-    return f"is not valid: {problem['msg'].lower()}"
 
 
 def _known_keys(path: Iterable[Any]) -> list[str]:
@@ -569,31 +491,6 @@ def _known_keys(path: Iterable[Any]) -> list[str]:
     for part in path:
         table = tables.get(part, table) if isinstance(part, str) else table
     return list(table.model_fields)
-
-
-def _path(parts: Iterable[Any]) -> str:
-    text = ""
-    for part in parts:
-        text += f"[{part + 1}]" if isinstance(part, int) else f".{_one_line(part)}" if text else _one_line(part)
-    return text or "the definition"
-
-
-def _one_line(name: object, limit: int = 80) -> str:
-    """A key or a path, shortened, on one line."""
-    text = str(name) if str(name).isprintable() else ascii(str(name))[1:-1]
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def _shown(value: object) -> str:
-    """`value` on one line, shortened."""
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
-        try:
-            text = repr(value)
-        except (ValueError, RecursionError):  # an integer of thousands of digits, lists nested without end
-            text = f"(a {type(value).__name__})"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 __all__ = [

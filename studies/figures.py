@@ -218,23 +218,25 @@ def notebook_comparison(trials: Sequence[FrozenTrial], definition: Definition) -
         marker={"color": NOTEBOOK, "symbol": "diamond", "size": 10},
     )
     pairs = [
-        (trial, position)
+        (trial, position, notebook.measured(result, trial))
         for trial in complete
-        for position, (point, _) in zip(positions, rows, strict=True)
+        for position, (point, result) in zip(positions, rows, strict=True)
         if trial.params == point
     ]
+    accuracies = [accuracy for _, _, accuracy in pairs]
     of_study = _dots(
-        [trial for trial, _ in pairs],
-        [position for _, position in pairs],
+        [trial for trial, _, _ in pairs],
+        [position for _, position, _ in pairs],
         definition,
         "this study",
         {"color": COLOURS[0], "size": 10, "symbol": "circle"},
+        y=accuracies,
     )
     title = "The notebook's results and this study's, on the test images"
     if definition.name.endswith("-labelled") or (sweep and max(positions) > 0.5):
         title += "<br><sup>its labels said 0.0 to 0.7, and it ran with 0.00 to 0.07</sup>"
     if not sweep:
-        title += "<br><sup>the notebook's after its last epoch, this study's of their best epoch</sup>"
+        title += "<br><sup>both after the last epoch</sup>"
     if definition.data.limit is not None or definition.budget.epochs != 20:
         title += f"<br><sup>this study: {_size(definition)}; the notebook: 20 epochs of 60,000 images</sup>"
     return _figure(
@@ -243,7 +245,7 @@ def notebook_comparison(trials: Sequence[FrozenTrial], definition: Definition) -
         sweep.replace("_", " ") if sweep else "",
         "test accuracy",
         xaxis={} if sweep else {"type": "category"},
-        yaxis=_accuracy_axis([result.accuracy for _, result in rows] + [trial.values[0] for trial, _ in pairs]),
+        yaxis=_accuracy_axis([result.accuracy for _, result in rows] + accuracies),
     )
 
 
@@ -268,14 +270,15 @@ def replay_comparison(replays: Sequence[notebook.Replay]) -> go.Figure | None:
             replay.definition,
             f"{replay.definition.name}, {_size(replay.definition)}",
             {"color": COLOURS[index % len(COLOURS)], "size": 10},
+            y=[notebook.measured(result, trial) for result, trial in replay.trials],
         )
         for index, replay in enumerate(replays)
     ]
-    values = [result.accuracy for result in positions] + [t.values[0] for replay in replays for _, t in replay.trials]
+    values = [y for trace in (of_notebook, *of_replays) for y in trace.y]
     figure = _figure(
         [of_notebook, *of_replays],
         "The notebook's results and their replays here, on the test images<br><sup>the notebook: 20 epochs of 60,000 "
-        "images; the sweeps' best of 20 epochs, the conclusions after the last</sup>",
+        "images; both: the sweeps at their best epoch, the conclusions after the last</sup>",
         "",
         "test accuracy",
         xaxis={"type": "category", "tickangle": -60, "automargin": True},
@@ -378,10 +381,11 @@ def _dots(
     name: str,
     marker: Mapping[str, Any],
     show: bool = True,
+    y: Sequence[float] | None = None,  # the trials' accuracies, unless they are their values
 ) -> go.Scatter:
     return go.Scatter(
         x=list(x),
-        y=[_accuracy(trial) for trial in trials],
+        y=[_accuracy(trial) for trial in trials] if y is None else list(y),
         text=[_text(trial, definition) for trial in trials],
         hoverinfo="text",
         mode="markers",

@@ -113,7 +113,7 @@ def replays(study: Definition, storage: RDBStorage) -> list[Replay]:
     for other in ledger.studies(storage) if is_own(study) else ():
         definition = definitions.from_json(other.definition)
         rows = reference_results(definition)
-        if rows and not _labelled(rows):
+        if rows and not is_labelled(rows):
             complete = storage.get_all_trials(other.id, deepcopy=False, states=(TrialState.COMPLETE,))
             scored = [trial for trial in complete if is_scored(trial)]
             pairs = [(result, trial) for trial in scored for point, result in rows if trial.params == point]
@@ -126,7 +126,16 @@ def is_own(study: Definition) -> bool:
     return study.name == NAME and _comparable(study, definition())
 
 
-def _labelled(rows: list[tuple[Mapping[str, Any], Result]]) -> bool:
+def measured(result: Result, trial: FrozenTrial) -> float:
+    """The accuracy of `trial` as the notebook measured `result`: its conclusions after the last epoch, its sweeps at
+    the best one.
+    """
+    if result.source == "conclusion" and trial.intermediate_values:
+        return float(trial.intermediate_values[max(trial.intermediate_values)])
+    return float(trial.values[0])
+
+
+def is_labelled(rows: list[tuple[Mapping[str, Any], Result]]) -> bool:
     """Whether the rows have the rates of the labels, not those that the notebook ran with."""
     point, result = rows[-1]
     return result.source != "conclusion" and max(point.values()) > 0.5
@@ -136,7 +145,7 @@ def caution(study: Definition) -> list[str]:
     """What a reader must know about the notebook's labels and epochs, if the study repeats or has its results."""
     mislabelled = "The notebook labelled its sweeps 0.0 to 0.7, but ran them with a tenth of that, 0.00 to 0.07"
     if is_own(study):
-        runs = ", ".join(f"`trialyard run {name}`" for name in _RESULTS_BY_STUDY if not name.endswith("-labelled"))
+        runs = ", ".join(f"`trialyard run {name}`" for name in AS_RUN)
         return [
             f"{mislabelled}: this study has the rates that they ran with.",
             f"Each result was measured once, by the notebook. {runs} repeat them; then a figure here shows both.",
@@ -148,10 +157,10 @@ def caution(study: Definition) -> list[str]:
         return []
     if rows[0][1].source == "conclusion":
         return [
-            "The notebook's conclusions are accuracies after the last epoch. This study's are those of the best epoch, "
-            "which are higher: the notebook's depth 7 at rate 0.0 has 0.9810 in the former and 0.9920 in its sweep."
+            "The notebook's conclusions are accuracies after the last epoch, and this study's trials have those of the "
+            f"best epoch, which are higher. `trialyard compare {study.name}` compares both after the last epoch."
         ]
-    if _labelled(rows):
+    if is_labelled(rows):
         return [f"{mislabelled}: this study searches the labelled rates, which the notebook never ran."]
     return [f"{mislabelled}: this study repeats the sweep as it ran."]
 
@@ -163,6 +172,9 @@ _RESULTS_BY_STUDY: Mapping[str, tuple[Result, ...]] = {
     "notebook-dropout-7": SWEEP_7,
     "notebook-dropout-7-labelled": SWEEP_7,
 }
+
+
+AS_RUN = tuple(name for name in _RESULTS_BY_STUDY if not name.endswith("-labelled"))
 
 
 def _comparable(first: Definition, second: Definition) -> bool:

@@ -139,3 +139,32 @@ def packed(hits: Hits) -> bytes:
 def unpacked(stored: bytes, images: int) -> Hits:
     """The hits that `packed` packed."""
     return np.unpackbits(np.frombuffer(stored, dtype=np.uint8), count=images).astype(bool)
+
+
+def difference_of_two(first: float, second: float, first_images: int, second_images: int) -> Interval:
+    """Where the difference of two accuracies is that were measured once each, on so many images, unpaired.
+
+    Source: Newcombe 1998, method 10, from the two Wilson intervals.
+    """
+    ours, theirs = (
+        wilson(round(first * first_images), first_images),
+        wilson(round(second * second_images), second_images),
+    )
+    difference = first - second
+    return Interval(
+        low=difference - math.hypot(first - ours.low, theirs.high - second),
+        high=difference + math.hypot(ours.high - first, second - theirs.low),
+    )
+
+
+def mcnemar_p(first: Hits, second: Hits) -> float:
+    """The exact two-sided p of McNemar's test: do two fixed models get as many of the same images wrong?
+
+    `first` and `second` are (images,). Source: McNemar 1947; Dietterich 1998 on what it is for.
+    """
+    from scipy import stats
+
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    if only_first + only_second == 0:
+        return 1.0
+    return float(stats.binomtest(only_first, only_first + only_second).pvalue)

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from storage import attributes
 from storage.artifacts import inside
 from studies import findings
+from studies.comparison import NotebookRow, StudyComparison
 from studies.confirmation import Comparison, Confirmed
 from studies.content import Content
 from studies.definition import Definition, to_toml
@@ -199,6 +200,65 @@ def _comparison(found: Comparison) -> str:
         f"Trial {found.first} less trial {found.other}: {found.difference:+.4f}, 95 % interval over seeds and images "
         f"{_interval(found.interval, '+.4f')}; better with {found.better:.0%} of the seeds{tested}."
     )
+
+
+def compared(found: StudyComparison) -> str:
+    """Two studies side by side."""
+    cells = [
+        [
+            side.study,
+            f"{side.value:.4f}",
+            _interval(side.interval),
+            f"{side.judged_on}, {side.images or 'an unknown number'}",
+            str(side.trial),
+            findings.params_text(side.params),
+            str(side.finished),
+            f"{side.epochs:,}",
+            f"{side.seconds:,.0f}",
+        ]
+        for side in (found.first, found.second)
+    ]
+    titles = ["study", "best", "95 % interval", "images", "trial", "hyperparameters", "trials", "epochs", "seconds"]
+    sentences = [
+        f"The best of {found.first.study} less that of {found.second.study}: {found.difference:+.4f}, 95 % interval "
+        f"{_interval(found.interval, '+.4f')}."
+    ]
+    if found.p is not None:
+        sentences.append(f"McNemar's test on the same images: p {found.p:.3g}.")
+    if found.first.judged_on != found.second.judged_on:
+        sentences.append("They were judged by different images: validation and test accuracies are not comparable.")
+    sentences.append(
+        "These are the sampling errors of two models. Both were chosen as the best of many, and another seed gives "
+        "other models: `trialyard confirm` measures that."
+    )
+    return _paragraphs([_rows(titles, cells), _bullets(sentences)])
+
+
+def compared_with_notebook(rows: Sequence[NotebookRow]) -> str:
+    """A study beside the notebook's results that it repeats."""
+    cells = [
+        [
+            row.label,
+            "none" if row.rate is None else f"{row.rate:.2f}",
+            f"{row.notebook:.4f}",
+            _accuracy(row.ours),
+            "" if row.difference is None else f"{row.difference:+.4f}",
+            "" if row.interval is None else _interval(row.interval, "+.4f"),
+            "not run yet" if row.agrees is None else "yes" if row.agrees else "no",
+        ]
+        for row in rows
+    ]
+    titles = ["label", "rate as run", "notebook", "ours", "difference", "95 % interval", "agrees"]
+    conclusion = rows[0].source == "conclusion"
+    sentences = [
+        f"Accuracies on MNIST's 10,000 test images, {'after the last epoch' if conclusion else 'of the best epoch'}, "
+        "as the notebook measured them. Each was measured once.",
+        "The interval is the sampling error of the difference alone; another seed changes an accuracy by about 0.0005.",
+    ]
+    epochs = sorted({row.epochs for row in rows if row.epochs is not None} - {20})
+    if epochs:
+        sentences.append(f"Trials with {' or '.join(map(str, epochs))} epochs: the notebook trained for 20.")
+    return _paragraphs([_rows(titles, cells), _bullets(sentences)])
 
 
 def _accuracy(value: float | None) -> str:

@@ -505,3 +505,14 @@ def test_a_stopped_study_that_is_run_again_says_so(trialyard: Call, home: Path) 
         "error: study 'n' was stopped before any of its trials was complete: `trialyard resume n` opens it, and "
         "`trialyard work n` continues it\n"
     )
+
+
+def test_compare_puts_two_studies_side_by_side(finished_study: str, trialyard: Call) -> None:
+    code, out, _ = trialyard("compare", finished_study, finished_study)
+    assert code == 0
+    assert "+0.0000" in out
+    _, out, _ = trialyard("compare", finished_study, finished_study, "--json")
+    assert json.loads(out)["difference"] == 0.0
+    code, _, err = trialyard("compare", finished_study)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "repeats no results of the notebook" in err

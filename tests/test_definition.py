@@ -74,7 +74,10 @@ HUGE = "9" * 30
 BAD = {
     # Unknown keys, each with the nearest known one.
     "top-level key": (_text(top='precison = "auto"'), r"unknown key 'precison'.*did you mean 'precision'\?"),
-    "top-level key like none": (_text(top="qqq = 1"), r"unknown key 'qqq': the known ones are name, .*points$"),
+    "top-level key like none": (
+        _text(top="qqq = 1"),
+        r"unknown key 'qqq': the known ones are name, .*, confirm$",
+    ),
     "mistyped required key": (
         _text(head=HEAD.replace("dataset", "datset")),
         r"unknown key 'datset'.*did you mean 'dataset'\?",

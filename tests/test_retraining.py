@@ -121,7 +121,7 @@ def test_what_cannot_be_replayed_is_said_in_one_sentence(
     for number, words in (
         (0, "trial 0 of study 'small' was imported: Trialyard did not train it"),
         (1, "trial 1 of study 'small' is pruned: only a complete trial can be trained again"),
-        (2, "trial 2 of study 'small' is fail: only a complete trial can be trained again"),
+        (2, "trial 2 of study 'small' is failed: only a complete trial can be trained again"),
         (3, "trial 3 of study 'small' has no seed"),
         (7, "study 'small' has no trial 7: its 4 trials are numbered from 0"),
     ):

@@ -67,3 +67,24 @@ def test_hits_are_kept_as_bits() -> None:
     hits = Hits.of(right, "test", "f")
     assert len(hits.bits) == math.ceil(359 / 8)
     assert (hits.array() == right).all()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "images", "low", "high"),
+    # statsmodels 0.15: confint_proportions_2indep(method="newcomb", compare="diff")
+    [
+        (9938, 9928, 10000, -0.0012827795, 0.0033016947),
+        (355, 340, 359, 0.0163457421, 0.0708405200),
+    ],
+)
+def test_the_difference_of_two_accuracies(first: int, second: int, images: int, low: float, high: float) -> None:
+    found = statistics.difference_of_two(first / images, second / images, images, images)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
+
+
+def test_mcnemar_s_test() -> None:
+    # statsmodels 0.15: mcnemar([[900, 25], [12, 63]], exact=True)
+    first = np.array([True] * 900 + [True] * 25 + [False] * 12 + [False] * 63)
+    second = np.array([True] * 900 + [False] * 25 + [True] * 12 + [False] * 63)
+    assert statistics.mcnemar_p(first, second) == pytest.approx(0.0470310274)
+    assert statistics.mcnemar_p(first, first) == 1.0

@@ -1,0 +1,127 @@
+"""Two studies side by side, and the notebook's rows beside their replays, measured as the notebook measured them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TRIVIAL
+from optuna.trial import TrialState
+
+from storage import claims, ledger, owners
+from storage.hits import Hits
+from storage.transactions import PatientStorage
+from studies import comparison, figures, notebook, registry, statistics, text
+from studies import definition as definitions
+from studies.definition import Definition, parse
+from studies.errors import StudyError
+
+DATA = {"fingerprint": "f" * 16, "train": 60_000, "validation": 200, "test": 10_000}
+
+
+def _run(
+    storage: PatientStorage,
+    study: ledger.Study,
+    params: Mapping[str, Any],
+    epochs: list[float],
+    hits: Hits | None = None,
+) -> int:
+    """The next trial of the study, which ends with these accuracies by epoch; returns its number."""
+    claim = claims.claim(storage, study, owners.this_slot("cpu:0"), 60.0)
+    assert claim is not None
+    space = definitions.from_json(study.definition).space
+    claims.begin(storage, claim, {name: (space[name].distribution(), value) for name, value in params.items()})
+    claims.record_epochs(storage, claim, dict(enumerate(epochs, start=1)))
+    claims.finish(storage, claim, TrialState.COMPLETE, max(epochs), {"seconds": 2.5}, hits=hits)
+    return claim.number
+
+
+def _created(storage: PatientStorage, definition: Definition, **data: Any) -> ledger.Study:
+    return registry.create(definition, storage, DATA | data).study
+
+
+def _named(name: str) -> Definition:
+    return parse(TRIVIAL, name=name)
+
+
+def test_two_studies_are_compared_image_by_image(storage: PatientStorage) -> None:
+    generator = np.random.default_rng(0)
+    right = [generator.random(200) < share for share in (0.95, 0.85)]
+    for name, own in zip(("first", "second"), right, strict=True):
+        study = _created(storage, _named(name))
+        _run(storage, study, {"dropout": 0.1}, [0.5, 0.6], Hits.of(right[1], "validation", "other trial"))
+        _run(storage, study, {"dropout": 0.2}, [0.7, float(own.mean())], Hits.of(own, "validation", "same images"))
+    found = comparison.compare("first", "second", storage)
+    means = [float(own.mean()) for own in right]
+    assert found.difference == pytest.approx(means[0] - means[1])
+    assert found.p == pytest.approx(statistics.mcnemar_p(*right))
+    assert found.interval == statistics.difference_of_two(means[0], means[1], 200, 200)
+    side = found.first
+    assert (side.trial, side.params, side.judged_on, side.images) == (1, {"dropout": 0.2}, "validation", 200)
+    assert (side.finished, side.epochs, side.seconds) == (2, 4, 5.0)
+    assert side.interval == statistics.wilson(int(right[0].sum()), 200)
+    shown = text.compared(found)
+    assert f"p {found.p:.3g}" in shown
+    assert "not comparable" not in shown
+
+
+def test_other_splits_are_not_paired_and_other_images_are_refused(storage: PatientStorage) -> None:
+    for name, fingerprint in (("first", "split a"), ("second", "split b")):
+        study = _created(storage, _named(name))
+        hits = Hits.of(np.ones(200, dtype=bool), "validation", fingerprint)
+        _run(storage, study, {"dropout": 0.1}, [0.9], hits)
+    found = comparison.compare("first", "second", storage)
+    assert (found.p, found.difference) == (None, 0.0)
+    assert found.interval is not None
+    _created(storage, _named("elsewhere"), fingerprint="other")
+    with pytest.raises(StudyError, match="have different images"):
+        comparison.compare("first", "elsewhere", storage)
+    _created(storage, _named("empty"))
+    with pytest.raises(StudyError, match="'empty' has no complete trial yet"):
+        comparison.compare("first", "empty", storage)
+    with pytest.raises(StudyError, match="there is no study 'none'"):
+        comparison.compare("none", "first", storage)
+
+
+def test_conclusions_are_compared_after_the_last_epoch_and_sweeps_at_the_best(storage: PatientStorage) -> None:
+    conclusion = _created(storage, definitions.load("notebook-conclusion"))
+    for point in definitions.load("notebook-conclusion").points[:3]:
+        _run(storage, conclusion, point, [0.5] * 18 + [0.9941, 0.9921])
+    rows = comparison.compare_notebook("notebook-conclusion", storage)
+    assert [row.notebook for row in rows] == [result.accuracy for result in notebook.CONCLUSION]
+    assert [row.ours for row in rows] == [0.9921, 0.9921, 0.9921, None, None]
+    assert [row.rate for row in rows] == [None, 0.0, None, 0.0, 0.2]
+    first, second = rows[:2]
+    assert (first.trial, first.epochs, first.agrees) == (0, 20, True)
+    assert first.difference == pytest.approx(-0.0017)
+    assert first.interval == statistics.difference_of_two(0.9921, 0.9938, 10_000, 10_000)
+    assert second.difference == pytest.approx(-0.0007)
+    assert (rows[3].difference, rows[3].agrees) == (None, None)
+    shown = text.compared_with_notebook(rows)
+    assert "after the last epoch" in shown
+    assert "not run yet" in shown
+    assert "epochs: the notebook" not in shown
+
+    trials = storage.get_all_trials(conclusion.id)
+    figure = figures.notebook_comparison(trials, definitions.load("notebook-conclusion"))
+    assert figure is not None
+    assert list(figure.data[1].y) == [0.9921] * 3
+
+    sweep = _created(storage, definitions.load("notebook-dropout-7", epochs=3))
+    _run(storage, sweep, {"conv_dropout": 0.0}, [0.9, 0.98, 0.97])
+    rows = comparison.compare_notebook("notebook-dropout-7", storage)
+    assert [row.rate for row in rows] == pytest.approx([index / 100 for index in range(8)])
+    assert (rows[0].ours, rows[0].agrees, rows[1].ours) == (0.98, False, None)
+    shown = text.compared_with_notebook(rows)
+    assert "of the best epoch" in shown
+    assert "Trials with 3 epochs: the notebook trained for 20." in shown
+
+
+@pytest.mark.parametrize("name", ["trivial", "notebook-dropout-7-labelled", "notebook"])
+def test_a_study_that_repeats_nothing_is_refused(storage: PatientStorage, trivial: Definition, name: str) -> None:
+    if name == "notebook":
+        notebook.create(storage)
+    else:
+        _created(storage, trivial if name == "trivial" else definitions.load(name))
+    with pytest.raises(StudyError, match="repeats no results of the notebook as they ran"):
+        comparison.compare_notebook(name, storage)
