@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 from search.devices import Slot, cpu
 from search.messages import Epoch, Job
 from search.trainer import MEMORY_GROWTH, Trainer
+from studies import recipe
 from studies.definition import parse
 
 DEFINITION = """
@@ -60,8 +61,7 @@ def main() -> None:
             trainer.submit(
                 Job(
                     definition=definition,
-                    hyperparameters={**definition.fixed, "dropout": 0.5 * number / trials},
-                    seed=number,
+                    recipe=recipe.of_trial(definition, number, {"dropout": 0.5 * number / trials}),
                     slot=slot,
                     data_folders=(folder,),
                     folder=folder / "trials" / str(number),

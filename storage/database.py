@@ -48,7 +48,6 @@ INDEXES = (
     attempt_table.INDEX,
 )
 OUR_TABLES = (attempt_table.table, deletions.table, hits.table, slots.table)
-NEWEST = hits.table.name  # an older version lacks it
 
 
 # --- connecting -------------------------------------------------------------------------------------------
@@ -245,7 +244,7 @@ def _unusable_reason(url: URL) -> str | None:
         engine.dispose()
     if "studies" not in tables:
         return "has no studies' tables: `trialyard storage create` makes them"
-    if NEWEST not in tables:
+    if any(table.name not in tables for table in OUR_TABLES):
         return "was made by an older Trialyard or by plain Optuna: run `trialyard storage upgrade`"
     if outdated and not current:
         return f"has studies of an older Trialyard ({', '.join(outdated.values())}): run `trialyard storage upgrade`"

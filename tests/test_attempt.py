@@ -79,6 +79,7 @@ def _trained(*, stopped: bool) -> Trained:
         precision_reason="a test",
         data_fingerprint="",
         versions={},
+        hits=None,
     )
 
 

@@ -21,6 +21,7 @@ from search.messages import Checked, Epoch, Failed, Job, Resumed, Trained
 from search.trainer import Trainer, TrainerDied
 from storage.artifacts import CHECKPOINT
 from studies import definition as definitions
+from studies.recipe import Recipe
 
 Make = Callable[..., Job]
 SLOT = Slot(device=cpu(), threads=1)
@@ -40,10 +41,16 @@ def job(write_small: Callable[..., Path], home: Path) -> Make:
 
     def make(epochs: int = 2, **changed: Any) -> Job:
         definition = definitions.load(str(path), epochs=epochs)
+        definition = changed.get("definition", definition)
+        wanted = Recipe(
+            hyperparameters=changed.pop("hyperparameters", definition.fixed | {"dropout": 0.1}),
+            epochs=definition.budget.epochs,
+            seed=1,
+            data=definition.data,
+        )
         arguments: dict[str, Any] = {
             "definition": definition,
-            "hyperparameters": definition.fixed | {"dropout": 0.1},
-            "seed": 1,
+            "recipe": wanted,
             "slot": SLOT,
             "data_folders": (home,),
             "folder": home / "trial",
