@@ -265,6 +265,7 @@ class Attempt:
             "parameters": trained.parameters,
             "epochs": trained.epochs,
             "best_epoch": trained.best_epoch,
+            "train_accuracy": round(trained.train_accuracy, 6),
             "seconds": round(trained.seconds, 3),
             "images_per_second": round(trained.images_per_second, 1),
             "device": slot.device.name,

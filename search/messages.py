@@ -99,10 +99,13 @@ class Epoch:
 
 
 def best_epoch(history: Sequence[Epoch]) -> Epoch | None:
-    """The epoch with the highest finite validation accuracy, of equals the first; None if no accuracy is finite."""
+    """The epoch with the highest finite validation accuracy; None if no accuracy is finite.
+
+    Of equal ones the one with the lowest validation loss, then the first.
+    """
     # max() over a NaN depends on the order: what comes before it is forgotten, or what comes after it.
     finite = [epoch for epoch in history if math.isfinite(epoch.val_accuracy)]
-    return max(finite, key=lambda epoch: epoch.val_accuracy, default=None)
+    return max(finite, key=lambda epoch: (epoch.val_accuracy, -epoch.val_loss), default=None)
 
 
 def versions(backend: str) -> dict[str, str]:
@@ -117,6 +120,7 @@ class Trained:
 
     value: float  # validation accuracy of the best epoch; in a confirmation the test accuracy of the last one
     best_epoch: int  # in a confirmation the last one
+    train_accuracy: float  # in that epoch, while the weights still changed
     epochs: int  # that were trained whole
     stopped: bool  # asked to, before the last epoch's end
     parameters: int  # weights in the model

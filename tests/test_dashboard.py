@@ -19,21 +19,21 @@ from wsgiref.util import setup_testing_defaults
 import optuna
 import optuna_dashboard
 import pytest
-from conftest import ARTIFACT, MODEL_PATH, NOTE
+from conftest import ARTIFACT, MODEL_PATH, NOTE, TRIVIAL
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import OptunaError
 from optuna.trial import TrialState
 from pydantic import SecretStr
 from sqlalchemy.exc import SQLAlchemyError
 
-from search import dashboard
+from search import dashboard, guard
 from search.errors import DashboardError
 from storage import artifacts, claims, database, ledger, retention, settings
 from storage.errors import SettingsError
 from storage.owners import Owner
 from storage.transactions import PatientStorage
 from studies import registry
-from studies.definition import Definition
+from studies.definition import Definition, parse
 
 PASSWORD = "trustno1-Grüße"
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH")
@@ -184,7 +184,7 @@ def test_only_the_right_password_opens(
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Advances the dashboard's clock, which is stopped, by so many seconds."""
     now = [1000.0]
-    monkeypatch.setattr(dashboard.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(guard.time, "monotonic", lambda: now[0])
 
     def passes(seconds: float) -> None:
         now[0] += seconds
@@ -681,3 +681,31 @@ def test_it_starts_without_keras(home: Path, finished_study: str) -> None:
         [sys.executable, "-c", code], cwd=home, env=environ, capture_output=True, text=True, check=True, timeout=120
     )
     assert result.stdout == "[]\n"
+
+
+def test_importances_are_shown_only_if_they_are_more_than_chance(
+    place: PatientStorage, serve: Callable[..., Any], me: Owner
+) -> None:
+    """The package's own shows "dropout 1.00" for two trials, and leaves pruned ones out."""
+    study = registry.create(
+        parse(TRIVIAL.replace("trials = 5", "trials = 40"), name="many"), place, {"fingerprint": "0" * 16}
+    ).study
+
+    def run(count: int, effect: float) -> None:
+        for number in range(count):
+            claim = claims.claim(place, study, me, 60.0)
+            assert claim is not None
+            dropout = number * 0.7 / count
+            claims.begin(place, claim, {"dropout": (FloatDistribution(0.0, 0.7), dropout)})
+            value = 0.5 + (number * 7919 % 13) / 1000 - effect * dropout
+            claims.record_epochs(place, claim, {1: value})
+            state = TrialState.PRUNED if number % 2 else TrialState.COMPLETE
+            claims.finish(place, claim, state, value, {})
+
+    app, path = serve(), f"/api/studies/{study.id}/param_importances"
+    run(2, 0.0)
+    assert Answer(app, "GET", path).json == {"param_importances": [[]]}
+    run(30, 0.5)
+    (shares,) = Answer(app, "GET", path).json["param_importances"]
+    assert [(share["name"], share["distribution"]) for share in shares] == [("dropout", "FloatDistribution")]
+    assert 0.5 < shares[0]["importance"] <= 1.0

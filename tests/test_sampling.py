@@ -7,6 +7,7 @@ from typing import Any
 
 import optuna
 import pytest
+from conftest import TRIVIAL
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
@@ -408,3 +409,9 @@ def test_optuna_reads_what_is_suggested_and_reported(searched: Any) -> None:
     assert isinstance(trial, FrozenTrial)
     assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.3)
     assert trial.intermediate_values == {1: 0.1, 2: 0.2, 3: 0.3}
+
+
+@pytest.mark.parametrize(("trials", "drawn"), [(1, 2), (12, 5), (24, 9), (30, 10), (500, 10)])
+def test_tpe_draws_a_share_of_the_budget_at_random_before_it_learns(trials: int, drawn: int) -> None:
+    sampler = sampling.sampler(parse(TRIVIAL, trials=trials), number=0)
+    assert sampler._n_startup_trials == drawn  # type: ignore[attr-defined]

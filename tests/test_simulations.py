@@ -3,12 +3,13 @@
 import math
 
 import numpy as np
+import optuna
 import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
 from storage.hits import Hits
-from studies import confirmation, statistics
+from studies import confirmation, importance, statistics
 from studies.confirmation import Run
 from studies.statistics import Interval
 
@@ -101,3 +102,20 @@ def test_a_candidate_that_is_better_wins() -> None:
     # With fewer seeds there is no test, and so no winner.
     few = {candidate: {seed: own[seed] for seed in range(5)} for candidate, own in runs.items()}
     assert confirmation.verdict([0, 1, 2], confirmation.comparisons([0, 1, 2], few)) == (None, (0, 1, 2))
+
+
+def test_an_influence_is_found_in_at_most_one_of_twenty_studies_that_have_none() -> None:
+    """Under a sampler that learns, whose trials are not exchangeable."""
+    space = {
+        "depth": optuna.distributions.CategoricalDistribution((3, 5, 7)),
+        "dropout": optuna.distributions.FloatDistribution(0.0, 0.7),
+        "rate": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True),
+    }
+    studies, found = 300, 0
+    for number in range(studies):
+        luck = np.random.default_rng(number)
+        study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=number))
+        for _ in range(20):
+            study.tell(study.ask(space), float(luck.normal(0.9, 0.01)))
+        found += importance.is_significant(study.trials)
+    assert found / studies <= importance.LEVEL
