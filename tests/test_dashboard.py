@@ -228,7 +228,7 @@ def test_guessing_passwords_is_slow_and_the_right_one_waits_only_for_a_while(
 def test_addresses_of_one_network_guess_as_one_and_their_memory_is_bounded(
     serve: Callable[..., Any], clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dashboard, "ADDRESSES", 3)
+    monkeypatch.setattr(guard, "ADDRESSES", 3)
     app = serve(password=SecretStr(PASSWORD), host="::")
 
     def status(address: str) -> int:
