@@ -13,7 +13,6 @@ from threading import Event
 from typing import Any, Literal
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
@@ -22,6 +21,7 @@ from search.errors import DeviceError, MachineError
 from search.heartbeat import Pulse
 from search.messages import Epoch, Failed, Job, Resumed, Trained
 from search.progress import Listener
+from search.proposal import SpaceExhausted, hyperparameters_of
 from search.trainer import START_SECONDS, Trainer, TrainerDied
 from storage import artifacts, claims, ledger, retention
 from storage.claims import Claim
@@ -30,7 +30,6 @@ from storage.settings import Settings
 from storage.transactions import PatientStorage
 from studies import recipe, sampling
 from studies.definition import Definition
-from studies.space import Point, suggest
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +127,10 @@ class Attempt:
     def _train(self) -> Outcome:
         definition = self.handle.definition
         try:
-            point = hyperparameters_of(self.handle, self._opened, self.claim)
+            point = hyperparameters_of(definition, self.handle.storage, self._opened, self.claim)
+        except SpaceExhausted as exhausted:
+            ledger.set_state(self.handle.storage, self.handle.study, "stopped")
+            return _failed(Failed(kind="exhausted", message=str(exhausted)))
         except (ValueError, RuntimeError, ArithmeticError) as error:
             return _failed(Failed(kind="sampler", message=f"{type(error).__name__}: {error}"))
         self._recipe = recipe.of_trial(definition, self.claim.number, point)
@@ -300,38 +302,6 @@ class Attempt:
                 listener.deleted(self.claim)
             else:
                 listener.ended(self.claim, trial)
-
-
-def hyperparameters_of(handle: StudyHandle, opened: optuna.Study, claim: Claim) -> Point:
-    """The claimed trial's hyperparameters: those that it has, or new ones, which are recorded.
-
-    Raises ClaimLost; and ValueError, RuntimeError or ArithmeticError if the sampler fails.
-    """
-    trial = optuna.Trial(opened, claim.trial_id)
-    draft = _Draft(trial.storage)
-    trial.storage = draft  # type: ignore[assignment]
-    point = suggest(trial, handle.definition.space)
-    claims.begin(handle.storage, claim, draft.params)
-    return point
-
-
-class _Draft:
-    """A storage for one trial's suggestions: it keeps them, and passes everything else on to the real storage.
-
-    Optuna writes each suggestion in a transaction of its own, and does not check who owns the trial.
-    """
-
-    def __init__(self, storage: BaseStorage) -> None:
-        self._storage = storage
-        self.params: dict[str, tuple[BaseDistribution, Any]] = {}
-
-    def set_trial_param(
-        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
-    ) -> None:
-        self.params[param_name] = (distribution, distribution.to_external_repr(param_value_internal))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._storage, name)
 
 
 def _failed(failed: Failed) -> Outcome:

@@ -125,9 +125,11 @@ def first_began(study_id: int | InstrumentedAttribute[int]) -> Select[datetime]:
     )
 
 
-def start(connection: Connection, trial_id: int, owner: Owner, beat_seconds: float) -> list[Attempt]:
-    """Adds the next attempt at a trial; returns the attempts before it."""
-    earlier = of_trial(connection, trial_id)
+def start(
+    connection: Connection, trial_id: int, owner: Owner, beat_seconds: float, *, is_new: bool = False
+) -> list[Attempt]:
+    """Adds the next attempt at a trial; returns the attempts before it, of which a trial that `is_new` has none."""
+    earlier = [] if is_new else of_trial(connection, trial_id)
     now = clock(connection)
     number = earlier[-1].attempt + 1 if earlier else 1
     row = {"trial_id": trial_id, "attempt": number, "began": now, "beat": now, "beat_seconds": beat_seconds, "epoch": 0}

@@ -154,7 +154,7 @@ def claim(
         else:
             number = next_number(connection, study.id)
             trial_id = insert_trial(connection, study.id, number, TrialState.RUNNING, started=utc_now())
-        earlier = attempt_table.start(connection, trial_id, owner, beat_seconds)
+        earlier = attempt_table.start(connection, trial_id, owner, beat_seconds, is_new=waiting is None)
         return Claim(
             study=study.name,
             study_id=study.id,

@@ -140,6 +140,10 @@ class NotebookRow:
 def compare_notebook(name: str, storage: StorageLike = None) -> list[NotebookRow]:
     """The notebook's results that study `name` repeats, each beside its own, measured as the notebook measured.
 
+    >>> studies.compare_notebook("digits")
+    Traceback (most recent call last):
+    studies.errors.StudyError: study 'digits' repeats no results of the notebook as they ran: ...
+
     Raises StudyError if there is no such study, or it repeats nothing of the notebook as it ran.
     """
     opened = registry.storage_of(storage)

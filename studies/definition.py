@@ -7,6 +7,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +32,7 @@ from studies.space import (
     grid,
     in_order,
     parameter_class,
+    size,
 )
 from studies.wording import one_line, sentence, shown
 
@@ -131,14 +133,19 @@ class Definition(_Table):
             queued += [point for point in grid(self.space) if point not in queued]
         return queued
 
+    @cached_property
+    def size(self) -> int | None:
+        """How many different points the space has; None if infinitely many, or very many."""
+        return size(self.space)
+
     @property
     def trials(self) -> int:
-        """The budget in trials. With the sampler grid or points it is at most the number of points."""
-        if self.sampler.kind in ("grid", "points"):
-            size = len(self.queue())
-            return size if self.budget.trials is None else min(size, self.budget.trials)
-        assert self.budget.trials is not None  # _check_sampler makes sure
-        return self.budget.trials
+        """The budget in trials, but at most the number of points that there are to try."""
+        points = len(self.queue()) if self.sampler.kind in ("grid", "points") else self.size
+        if points is None or self.budget.trials is None:
+            assert points is not None or self.budget.trials is not None  # _check_sampler makes sure
+            return points or self.budget.trials or 0
+        return min(points, self.budget.trials)
 
     @property
     def judged_on(self) -> Literal["validation", "test"]:

@@ -71,6 +71,9 @@ def create(
             imported=results or (),
             accept=accept,
         )
+    wanted = definition.budget.trials
+    if results is None and wanted is not None and definition.size is not None and definition.size < wanted:
+        log.warning("study %s: its space has only %d points, so it ends with so many trials", name, definition.size)
     if results is None and creation.study.budget.trials > budget.trials:
         log.warning(
             "study %s keeps its larger budget of %d trials: `trialyard stop %s` ends it sooner",

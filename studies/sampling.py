@@ -25,15 +25,15 @@ def seed_of(definition: Definition, number: int, purpose: int) -> int:
     """A 32-bit seed for trial `number`, different for other trials, purposes and study seeds.
 
     Purposes: 0 for the sampler, 1 for the training; 2 for the training and 3 for the split of a confirmation, where
-    `number` is that of its seed.
+    `number` is that of its seed; 100 and more for further draws of a sampler.
     """
     entropy = [definition.sampler.seed, number, purpose]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
-def sampler(definition: Definition, number: int) -> BaseSampler:
-    """The sampler of trial `number`."""
-    seed = seed_of(definition, number, purpose=0)
+def sampler(definition: Definition, number: int, draw: int = 0) -> BaseSampler:
+    """The sampler of trial `number`; with another `draw` it proposes something else."""
+    seed = seed_of(definition, number, purpose=0) if draw == 0 else seed_of(definition, number, purpose=100 + draw)
     conditional = any(parameter.when for parameter in definition.space.values())
     makers: dict[str, Callable[[], BaseSampler]] = {
         # `group` splits a conditional space into the parts that occur together, and models each.

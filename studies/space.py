@@ -6,6 +6,7 @@ exactly the hyperparameters that it was trained with.
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Literal
@@ -238,6 +239,20 @@ def grid(space: Space) -> list[Point]:
         if len(points) > GRID_LIMIT:
             raise ValueError(f"the grid has more than {GRID_LIMIT} points")
     return points
+
+
+def size(space: Space) -> int | None:
+    """How many different points the space has; None if infinitely many, or more than GRID_LIMIT."""
+    values = [parameter.points() for parameter in space.values()]
+    if any(each is None for each in values):
+        return None
+    if not any(parameter.when for parameter in space.values()):
+        product = math.prod(len(each or ()) for each in values)
+        return product if product <= GRID_LIMIT else None
+    try:
+        return len(grid(space))
+    except ValueError:
+        return None
 
 
 def broken_rule(parameter: Parameter, value: object) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import attempts_at
+from conftest import TRIVIAL, attempts_at
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
@@ -25,6 +25,8 @@ from storage.owners import Owner
 from storage.settings import Settings
 from storage.transactions import PatientStorage
 from studies import registry
+from studies.definition import parse
+from studies.imported import import_trials
 
 pytestmark = pytest.mark.usefixtures("study")
 
@@ -93,12 +95,18 @@ def _handle(storage: PatientStorage, study: ledger.Study) -> StudyHandle:
     )
 
 
-def _run(storage: PatientStorage, folder: Path, me: Owner, *messages: Message | Callable[[], Message]) -> Scripted:
+def _run(
+    storage: PatientStorage,
+    folder: Path,
+    me: Owner,
+    *messages: Message | Callable[[], Message],
+    study: str = "trivial",
+) -> Scripted:
     """Runs one trial with a trainer that says `messages`."""
-    study = ledger.find(storage, "trivial")
-    claim = claims.claim(storage, study, me, 60.0)
+    found = ledger.find(storage, study)
+    claim = claims.claim(storage, found, me, 60.0)
     assert claim is not None
-    handle = _handle(storage, study)
+    handle = _handle(storage, found)
     trainer, settings = Scripted(folder, list(messages)), Settings(home=folder)
     Attempt(handle, claim, trainer, settings, pulse=Pulse(), listeners=[], interrupted=Event()).run()
     return trainer
@@ -221,3 +229,20 @@ def test_a_study_deleted_right_after_the_claim_ends_no_worker(
     trainer = Scripted(tmp_path, [])
     Attempt(handle, claim, trainer, settings, pulse=Pulse(), listeners=[], interrupted=Event()).run()
     assert registry.names(storage) == []
+
+
+def test_a_space_that_is_used_up_ends_its_study_with_a_sentence(
+    storage: PatientStorage, tmp_path: Path, me: Owner
+) -> None:
+    space = "[space]\ndropout = { choices = [0.0, 0.1] }\n"
+    definition = parse(TRIVIAL.partition("[space]")[0] + space + "\n[fixed]\ndepth = 3\n", name="used-up")
+    registry.create(definition, storage, {"fingerprint": "0" * 16})
+    import_trials("used-up", [{"dropout": rate, "accuracy": 0.9} for rate in (0.0, 0.1)], storage)
+    _run(storage, tmp_path, me, study="used-up")
+    failed = storage.get_all_trials(storage.get_study_id_from_name("used-up"))[-1]
+    assert failed.state == TrialState.FAIL
+    assert failed.user_attrs["failure"] == {
+        "kind": "exhausted",
+        "message": "all 2 combinations of the space have a trial: nothing is left to search",
+    }
+    assert ledger.find(storage, "used-up").has_ended

@@ -79,14 +79,14 @@ def test_it_predicts_to_the_bit_as_at_the_end_of_its_training(
     dataset = data.load("digits", parse(DEFINITION.format(name="n", dataset="digits", model="mnist_cnn")).data, [])
     images = dataset.x_validation[:64]
     predicted: list[Any] = []
-    write = training_loop._write_model
+    kept = training_loop._kept
 
-    def spy(path: Path, net: keras.Model, weights: Any, *others: Any) -> None:
+    def spy(net: keras.Model, weights: Any, *others: Any) -> keras.Model:
         net.set_weights(weights)  # the best epoch's, in the very model that was trained
         predicted.append(net.predict(images, verbose=0))
-        write(path, net, weights, *others)
+        return kept(net, weights, *others)
 
-    monkeypatch.setattr(training_loop, "_write_model", spy)
+    monkeypatch.setattr(training_loop, "_kept", spy)
     folder = _ended(place, "mine", {"model": "model.keras"}, model, "digits")
     train(
         model=model,

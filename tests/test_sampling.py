@@ -1,6 +1,7 @@
 """Samplers and pruners: the points of trial n depend on (seed, n) and on the finished trials."""
 
 import importlib.util
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
-from search.attempt import StudyHandle, hyperparameters_of
+from search.attempt import StudyHandle
+from search.proposal import SpaceExhausted, hyperparameters_of
 from storage import claims, database, ledger
 from storage.claims import Claim
 from storage.owners import Owner
 from studies import registry, sampling
 from studies.definition import Definition, parse
 from studies.errors import DefinitionError
+from studies.imported import import_trials
 from studies.space import Point, broken_rule
 
 NO_TORCH = pytest.mark.skipif(
@@ -90,7 +93,7 @@ class Searched:
         return claim
 
     def suggest(self, claim: Claim) -> Point:
-        return hyperparameters_of(self.study, self.study.opened(claim.number), claim)
+        return hyperparameters_of(self.study.definition, self.study.storage, self.study.opened(claim.number), claim)
 
     def finish(self, claim: Claim, value: float, state: TrialState = TrialState.COMPLETE) -> None:
         claims.finish(self.storage, claim, state, value, {})
@@ -343,7 +346,7 @@ def _trained(study: Searched, values: list[float]) -> int | None:
     """Reports `values`, one per epoch, and ends the trial. Returns the epoch after which it was pruned, if it was."""
     claim = study.claim()
     opened = study.study.opened(claim.number)
-    hyperparameters_of(study.study, opened, claim)
+    hyperparameters_of(study.study.definition, study.study.storage, opened, claim)
     for epoch, value in enumerate(values, start=1):
         claims.record_epochs(study.storage, claim, {epoch: value})
         # As `search.attempt` asks: not after the last epoch.
@@ -415,3 +418,50 @@ def test_optuna_reads_what_is_suggested_and_reported(searched: Any) -> None:
 def test_tpe_draws_a_share_of_the_budget_at_random_before_it_learns(trials: int, drawn: int) -> None:
     sampler = sampling.sampler(parse(TRIVIAL, trials=trials), number=0)
     assert sampler._n_startup_trials == drawn  # type: ignore[attr-defined]
+
+
+# --- no point twice ----------------------------------------------------------------------------------------
+
+DISCRETE = (
+    PLAIN.partition("[space]")[0]
+    + """[space]
+depth = {{ choices = [3, 5] }}
+dropout = {{ low = 0.0, high = 0.2, step = 0.1 }}
+"""
+)
+
+
+@pytest.mark.parametrize("kind", ["random", "tpe", "qmc", "nsga2"])
+def test_in_a_discrete_space_no_point_is_tried_twice(searched: Any, kind: str) -> None:
+    study = searched(_definition(DISCRETE, sampler=kind, trials=50))
+    assert study.study.study.budget.trials == 6
+    points = [json.dumps(point, sort_keys=True) for point in study.draw(6)]
+    assert len(set(points)) == 6
+    assert claims.claim(study.storage, study.study.study, study.me, grace_seconds=600) is None
+
+
+def test_points_that_run_or_wait_are_not_proposed(searched: Any) -> None:
+    listed = "[[points]]\ndepth = 3\ndropout = 0.1\n"
+    study = searched(_definition(DISCRETE + listed, sampler="random", trials=6))
+    points = [json.dumps(point, sort_keys=True) for point in study.draw(6, None)]
+    assert json.loads(points[0]) == {"depth": 3, "dropout": 0.1}
+    assert len(set(points)) == 6
+
+
+def test_a_space_that_others_have_used_up_ends_the_study_with_a_sentence(searched: Any) -> None:
+    study = searched(_definition(DISCRETE, sampler="random", trials=6))
+    rows = [{"depth": depth, "dropout": rate, "accuracy": 0.9} for depth in (3, 5) for rate in (0.0, 0.1, 0.2)]
+    import_trials(study.study.study.name, rows, study.storage)
+    claim = study.claim()
+    with pytest.raises(SpaceExhausted, match="all 6 combinations of the space have a trial"):
+        study.suggest(claim)
+
+
+def test_a_trial_that_begins_again_keeps_its_point(searched: Any) -> None:
+    study = searched(_definition(DISCRETE, sampler="random", trials=6))
+    claim = study.claim()
+    point = study.suggest(claim)
+    claims.requeue(study.storage, claim, "interrupted", "a signal")
+    again = study.claim()
+    assert (again.number, again.attempt) == (0, 2)
+    assert study.suggest(again) == point

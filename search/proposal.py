@@ -1,0 +1,108 @@
+"""Which hyperparameters a claimed trial gets: those that it has, or new ones that no other trial of the study has."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from storage import claims
+from storage.claims import Claim
+from storage.transactions import PatientStorage
+from studies import sampling
+from studies.definition import Definition
+from studies.space import Point, grid, suggest
+
+REDRAWS = 20  # how often the sampler is asked again for a point that no trial has
+_Params = dict[str, tuple[BaseDistribution, Any]]
+
+
+class SpaceExhausted(Exception):  # noqa: N818 - it is an event
+    """Every point of the space has a trial already."""
+
+
+def hyperparameters_of(definition: Definition, storage: PatientStorage, opened: optuna.Study, claim: Claim) -> Point:
+    """The claimed trial's hyperparameters: those that it has, or new ones, which are recorded.
+
+    In a space without continuous ranges a sampler proposes points again that it has tried: the same training would be
+    paid for twice. So it is asked again, with other seeds, and at last any free point is taken.
+
+    Raises ClaimLost; SpaceExhausted; and ValueError, RuntimeError or ArithmeticError if the sampler fails.
+    """
+    point, params = _suggested(definition, opened, claim, draw=0)
+    if definition.size is not None and not _is_given(opened, claim):
+        taken = _taken(opened, claim)
+        draw = 1
+        while _key(point) in taken and draw <= REDRAWS:
+            point, params = _suggested(definition, opened, claim, draw)
+            draw += 1
+        if _key(point) in taken:
+            point = _free(definition, claim, taken)
+            params = {name: (definition.space[name].distribution(), value) for name, value in point.items()}
+    claims.begin(storage, claim, params)
+    return point
+
+
+def _suggested(definition: Definition, opened: optuna.Study, claim: Claim, draw: int) -> tuple[Point, _Params]:
+    if draw > 0:
+        opened.sampler = sampling.sampler(definition, claim.number, draw)
+    trial = optuna.Trial(opened, claim.trial_id)
+    draft = _Draft(trial.storage)
+    trial.storage = draft  # type: ignore[assignment]
+    return suggest(trial, definition.space), draft.params
+
+
+def _is_given(opened: optuna.Study, claim: Claim) -> bool:
+    """Whether the trial has its hyperparameters already: it was listed, or has begun before."""
+    own = next(trial for trial in _trials(opened) if trial._trial_id == claim.trial_id)
+    return bool(own.params) or bool(own.system_attrs.get("fixed_params"))
+
+
+def _taken(opened: optuna.Study, claim: Claim) -> set[str]:
+    """The points that other trials have or will have."""
+    others = (trial for trial in _trials(opened) if trial._trial_id != claim.trial_id)
+    return {
+        _key(trial.system_attrs.get("fixed_params", {}) if trial.state == TrialState.WAITING else trial.params)
+        for trial in others
+    }
+
+
+def _trials(opened: optuna.Study) -> list[FrozenTrial]:
+    return opened.get_trials(deepcopy=False)
+
+
+def _key(point: Mapping[str, Any]) -> str:
+    # Steps of a float are sums, which differ in the last digits.
+    values = {name: f"{value:.10g}" if isinstance(value, float) else value for name, value in point.items()}
+    return json.dumps(values, sort_keys=True)
+
+
+def _free(definition: Definition, claim: Claim, taken: set[str]) -> Point:
+    free = [point for point in grid(definition.space) if _key(point) not in taken]
+    if not free:
+        raise SpaceExhausted(f"all {definition.size} combinations of the space have a trial: nothing is left to search")
+    seed = sampling.seed_of(definition, claim.number, purpose=0)
+    return free[int(np.random.default_rng(seed).integers(len(free)))]
+
+
+class _Draft:
+    """A storage for one trial's suggestions: it keeps them, and passes everything else on to the real storage.
+
+    Optuna writes each suggestion in a transaction of its own, and does not check who owns the trial.
+    """
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage
+        self.params: _Params = {}
+
+    def set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
+    ) -> None:
+        self.params[param_name] = (distribution, distribution.to_external_repr(param_value_internal))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
