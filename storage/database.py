@@ -397,12 +397,20 @@ def backup(storage: RDBStorage, path: Path) -> int:
 
 
 def _renew_incarnations(copied: sqlite3.Connection) -> None:
-    """Gives the studies of a copy identities of their own: what it writes or deletes is not the original's."""
-    key = f"{attributes.PREFIX}incarnation"
-    rows = copied.execute("SELECT study_user_attribute_id FROM study_user_attributes WHERE key = ?", (key,)).fetchall()
-    for (row_id,) in rows:
-        renewed = (json.dumps(uuid.uuid4().hex), row_id)
-        copied.execute("UPDATE study_user_attributes SET value_json = ? WHERE study_user_attribute_id = ?", renewed)
+    """Gives the studies of a copy identities of their own: what it writes or deletes is not the original's.
+
+    A confirmation names the identity of the study that it confirms, in its definition.
+    """
+    table, row_id = "study_user_attributes", "study_user_attribute_id"
+    names = (f"{attributes.PREFIX}incarnation", f"{attributes.PREFIX}definition")
+    rows = copied.execute(f"SELECT {row_id}, key, value_json FROM {table} WHERE key IN (?, ?)", names).fetchall()
+    renewed = {value_json: json.dumps(uuid.uuid4().hex) for _, key, value_json in rows if key == names[0]}
+    for row, key, value_json in rows:
+        new = renewed[value_json] if key == names[0] else value_json
+        if key == names[1]:
+            for before, after in renewed.items():
+                new = new.replace(f'"incarnation": {before}', f'"incarnation": {after}')
+        copied.execute(f"UPDATE {table} SET value_json = ? WHERE {row_id} = ?", (new, row))
     copied.commit()
 
 

@@ -139,7 +139,7 @@ def definition_of(study: Study, storage: RDBStorage, top: int | None, seeds: int
     If a confirmation with these candidates and seeds exists, it is that one's. Raises StudyError.
     """
     definition = definitions.from_json(study.definition)
-    _check(study, storage, definition, top, seeds)
+    _check(study, definition, top, seeds)
     found = _candidates(study, storage, definition)
     if not found:
         raise StudyError(results.why_no_best(study, storage))
@@ -170,7 +170,7 @@ def definition_of(study: Study, storage: RDBStorage, top: int | None, seeds: int
     return definitions.from_json(stored | {"name": name})
 
 
-def _check(study: Study, storage: RDBStorage, definition: Definition, top: int | None, seeds: int) -> None:
+def _check(study: Study, definition: Definition, top: int | None, seeds: int) -> None:
     name = study.name
     for option, value in (("--top", top), ("--seeds", seeds)):
         if value is not None and value < 1:

@@ -123,13 +123,13 @@ def _contradictions(best: FrozenTrial, data: Mapping[str, Any]) -> list[str]:
     found = []
     value, classes = float(best.values[0]), data.get("classes")
     images = data.get("validation", data.get("test"))
-    if isinstance(classes, int) and classes > 1 and isinstance(images, int) and images > 0:
-        # Of one class in each image: what guessing gives, with its sampling error.
-        if value <= statistics.wilson(round(images / classes), images).high:
-            found.append(
-                f"The best accuracy, {value:.4f}, is at the level of chance for {classes} classes: nothing was "
-                "learned. Check the data, the labels and the learning rate."
-            )
+    known = isinstance(classes, int) and classes > 1 and isinstance(images, int) and images > 0
+    # What guessing gives, with its sampling error.
+    if known and value <= statistics.wilson(round(images / classes), images).high:
+        found.append(
+            f"The best accuracy, {value:.4f}, is at the level of chance for {classes} classes: nothing was learned. "
+            "Check the data, the labels and the learning rate."
+        )
     trained = attributes.number(best.user_attrs.get("train_accuracy"))
     if trained is not None and trained - value > GAP:
         found.append(

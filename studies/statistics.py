@@ -60,7 +60,8 @@ def _t_interval(values: Sequence[float], share_of_variance: Any) -> Interval | N
 
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread * math.sqrt(share_of_variance(count))
-    return Interval(low=mean - half, high=mean + half)
+    # No accuracy is outside 0 to 1, so nothing is lost.
+    return Interval(low=max(0.0, mean - half), high=min(1.0, mean + half))
 
 
 def difference(first: Hits, second: Hits) -> Interval | None:

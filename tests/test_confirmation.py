@@ -211,6 +211,12 @@ def test_again_it_trains_nothing_and_another_number_of_seeds_opens_the_images_ag
     assert registry.find("small", storage).test_openings == 2
 
 
+def test_a_copy_of_the_database_has_the_same_result(confirmed: Done) -> None:
+    search.backup_storage(confirmed.folder / "copy.db", confirmed.url)
+    copy = f"sqlite:///{confirmed.folder}/copy.db"
+    assert studies.confirmed("small", copy) == studies.confirmed("small", confirmed.url)
+
+
 def test_an_unfinished_confirmation_has_no_verdict(confirmed: Done) -> None:
     storage = database.connect(confirmed.url)
     study = registry.find("small", storage)
