@@ -228,7 +228,7 @@ def confirm(
     workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the best configurations again from several seeds, and judge them by the test images."""
+    """Train the best again from 8 seeds; judge them by test images."""
     from search import service
     from search.terminal import print_confirmed, print_json
 
@@ -245,7 +245,10 @@ def confirm(
     except service.Interrupted as stop:
         _exit_after(stop)
     if as_json:
-        print_json(dataclasses.asdict(found))
+        told = dataclasses.asdict(found)
+        for record, estimate in zip(told["estimates"], found.estimates, strict=True):
+            record["shrinkage"] = estimate.shrinkage
+        print_json(told)
     else:
         print_confirmed(found)
 
@@ -258,7 +261,10 @@ def replay(
     chosen_devices: DevicesOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Train a trial again from its record, and compare epoch by epoch; exit code 1 if it is not confirmed."""
+    """Train a trial again from its record, and compare the numbers.
+
+    Exit code 1 if they do not confirm the record.
+    """
     from search import service
     from search.terminal import print_json, print_replayed, replayed_epoch_text, warn
 
@@ -287,7 +293,7 @@ def compare(
     storage: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Put two studies side by side, or a study beside the notebook's results that it repeats."""
+    """Put two studies side by side, or one beside the notebook."""
     from search.terminal import print_compared, print_json, print_notebook_rows
     from studies import comparison
 

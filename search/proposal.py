@@ -8,7 +8,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from storage import claims
 from storage.claims import Claim
@@ -34,17 +34,25 @@ def hyperparameters_of(definition: Definition, storage: PatientStorage, opened: 
     Raises ClaimLost; SpaceExhausted; and ValueError, RuntimeError or ArithmeticError if the sampler fails.
     """
     point, params = _suggested(definition, opened, claim, draw=0)
-    if definition.size is not None and not _is_given(opened, claim):
-        taken = _taken(opened, claim)
-        draw = 1
-        while _key(point) in taken and draw <= REDRAWS:
-            point, params = _suggested(definition, opened, claim, draw)
+    if definition.size is None or _is_given(opened, claim):
+        claims.begin(storage, claim, params)
+        return point
+    taken, draw = _taken(opened, claim), 0
+    # Trial n has one point of the sequence, and each draw of a Gaussian process takes seconds.
+    draws = 0 if definition.sampler.kind in ("qmc", "gp") else REDRAWS
+    while True:
+        while _key(point) in taken and draw < draws:
             draw += 1
+            point, params = _suggested(definition, opened, claim, draw)
         if _key(point) in taken:
             point = _free(definition, claim, taken)
             params = {name: (definition.space[name].distribution(), value) for name, value in point.items()}
-    claims.begin(storage, claim, params)
-    return point
+        try:
+            claims.begin(storage, claim, params, unique=True)
+        except claims.PointTaken:
+            taken.add(_key(point))  # another slot was faster
+        else:
+            return point
 
 
 def _suggested(definition: Definition, opened: optuna.Study, claim: Claim, draw: int) -> tuple[Point, _Params]:
@@ -58,17 +66,20 @@ def _suggested(definition: Definition, opened: optuna.Study, claim: Claim, draw:
 
 def _is_given(opened: optuna.Study, claim: Claim) -> bool:
     """Whether the trial has its hyperparameters already: it was listed, or has begun before."""
-    own = next(trial for trial in _trials(opened) if trial._trial_id == claim.trial_id)
-    return bool(own.params) or bool(own.system_attrs.get("fixed_params"))
+    for trial in _trials(opened):
+        if trial._trial_id == claim.trial_id:
+            return bool(_point_of(trial))
+    raise KeyError(claim.trial_id)  # the study was deleted: as Optuna's storage says it
 
 
 def _taken(opened: optuna.Study, claim: Claim) -> set[str]:
     """The points that other trials have or will have."""
-    others = (trial for trial in _trials(opened) if trial._trial_id != claim.trial_id)
-    return {
-        _key(trial.system_attrs.get("fixed_params", {}) if trial.state == TrialState.WAITING else trial.params)
-        for trial in others
-    }
+    return {_key(_point_of(trial)) for trial in _trials(opened) if trial._trial_id != claim.trial_id}
+
+
+def _point_of(trial: FrozenTrial) -> Point:
+    listed = trial.system_attrs.get("fixed_params")
+    return {**(listed if isinstance(listed, dict) else {}), **trial.params}
 
 
 def _trials(opened: optuna.Study) -> list[FrozenTrial]:

@@ -43,8 +43,13 @@ class ReplayedEpoch:
     @property
     def is_equal(self) -> bool:
         """Whether both trainings have the same numbers, to the last bit."""
-        losses = self.recorded_loss is None or self.recorded_loss == self.replayed_loss
-        return self.recorded == self.replayed and losses
+        losses = self.recorded_loss is None or _same(self.recorded_loss, self.replayed_loss)
+        return self.recorded is not None and _same(self.recorded, self.replayed) and losses
+
+
+def _same(one: float, other: float) -> bool:
+    # A user's own model may have an accuracy of NaN in an epoch, which is not equal to itself.
+    return one == other or (math.isnan(one) and math.isnan(other))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +96,7 @@ def replay(
     ModelError or MachineError if it cannot be trained here.
     """
     trial = _complete_trial(study, number, storage)
+    checks.check_keras(checks.backend())
     definition = definitions.from_json(study.definition)
     recorded = trial.user_attrs
     found = data.load(definition.dataset, definition.data, here.data_folders)
@@ -135,6 +141,8 @@ def replay(
 
 
 def _complete_trial(study: Study, number: int, storage: RDBStorage) -> FrozenTrial:
+    if number >= study.finished + study.running + study.waiting:
+        raise StudyError(results.no_trial_text(study, number))
     try:
         trial = storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study.id, number))
     except KeyError:

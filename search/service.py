@@ -8,6 +8,7 @@ What reads studies is in the package `studies`. A `storage` is a database's URL 
 TRIALYARD_STORAGE or TRIALYARD_HOME names.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,14 @@ from studies import confirmation, registry, results
 from studies import definition as definitions
 from studies.confirmation import Confirmed
 from studies.definition import Definition
+from studies.statistics import seeds_needed
 
 if TYPE_CHECKING:
     from search.devices import Slot
     from search.progress import Listener
     from search.retraining import Replayed, ReplayedEpoch
+
+log = logging.getLogger(__name__)
 
 Source = str | Path | Definition  # a name of the catalog, a TOML file, or a definition
 
@@ -220,6 +224,12 @@ def confirm(
     opened = database.connect_with_retries(here.url, here.patience_seconds)
     searched = registry.find(study, opened)
     definition = confirmation.definition_of(searched, opened, top, seeds)
+    candidates = len(definition.confirm.candidates) if definition.confirm is not None else 0
+    if candidates > 1 and seeds < seeds_needed(candidates):
+        log.warning(
+            "with %d candidates and %d seeds no winner is possible: %d seeds are needed",
+            *(candidates, seeds, seeds_needed(candidates)),
+        )
     checked = check(definition)
     registry.check_data(searched, checked.data)
     if definition.name not in registry.names(opened):

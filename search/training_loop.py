@@ -15,7 +15,7 @@ import numpy as np
 from search import averages, checkpoint
 from search.batches import batches
 from search.data import Array, Dataset
-from search.errors import DataError
+from search.errors import DataError, ModelError
 from search.messages import Epoch, StopMode, Trained, best_epoch, versions
 from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, stored
@@ -153,7 +153,12 @@ def train(
         hits = _hits(kept, dataset, _evaluation_batch(batch_size))
     kept_epoch = len(history) if confirms else best.epoch if best else 0
     value = best.val_accuracy if best else 0.0
-    if confirms and hits is not None:
+    if confirms and not stop.stopped:
+        if hits is None:
+            raise ModelError(
+                f"{model} gives something else than one number for each of the {dataset.classes} classes, so its "
+                "answers to the test images cannot be counted: return one output of (n, classes)"
+            )
         value = float(hits.array().mean())
     speeds = [record.images_per_second for record in history[1:] or history]
     return Trained(

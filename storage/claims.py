@@ -16,6 +16,7 @@ budget is spent", and its calls are a transaction each.
 import json
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -215,14 +216,22 @@ def _put_back(
 # --- while it runs ----------------------------------------------------------------------------------------
 
 
-def begin(storage: RDBStorage, claim: Claim, params: Mapping[str, tuple[BaseDistribution, Any]]) -> None:
+class PointTaken(Exception):  # noqa: N818 - it is an event
+    """Another trial of the study has these hyperparameters."""
+
+
+def begin(
+    storage: RDBStorage, claim: Claim, params: Mapping[str, tuple[BaseDistribution, Any]], *, unique: bool = False
+) -> None:
     """Records the trial's hyperparameters: by name the distribution, and the value. Those that it has stay as they are.
 
-    Raises ClaimLost.
+    Raises ClaimLost; and if they must be `unique`, PointTaken where another trial of the study has all of them.
     """
 
     def work(connection: Connection) -> None:
         _require_owner(connection, claim)
+        if unique and _is_taken(connection, claim, params):
+            raise PointTaken
         stored = TrialParamModel
         recorded = set(connection.execute(select(stored.param_name).where(stored.trial_id == claim.trial_id)).scalars())
         rows = [
@@ -239,6 +248,22 @@ def begin(storage: RDBStorage, claim: Claim, params: Mapping[str, tuple[BaseDist
             connection.execute(insert(stored), rows)
 
     write(storage, claim.study, work)
+
+
+def _is_taken(connection: Connection, claim: Claim, params: Mapping[str, tuple[BaseDistribution, Any]]) -> bool:
+    stored, of_trials = TrialParamModel, defaultdict[int, dict[str, float]](dict)
+    rows = connection.execute(
+        select(stored.trial_id, stored.param_name, stored.param_value)
+        .join(TrialModel, TrialModel.trial_id == stored.trial_id)
+        .where(TrialModel.study_id == claim.study_id, stored.trial_id != claim.trial_id)
+    )
+    for trial_id, name, value in rows:
+        of_trials[trial_id][name] = value
+    own = {name: distribution.to_internal_repr(value) for name, (distribution, value) in params.items()}
+    return any(
+        point.keys() == own.keys() and all(math.isclose(point[name], own[name], rel_tol=1e-9) for name in own)
+        for point in of_trials.values()
+    )
 
 
 def beat(storage: RDBStorage, slots: Mapping[Owner, str], held: Sequence[Claim]) -> dict[Claim, State | None]:

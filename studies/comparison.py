@@ -47,7 +47,7 @@ class StudyComparison:
     first: Side
     second: Side
     difference: float  # of the best accuracies
-    interval: Interval | None  # the sampling error of the difference
+    interval: Interval | None  # the sampling error of the difference; paired where both have the same images
     p: float | None  # McNemar's test; None unless both were judged by the very same images
 
 
@@ -74,8 +74,9 @@ def compare(first: str, second: str, storage: StorageLike = None) -> StudyCompar
     (ours, our_hits), (theirs, their_hits) = _side(left, opened), _side(right, opened)
     interval, p = None, None
     if our_hits is not None and their_hits is not None and our_hits.fingerprint == their_hits.fingerprint:
-        p = statistics.mcnemar_p(our_hits.array(), their_hits.array())
-    if ours.images and theirs.images:
+        pair = our_hits.array(), their_hits.array()
+        interval, p = statistics.difference_of_models(*pair), statistics.mcnemar_p(*pair)
+    elif ours.images and theirs.images:
         interval = statistics.difference_of_two(ours.value, theirs.value, ours.images, theirs.images)
     return StudyComparison(first=ours, second=theirs, difference=ours.value - theirs.value, interval=interval, p=p)
 
@@ -87,8 +88,9 @@ def _side(study: Study, storage: RDBStorage) -> tuple[Side, Hits | None]:
     counted = study.data.get(definition.judged_on)
     # An imported result does not say on how many images it was measured.
     known = own.images if own is not None else counted if not best.user_attrs.get("imported") else None
-    images = known if isinstance(known, int) and known > 0 else None
     value = float(best.values[0])
+    # Other programs may store percent.
+    images = known if isinstance(known, int) and known > 0 and 0.0 <= value <= 1.0 else None
     trials = storage.get_all_trials(study.id, deepcopy=False)
     finished = [trial for trial in trials if trial.state.is_finished()]
     side = Side(

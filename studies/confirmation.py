@@ -26,10 +26,12 @@ from studies import findings, registry, results, statistics
 from studies.definition import Candidate, Definition
 from studies.errors import StudyError
 from studies.registry import StorageLike
+from studies.space import is_whole
 from studies.statistics import MIN_SEEDS, Interval
 
 TOP = 3  # candidates, unless another number is asked for
 SEEDS = 8  # with two comparisons, Holm's correction needs 7 seeds for p < 0.05
+MOST = 1000  # candidates, and seeds
 ALPHA = 0.05
 
 
@@ -62,6 +64,7 @@ class Comparison:
 
     first: int  # trials of the study that is confirmed
     other: int
+    seeds: int  # that both were trained from
     difference: float  # of the mean accuracies
     interval: Interval | None  # over new seeds and new images
     better: float  # how often the first is better with the same seed; a tie counts half
@@ -85,7 +88,7 @@ class Confirmed:
     trained: int  # trainings that are complete
     trainings: int  # in all
     images: int | None  # test images
-    openings: int  # how often confirmations opened the study's test images
+    openings: int  # how often confirmations, of any study in the database, opened these test images
     estimates: tuple[Estimate, ...]  # the highest mean first
     comparisons: tuple[Comparison, ...]  # of the first with each other one
     winner: int | None  # the trial that is better than every other candidate; None: a tie, or not known yet
@@ -173,8 +176,8 @@ def definition_of(study: Study, storage: RDBStorage, top: int | None, seeds: int
 def _check(study: Study, definition: Definition, top: int | None, seeds: int) -> None:
     name = study.name
     for option, value in (("--top", top), ("--seeds", seeds)):
-        if value is not None and value < 1:
-            raise StudyError(f"{option} = {value}: at least 1 is needed")
+        if value is not None and not 1 <= value <= MOST:
+            raise StudyError(f"{option} = {value}: it must be from 1 to {MOST}")
     if definition.confirm is not None:
         raise StudyError(f"study {name!r} is a confirmation itself: confirm {definition.confirm.study} again")
     if definition.data.validation == "test":
@@ -194,16 +197,23 @@ def _candidates(study: Study, storage: RDBStorage, definition: Definition) -> li
     complete = storage.get_all_trials(study.id, deepcopy=False, states=(TrialState.COMPLETE,))
     by_configuration: dict[str, FrozenTrial] = {}
     for trial in findings.ranked(complete):
+        if not is_whole(trial.params, definition.space):
+            continue  # another program added it, and does not say all
         by_configuration.setdefault(json.dumps(trial.params, sort_keys=True), trial)
     return [
         Candidate(
             trial=trial.number,
             # An imported trial does not say which epoch was its best.
-            epochs=int(attributes.number(trial.user_attrs.get("best_epoch")) or definition.budget.epochs),
+            epochs=_epochs(trial, definition.budget.epochs),
             hyperparameters=trial.params,
         )
         for trial in by_configuration.values()
     ]
+
+
+def _epochs(trial: FrozenTrial, most: int) -> int:
+    best = attributes.number(trial.user_attrs.get("best_epoch"))
+    return most if best is None or not 1 <= best <= most else int(best)
 
 
 def _is_same(other: Study, stored: Mapping[str, Any]) -> bool:
@@ -231,10 +241,11 @@ def of_study(confirmation: Study, storage: RDBStorage) -> Confirmed:
     estimates = [_estimate(each, runs[each.trial], searched.get(each.trial)) for each in candidates]
     # A stable sort: equal ones stay in the order of the search.
     estimates.sort(key=lambda each: -(each.mean if each.mean is not None else -1.0))
-    order = [each.trial for each in estimates]
+    order = [each.trial for each in estimates if each.mean is not None]
     compared = comparisons(order, runs)
     winner, tied = verdict(order, compared) if confirmation.has_ended and scored else (None, ())
-    by_size = sorted((each for each in estimates if each.trial in tied), key=lambda each: each.parameters or 0)
+    known = [each for each in estimates if each.trial in tied and each.parameters is not None]
+    by_size = sorted(known, key=lambda each: each.parameters or 0)
     return Confirmed(
         study=definition.confirm.study,
         confirmation=confirmation.name,
@@ -242,12 +253,20 @@ def of_study(confirmation: Study, storage: RDBStorage) -> Confirmed:
         trained=len(scored),
         trainings=confirmation.budget.total,
         images=next((run.hits.images for side in runs.values() for run in side.values() if run.hits), None),
-        openings=next((each.test_openings for each in ledger.studies(storage) if _confirms(confirmation, each)), 1),
+        openings=_openings(confirmation, storage),
         estimates=tuple(estimates),
         comparisons=tuple(compared),
         winner=winner,
         tied=tied,
         smallest=by_size[0].trial if by_size else None,
+    )
+
+
+def _openings(confirmation: Study, storage: RDBStorage) -> int:
+    # Whoever searches again after a confirmation does so under another name, and may have chosen by what it showed.
+    fingerprint = confirmation.data.get("fingerprint")
+    return max(
+        1, sum(each.test_openings for each in ledger.studies(storage) if each.data.get("fingerprint") == fingerprint)
     )
 
 
@@ -280,8 +299,11 @@ def _runs(candidates: Sequence[Candidate], trials: Sequence[FrozenTrial], storag
     measured = read(storage, lambda connection: hits.of_trials(connection, [trial._trial_id for trial in trials]))
     runs: dict[int, dict[int, Run]] = {candidate.trial: {} for candidate in candidates}
     for trial in trials:
+        candidate, seed = trial.params.get("candidate"), trial.params.get("seed")
+        if candidate not in runs or seed is None or trial.user_attrs.get("imported"):
+            continue  # another program added it
         weights = attributes.number(trial.user_attrs.get("parameters"))
-        runs[trial.params["candidate"]][trial.params["seed"]] = Run(
+        runs[candidate][seed] = Run(
             accuracy=float(trial.values[0]),
             hits=measured.get(trial._trial_id),
             parameters=None if weights is None else int(weights),
@@ -315,8 +337,7 @@ def _estimate(candidate: Candidate, runs: Mapping[int, Run], searched: float | N
 def comparisons(order: Sequence[int], runs: Runs) -> list[Comparison]:
     """The first candidate of `order` with each other one, over the seeds that both have."""
     found: list[Comparison] = []
-    first = order[0]
-    for other in order[1:]:
+    for first, other in ((order[0], other) for other in order[1:]):
         seeds = sorted(runs[first].keys() & runs[other].keys())
         if not seeds:
             continue
@@ -326,6 +347,7 @@ def comparisons(order: Sequence[int], runs: Runs) -> list[Comparison]:
             Comparison(
                 first=first,
                 other=other,
+                seeds=len(seeds),
                 difference=float(np.mean(values[0]) - np.mean(values[1])),
                 interval=_interval(ours, theirs),
                 better=statistics.probability_better(*values),
@@ -352,7 +374,7 @@ def verdict(order: Sequence[int], compared: Sequence[Comparison]) -> tuple[int |
     """The winner, or those that are tied; neither where there is nothing to compare.
 
     A winner is better than *every* other candidate. The rule finds one among equal candidates in at most 5 % of the
-    confirmations (tests/test_statistics.py).
+    confirmations (tests/test_simulations.py).
     """
     if len(order) < 2:
         return None, ()

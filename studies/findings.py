@@ -45,7 +45,7 @@ def findings(
     complete = ranked(trials)
     if definition.confirm is not None:
         sentence = f"This study confirms {definition.confirm.study}: it trains its best configurations again."
-        return Findings(best=(sentence,), influences=(), cautions=tuple(_by_state(trials)))
+        return Findings(best=(sentence,), influences=(), cautions=tuple(_by_state(trials, definition)))
     judged = definition.judged_on
     cautions = [*notebook.caution(definition)]
     if definition.data.validation == "test":
@@ -55,7 +55,7 @@ def findings(
         )
     if not complete:
         none = ("No trial is complete: there is nothing to conclude.",)
-        return Findings(best=none, influences=(), cautions=tuple(cautions + _by_state(trials)))
+        return Findings(best=none, influences=(), cautions=tuple(cautions + _by_state(trials, definition)))
     best = complete[0]
     point = f"with {params_text(best.params)}" if best.params else "with the fixed hyperparameters"
     sentences = [
@@ -64,7 +64,13 @@ def findings(
     ]
     images = data.get(judged)
     # Imported results were measured on an unknown number of images.
-    if isinstance(images, int) and images > 0 and (judged == "test" or not best.user_attrs.get("imported")):
+    is_accuracy = 0.0 <= float(best.values[0]) <= 1.0  # other programs may store percent
+    if (
+        is_accuracy
+        and isinstance(images, int)
+        and images > 0
+        and (judged == "test" or not best.user_attrs.get("imported"))
+    ):
         sentence, noise_cautions = _noise(complete, images, judged, definition, hits or {})
         sentences.append(sentence)
         cautions += noise_cautions
@@ -73,7 +79,7 @@ def findings(
         sentences.append(
             f"The worst complete one is trial {worst.number}, with {params_text(worst.params)}: {worst.values[0]:.4f}."
         )
-    cautions += _contradictions(best, data) + edges(trials, definition) + _by_state(trials)
+    cautions += _contradictions(best, data) + edges(trials, definition) + _by_state(trials, definition)
     influences = _influences(trials, definition)
     return Findings(best=tuple(sentences), influences=tuple(influences), cautions=tuple(cautions))
 
@@ -112,6 +118,8 @@ def _is_worse(trial: FrozenTrial, best: FrozenTrial, images: int, hits: Mapping[
 
     On the same images by McNemar's test, which sees smaller differences than two intervals do.
     """
+    if not 0.0 <= float(trial.values[0]) <= 1.0:
+        return True  # another program's: no accuracy
     ours, theirs = hits.get(best._trial_id), hits.get(trial._trial_id)
     if ours is not None and theirs is not None and ours.fingerprint == theirs.fingerprint:
         return statistics.mcnemar_p(ours.array(), theirs.array()) < 0.05
@@ -188,7 +196,7 @@ def _end(parameter: Parameter | None, value: Any, low: float, high: float) -> st
     return "lower" if share <= EDGE else "upper" if share >= 1 - EDGE else None
 
 
-def _by_state(trials: Sequence[FrozenTrial]) -> list[str]:
+def _by_state(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
     states = Counter(trial.state for trial in trials)
     sentences = []
     if states[TrialState.PRUNED]:
@@ -197,6 +205,8 @@ def _by_state(trials: Sequence[FrozenTrial]) -> list[str]:
             "would have reached."
         )
     failed = [attributes.failure(trial.user_attrs.get("failure")) for trial in trials if trial.state == TrialState.FAIL]
+    # That trial was not run, because every point has been.
+    failed = [failure for failure in failed if failure["kind"] != "exhausted"]
     if failed:
         kinds = Counter(failure["kind"] for failure in failed)
         why = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
@@ -208,7 +218,8 @@ def _by_state(trials: Sequence[FrozenTrial]) -> list[str]:
     if imported:
         sentences.append(f"Imported, not run here: {_many(imported, 'trial')}. Their results were not checked.")
     complete = ranked(trials)
-    if not complete or sum(trial.params == complete[0].params for trial in complete) == 1:
+    once = not complete or sum(trial.params == complete[0].params for trial in complete) == 1
+    if once and definition.confirm is None:  # a confirmation's points have a seed in them
         sentences.append("The best configuration was trained once, with one seed: another seed gives other numbers.")
     return sentences
 
@@ -253,7 +264,7 @@ def _of_the_best(trials: Sequence[FrozenTrial], definition: Definition) -> list[
 
 def _alike(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
     """For each hyperparameter the largest group of trials that differ in nothing else."""
-    ended = [trial for trial in trials if is_scored(trial) or trial.state == TrialState.PRUNED]
+    ended = [trial for trial in trials if _counts(trial)]
     sentences = []
     for name in definition.space:
         groups: dict[str, dict[str, FrozenTrial]] = {}
@@ -270,6 +281,10 @@ def _alike(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
     return sentences
 
 
+def _counts(trial: FrozenTrial) -> bool:
+    return is_feasible(trial) and (is_scored(trial) or trial.state == TrialState.PRUNED)
+
+
 def _reached(trial: FrozenTrial) -> float:
     if is_scored(trial):
         return float(trial.values[0])
@@ -284,7 +299,7 @@ def _reached_text(trial: FrozenTrial) -> str:
 def _groups(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
     """For each hyperparameter with choices, the best accuracy of each choice, pruned trials counted."""
     sentences = []
-    ended = [trial for trial in trials if is_scored(trial) or trial.state == TrialState.PRUNED]
+    ended = [trial for trial in trials if _counts(trial)]
     for name, parameter in definition.space.items():
         if not isinstance(parameter, Choice) or len(parameter.choices) < 2:
             continue

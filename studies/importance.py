@@ -47,19 +47,24 @@ def scored(trials: Sequence[FrozenTrial]) -> list[Scored]:
     known = known[:: max(1, math.ceil(len(known) / SAMPLE))]
     if len(known) < 2:
         return [Scored(trial=trial, score=1.0) for trial in known]
-    last = np.array([max(trial.intermediate_values, default=1) for trial in known])
-    best = np.full((len(known), int(last.max())), -np.inf)
+    # Only epochs that some trial reported: other programs may report at any step.
+    columns = {
+        step: at for at, step in enumerate(sorted({step for trial in known for step in trial.intermediate_values}))
+    }
+    # A complete trial without any epoch, such as an imported one, went to the end.
+    last = np.array([columns.get(max(trial.intermediate_values, default=-1), len(columns) - 1) for trial in known])
+    best = np.full((len(known), max(1, len(columns))), -np.inf)
     for row, trial in enumerate(known):
         for epoch, value in trial.intermediate_values.items():
-            if math.isfinite(value) and epoch >= 1:
-                best[row, epoch - 1] = value
+            if math.isfinite(value):
+                best[row, columns[epoch]] = value
         best[row] = np.maximum.accumulate(best[row])
         if is_scored(trial):
-            best[row, last[row] - 1 :] = float(trial.values[0])
+            best[row, last[row] :] = float(trial.values[0])
     rows = np.arange(len(known))
     wins = np.zeros(len(known))
     for row in range(len(known)):
-        both = np.minimum(last[row], last) - 1
+        both = np.minimum(last[row], last)
         ours, theirs = best[row, both], best[rows, both]
         wins[row] = (ours > theirs).sum() + (ours == theirs).sum() / 2 - 0.5  # not itself
     found = [Scored(trial=trial, score=float(win) / (len(known) - 1)) for trial, win in zip(known, wins, strict=True)]

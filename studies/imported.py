@@ -47,6 +47,8 @@ def import_trials(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, sto
     opened = registry.storage_of(storage)
     study = registry.find(name, opened)
     definition = from_json(study.definition)
+    if definition.confirm is not None:
+        raise StudyError(f"study {name!r} is a confirmation: its result must come from its own trainings")
     labelled_rows = read_csv(Path(rows)) if isinstance(rows, (str, Path)) else _numbered(rows)
     trials = [trial_of(row, definition, label) for label, row in labelled_rows]
     if not trials:

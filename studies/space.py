@@ -241,6 +241,12 @@ def grid(space: Space) -> list[Point]:
     return points
 
 
+def is_whole(point: Mapping[str, Any], space: Space) -> bool:
+    """Whether `point` has exactly the parameters that apply to it, each with a value that is allowed."""
+    needed = [name for name in in_order(space) if space[name].applies(point)]
+    return set(needed) == set(point) and all(broken_rule(space[name], point[name]) is None for name in needed)
+
+
 def size(space: Space) -> int | None:
     """How many different points the space has; None if infinitely many, or more than GRID_LIMIT."""
     values = [parameter.points() for parameter in space.values()]

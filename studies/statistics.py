@@ -74,7 +74,7 @@ def difference(first: Hits, second: Hits) -> Interval | None:
     part is drawn from Student's t distribution with the standard error that the seeds have beyond what the finite
     number of images explains. Resampling rows and columns alike would count that part twice (Owen, The pigeonhole
     bootstrap, 2007); the split into the two parts is that of Cameron, Gelbach and Miller, 2011. Its coverage is tested
-    in tests/test_statistics.py. The same hits always give the same interval.
+    in tests/test_simulations.py. The same hits always give the same interval.
     """
     differences = first.astype(np.int8) - second.astype(np.int8)
     seeds, images = differences.shape
@@ -123,6 +123,12 @@ def sign_flip_p(first: Sequence[float], second: Sequence[float]) -> float | None
     return float(found.pvalue)
 
 
+def seeds_needed(candidates: int) -> int:
+    """With how many seeds the best of so many candidates can win: Holm's correction of the smallest p is below 0.05."""
+    comparisons = max(1, candidates - 1)
+    return max(MIN_SEEDS, math.ceil(math.log2(2 * comparisons / 0.05)))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p values, corrected for how many comparisons were made. Source: Holm 1979."""
     corrected, largest = [0.0] * len(p_values), 0.0
@@ -130,16 +136,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
         corrected[index] = largest
     return corrected
-
-
-def packed(hits: Hits) -> bytes:
-    """Hits as n / 8 bytes, the first image in the highest bit."""
-    return np.packbits(hits).tobytes()
-
-
-def unpacked(stored: bytes, images: int) -> Hits:
-    """The hits that `packed` packed."""
-    return np.unpackbits(np.frombuffer(stored, dtype=np.uint8), count=images).astype(bool)
 
 
 def difference_of_two(first: float, second: float, first_images: int, second_images: int) -> Interval:
@@ -169,3 +165,16 @@ def mcnemar_p(first: Hits, second: Hits) -> float:
     if only_first + only_second == 0:
         return 1.0
     return float(stats.binomtest(only_first, only_first + only_second).pvalue)
+
+
+def difference_of_models(first: Hits, second: Hits) -> Interval:
+    """Where the difference of two fixed models' accuracies is, over new images.
+
+    `first` and `second` are (images,), of the same images. Source: Agresti and Min, 2005: half an image is added to
+    each of the four cells, so that it also holds where the models differ on few images.
+    """
+    only_first, only_second = float((first & ~second).sum()) + 0.5, float((second & ~first).sum()) + 0.5
+    images = len(first) + 2.0
+    difference = (only_first - only_second) / images
+    error = math.sqrt(only_first + only_second - (only_first - only_second) ** 2 / images) / images
+    return Interval(low=difference - 1.96 * error, high=difference + 1.96 * error)

@@ -19,7 +19,7 @@ from studies.confirmation import Comparison, Confirmed
 from studies.content import Content
 from studies.definition import Definition, to_toml
 from studies.results import Curve, Row
-from studies.statistics import MIN_SEEDS, Interval
+from studies.statistics import MIN_SEEDS, Interval, seeds_needed
 
 SHOWN_ROWS = 50  # of the leaderboard
 LAYERS = 40  # lines of a model's summary that a note has, at most
@@ -163,14 +163,25 @@ def _confirmed_sentences(found: Confirmed) -> list[str]:
             more = "less" if each.shrinkage >= 0 else "more"
             sentences.append(f"{what}: {abs(each.shrinkage):.4f} {more} than the search promised.")
     sentences += [_comparison(each) for each in found.comparisons]
-    paired = min((len(each.accuracies) for each in found.estimates), default=0)
+    sentences += [
+        f"Trial {each.trial} has no result: none of its trainings is complete."
+        for each in found.estimates
+        if each.mean is None and found.trained
+    ]
     if found.trained < found.trainings:
         sentences.append(f"{found.trained} of {found.trainings} trainings are complete.")
-    if len(found.estimates) > 1 and 0 < paired < MIN_SEEDS:
+    paired = min((each.seeds for each in found.comparisons), default=0)
+    needed = seeds_needed(len(found.estimates))
+    if found.comparisons and paired < MIN_SEEDS:
         smallest = 2 / 2**paired
         sentences.append(
             f"No test is made: with {paired} seeds its smallest possible p is 2 / 2^{paired} = {smallest:.3g}, and not "
-            f"below 0.05. {MIN_SEEDS} seeds are needed."
+            f"below 0.05. {needed} seeds are needed."
+        )
+    elif found.comparisons and paired < needed:
+        sentences.append(
+            f"No winner is possible: with {len(found.estimates)} candidates {needed} seeds are needed for a corrected "
+            "p below 0.05."
         )
     if found.winner is not None:
         sentences.append(
@@ -184,11 +195,11 @@ def _confirmed_sentences(found: Confirmed) -> list[str]:
         )
     if found.openings > 1:
         sentences.append(
-            f"The test images of this study were opened by {found.openings} confirmations: what was chosen after the "
-            "first one is not independent of them."
+            f"These test images were opened by {found.openings} confirmations: what was chosen after the first one is "
+            "not independent of them."
         )
     else:
-        sentences.append("The test images of this study were opened by this confirmation only.")
+        sentences.append("These test images were opened by this confirmation only.")
     return sentences
 
 

@@ -55,7 +55,7 @@ def test_two_studies_are_compared_image_by_image(storage: PatientStorage) -> Non
     means = [float(own.mean()) for own in right]
     assert found.difference == pytest.approx(means[0] - means[1])
     assert found.p == pytest.approx(statistics.mcnemar_p(*right))
-    assert found.interval == statistics.difference_of_two(means[0], means[1], 200, 200)
+    assert found.interval == statistics.difference_of_models(*right)
     side = found.first
     assert (side.trial, side.params, side.judged_on, side.images) == (1, {"dropout": 0.2}, "validation", 200)
     assert (side.finished, side.epochs, side.seconds) == (2, 4, 5.0)

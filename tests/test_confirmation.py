@@ -24,6 +24,7 @@ from storage import database, hits, ledger
 from storage.transactions import read
 from studies import confirmation, registry, text
 from studies import definition as definitions
+from studies.confirmation import Run
 from studies.errors import StudyError
 
 # Test arrays that leave a line for each time they are read, and cannot be read at all while a search runs.
@@ -182,7 +183,9 @@ def test_the_result_is_the_same_in_python_json_report_note_and_terminal(confirme
     report = studies.report("small", format="markdown")
     assert "## Confirmed on the test images" in report
     assert text.confirmed(found) in report
-    assert "This study confirms small" in studies.report("small-confirm", format="markdown")
+    own = studies.report("small-confirm", format="markdown")
+    assert "This study confirms small" in own
+    assert "trained once, with one seed" not in own
     storage = database.connect(confirmed.url)
     stored = storage.get_study_system_attrs(registry.find("small", storage).id)
     note = "".join(value for key, value in sorted(stored.items()) if key.startswith("dashboard:note_str"))
@@ -211,6 +214,46 @@ def test_again_it_trains_nothing_and_another_number_of_seeds_opens_the_images_ag
     assert registry.find("small", storage).test_openings == 2
 
 
+def test_what_others_added_is_left_out(confirmed: Done) -> None:
+    """Plain Optuna may add trials to any study, and results may be imported from anywhere."""
+    before = studies.confirmed("small")
+    storage = database.connect(confirmed.url)
+    opened = optuna.load_study(study_name="small-confirm", storage=storage)
+    kinds = opened.trials[0].distributions
+    added = [({}, {}), ({"candidate": before.estimates[0].trial}, {"candidate": kinds["candidate"]})]
+    for params, distributions in added:
+        opened.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=1.0))
+    found = studies.confirmed("small")
+    assert [each.accuracies for each in found.estimates] == [each.accuracies for each in before.estimates]
+    with pytest.raises(StudyError, match="is a confirmation: its result must come from its own trainings"):
+        studies.import_trials("small-confirm", [{"seed": 1, "candidate": 0, "accuracy": 1.0}])
+
+    searched = optuna.load_study(study_name="small", storage=storage)
+    dropout = searched.trials[0].distributions["dropout"]
+    other = optuna.distributions.FloatDistribution(0.0, 1.0)
+    for params, attributes in (
+        ({"dropout": 0.11}, {"best_epoch": -2}),
+        ({"dropout": 0.12, "a-b": 0.5}, {}),
+        ({}, {}),
+    ):
+        kinds = {name: dropout if name == "dropout" else other for name in params}
+        trial = optuna.trial.create_trial(params=params, distributions=kinds, value=1.0, user_attrs=attributes)
+        searched.add_trial(trial)
+    definition = confirmation.definition_of(registry.find("small", storage), storage, 2, 6)
+    assert definition.confirm is not None
+    first, second = definition.confirm.candidates
+    assert (first.hyperparameters, first.epochs) == ({"dropout": 0.11}, 3)
+    assert second.trial < 3
+
+
+def test_a_candidate_without_any_result_is_never_recommended() -> None:
+    runs = {0: {seed: Run(accuracy=0.9 + seed / 1000) for seed in range(8)}, 1: {}, 2: {0: Run(accuracy=0.5)}}
+    found = confirmation.comparisons([0, 2], runs)
+    assert [(each.other, each.seeds) for each in found] == [(2, 1)]
+    assert confirmation.verdict([0, 2], found) == (None, (0, 2))
+    assert confirmation.verdict([0], []) == (None, ())
+
+
 def test_a_copy_of_the_database_has_the_same_result(confirmed: Done) -> None:
     search.backup_storage(confirmed.folder / "copy.db", confirmed.url)
     copy = f"sqlite:///{confirmed.folder}/copy.db"
@@ -233,8 +276,9 @@ def test_an_unfinished_confirmation_has_no_verdict(confirmed: Done) -> None:
     [
         (["nothing"], "there is no study 'nothing'"),
         (["small", "--top", "4"], "study 'small' has 3 different complete configurations, and 4 candidates"),
-        (["small", "--top", "0"], "--top = 0: at least 1 is needed"),
-        (["small", "--seeds", "0"], "--seeds = 0: at least 1 is needed"),
+        (["small", "--top", "0"], "--top = 0: it must be from 1 to 1000"),
+        (["small", "--seeds", "0"], "--seeds = 0: it must be from 1 to 1000"),
+        (["small", "--seeds", "1001"], "--seeds = 1001: it must be from 1 to 1000"),
         (["small-confirm"], "study 'small-confirm' is a confirmation itself: confirm small again"),
         (["open"], "study 'open' has not ended (0 of 3 trials): `trialyard work open` finishes it"),
         (["empty"], "study 'empty' was stopped before any of its trials was complete"),

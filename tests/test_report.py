@@ -351,7 +351,7 @@ def test_an_influence_that_chance_could_give_is_not_reported(effect: float, says
 def _scored(number: int, depth: int, values: list[float], state: TrialState = COMPLETE, **attrs: Any) -> FrozenTrial:
     trial = optuna.trial.create_trial(
         state=state,
-        value=max(values) if state == COMPLETE else None,
+        value=max(values, default=0.5) if state == COMPLETE else None,
         params={"depth": depth, "dropout": (0.25, 0.1, 0.5)[number % 3]},
         distributions={n: p.distribution() for n, p in definitions.load("digits").space.items()},
         intermediate_values=dict(enumerate(values, start=1)),
@@ -392,6 +392,31 @@ def test_a_trial_is_compared_with_others_at_the_last_epoch_that_both_reached() -
         (0, 0.5),
         (2, 0.0),
     ]
+
+
+def test_trials_without_epochs_and_foreign_steps_are_compared_at_the_end() -> None:
+    trained = [_scored(number, 5, [0.5, 0.97]) for number in range(3)]
+    imported: list[FrozenTrial] = []
+    for number in (3, 4):
+        trial = optuna.trial.create_trial(
+            value=0.9,
+            params={"depth": 3, "dropout": 0.1},
+            distributions=trained[0].distributions,
+            intermediate_values={} if number == 3 else {0: 0.1, 10_000_000: 0.9},
+        )
+        trial.number = number
+        imported.append(trial)
+    found = importance.scored([*trained, *imported])
+    assert {each.trial.number for each in found[:3]} == {0, 1, 2}
+    only_zero = _scored(0, 5, [])
+    only_zero.intermediate_values = {0: 0.3}
+    assert len(importance.scored([only_zero, only_zero])) == 2
+
+
+def test_a_foreign_value_in_percent_is_no_accuracy() -> None:
+    trials = [_scored(0, 5, [93.5]), _scored(1, 3, [0.9])]
+    found = findings.findings(trials, definitions.load("digits"), {"validation": 359, "classes": 10})
+    assert not any("sampling error" in sentence for sentence in found.best)
 
 
 def test_hits_tell_apart_what_two_accuracies_cannot() -> None:

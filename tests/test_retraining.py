@@ -82,6 +82,13 @@ def test_a_replay_of_a_trial_that_was_killed_and_resumed_is_exact(
     assert [epoch["epoch"] for epoch in told["epochs"]] == list(range(1, 31))
 
 
+def test_an_epoch_without_a_finite_accuracy_is_equal_to_itself() -> None:
+    nan = float("nan")
+    assert ReplayedEpoch(epoch=1, recorded=nan, replayed=nan, recorded_loss=0.1, replayed_loss=0.1).is_equal
+    assert not ReplayedEpoch(epoch=1, recorded=nan, replayed=0.5, recorded_loss=0.1, replayed_loss=0.1).is_equal
+    assert not ReplayedEpoch(epoch=1, recorded=None, replayed=nan, recorded_loss=None, replayed_loss=0.1).is_equal
+
+
 def test_values_within_the_tolerance_hold() -> None:
     epoch = ReplayedEpoch(epoch=1, recorded=0.9, replayed=0.91, recorded_loss=None, replayed_loss=0.3)
     assert not epoch.is_equal
@@ -124,6 +131,7 @@ def test_what_cannot_be_replayed_is_said_in_one_sentence(
         (2, "trial 2 of study 'small' is failed: only a complete trial can be trained again"),
         (3, "trial 3 of study 'small' has no seed"),
         (7, "study 'small' has no trial 7: its 4 trials are numbered from 0"),
+        (10**30, "study 'small' has no trial 10"),
     ):
         with pytest.raises(StudyError, match=words):
             search.replay("small", number, storage=url)

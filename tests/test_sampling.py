@@ -14,7 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
 from search.attempt import StudyHandle
-from search.proposal import SpaceExhausted, hyperparameters_of
+from search.proposal import SpaceExhausted, _taken, hyperparameters_of
+from search.proposal import _key as _key_of
 from storage import claims, database, ledger
 from storage.claims import Claim
 from storage.owners import Owner
@@ -446,6 +447,31 @@ def test_points_that_run_or_wait_are_not_proposed(searched: Any) -> None:
     points = [json.dumps(point, sort_keys=True) for point in study.draw(6, None)]
     assert json.loads(points[0]) == {"depth": 3, "dropout": 0.1}
     assert len(set(points)) == 6
+
+
+def test_two_slots_at_once_never_have_one_point(searched: Any) -> None:
+    """Both read the trials before either has recorded its point."""
+    study = searched(_definition(DISCRETE, sampler="random", trials=6))
+    claimed = [study.claim() for _ in range(6)]
+    opened = [study.study.opened(claim.number) for claim in claimed]
+    for each in opened:  # as one read them at the same moment
+        trials = each.get_trials(deepcopy=True)
+        each.get_trials = lambda *_, trials=trials, **__: trials
+    points = [
+        hyperparameters_of(study.study.definition, study.study.storage, each, claim)
+        for each, claim in zip(opened, claimed, strict=True)
+    ]
+    assert len({json.dumps(point, sort_keys=True) for point in points}) == 6
+
+
+def test_a_trial_that_waits_again_keeps_its_point_from_others(searched: Any) -> None:
+    study = searched(_definition(DISCRETE, sampler="random", trials=6))
+    first = study.claim()
+    point = study.suggest(first)
+    second = study.claim()
+    claims.requeue(study.storage, first, "interrupted", "a signal")
+    assert json.dumps(point, sort_keys=True) not in {json.dumps(study.suggest(second), sort_keys=True)}
+    assert _taken(study.study.opened(second.number), second) == {_key_of(point)}
 
 
 def test_a_space_that_others_have_used_up_ends_the_study_with_a_sentence(searched: Any) -> None:

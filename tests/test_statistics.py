@@ -82,6 +82,22 @@ def test_the_difference_of_two_accuracies(first: int, second: int, images: int, 
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
 
 
+def test_how_many_seeds_a_winner_needs() -> None:
+    needed = [statistics.seeds_needed(candidates) for candidates in (1, 2, 3, 4, 8)]
+    assert needed == [6, 6, 7, 7, 9]
+    for candidates, seeds in zip((2, 3, 4, 8), needed[1:], strict=True):
+        assert (candidates - 1) * 2 / 2**seeds < 0.05 <= (candidates - 1) * 2 / 2 ** (seeds - 1) or seeds == 6
+
+
+def test_the_difference_of_two_models_on_the_same_images() -> None:
+    first = np.array([True] * 925 + [False] * 75)
+    second = np.array([True] * 900 + [False] * 25 + [True] * 12 + [False] * 63)
+    found = statistics.difference_of_models(first, second)
+    # Agresti and Min: (25 - 12) / 1002, and the square root of 38 - 13^2 / 1002 over 1002.
+    half = 1.96 * math.sqrt(38 - 13**2 / 1002) / 1002
+    assert (found.low, found.high) == pytest.approx((13 / 1002 - half, 13 / 1002 + half))
+
+
 def test_mcnemar_s_test() -> None:
     # statsmodels 0.15: mcnemar([[900, 25], [12, 63]], exact=True)
     first = np.array([True] * 900 + [True] * 25 + [False] * 12 + [False] * 63)
