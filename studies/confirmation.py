@@ -145,7 +145,11 @@ def definition_of(study: Study, storage: RDBStorage, top: int | None, seeds: int
     _check(study, definition, top, seeds)
     found = _candidates(study, storage, definition)
     if not found:
-        raise StudyError(results.why_no_best(study, storage))
+        results.best_trial_of(study, storage)  # which says why there is none
+        raise StudyError(
+            f"no complete trial of study {study.name!r} has exactly the hyperparameters that it searches, so none "
+            "can be trained again: other programs added them"
+        )
     if top is not None and top > len(found):
         raise StudyError(
             f"study {study.name!r} has {len(found)} different complete configurations, and {top} candidates were "

@@ -313,7 +313,8 @@ def _make(name: str, confirmed: Done, write_npz: Callable[..., Path]) -> None:
     storage = database.connect(confirmed.url)
     searched = registry.find("small", storage)
     definition = definitions.from_json({**searched.definition, "name": name, **changes[name]})
-    results = None if name in ("open", "empty") else [ledger.Imported(value=0.9, params={}, attributes={})]
+    point = {"dropout": (definition.space["dropout"].distribution(), 0.1)}
+    results = None if name in ("open", "empty") else [ledger.Imported(value=0.9, params=point, attributes={})]
     fingerprint = "of others" if name == "changed" else searched.data["fingerprint"]
     registry.create(definition, storage, {"fingerprint": fingerprint}, results)
     if name == "empty":
