@@ -189,10 +189,8 @@ def _confirmed_sentences(found: Confirmed) -> list[str]:
         )
     elif found.tied:
         trials = ", ".join(map(str, found.tied))
-        sentences.append(
-            f"A tie: these measurements do not tell the trials {trials} apart. The smallest of them is trial "
-            f"{found.smallest}."
-        )
+        smallest_one = "" if found.smallest is None else f" The smallest of them is trial {found.smallest}."
+        sentences.append(f"A tie: these measurements do not tell the trials {trials} apart.{smallest_one}")
     if found.openings > 1:
         sentences.append(
             f"These test images were opened by {found.openings} confirmations: what was chosen after the first one is "
