@@ -124,9 +124,6 @@ def _exit_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# --- the guard --------------------------------------------------------------------------------------------
-
-
 def pages(storage: PatientStorage, artifact_folder: Path) -> Any:
     """optuna-dashboard's application (a `bottle.Bottle`) on `storage`, without the guard."""
     cached = RememberingStorage(storage)
@@ -157,7 +154,6 @@ class Importances:
 
     def __init__(self, storage: BaseStorage, stock: Callable[[int], Any]) -> None:
         self._storage, self._stock = storage, stock
-        self._answers: dict[int, tuple[int, dict[str, Any]]] = {}  # by study, with the number of its finished trials
 
     def answer(self, study_id: int) -> Any:
         """The body of ``GET /api/studies/<id>/param_importances``."""
@@ -168,13 +164,6 @@ class Importances:
         if len(directions) != 1 or directions[0] != StudyDirection.MAXIMIZE:
             return self._stock(study_id)
         trials = self._storage.get_all_trials(study_id, deepcopy=False)
-        finished = sum(trial.state.is_finished() for trial in trials)
-        known = self._answers.get(study_id)
-        if known is None or known[0] != finished:
-            known = self._answers[study_id] = (finished, self._computed(trials))
-        return known[1]
-
-    def _computed(self, trials: list[FrozenTrial]) -> dict[str, Any]:
         shares = importance.importances(trials) if importance.is_significant(trials) else {}
         kinds = {name: type(kind).__name__ for trial in trials for name, kind in trial.distributions.items()}
         rows = [{"name": name, "importance": share, "distribution": kinds[name]} for name, share in shares.items()]
