@@ -11,7 +11,7 @@ from typing import Any
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from search import checks, data
+from search import checks
 from search.devices import Slot
 from search.errors import DataError, MachineError, ModelError
 from search.messages import Epoch, Failed, Job, Trained, versions
@@ -96,11 +96,9 @@ def replay(
     ModelError or MachineError if it cannot be trained here.
     """
     trial = _complete_trial(study, number, storage)
-    checks.check_keras(checks.backend())
     definition = definitions.from_json(study.definition)
     recorded = trial.user_attrs
-    found = data.load(definition.dataset, definition.data, here.data_folders)
-    registry.check_data(study, found.summary())
+    registry.check_data(study, checks.check(definition, here))
     precision = _precision(recorded)
     wanted = definition.model_copy(update={"precision": precision or definition.precision})
     slot = replace(slot, threads=int(attributes.number(recorded.get("threads")) or slot.threads))
