@@ -158,7 +158,8 @@ def confirmed(found: Confirmed) -> str:
 def _confirmed_sentences(found: Confirmed) -> list[str]:
     sentences = []
     for each in found.estimates:
-        what = f"Trial {each.trial} ({findings.params_text(each.hyperparameters)}; {each.epochs} epochs)"
+        epochs = f"{each.epochs} epoch{'' if each.epochs == 1 else 's'}"
+        what = f"Trial {each.trial} ({findings.params_text(each.hyperparameters)}; {epochs})"
         if each.shrinkage is not None:
             more = "less" if each.shrinkage >= 0 else "more"
             sentences.append(f"{what}: {abs(each.shrinkage):.4f} {more} than the search promised.")
