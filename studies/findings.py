@@ -254,8 +254,8 @@ def _of_the_best(trials: Sequence[FrozenTrial], definition: Definition) -> list[
         if len(counted) == 1:
             sentences.append(f"All {BEST} best have {name} {value_text(values[0])}.")
         elif isinstance(parameter, Choice):
-            parts = ", ".join(f"{value} ({count})" for value, count in counted.most_common())
-            sentences.append(f"The {BEST} best have {name} {parts}.")
+            parts = ", ".join(f"{count} have {name} {value}" for value, count in counted.most_common())
+            sentences.append(f"Of the {BEST} best, {parts}.")
         else:
             low, high = value_text(min(values)), value_text(max(values))
             sentences.append(f"The {BEST} best have {name} from {low} to {high}; {_range(parameter)} was searched.")

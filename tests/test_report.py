@@ -382,6 +382,13 @@ def test_pruned_trials_count_by_what_they_had_when_they_were_pruned() -> None:
     assert alike == ["With dropout 0.25 alike: depth 5 0.9500, depth 7 0.2030 (pruned after epoch 1)."]
 
 
+def test_what_the_best_have_in_common_is_said() -> None:
+    trials = [_scored(number, 5 if number < 3 else 3, [0.99 - number / 100]) for number in range(10)]
+    influences = findings.findings(trials, definitions.load("digits"), {}).influences
+    assert "Of the 5 best, 3 have depth 5, 2 have depth 3." in influences
+    assert "The 5 best have dropout from 0.1 to 0.5; 0 to 0.7 was searched." in influences
+
+
 def test_a_trial_is_compared_with_others_at_the_last_epoch_that_both_reached() -> None:
     slow = _scored(0, 5, [0.1, 0.5, 0.99])
     fast = _scored(1, 3, [0.6], TrialState.PRUNED)
