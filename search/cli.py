@@ -7,15 +7,13 @@ used: `trialyard status` is asked again and again.
 
 import dataclasses
 import logging
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from search import storage_commands
+from search import interruption, storage_commands
 from search.options import (
     DevicesOption,
     EpochsOption,
@@ -562,10 +560,7 @@ def _print_closed(status: "Status") -> None:
 
 def main() -> None:
     """The program's entry: a user's mistake is one line, and never a traceback."""
-    # While a worker works it has a handler of its own; else Ctrl-C ends the command, and nothing is half done. SIGTERM,
-    # too: the first process of a container would not hear it otherwise.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupted)
+    interruption.end_on_signals()
     try:
         app(prog_name="trialyard")
     except TrialyardError as error:
@@ -580,11 +575,6 @@ def main() -> None:
             raise
         log.debug("the whole error", exc_info=error)
         _end(f"the database did not answer ({error.__cause__ or error}): is it there, whole, and writable?")
-
-
-def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
-    sys.stderr.write("interrupted\n")
-    sys.exit(130)
 
 
 def _end(message: str) -> NoReturn:

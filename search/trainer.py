@@ -14,7 +14,7 @@ import time
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -172,16 +172,7 @@ class Trainer:
         ours, theirs = Pipe()
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as output:
-            self._process = subprocess.Popen(
-                # -P: a user's search.py or storage/ in the current folder must not be imported in place of ours.
-                [sys.executable, "-P", "-m", "search.trainer_process", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=environment_without_secrets() | {"TF_CPP_MIN_LOG_LEVEL": "2"} | self.slot.environment(),
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # a Ctrl-C in the terminal is for the worker, which then says what to do
-            )
+            self._process = launch(self.slot, theirs.fileno(), output)
         theirs.close()
         self._connection = ours
         self._send(self.slot)
@@ -201,6 +192,25 @@ class Trainer:
             out_of_memory=out_of_memory,
             ready=self._ready,
         )
+
+
+def launch(slot: Slot, descriptor: int, output: IO[bytes]) -> "subprocess.Popen[bytes]":
+    """Starts a trainer process that talks over the socket `descriptor` and prints to `output`."""
+    return subprocess.Popen(
+        # -P: a user's search.py or storage/ in the current folder must not be imported in place of ours.
+        [sys.executable, "-P", "-m", "search.trainer_process", str(descriptor)],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        env=environment(slot),
+        pass_fds=(descriptor,),
+        start_new_session=True,  # a Ctrl-C in the terminal is for the worker, which then says what to do
+    )
+
+
+def environment(slot: Slot) -> dict[str, str]:
+    """The environment variables of the trainer process of `slot`: this process's, without secrets."""
+    return environment_without_secrets() | {"TF_CPP_MIN_LOG_LEVEL": "2"} | slot.environment()
 
 
 def _memory_kills(files: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))) -> int:

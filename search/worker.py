@@ -17,6 +17,7 @@ from search.attempt import Attempt, StudyHandle
 from search.devices import Slot
 from search.errors import MachineError
 from search.heartbeat import Heartbeat
+from search.interruption import INTERRUPTED
 from search.progress import Listener
 from search.publisher import Publisher
 from search.trainer import Trainer
@@ -74,7 +75,7 @@ def work(
             threading.Thread(target=fill, args=pair, name=pair[0].name, daemon=True)
             for pair in zip(slots, trainers, strict=True)
         ]
-        stack.enter_context(_signals(interrupted))
+        received = stack.enter_context(_signals(interrupted))
         for listener in all_listeners:
             stack.enter_context(listener)
         stack.enter_context(heartbeat)
@@ -85,6 +86,9 @@ def work(
             alive[0].join(TICK_SECONDS)
             if interrupted.is_set() and leave_at == float("inf"):
                 leave_at = time.monotonic() + settings.stop_seconds + LEAVE_SECONDS
+                for number in received:
+                    name = signal.Signals(number).name
+                    log.warning("%s: ending the running batches; once more to leave at once", name)
                 # From here: a slot's own thread may be waiting for a database that is away.
                 for trainer in trainers:
                     trainer.stop("keep")
@@ -275,21 +279,23 @@ class _OpenStudies:
 
 
 @contextmanager
-def _signals(interrupted: threading.Event) -> Iterator[None]:
-    """Turns the first SIGINT or SIGTERM into `interrupted`, and leaves at the second."""
+def _signals(interrupted: threading.Event) -> Iterator[list[int]]:
+    """Turns the first SIGINT or SIGTERM into `interrupted`, and leaves at the second; gives the list that has it."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python gives signals to the main thread alone: somebody else handles them
+        yield received  # Python gives signals to the main thread alone: somebody else handles them
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
         if interrupted.is_set():
-            os._exit(130)  # the trainers notice and end; the next claim takes the trials back
-        log.warning("%s: ending the running batches; once more to leave at once", signal.Signals(number).name)
+            os._exit(INTERRUPTED)  # the trainers notice and end; the next claim takes the trials back
+        # It logs nothing: the signal may come in the middle of a line of the log.
+        received.append(number)
         interrupted.set()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -422,6 +422,7 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
             **progress[study.study_id],
         )
         for study in complete
+        if study.study_id in progress  # else it was deleted between the two statements
     ]
 
 

@@ -22,6 +22,7 @@ from optuna.distributions import FloatDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sklearn.datasets import load_digits
+from warm import Forked, Warm
 
 from storage import artifacts, attempt_table, claims, database, ledger, owners
 from storage.attempt_table import Attempt
@@ -333,32 +334,60 @@ def write_small(home: Path, write_npz: Callable[..., Path]) -> Callable[..., Pat
 
 # --- the command ------------------------------------------------------------------------------------------
 
-Command = Callable[..., subprocess.Popen[str]]
+Process = subprocess.Popen[str] | Forked
+Command = Callable[..., Any]  # a Process
 COMMAND = [sys.executable, "-m", "search.cli"]
 SECONDS = 240  # that a command may take
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """A process that has imported Keras, to fork commands from."""
+    process = Warm()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def command(warm: Warm) -> Callable[..., str]:
+    """Runs ``trialyard`` with these arguments in `folder` to its end, without settings; gives its standard output."""
+
+    def run(*arguments: str, folder: Path) -> str:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("TRIALYARD_")}
+        return ended(warm.start(arguments, folder, kept | {"TRIALYARD_WORKERS": "1"}))[0]
+
+    return run
+
+
 @pytest.fixture
-def start(home: Path) -> Iterator[Command]:
-    """Starts ``trialyard`` with these arguments in the current folder, unless another folder, environment or program is
-    given; what still runs at the end is killed.
+def start(home: Path, warm: Warm) -> Iterator[Command]:
+    """Starts ``trialyard`` with these arguments in the current folder, unless another folder or environment is given;
+    what still runs at the end is killed.
+
+    It is a fork of a process that has Keras, see `warm`; with the arguments ``-c TEXT`` it is Python with this program.
+    It is a new process if its environment needs one, or if `program` is given: COMMAND, or another one.
     """
-    started: list[subprocess.Popen[str]] = []
+    started: list[Process] = []
 
     def begin(
         *arguments: str,
-        program: Sequence[str] = COMMAND,
+        program: Sequence[str] | None = None,
         folder: Path = home,
         variables: Mapping[str, str] | None = None,
-    ) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [*program, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=folder,
-            env={"TRIALYARD_WORKERS": "1"} | dict(os.environ if variables is None else variables),
-        )
+    ) -> Process:
+        environment = {"TRIALYARD_WORKERS": "1"} | dict(os.environ if variables is None else variables)
+        process: Process
+        if program is None and warm.fits(environment):
+            process = warm.start(arguments, folder, environment)
+        else:
+            process = subprocess.Popen(
+                [*(program or COMMAND), *arguments],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=folder,
+                env=environment,
+            )
         started.append(process)
         return process
 
@@ -369,14 +398,14 @@ def start(home: Path) -> Iterator[Command]:
         process.communicate()
 
 
-def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+def ended(process: Process, code: int = 0) -> tuple[str, str]:
     """Waits for the end of a command; what it wrote to standard output and to standard error."""
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == code, err
     return out, err
 
 
-def until(process: subprocess.Popen[str], *words: str) -> None:
+def until(process: Process, *words: str) -> None:
     """Reads the command's progress up to the line that has all these words."""
     assert process.stderr is not None
     seen = ""

@@ -28,12 +28,10 @@ Open = Callable[..., Page]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, chromium: str) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, chromium: str, command: Callable[..., str]) -> Path:
     """A folder with the yard of a study `digits`, searched by the command: three trials of two epochs."""
     folder = tmp_path_factory.mktemp("searched")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRIALYARD_")}
-    command = [sys.executable, "-m", "search.cli", "run", "digits", "--trials", "3", "--epochs", "2", "--limit", "200"]
-    subprocess.run(command, cwd=folder, env=environment | {"PYTHONPATH": ROOT}, check=True, timeout=280)
+    command("run", "digits", "--trials", "3", "--epochs", "2", "--limit", "200", folder=folder)
     return folder
 
 

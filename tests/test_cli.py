@@ -366,6 +366,54 @@ def test_ctrl_c_outside_of_work_exits_with_130(home: Path) -> None:
     assert (process.returncode, err) == (130, "interrupted\n")
 
 
+FREED = """
+import signal, time
+from search import cli
+
+class Freed:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+def wait(prog_name):
+    Freed()
+    time.sleep(60)
+
+cli.app = wait
+cli.main()
+"""
+WRITTEN = """
+import io, logging, signal, sys, time
+from search import cli
+
+class Terminal(io.RawIOBase):
+    def writable(self):
+        return True
+
+    signalled = False
+
+    def write(self, data):
+        if not self.signalled:
+            self.signalled = True
+            signal.raise_signal(signal.SIGTERM)
+        return len(data)
+
+def wait(prog_name):
+    sys.stderr = io.TextIOWrapper(io.BufferedWriter(Terminal()), write_through=True)
+    logging.basicConfig(force=True)
+    logging.warning("the database is away")
+    time.sleep(60)
+
+cli.app = wait
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("program", [FREED, WRITTEN], ids=["an object is freed", "a line is written"])
+def test_a_signal_ends_a_command_also_while(program: str) -> None:
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_alive_tells_a_worker_that_has_fallen_silent(home: Path, trialyard: Call) -> None:
     storage = database.create(f"sqlite:///{home}/yard/studies.db")
     me = owners.this_slot("cpu:0")

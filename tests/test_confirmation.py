@@ -1,10 +1,8 @@
 """The best configurations are trained again from several seeds, and judged by test images that nobody chose by."""
 
 import contextlib
-import os
 import shutil
 import sqlite3
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ import keras
 import numpy as np
 import optuna
 import pytest
-from conftest import COMMAND, SECONDS, SMALL, Command, ended
+from conftest import SMALL, Command, ended
 from optuna.trial import TrialState
 from sklearn.datasets import load_digits
 
@@ -69,32 +67,17 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+def done(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., str]) -> Done:
     """Two candidates with two seeds each, after a search of three trials."""
     folder = tmp_path_factory.mktemp("confirmed")
     (folder / "watched.py").write_text(WATCHED, encoding="utf-8")
     definition = SMALL.format(trials=3, epochs=3).replace("small.npz", "watched:load")
     (folder / "small.toml").write_text(definition, encoding="utf-8")
     (folder / "forbidden").touch()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TRIALYARD_")}
-
-    def command(*arguments: str) -> str:
-        done = subprocess.run(
-            [*COMMAND, *arguments],
-            cwd=folder,
-            env=kept | {"TRIALYARD_WORKERS": "1"},
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    command("run", "small.toml")
+    command("run", "small.toml", folder=folder)
     (folder / "forbidden").unlink()
     assert not (folder / "reads").exists()
-    out = command("confirm", "small", "--top", "2", "--seeds", str(SEEDS))
+    out = command("confirm", "small", "--top", "2", "--seeds", str(SEEDS), folder=folder)
     return Done(folder=folder, out=out, reads=len((folder / "reads").read_text().splitlines()))
 
 

@@ -3,12 +3,11 @@
 import doctest
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Command
 
 import studies
 
@@ -16,12 +15,10 @@ FUNCTIONS = [name for name in studies.__all__ if callable(getattr(studies, name)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
     """A folder with the yard of a study `digits`: two trials of one epoch."""
     folder = tmp_path_factory.mktemp("trained")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRIALYARD_")}
-    command = [sys.executable, "-m", "search.cli", "run", "digits", "--trials", "2", "--epochs", "1", "--limit", "300"]
-    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=280)
+    command("run", "digits", "--trials", "2", "--epochs", "1", "--limit", "300", folder=folder)
     return folder
 
 
@@ -32,11 +29,10 @@ def _examples(name: str) -> list[doctest.DocTest]:
 
 
 @pytest.mark.parametrize("name", ["studies", *FUNCTIONS])
-def test_the_example_gives_what_it_says(name: str, trained: Path, home: Path) -> None:
+def test_the_example_gives_what_it_says(name: str, trained: Path, home: Path, command: Command) -> None:
     shutil.copytree(trained / "yard", home / "yard")
     if name == "confirmed":
-        command = [sys.executable, "-m", "search.cli", "confirm", "digits", "--top", "1", "--seeds", "2"]
-        subprocess.run(command, cwd=home, check=True, timeout=280, stdout=subprocess.DEVNULL)
+        command("confirm", "digits", "--top", "1", "--seeds", "2", folder=home)
     output: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for example in _examples(name):

@@ -1,6 +1,7 @@
 """A study is created completely, and never changed so that its trials cannot be compared."""
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import optuna
 import pytest
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
-from sqlalchemy import delete
+from sqlalchemy import Connection, delete
 
 from storage import artifacts, claims, database, ledger
 from storage.owners import Owner
@@ -218,6 +219,26 @@ def test_another_program_s_study_is_not_paused(storage: PatientStorage) -> None:
 def test_an_unknown_study_is_named_with_the_nearest(storage: PatientStorage, study: str) -> None:
     with pytest.raises(StudyError, match=r"no study 'trivail' .*did you mean 'trivial'\?"):
         registry.open("trivail", storage)
+
+
+def test_a_study_that_is_deleted_while_all_are_read_is_left_out(
+    either_url: str, trivial: Definition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = database.create(either_url)
+    for name in ("kept", "deleted"):
+        registry.create(trivial.model_copy(update={"name": name}), storage, DATA)
+    count = ledger._progress
+
+    def count_after_a_deletion(connection: Connection, study_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+        if len(study_ids) == 2:
+            other = database.connect(either_url)
+            claims.delete(other, ledger.find(other, "deleted"), 60.0)
+            other.engine.dispose()
+        return count(connection, study_ids)
+
+    monkeypatch.setattr(ledger, "_progress", count_after_a_deletion)
+    assert [study.name for study in ledger.studies(storage)] == ["kept"]
+    storage.engine.dispose()
 
 
 def test_open_gives_optuna_s_own_study(storage: PatientStorage, study: str) -> None:

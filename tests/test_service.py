@@ -1,12 +1,12 @@
 """Python does what the command line does: real runs in plain Python sessions."""
 
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Command, ended, until
 
 import search
 import studies
@@ -14,21 +14,14 @@ from search.errors import WorkerError
 from storage.errors import StorageError
 from studies.errors import StudyError
 
-SECONDS = 240
-
-
-def _python(text: str, code: int = 0) -> tuple[str, str]:
-    done = subprocess.run([sys.executable, "-c", text], check=False, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == code, done.stderr
-    return done.stdout, done.stderr
-
 
 @pytest.mark.usefixtures("home")
-def test_two_lines_of_python_search_and_give_the_model() -> None:
-    out, err = _python(
+def test_two_lines_of_python_search_and_give_the_model(start: Command) -> None:
+    text = (
         'import search, studies; print(search.run("digits", trials=2, epochs=1).state.name)\n'
         'print(studies.best_model("digits").output_shape)'
     )
+    out, err = ended(start("-c", text, program=[sys.executable]))
     assert out.splitlines() == ["COMPLETE", "(None, 10)"]
     assert "digits trial 0 epoch 1/1: accuracy" in err
 
@@ -42,17 +35,16 @@ except search.Interrupted as stop:
 """
 
 
-def test_ctrl_c_puts_the_trial_back_and_the_same_call_goes_on(home: Path, write_small: Callable[..., Path]) -> None:
+def test_ctrl_c_puts_the_trial_back_and_the_same_call_goes_on(
+    home: Path, write_small: Callable[..., Path], start: Command
+) -> None:
     write_small(trials=1, epochs=60)
-    process = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while "trial 0 epoch 2/60" not in process.stderr.readline():
-        assert process.poll() is None
+    process = start("-c", RUN)
+    until(process, "trial 0 epoch 2/60")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=SECONDS)
-    assert (process.returncode, out) == (0, "requeued: True\n"), err
+    assert ended(process)[0] == "requeued: True\n"
     assert studies.status("small").waiting == 1
-    out, err = _python(RUN)
+    out, err = ended(start("-c", RUN))
     assert out == ""
     assert "begins (attempt 2)" in err
     assert studies.attempts("small", 0)[-1].resumed_after is not None

