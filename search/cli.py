@@ -110,9 +110,13 @@ def check(
     checked = service.check(file, trials=trials, epochs=epochs, limit=limit)
     definition, data = checked.definition, checked.data
     judged = "test" if definition.data.validation == "test" else "validation"
+    from studies import sampling
+
+    one_bracket = sampling.brackets(definition) == 1
+    pruner = "; the pruner hyperband has one bracket here, so it is successive halving" if one_bracket else ""
     say(
         f"{definition.name} is right: {definition.trials} trials of {definition.budget.epochs} epochs over "
-        f"{', '.join(definition.space)}; {data['train']} training and {data[judged]} {judged} images"
+        f"{', '.join(definition.space)}; {data['train']} training and {data[judged]} {judged} images{pruner}"
     )
 
 

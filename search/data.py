@@ -89,8 +89,6 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
     x, y = _pair(raw["x_train"], raw["y_train"], name, "x_train", "y_train")
     fingerprint = _fingerprint(x, y)
     classes = int(y.max()) + 1
-    if data.limit is not None and data.limit < len(y):
-        x, _, y, _ = _split(x, y, len(y) - data.limit, data.seed, f"data.limit = {data.limit}", name)
     x_test = y_test = None
     if "x_test" in raw:
         x_test, y_test = _pair(raw["x_test"], raw["y_test"], name, "x_test", "y_test")
@@ -107,6 +105,9 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
         setting = f"data.validation = {share:g}"
         held_out = round(len(y) * share)
         x, x_validation, y, y_validation = _split(x, y, held_out, data.seed, setting, name)
+    # After the split: a study with fewer training images is judged by as many as one with all.
+    if data.limit is not None and data.limit < len(y):
+        x, _, y, _ = _split(x, y, len(y) - data.limit, data.seed, f"data.limit = {data.limit}", name)
     return Dataset(
         x_train=x,
         y_train=y,

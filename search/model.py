@@ -22,6 +22,10 @@ Hyperparameters = Mapping[str, Any]
 
 BATCH_SIZE = 128  # as in the notebook
 LEARNING_RATE = 0.001  # Adam's default, also in the notebook
+NOT_OF_THE_MODEL = ("batch_norm_averages", "patience_epochs")
+# One cycle: from a 25th of the learning rate up to it in 30 % of the steps, then down to a 10,000th of where it began.
+# Smith and Topin (2018), arXiv:1708.07120, with the shares that PyTorch's OneCycleLR has made common.
+ONE_CYCLE_START, ONE_CYCLE_WARMUP, ONE_CYCLE_END = 1 / 25, 0.3, 1e-4
 
 
 def build(
@@ -31,17 +35,21 @@ def build(
     classes: int,
     *,
     plain: bool = False,
+    steps: tuple[int, int] = (1, 1),
 ) -> keras.Model:
     """A compiled model that takes (n, height, width, channels) on 0 to 255 and gives (n, classes) probabilities.
 
-    `plain` builds the model that is saved: only of Keras's own layers, with the same weights in the same order, and not
-    compiled. It loads without Trialyard, and without an optimizer's state, which would triple its size.
+    `steps` is how many batches an epoch has, and how many epochs the learning rate's schedule is for.
+
+    `plain` builds the model that is saved: only of Keras's own layers, with the same weights in the same order, without
+    augmentation, and not compiled. It loads without Trialyard, and without an optimizer's state, which would triple its
+    size.
 
     Raises ModelError if a user's own function fails or returns no model, or the images are too small; MachineError if
     that function, or a module that it needs, cannot be imported.
     """
     if ":" in name:
-        return _own(name, hyperparameters, image_shape, classes)
+        return _own(name, hyperparameters, image_shape, classes, steps)
     batch_norm, dropout = (layers.BatchNormalization, layers.Dropout) if plain else (BatchNormalization, Dropout)
     body = _convnet if name == "convnet" else _mnist_cnn
     stack = body(hyperparameters, batch_norm, dropout)
@@ -50,6 +58,7 @@ def build(
             [
                 keras.Input(image_shape, name="images"),
                 layers.Rescaling(1.0 / 255.0),
+                *([] if plain else _augmentation(hyperparameters)),
                 *stack,
                 layers.Dense(classes),
                 # Probabilities in bfloat16 would have three digits.
@@ -62,7 +71,7 @@ def build(
             f"({str(error).splitlines()[0]}): they are too small for its convolutions"
         ) from error
     if not plain:
-        _compile(model, hyperparameters)
+        _compile(model, hyperparameters, steps)
     return model
 
 
@@ -138,7 +147,10 @@ def _convnet(h: Hyperparameters, batch_norm: Any, dropout: Any) -> list[layers.L
             *(conv(64, 3), conv(64, 3), *drop(conv_rate), *norm()),
             *(conv(64, 5), conv(128, 2), *norm()),
         ]
-    return [*convolutions, layers.Flatten(), layers.Dense(128, activation="relu"), *drop(dense_rate)]
+    units = h.get("dense_units", 128)
+    hidden = [layers.Dense(units, activation="relu"), *drop(dense_rate)] if units else []
+    flat = layers.GlobalAveragePooling2D() if h.get("global_pooling", False) else layers.Flatten()
+    return [*convolutions, flat, *hidden]
 
 
 def _mnist_cnn(h: Hyperparameters, batch_norm: Any, dropout: Any) -> list[layers.Layer]:
@@ -155,10 +167,33 @@ def _mnist_cnn(h: Hyperparameters, batch_norm: Any, dropout: Any) -> list[layers
     ]
 
 
-def _own(name: str, hyperparameters: Hyperparameters, image_shape: tuple[int, int, int], classes: int) -> keras.Model:
+def _augmentation(h: Hyperparameters) -> list[layers.Layer]:
+    """Random changes of training images, none of which is made when a model is judged.
+
+    Each image is changed by its own amount, drawn evenly from minus to plus the hyperparameter. What comes in from
+    outside the image is black.
+    """
+    made: list[layers.Layer] = []
+    fill = {"fill_mode": "constant", "fill_value": 0.0}
+    if h.get("rotate", 0.0):
+        made.append(layers.RandomRotation(h["rotate"] / 360.0, **fill))  # Keras takes shares of a full turn
+    if h.get("zoom", 0.0):
+        made.append(layers.RandomZoom(h["zoom"], **fill))
+    if h.get("shift", 0.0):
+        made.append(layers.RandomTranslation(h["shift"], h["shift"], **fill))
+    return made
+
+
+def _own(
+    name: str,
+    hyperparameters: Hyperparameters,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    steps: tuple[int, int],
+) -> keras.Model:
     function = import_function(name)
-    # How a model is judged is no business of the function that builds it.
-    given = {key: value for key, value in hyperparameters.items() if key != "batch_norm_averages"}
+    # How a model is judged, and for how long it is trained, is no business of the function that builds it.
+    given = {key: value for key, value in hyperparameters.items() if key not in NOT_OF_THE_MODEL}
     try:
         model = function(given, image_shape, classes)
     except ImportError as error:  # the function imports a module when it is called
@@ -174,13 +209,13 @@ def _own(name: str, hyperparameters: Hyperparameters, image_shape: tuple[int, in
     if not isinstance(model, keras.Model):
         raise ModelError(f"{name} returned a {type(model).__name__}: it must return a keras.Model")
     if not getattr(model, "compiled", False):
-        _compile(model, hyperparameters)
+        _compile(model, hyperparameters, steps)
     return model
 
 
-def _compile(model: keras.Model, h: Hyperparameters) -> None:
+def _compile(model: keras.Model, h: Hyperparameters, steps: tuple[int, int]) -> None:
     model.compile(
-        optimizer=_optimizer(h),
+        optimizer=_optimizer(h, steps),
         loss=keras.losses.CategoricalCrossentropy(label_smoothing=h.get("label_smoothing", 0.0)),
         metrics=["accuracy"],
         # On CPUs, XLA made a step seven times slower than oneDNN's kernels. JAX always uses XLA.
@@ -192,7 +227,7 @@ def _on_gpu() -> bool:
     return any(device.startswith("gpu") for device in keras.distribution.list_devices("gpu"))
 
 
-def _optimizer(h: Hyperparameters) -> keras.optimizers.Optimizer:
+def _optimizer(h: Hyperparameters, steps: tuple[int, int]) -> keras.optimizers.Optimizer:
     kinds = {
         "adam": keras.optimizers.Adam,
         "adamw": keras.optimizers.AdamW,
@@ -203,9 +238,34 @@ def _optimizer(h: Hyperparameters) -> keras.optimizers.Optimizer:
         "adagrad": keras.optimizers.Adagrad,
     }
     name = h.get("optimizer", "adam")
-    options: dict[str, Any] = {"learning_rate": h.get("learning_rate", LEARNING_RATE)}
+    options: dict[str, Any] = {"learning_rate": _learning_rate(h, steps)}
     if "weight_decay" in h:
         options["weight_decay"] = h["weight_decay"]
     if "momentum" in h and name in WITH_MOMENTUM:
         options["momentum"] = h["momentum"]
     return kinds[name](**options)
+
+
+def _learning_rate(h: Hyperparameters, steps: tuple[int, int]) -> Any:
+    """The learning rate, or Keras's schedule that gives it for each batch."""
+    rate = h.get("learning_rate", LEARNING_RATE)
+    per_epoch, epochs = steps
+    schedules, total = keras.optimizers.schedules, per_epoch * epochs
+    kind, warmup = h.get("schedule", "constant"), round(h.get("warmup_epochs", 0) * per_epoch)
+    if kind == "one_cycle":
+        warmup = round(ONE_CYCLE_WARMUP * total)
+        return schedules.CosineDecay(
+            rate * ONE_CYCLE_START,
+            decay_steps=max(1, total - warmup),
+            alpha=ONE_CYCLE_START * ONE_CYCLE_END,
+            warmup_target=rate,
+            warmup_steps=warmup,
+        )
+    warmup = min(warmup, total)
+    begin = rate / (warmup + 1)  # the first batch, too, should teach something
+    if kind == "cosine" and warmup:
+        return schedules.CosineDecay(begin, decay_steps=max(1, total - warmup), warmup_target=rate, warmup_steps=warmup)
+    if kind == "cosine":
+        return schedules.CosineDecay(rate, decay_steps=max(1, total))
+    # A polynomial of power 1 that grows, and stays at its end.
+    return schedules.PolynomialDecay(begin, decay_steps=warmup, end_learning_rate=rate) if warmup else rate

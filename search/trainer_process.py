@@ -187,6 +187,7 @@ def _trained(
         hyperparameters=job.recipe.hyperparameters,
         dataset=dataset,
         epochs=job.recipe.epochs,
+        schedule_epochs=job.recipe.schedule_epochs,
         seed=job.recipe.seed,
         precision=precision,
         folder=job.folder,

@@ -41,6 +41,7 @@ def train(
     stopping: Callable[[], StopMode | None],
     checkpoints: Sequence[Path] = (),
     identity: Mapping[str, Any] | None = None,
+    schedule_epochs: int | None = None,
     on_resume: Callable[[list[Epoch]], None] = lambda history: None,
     checkpoint_seconds: float = 30.0,
 ) -> Trained:
@@ -53,6 +54,9 @@ def train(
     tells `on_resume` of the epochs that it has already. `identity` is what makes it this training, besides the other
     arguments; it must be JSON. It writes a checkpoint to `folder` at the end of an epoch, at most every
     `checkpoint_seconds`.
+
+    `schedule_epochs` is how many epochs the learning rate's schedule is for, if not for `epochs`. With the
+    hyperparameter `patience_epochs` the training ends after so many epochs without a better one.
 
     `precision` is Keras's dtype policy and the reason for it. `on_epoch` gets each epoch at its end. When `stopping`
     returns a mode, the training ends after the running batch and writes no model: "keep" writes a checkpoint of the
@@ -71,16 +75,18 @@ def train(
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
     keras.config.set_dtype_policy(precision[0])
-    net = build(model, hyperparameters, dataset.image_shape, dataset.classes)
+    batches_per_epoch = math.ceil(len(dataset.y_train) / batch_size)
+    steps = (batches_per_epoch, schedule_epochs or epochs)
+    net = build(model, hyperparameters, dataset.image_shape, dataset.classes, steps=steps)
     y_train, y_validation = (
         keras.utils.to_categorical(y, dataset.classes) for y in (dataset.y_train, dataset.y_validation)
     )
-    batches_per_epoch = math.ceil(len(y_train) / batch_size)
     moving_averages = _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
     stop = _StopAtBatch(stopping)
     confirms = dataset.x_test is not None
     # How a model is judged is not one of its hyperparameters, and models without moving averages are judged alike.
     judged = {"batch_norm_averages": "corrected"} if moving_averages else {}
+    scheduled = {"schedule_epochs": schedule_epochs} if schedule_epochs not in (None, epochs) else {}
     whole_identity = {
         "model": model,
         "hyperparameters": {name: value for name, value in hyperparameters.items() if name != "batch_norm_averages"},
@@ -91,6 +97,7 @@ def train(
         "precision": precision[0],
         "keras": ".".join(version("keras").split(".")[:2]),
         **judged,
+        **scheduled,
         **(identity or {}),
     }
     history, kept_weights = _resumed(net, checkpoints, whole_identity)
@@ -98,7 +105,11 @@ def train(
         on_resume(history)
     unwritten: checkpoint.Checkpoint | None = None
     written_at = time.monotonic()
+    # How long a confirmation trains was chosen before.
+    patience = None if confirms else hyperparameters.get("patience_epochs")
     for epoch in range(len(history) + 1, epochs + 1):
+        if patience is not None and _is_exhausted(history, patience):
+            break
         # The order depends only on the seed and the epoch, so it is the same in a resumed training.
         order = np.random.default_rng([seed, epoch]).permutation(len(y_train))
         began = time.perf_counter()
@@ -140,7 +151,7 @@ def train(
     best = best_epoch(history)
     if best is None and not stop.stopped:
         raise NotANumber(
-            f"the validation accuracy was {history[-1].val_accuracy} in epoch {epochs}, and finite in no epoch"
+            f"the validation accuracy was {history[-1].val_accuracy} in epoch {len(history)}, and finite in no epoch"
         )
     _write_history(folder / HISTORY, history)
     with stored(folder / SUMMARY) as temporary:
@@ -206,6 +217,12 @@ def _make_state(net: keras.Model, y: Array) -> None:
     net.optimizer.build(net.trainable_variables)
     net.compute_metrics(None, y, keras.ops.convert_to_tensor(y))
     net.reset_metrics()
+
+
+def _is_exhausted(history: list[Epoch], patience: int) -> bool:
+    """Whether no epoch was better than those before for `patience` epochs."""
+    best = best_epoch(history)
+    return len(history) - (best.epoch if best else 0) >= patience
 
 
 def _resumed(net: keras.Model, paths: Sequence[Path], identity: dict[str, Any]) -> tuple[list[Epoch], list[Array]]:

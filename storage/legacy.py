@@ -55,10 +55,11 @@ def upgrade(connection: Connection) -> list[str]:
         if study_id in older or moved:
             _renew_incarnation(connection, study_id)
             done.append(f"study {name}: brought over from an older Trialyard")
-            if _drops_elsewhere(connection, study_id):
+            change = _change_since(connection, study_id)
+            if change is not None:
                 done.append(
-                    f"study {name}: at depth 5 the dropout is behind the pooling now, so new trials could not be "
-                    "compared with those that it has, and no worker continues it: create it again with --name"
+                    f"study {name}: {change}, so new trials could not be compared with those that it has, and no "
+                    "worker continues it: create it again with --name"
                 )
             else:
                 _continue_with_this_version(connection, study_id)
@@ -164,19 +165,26 @@ def _continue_with_this_version(connection: Connection, study_id: int) -> None:
         connection.execute(update(stored).where(*mine).values(value_json=json.dumps(software)))
 
 
-def _drops_elsewhere(connection: Connection, study_id: int) -> bool:
-    """Whether a study has models of depth 5 with dropout, which was before the pooling."""
+def _change_since(connection: Connection, study_id: int) -> str | None:
+    """What this version trains or judges otherwise than version 0.1 did, if it concerns this study."""
     stored = StudyUserAttributeModel
     definition = decoded(
         connection.execute(
             select(stored.value_json).where(stored.study_id == study_id, stored.key == f"{PREFIX}definition")
         ).scalar()
     )
-    if not isinstance(definition, dict) or definition.get("model") != "convnet":
-        return False
+    if not isinstance(definition, dict):
+        return None
+    images = definition.get("data") or {}
+    if images.get("limit") is not None and images.get("validation") != "test":
+        return "data.limit leaves all validation images now"
+    if definition.get("model") != "convnet":
+        return None
     fixed, space = definition.get("fixed") or {}, definition.get("space") or {}
     depths = space["depth"].get("choices", [5]) if isinstance(space.get("depth"), dict) else [fixed.get("depth")]
-    return 5 in depths and any(name in space or fixed.get(name) for name in ("dropout", "conv_dropout"))
+    if 5 in depths and any(name in space or fixed.get(name) for name in ("dropout", "conv_dropout")):
+        return "at depth 5 the dropout is behind the pooling now"
+    return None
 
 
 def outdated(connection: Connection) -> dict[int, str]:

@@ -209,10 +209,16 @@ def _candidates(study: Study, storage: RDBStorage, definition: Definition) -> li
             trial=trial.number,
             # An imported trial does not say which epoch was its best.
             epochs=_epochs(trial, definition.budget.epochs),
+            schedule_epochs=_schedule_epochs(trial, definition),
             hyperparameters=trial.params,
         )
         for trial in by_configuration.values()
     ]
+
+
+def _schedule_epochs(trial: FrozenTrial, definition: Definition) -> int | None:
+    kind = {**definition.fixed, **trial.params}.get("schedule", "constant")
+    return None if kind == "constant" else definition.budget.epochs
 
 
 def _epochs(trial: FrozenTrial, most: int) -> int:

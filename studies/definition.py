@@ -54,7 +54,7 @@ class Data(_Table):
 
     # A stratified share of the training images. "test" follows the notebook's protocol, and its trials are marked.
     validation: Annotated[Finite, Field(gt=0, lt=1)] | Literal["test"] = 0.1
-    limit: Annotated[Whole, Field(ge=1)] | None = None  # use only so many training images
+    limit: Annotated[Whole, Field(ge=1)] | None = None  # train on only so many images; all validation images are used
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0  # decides which images the limit keeps, and the split
 
 
@@ -86,6 +86,8 @@ class Candidate(_Table):
 
     trial: Annotated[Whole, Field(ge=0)]  # its number in the study that is confirmed
     epochs: Annotated[Whole, Field(ge=1, le=100_000)]  # that validation chose
+    # What the learning rate's schedule was for; None where it does not change with the epochs.
+    schedule_epochs: Annotated[Whole, Field(ge=1, le=100_000)] | None = None
     hyperparameters: dict[Name, Scalar]  # those that were searched
 
 
@@ -294,6 +296,7 @@ def _checked(raw: Mapping[str, Any], source: str) -> Definition:
         _check_conditions,
         _check_rules,
         _check_momentum,
+        _check_warmup,
         _check_sampler,
         _check_points,
     ):
@@ -428,6 +431,15 @@ def _check_momentum(definition: Definition) -> str | None:
         f"momentum is given, and the optimizer {' or '.join(map(str, optimizers))} has none: choose "
         f"{' or '.join(model_rules.WITH_MOMENTUM)}, or leave momentum out"
     )
+
+
+def _check_warmup(definition: Definition) -> str | None:
+    if definition.values_of("warmup_epochs") is None:
+        return None
+    schedules = definition.values_of("schedule") or ("constant",)
+    if any(schedule in model_rules.WITH_WARMUP for schedule in schedules):
+        return None
+    return "warmup_epochs is given, and the schedule one_cycle has a warm-up of its own: leave warmup_epochs out"
 
 
 def _check_sampler(definition: Definition) -> str | None:

@@ -10,6 +10,8 @@ from studies.space import Scalar, values_text
 
 OPTIMIZERS = ("adam", "adamw", "nadam", "rmsprop", "sgd", "adadelta", "adagrad")
 WITH_MOMENTUM = ("sgd", "rmsprop")  # the optimizers that take `momentum`
+SCHEDULES = ("constant", "cosine", "one_cycle")  # of the learning rate
+WITH_WARMUP = ("constant", "cosine")  # the schedules that take `warmup_epochs`; one_cycle has a warm-up of its own
 AVERAGES = ("corrected", "keras")  # which moving averages of batch normalisation a model is judged with
 DEPTHS = (3, 5, 7)
 
@@ -62,10 +64,20 @@ TRAINING: Mapping[str, Rule] = {
     "batch_size": Number(low=1, whole=True),
     "optimizer": OneOf(values=OPTIMIZERS),
     "learning_rate": Number(low=0.0, open_low=True),
+    "schedule": OneOf(values=SCHEDULES),
+    "warmup_epochs": Number(low=0.0, high=100_000.0),
+    "patience_epochs": Number(low=1, high=100_000, whole=True),
     "momentum": _RATE,
     "weight_decay": Number(low=0.0),
     "label_smoothing": _RATE,
     "batch_norm_averages": OneOf(values=AVERAGES),
+}
+
+# What is done to training images at random; never to images that judge a model.
+_AUGMENTATION: Mapping[str, Rule] = {
+    "shift": Number(low=0.0, high=0.5),  # share of the height and width
+    "rotate": Number(low=0.0, high=180.0),  # degrees
+    "zoom": Number(low=0.0, high=0.5),  # share of the size
 }
 
 _ARCHITECTURE: Mapping[str, Mapping[str, Rule]] = {
@@ -78,12 +90,16 @@ _ARCHITECTURE: Mapping[str, Mapping[str, Rule]] = {
         "batch_norm": _SWITCH,
         "batch_norm_momentum": _RATE,
         "width": Number(low=0.0, open_low=True, high=16.0),
+        "global_pooling": _SWITCH,
+        "dense_units": Number(low=0, high=65_536, whole=True),
+        **_AUGMENTATION,
     },
     "mnist_cnn": {
         "dropout": _RATE,
         "conv_dropout": _RATE,
         "dense_dropout": _RATE,
         "width": Number(low=0.0, open_low=True, high=16.0),
+        **_AUGMENTATION,
     },
 }
 

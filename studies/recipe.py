@@ -14,6 +14,7 @@ class Recipe:
 
     hyperparameters: dict[str, Any]  # fixed and searched
     epochs: int
+    schedule_epochs: int  # that the learning rate's schedule is for: a confirmation may train for fewer
     seed: int  # of the initial weights, the order of the images and the dropout
     data: Data  # how the images are limited and split
     confirms: bool = False  # whether the model of the last epoch is judged by the test images
@@ -25,6 +26,7 @@ def of_trial(definition: Definition, number: int, point: Mapping[str, Any]) -> R
         return Recipe(
             hyperparameters={**definition.fixed, **point},
             epochs=definition.budget.epochs,
+            schedule_epochs=definition.budget.epochs,
             seed=sampling.seed_of(definition, number, purpose=1),
             data=definition.data,
         )
@@ -33,6 +35,7 @@ def of_trial(definition: Definition, number: int, point: Mapping[str, Any]) -> R
     return Recipe(
         hyperparameters={**definition.fixed, **chosen.hyperparameters},
         epochs=chosen.epochs,
+        schedule_epochs=chosen.schedule_epochs or chosen.epochs,
         seed=sampling.seed_of(definition, int(point["seed"]), purpose=2),
         data=definition.data.model_copy(
             update={"seed": sampling.seed_of(definition, int(point["seed"]), purpose=3)},

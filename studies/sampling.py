@@ -5,6 +5,7 @@ propose the same points, and a restarted study would repeat its first points.
 """
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,19 @@ def pruner(definition: Definition) -> BasePruner:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # Wilcoxon
         return makers[definition.pruner.kind]()
+
+
+def brackets(definition: Definition) -> int | None:
+    """How many brackets Hyperband has: rules of pruning that share the trials. None for another pruner.
+
+    With one it is successive halving: there is no bracket whose trials are left alone for longer.
+    """
+    if definition.pruner.kind != "hyperband":
+        return None
+    epochs = definition.budget.epochs
+    first = min(definition.pruner.min_epochs, epochs)
+    # As Optuna's HyperbandPruner counts them: the reduction factor is 3.
+    return math.floor(math.log(epochs / first, 3)) + 1
 
 
 def check_installed(definition: Definition) -> None:

@@ -248,6 +248,8 @@ def test_every_ready_definition_is_listed_and_right(trialyard: Call) -> None:
     assert out == (
         "digits is right: 12 trials of 8 epochs over depth, dropout; 1150 training and 288 validation images\n"
     )
+    out = trialyard("check", "digits", "--epochs", "2")[1]
+    assert out.endswith(" images; the pruner hyperband has one bracket here, so it is successive halving\n")
 
 
 def test_create_says_what_is_next_and_does_nothing_twice(trialyard: Call) -> None:

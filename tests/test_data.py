@@ -41,7 +41,9 @@ def test_split_and_limit_lose_nothing_and_show_no_image_twice(tmp_path: Path) ->
     assert {image.tobytes() for image in together} == {image.tobytes() for image in images}
     limited = data.load(str(tmp_path / "all.npz"), Data(validation=0.1, limit=100), [])
     together = np.concatenate([limited.x_train, limited.x_validation])
-    assert len({image.tobytes() for image in together}) == 100
+    assert len({image.tobytes() for image in together}) == 160
+    assert len(limited.y_train) == 100
+    assert np.array_equal(limited.x_validation, dataset.x_validation), "it is judged by the same images"
     assert limited.fingerprint == dataset.fingerprint, "it tells which images they were taken from"
 
 
@@ -154,7 +156,7 @@ def test_a_missing_file_names_the_folders_and_the_variable(tmp_path: Path) -> No
 
 
 def test_a_limit_too_small_for_the_classes_is_refused(write_npz: Write) -> None:
-    with pytest.raises(DataError, match=r"data.limit = 5 cannot split 300 images of 10 classes"):
+    with pytest.raises(DataError, match=r"data.limit = 5 cannot split 270 images of 10 classes"):
         data.load(str(write_npz()), Data(limit=5), [])
 
 
@@ -180,7 +182,7 @@ def _definition(text: str) -> Any:
         ('dataset = "small.npz"\nfixed = {depth = 7}', r"images of 8x8, too small for convnet of depth 7, .* 16x16"),
         (
             'dataset = "small.npz"\nfixed = {depth = 3}\ndata.limit = 100',
-            r"batch_size = 128 is larger than the 90 training images of small.npz",
+            r"batch_size = 128 is larger than the 100 training images of small.npz",
         ),
     ],
 )

@@ -106,6 +106,10 @@ BAD = {
         _text(head=HEAD.replace("convnet", "mnist_cnn"), space="depth = { choices = [3] }"),
         r"space.depth: the model mnist_cnn has no hyperparameter 'depth'",
     ),
+    "warm-up of one cycle": (
+        _text(fixed='schedule = "one_cycle"\nwarmup_epochs = 1'),
+        r"warmup_epochs is given, and the schedule one_cycle has a warm-up of its own: leave warmup_epochs out$",
+    ),
     # Wrong types: nothing is converted.
     "string for int": (_text(budget='trials = "5"'), r'budget.trials = "5" must be a whole number$'),
     "bool for int": (_text(budget="trials = true"), r"budget.trials = true must be a whole number$"),

@@ -18,7 +18,7 @@ from storage.owners import Owner
 from storage.tables import TrialHeartbeatModel, TrialValueModel, set_trial_attributes, update_trial, value_row
 from storage.transactions import PatientStorage
 from studies import registry, results
-from studies.definition import Definition, parse
+from studies.definition import Data, Definition, parse
 
 DATA = {"fingerprint": "0" * 16, "train": 100, "validation": 10}
 
@@ -181,6 +181,20 @@ def test_an_older_study_keeps_its_way_of_scoring(
     assert registry.find(trivial.name, storage).software == {
         "trialyard": "0.1" if elsewhere else checks.software()["trialyard"]
     }
+
+
+@pytest.mark.parametrize(("images", "continues"), [({"limit": 60}, False), ({"limit": 60, "validation": "test"}, True)])
+def test_an_older_study_with_fewer_images_is_not_continued(
+    storage: PatientStorage, trivial: Definition, either_url: str, images: dict[str, Any], continues: bool
+) -> None:
+    """Its validation images were a share of those of the limit."""
+    changed = trivial.model_copy(update={"data": Data(**images)})
+    registry.check_software(registry.create(changed, storage, DATA).study, storage, {"trialyard": "0.1"})
+    _make_old(storage, trivial.name)
+    _, repaired = database.upgrade(either_url)
+    assert any("data.limit leaves all validation images now" in sentence for sentence in repaired) is not continues
+    now = checks.software()["trialyard"] if continues else "0.1"
+    assert registry.find(trivial.name, storage).software == {"trialyard": now}
 
 
 def test_older_studies_among_current_ones_are_named(

@@ -138,6 +138,13 @@ def test_every_hyperparameter_that_a_definition_may_name_is_used() -> None:
         "momentum": 0.3,
         "weight_decay": 0.3,
         "label_smoothing": 0.3,
+        "schedule": "cosine",
+        "warmup_epochs": 1,
+        "global_pooling": True,
+        "dense_units": 16,
+        "shift": 0.1,
+        "rotate": 10.0,
+        "zoom": 0.1,
     }
     base = {"depth": 3, "dropout": 0.1, "optimizer": "sgd"}
 
@@ -148,11 +155,62 @@ def test_every_hyperparameter_that_a_definition_may_name_is_used() -> None:
 
     rules = model_rules.rules("convnet")
     assert rules is not None
-    assert set(values) | {"batch_size", "batch_norm_averages"} == set(rules)  # those two are the training's
+    of_training = {"batch_size", "batch_norm_averages", "patience_epochs"}
+    assert set(values) | of_training == set(rules)
     for name, value in values.items():
         start = base | ({"batch_norm": True, "batch_norm_momentum": 0.9} if name == "batch_norm_momentum" else {})
         assert configuration(start) == configuration(start)
         assert configuration(start | {name: value}) != configuration(start), name
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "rates"),
+    [
+        ({}, {0: 1.0, 99: 1.0}),
+        ({"warmup_epochs": 2}, {0: 1 / 21, 10: 0.5 + 0.5 / 21, 20: 1.0, 99: 1.0}),
+        ({"schedule": "cosine"}, {0: 1.0, 50: 0.5, 100: 0.0}),
+        ({"schedule": "cosine", "warmup_epochs": 2}, {0: 1 / 21, 20: 1.0, 60: 0.5, 100: 0.0}),
+        ({"schedule": "one_cycle"}, {0: 0.04, 15: 0.52, 30: 1.0, 65: 0.5, 100: 4e-6}),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(hyperparameters: dict[str, Any], rates: dict[int, float]) -> None:
+    model = build("mnist_cnn", hyperparameters | {"width": 0.1, "learning_rate": 1.0}, (8, 8, 1), 10, steps=(10, 10))
+    for step, rate in rates.items():
+        model.optimizer.iterations.assign(step)
+        assert float(model.optimizer.learning_rate) == pytest.approx(rate, abs=1e-3 if 0.01 < rate < 1 else 1e-7), step
+
+
+def test_augmentation_changes_training_images_only_and_is_not_saved() -> None:
+    changes = {"depth": 5, "width": 0.1, "shift": 0.1, "rotate": 15.0, "zoom": 0.1}
+    model = build("convnet", changes, MNIST, 10)
+    names = [type(layer).__name__ for layer in model.layers]
+    assert names[:5] == ["Rescaling", "RandomRotation", "RandomZoom", "RandomTranslation", "Conv2D"]
+    plain = build("convnet", changes, MNIST, 10, plain=True)
+    assert not any("Random" in type(layer).__name__ for layer in plain.layers)
+    plain.set_weights(model.get_weights())
+    x = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 1)).astype("float32")
+    assert np.array_equal(model(x, training=False), plain(x, training=False))
+
+    image = np.zeros((64, 28, 28, 1), dtype="float32")
+    image[:, 10:18, 10:18] = 255.0
+    for name, layer in zip(("rotate", "zoom", "shift"), model.layers[1:4], strict=True):
+        changed = keras.ops.convert_to_numpy(layer(image / 255.0, training=True))
+        assert len(np.unique(changed.reshape(64, -1), axis=0)) > 32, f"{name}: each image has a change of its own"
+        assert changed.min() >= 0.0
+        assert changed.max() <= 1.0 + 1e-6
+    moved = keras.ops.convert_to_numpy(model.layers[3](image / 255.0, training=True))
+    centres = (moved.sum(axis=2)[..., 0] * np.arange(28)).sum(axis=1) / moved.sum(axis=(1, 2, 3))
+    assert 1.5 < np.abs(centres - 13.5).max() <= 2.8 + 1e-3  # a tenth of 28
+
+
+@pytest.mark.parametrize(("units", "pooled"), [(128, False), (128, True), (0, True), (16, False)])
+def test_the_hidden_layer_and_what_comes_before_it(units: int, pooled: bool) -> None:
+    hyperparameters = {"depth": 5, "dense_units": units, "global_pooling": pooled, "dense_dropout": 0.5}
+    model = build("convnet", hyperparameters, MNIST, 10)
+    kinds = [type(layer).__name__ for layer in model.layers]
+    assert ("GlobalAveragePooling2D" in kinds) == pooled == ("Flatten" not in kinds)
+    assert [layer.units for layer in model.layers if isinstance(layer, keras.layers.Dense)] == [units, 10][not units :]
+    assert ("Dropout" in kinds) == (units > 0)
 
 
 def test_softmax_is_in_float32_whatever_the_rest() -> None:

@@ -45,6 +45,7 @@ def job(write_small: Callable[..., Path], home: Path) -> Make:
         wanted = Recipe(
             hyperparameters=changed.pop("hyperparameters", definition.fixed | {"dropout": 0.1}),
             epochs=definition.budget.epochs,
+            schedule_epochs=definition.budget.epochs,
             seed=1,
             data=definition.data,
         )

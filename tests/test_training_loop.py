@@ -126,6 +126,29 @@ def test_the_saved_model_loads_without_trialyard(dataset: Dataset, tmp_path: Pat
     assert float(result.stdout.splitlines()[-1]) == pytest.approx(trained.value)
 
 
+def test_patience_ends_a_training_that_gets_no_better(dataset: Dataset, tmp_path: Path) -> None:
+    hyperparameters = HYPERPARAMETERS | {"optimizer": "sgd", "learning_rate": 1e-9, "patience_epochs": 2}
+    ended: dict[str, Any] = {"epochs": 50, "hyperparameters": hyperparameters, "checkpoint_seconds": 0.0}
+    trained, records = _train(dataset, tmp_path, **ended)
+    assert trained.epochs == len(records) == trained.best_epoch + 2 < 50
+    assert not trained.stopped
+    assert (tmp_path / MODEL).is_file()
+    # Killed after its last epoch, before its result was known: no further epoch is trained.
+    again, records = _train(dataset, tmp_path, **ended)
+    assert records == []
+    assert (again.value, again.epochs) == (trained.value, trained.epochs)
+
+
+def test_a_schedule_may_be_for_more_epochs_than_are_trained(dataset: Dataset, tmp_path: Path) -> None:
+    """A confirmation trains for the best epoch's number, as the search did it."""
+    cosine = HYPERPARAMETERS | {"schedule": "cosine"}
+    searched, confirmed, shorter = (
+        _train(dataset, tmp_path / str(at), hyperparameters=cosine, epochs=epochs, schedule_epochs=schedule_epochs)[1]
+        for at, (epochs, schedule_epochs) in enumerate(((6, None), (3, 6), (3, None)))
+    )
+    assert _figures(searched[:3]) == _figures(confirmed) != _figures(shorter)
+
+
 def test_a_loss_that_is_not_a_number_ends_the_training_with_that_reason(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(NotANumber, match=r"loss became (nan|inf) in epoch \d"):
         _train(dataset, tmp_path, hyperparameters=HYPERPARAMETERS | {"optimizer": "sgd", "learning_rate": 1e30})
@@ -218,13 +241,26 @@ def test_a_stop_ends_the_running_batch_and_keeps_only_whole_epochs(dataset: Data
     assert not (tmp_path / MODEL).exists()
 
 
-@pytest.mark.parametrize("model", ["mnist_cnn", "mine:build", "mine:subclassed"])
+VARIED = {"shift": 0.1, "rotate": 10.0, "zoom": 0.1, "schedule": "one_cycle"}
+
+
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [("mnist_cnn", {}), ("mnist_cnn", VARIED), ("mine:build", {"schedule": "cosine"}), ("mine:subclassed", {})],
+    ids=["ours", "augmented", "own", "subclassed"],
+)
 @pytest.mark.parametrize("end", ["stopped", "killed"])
 def test_a_resumed_training_gives_the_numbers_of_an_uninterrupted_one(
-    dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None], model: str, end: str
+    dataset: Dataset,
+    tmp_path: Path,
+    write_module: Callable[[str, str], None],
+    model: str,
+    more: dict[str, Any],
+    end: str,
 ) -> None:
     write_module("mine", OWN)
-    whole, undisturbed = _train(dataset, tmp_path / "whole", epochs=5, model=model)
+    hyperparameters = HYPERPARAMETERS | more
+    whole, undisturbed = _train(dataset, tmp_path / "whole", epochs=5, model=model, hyperparameters=hyperparameters)
     resumed: list[Epoch] = []
     records: list[Epoch] = []
 
@@ -234,7 +270,7 @@ def test_a_resumed_training_gives_the_numbers_of_an_uninterrupted_one(
         records.append(record)
 
     arguments: dict[str, Any] = {"epochs": 5, "model": model, "on_epoch": on_epoch, "checkpoint_seconds": 0.0}
-    arguments |= {"on_resume": resumed.extend}
+    arguments |= {"on_resume": resumed.extend, "hyperparameters": hyperparameters}
     if end == "stopped":
         # In the middle of epoch 4, long before a checkpoint is due.
         batches = itertools.count()
