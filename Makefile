@@ -8,21 +8,18 @@ BIN := .venv/bin
 demo: .venv/installed
 	TRIALYARD_HOME=yard $(BIN)/trialyard run digits --devices cpu
 
-# The tests that kill processes at random for minutes, those that run what Docker Compose would, a search on MNIST, and
-# thousands of simulated confirmations.
-LONG := tests/chaos tests/test_compose.py tests/test_mnist.py tests/test_simulations.py
-# Those that train nothing and start no server: for every change, within a minute.
+# The files whose tests train nothing and start no server: for every change, within a minute.
 QUICK := $(patsubst %,tests/test_%.py,artifacts attempt batches catalog definition devices docs figures notebook progress \
 	results settings space statistics)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(LONG:%=--ignore %) $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not long" $(PYTEST)
 
 quick: .venv/installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(QUICK) $(PYTEST)
 
 test-all: test
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(LONG) $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m long $(PYTEST)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -36,6 +36,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 
 TRIALS, EPOCHS, BATCH = 24, 6, 128
+FIRST = 2  # the epoch after which a side may prune; after one, depth 5 is behind depth 3, and ahead at the end
 DEPTHS, HIGHEST_RATE = (3, 5, 7), 0.7
 GOALS = (0.96, 0.97)
 CLASSES = 10
@@ -64,6 +65,7 @@ seed = {seed}
 
 [pruner]
 kind = "hyperband"
+min_epochs = {first}
 """
 
 Report = Callable[[int, float], None]
@@ -188,7 +190,7 @@ def optuna(folder: Path, seed: int, scores: Scores) -> Path:
     study = library.create_study(
         direction="maximize",
         sampler=library.samplers.TPESampler(seed=seed),
-        pruner=library.pruners.HyperbandPruner(min_resource=1, max_resource=EPOCHS),
+        pruner=library.pruners.HyperbandPruner(min_resource=FIRST, max_resource=EPOCHS),
     )
     study.optimize(objective, n_trials=TRIALS)
     return folder / f"optuna-{study.best_trial.number}.keras"
@@ -229,7 +231,7 @@ def ray(folder: Path, seed: int, scores: Scores) -> Path:
             mode="max",
             num_samples=TRIALS,
             search_alg=OptunaSearch(seed=seed),
-            scheduler=ASHAScheduler(time_attr="epoch", max_t=EPOCHS, grace_period=1),
+            scheduler=ASHAScheduler(time_attr="epoch", max_t=EPOCHS, grace_period=FIRST),
         ),
         run_config=tune.RunConfig(storage_path=str(folder / "ray"), callbacks=[Collect()], verbose=0),
     ).fit()
@@ -293,7 +295,9 @@ def trialyard(folder: Path, seed: int, scores: Scores) -> Path:
 
     os.environ["TRIALYARD_HOME"] = str(folder / "trialyard")
     (folder / "peers.toml").write_text(
-        DEFINITION.format(images=folder / "images.npz", seed=seed, trials=TRIALS, epochs=EPOCHS, batch=BATCH),
+        DEFINITION.format(
+            images=folder / "images.npz", seed=seed, trials=TRIALS, epochs=EPOCHS, batch=BATCH, first=FIRST
+        ),
         encoding="utf-8",
     )
     search.run(folder / "peers.toml", listeners=[Collect()])

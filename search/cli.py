@@ -353,21 +353,20 @@ def import_results(
     storage: StorageOption = None,
 ) -> None:
     """Import results obtained elsewhere; `import notebook` creates a study of the notebook's own."""
+    from search import service
     from search.terminal import say
-    from storage import database
-    from studies import imported, notebook, notes
+    from studies import notebook
 
-    here = settings_of(storage)
+    url = settings_of(storage).url
     if file is not None:
-        added = imported.import_trials(study, file, here.url)
+        added = service.import_results(study, file, storage=url)
         line = f"study {study}: {added} trials were imported{'' if added else '; all of them existed already'}"
     elif study == notebook.NAME:
-        new = notebook.create(database.create(here.url))
+        new = service.import_notebook(storage=url)
         content = "has the notebook's 21 results" if new else "exists already, and nothing was added"
         line = f"study {study} {content}: `trialyard leaderboard {study}` shows them"
     else:
         raise typer.BadParameter(f"a file is missing: `trialyard import {study} results.csv`")
-    notes.publish_once(study, here.url, here.artifact_folder)
     say(line)
 
 

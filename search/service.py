@@ -9,7 +9,7 @@ TRIALYARD_STORAGE or TRIALYARD_HOME names.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -265,6 +265,33 @@ def replay(
     slot = slots_of(devices, per_device=1)[0]
     opened = database.connect(here.url)
     return retraining.replay(registry.find(study, opened), number, opened, here, slot, on_difference, on_epoch)
+
+
+def import_results(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, *, storage: str | None = None) -> int:
+    """Imports results obtained elsewhere, as `studies.import_trials` does, and renews the study's notes and figures.
+
+    Returns how many were new. Raises StudyError if there is no such study, or a row does not fit its definition;
+    StorageError.
+    """
+    from studies import imported, notes
+
+    here = _settings(storage)
+    added = imported.import_trials(name, rows, here.url)
+    notes.publish_once(name, here.url, here.artifact_folder)
+    return added
+
+
+def import_notebook(*, storage: str | None = None) -> bool:
+    """Creates the study ``notebook`` with the 21 results of the notebook; False if it exists already.
+
+    Raises StudyError if another study has that name; StorageError.
+    """
+    from studies import notebook, notes
+
+    here = _settings(storage)
+    created = notebook.create(database.create(here.url))
+    notes.publish_once(notebook.NAME, here.url, here.artifact_folder)
+    return created
 
 
 def alive(storage: str | None = None) -> float:

@@ -18,7 +18,7 @@ AS_LABELLED = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
 
 
 def test_the_catalog_has_these_definitions() -> None:
-    assert list(catalog()) == ["digits", "dropout-depth", "mnist-cnn", *NOTEBOOK]
+    assert list(catalog()) == ["digits", "dropout-depth", "mnist-best", "mnist-cnn", "mnist-tiny", *NOTEBOOK]
 
 
 @pytest.mark.parametrize("name", list(catalog()))

@@ -447,6 +447,7 @@ def _work(url: str, study: str, seed: int, go: Event) -> None:
             claims.finish(storage, claim, TrialState.COMPLETE, dice.random(), {})
 
 
+@pytest.mark.long
 def test_many_processes_some_of_them_killed_spend_exactly_the_budget(
     storage: PatientStorage, trivial: Definition
 ) -> None:

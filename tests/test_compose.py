@@ -24,6 +24,8 @@ from search import worker
 from storage import database
 from storage.settings import Settings
 
+pytestmark = pytest.mark.long
+
 DEPLOYMENT = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")

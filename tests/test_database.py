@@ -26,6 +26,7 @@ from storage.tables import TrialModel
 from storage.transactions import PatientStorage
 
 
+@pytest.mark.long
 class TestOptunaConformance(StorageTestCase):
     """Optuna's own suite for storages, on what `connect` returns."""
 

@@ -121,6 +121,7 @@ def test_a_history_that_is_elsewhere_is_named(finished: RDBStorage, home: Path) 
         studies.export("trivial", home / "best", storage=finished)
 
 
+@pytest.mark.long
 def test_formats_give_the_same_predictions(finished: RDBStorage, home: Path, saved: Path) -> None:
     import tensorflow as tf
 

@@ -22,6 +22,8 @@ from search import data
 from storage import database
 from studies import definition as definitions
 
+pytestmark = pytest.mark.long
+
 SETTINGS = {"TRIALYARD_WORKERS": "1", "TRIALYARD_CHECKPOINT_SECONDS": "0"}
 
 

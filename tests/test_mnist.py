@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from search import data
 from studies.definition import Data
 
-pytestmark = pytest.mark.mnist
+pytestmark = [pytest.mark.mnist, pytest.mark.long]
 
 
 def _run(folder: Path, data_folders: list[Path], *arguments: str) -> tuple[str, str]:

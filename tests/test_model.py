@@ -10,6 +10,7 @@ import pytest
 from search import layers
 from search.errors import MachineError, ModelError
 from search.model import build, summary
+from studies import definition as definitions
 from studies import model_rules
 
 MNIST = (28, 28, 1)
@@ -178,6 +179,14 @@ def test_the_learning_rate_follows_its_schedule(hyperparameters: dict[str, Any],
     for step, rate in rates.items():
         model.optimizer.iterations.assign(step)
         assert float(model.optimizer.learning_rate) == pytest.approx(rate, abs=1e-3 if 0.01 < rate < 1 else 1e-7), step
+
+
+@pytest.mark.parametrize(("name", "depth", "weights"), [("mnist-best", 5, 88_522), ("mnist-tiny", 5, 9_190)])
+def test_the_small_models_of_the_catalog_are_small(name: str, depth: int, weights: int) -> None:
+    definition = definitions.load(name)
+    point = dict(definition.points[0])
+    assert {**definition.fixed, **point}["depth"] == depth
+    assert build("convnet", definition.fixed | point, MNIST, 10).count_params() == weights
 
 
 def test_augmentation_changes_training_images_only_and_is_not_saved() -> None:

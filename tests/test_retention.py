@@ -115,6 +115,7 @@ def _race(url: str, root: Path, study: str, slot: int, trials: int) -> None:
         retention.trim(storage, claim, root, 3)
 
 
+@pytest.mark.long
 def test_many_workers_at_once_keep_the_best(either_url: str, trivial: Definition, root: Path) -> None:
     storage = database.create(either_url)
     registry.create(trivial, storage, {"fingerprint": "0" * 16})

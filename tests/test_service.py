@@ -67,6 +67,9 @@ def test_what_runs_studies_says_in_an_exception_what_is_wrong(home: Path, write_
         search.check_storage(f"sqlite:///{home}/none.db")
     assert search.check_storage() == []
     assert search.backup_storage(home / "copy.db") == 0
+    assert search.import_results("other", [{"dropout": 0.3, "accuracy": 0.5}]) == 1
+    attributes = studies.open("other")._storage.get_study_system_attrs(studies.open("other")._study_id)
+    assert any(key.startswith("dashboard:note_str") and "0.5" in value for key, value in attributes.items())
     assert search.work("other", workers=1, listeners=[]) == ["other"]
     assert studies.status("other").ended
     assert search.leftovers().files == []

@@ -13,6 +13,8 @@ from studies import confirmation, importance, statistics
 from studies.confirmation import Run
 from studies.statistics import Interval
 
+pytestmark = pytest.mark.long
+
 SIMULATED = 2000  # confirmations
 SEED, REST = 0.15, 0.7  # what a training varies by as a whole, and on one image
 OF_ALL, OF_ONE = 1.5, 0.5  # how images differ in difficulty: for all candidates, and for one of them

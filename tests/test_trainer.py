@@ -327,6 +327,7 @@ def build(hyperparameters, image_shape, classes):
 """
 
 
+@pytest.mark.long
 def test_a_trainer_that_grows_is_replaced(job: Make, home: Path, tmp_path: Path) -> None:
     (home / "mine.py").write_text(GROWING, encoding="utf-8")
     definition = job(epochs=1).definition.model_copy(update={"model": "mine:build"})
@@ -381,6 +382,7 @@ def test_a_stop_that_keeps_leaves_a_checkpoint_to_continue_from(trainer: Trainer
     assert following.epoch == len(resumed.history) + 1
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_an_own_model_is_taken_in_another_process(job: Make, home: Path, tmp_path: Path) -> None:
     """Its identity has a digest of the module, which a process's first job has not imported yet."""
     text = (

@@ -395,6 +395,7 @@ print(trained.versions["backend"], trained.value)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs JAX, which is not installed")
+@pytest.mark.long
 def test_a_model_is_built_and_trained_on_jax(write_npz: Callable[..., Path], tmp_path: Path) -> None:
     images = np.load(write_npz())["x_train"].repeat(2, axis=1).repeat(2, axis=2)
     path = write_npz("enlarged.npz", x_train=images)

@@ -16,6 +16,8 @@ from conftest import Command, ended
 import studies
 from storage import database, ledger
 
+pytestmark = pytest.mark.long
+
 RECORDED = Path(__file__).parent / "recorded" / "yard-0.1.zip"
 
 

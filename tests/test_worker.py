@@ -516,6 +516,7 @@ def test_a_worker_without_a_study_s_module_leaves_it_to_others_and_spends_no_tri
 
 
 @pytest.mark.parametrize("how", ["libraries", "backend"])
+@pytest.mark.long
 def test_a_machine_that_cannot_import_keras_spends_no_trial_and_creates_nothing(
     home: Path,
     write_small: Write,
@@ -556,6 +557,7 @@ FRAGILE = OWN.replace("0.45", "1.0").replace(
 SOON = "import search.cli, search.worker; search.worker.LEFT_SECONDS = 1.0; search.cli.main()"
 
 
+@pytest.mark.long
 def test_a_machine_that_breaks_while_it_works_gives_its_trial_back_and_looks_again(
     home: Path, write_small: Write, start: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,8 @@ from optuna.trial import TrialState
 import studies
 from storage import claims, database, ledger
 
+pytestmark = pytest.mark.long
+
 TRIALS, EPOCHS, WORKERS, SLOTS = 30, 6, 2, 2
 KILLS = ("trainer", "trainer", "worker", "worker")  # in an order that the seed decides
 SECONDS = 900.0  # timeout
