@@ -193,7 +193,8 @@ def work(
     forever: Annotated[bool, typer.Option("--forever", help="Wait for studies to come, until told to stop.")] = False,
 ) -> None:
     """Be a worker machine: fill every slot with trials, the oldest study first, until nothing is left."""
-    from search import progress, service
+    from search import service
+    from search.summary import progress_line
     from search.terminal import say
     from studies import registry, results
 
@@ -214,7 +215,7 @@ def work(
     existing = registry.names(here.url)  # some may have been deleted meanwhile
     for status in [results.status(name, here.url) for name in names if name in existing]:
         _print_closed(status)
-        say(progress.progress_line(status))
+        say(progress_line(status))
     if not names and not forever:
         say("there is no study to work on: `trialyard create digits` makes one")
 
@@ -384,7 +385,7 @@ def report(
     from storage import artifacts
     from studies.content import collect
     from studies.errors import StudyError
-    from studies.report import report as report_of
+    from studies.rendering import report as report_of
 
     here = settings_of(storage)
     if form == "table":

@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search.devices import Slot, precision_for
 from search.messages import Epoch
+from search.summary import progress_line, shown
 from storage import attributes
 from storage.claims import Claim
 from storage.errors import StorageError
@@ -207,23 +208,6 @@ class LiveTable(Listener):
         return Group(*lines, table)
 
 
-def progress_line(status: Status) -> str:
-    """One line: trials done of the budget, the best so far, the time left."""
-    done = status.complete + status.pruned + status.failed
-    best = "none yet" if status.best is None else f"{status.best:.4f} (trial {status.best_number})"
-    return f"{status.study}: {done} of {status.budget} trials, best {best}, {_left(status.seconds_left)}"
-
-
-def _left(seconds: float | None) -> str:
-    if seconds is None:
-        return "time left unknown"
-    if seconds < 90:
-        return f"about {seconds:.0f} s left"
-    if seconds < 5400:
-        return f"about {seconds / 60:.0f} min left"
-    return f"about {seconds / 3600:.1f} h left"
-
-
 def ending(trial: FrozenTrial) -> str:
     """How a trial ended, in a few words."""
     if trial.state == TrialState.COMPLETE:
@@ -234,11 +218,6 @@ def ending(trial: FrozenTrial) -> str:
         failure = attributes.failure(trial.user_attrs.get("failure"))
         return f"failed ({failure['kind']}): {failure['message']}"
     return "is back in the queue" if trial.state == TrialState.WAITING else "runs elsewhere"
-
-
-def shown(point: dict[str, Any]) -> str:
-    """Hyperparameters on one line, real numbers with four digits."""
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in point.items())
 
 
 def display(

@@ -4,22 +4,24 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from optuna.trial import FrozenTrial
 from rich.console import Console
 
-from search import progress
-from search.retraining import Replayed, ReplayedEpoch
-from storage import artifacts, attributes, ledger
-from storage.settings import Settings
-from storage.slots import SlotStatus
-from studies import text
-from studies.comparison import NotebookRow, StudyComparison
-from studies.confirmation import Confirmed
-from studies.content import Content
-from studies.results import Row, Status
+from search.summary import progress_line, shown
+from storage import artifacts, attributes
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from search.retraining import Replayed, ReplayedEpoch
+    from storage.settings import Settings
+    from storage.slots import SlotStatus
+    from studies.comparison import NotebookRow, StudyComparison
+    from studies.confirmation import Confirmed
+    from studies.content import Content
+    from studies.results import Row, Status
 
 WIDE = 160  # columns of a report that goes to a file or a pipe
 
@@ -37,7 +39,7 @@ def warn(line: str) -> None:
     err.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def record(study: str, trial: FrozenTrial, settings: Settings) -> dict[str, Any]:
+def record(study: str, trial: "FrozenTrial", settings: "Settings") -> dict[str, Any]:
     return {
         "study": study,
         "number": trial.number,
@@ -52,7 +54,7 @@ def record(study: str, trial: FrozenTrial, settings: Settings) -> dict[str, Any]
     }
 
 
-def _path(trial: FrozenTrial, artifact: str, settings: Settings) -> str | None:
+def _path(trial: "FrozenTrial", artifact: str, settings: "Settings") -> str | None:
     path = artifacts.inside(settings.artifact_folder, trial.user_attrs.get(artifact))
     return None if path is None else str(path)
 
@@ -66,12 +68,12 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
-def print_best(study: str, trial: FrozenTrial, settings: Settings) -> None:
+def print_best(study: str, trial: "FrozenTrial", settings: "Settings") -> None:
     attrs = trial.user_attrs
     judged_on = {"test": "test (the notebook's protocol)", "confirmation": "test"}
     judged = judged_on.get(str(attrs.get("protocol")), "validation")
     out.print(f"best of {study}: trial {trial.number}, {judged} accuracy {trial.values[0]:.4f}", markup=False)
-    out.print(f"  hyperparameters  {progress.shown(trial.params)}", markup=False)
+    out.print(f"  hyperparameters  {shown(trial.params)}", markup=False)
     best_epoch, epochs, parameters, seconds, speed = numbers = [
         attributes.number(attrs.get(key))
         for key in ("best_epoch", "epochs", "parameters", "seconds", "images_per_second")
@@ -88,7 +90,9 @@ def print_best(study: str, trial: FrozenTrial, settings: Settings) -> None:
         out.print(f"  model            {model}{where}", markup=False)
 
 
-def print_rows(rows: list[Row]) -> None:
+def print_rows(rows: "list[Row]") -> None:
+    from studies import text
+
     if not rows:
         out.print("no trial is complete yet", markup=False)
         return
@@ -100,7 +104,7 @@ def print_rows(rows: list[Row]) -> None:
     out.file.writelines(f"{line}\n" for line in lines)
 
 
-def print_workers(workers: list[SlotStatus]) -> None:
+def print_workers(workers: "list[SlotStatus]") -> None:
     for one in workers:
         doing = "waits" if one.study is None else f"{one.study} trial {one.trial}, epoch {one.epoch}"
         out.print(
@@ -110,11 +114,13 @@ def print_workers(workers: list[SlotStatus]) -> None:
         )
 
 
-def print_status(found: Status) -> None:
+def print_status(found: "Status") -> None:
+    from storage import ledger
+
     if found.state != "open":
         line = f"{found.study}: {found.state}"
     else:
-        line = f"{found.study}: ended" if found.ended else progress.progress_line(found)
+        line = f"{found.study}: ended" if found.ended else progress_line(found)
     out.print(line, style="bold", markup=False)
     if found.protocol == "test":
         out.print("  judged on the test set: the notebook's protocol, for comparison only", markup=False)
@@ -138,33 +144,41 @@ def print_status(found: Status) -> None:
         )
 
 
-def failures_text(found: Status) -> str:
+def failures_text(found: "Status") -> str:
     return f"{found.failed} of {found.study}'s trials failed ({'; '.join(found.failures)})"
 
 
-def print_report(content: Content) -> None:
+def print_report(content: "Content") -> None:
+    from studies import text
+
     _print_markdown(text.report(content))
 
 
-def print_confirmed(found: Confirmed) -> None:
+def print_confirmed(found: "Confirmed") -> None:
+    from studies import text
+
     _print_markdown(f"# {text.escaped(found.study)}, confirmed\n\n{text.confirmed(found)}\n")
 
 
-def print_compared(found: StudyComparison) -> None:
+def print_compared(found: "StudyComparison") -> None:
+    from studies import text
+
     _print_markdown(text.compared(found))
 
 
-def print_notebook_rows(rows: list[NotebookRow]) -> None:
+def print_notebook_rows(rows: "list[NotebookRow]") -> None:
+    from studies import text
+
     _print_markdown(text.compared_with_notebook(rows))
 
 
-def replayed_epoch_text(epoch: ReplayedEpoch) -> str:
+def replayed_epoch_text(epoch: "ReplayedEpoch") -> str:
     recorded = "not recorded" if epoch.recorded is None else f"{epoch.recorded:.4f} recorded"
     equal = ", the same" if epoch.is_equal else ""
     return f"epoch {epoch.epoch}: accuracy {epoch.replayed:.4f}, {recorded}{equal}"
 
 
-def print_replayed(found: Replayed) -> None:
+def print_replayed(found: "Replayed") -> None:
     what = f"trial {found.trial} of {found.study}: {found.replayed_value:.4f}, and {found.recorded_value:.4f} recorded"
     again = "" if found.attempts <= 1 else f", though the recorded training took {found.attempts} attempts"
     if found.is_exact:

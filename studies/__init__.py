@@ -9,25 +9,29 @@
 The examples in these docstrings are tests. They run on a study `digits` with two trials.
 """
 
-from studies.comparison import NotebookRow, StudyComparison, compare, compare_notebook
-from studies.confirmation import Comparison, Confirmed, Estimate, confirmed
-from studies.exports import export
-from studies.imported import import_trials
-from studies.registry import delete, names, open, pause, resume, stop
-from studies.report import report
-from studies.results import (
-    Curve,
-    Row,
-    Status,
-    attempts,
-    best_model,
-    best_trial,
-    curves,
-    leaderboard,
-    status,
-    statuses,
-    workers,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from studies.comparison import NotebookRow, StudyComparison, compare, compare_notebook
+    from studies.confirmation import Comparison, Confirmed, Estimate, confirmed
+    from studies.exports import export
+    from studies.imported import import_trials
+    from studies.registry import delete, names, open, pause, resume, stop
+    from studies.rendering import report
+    from studies.results import (
+        Curve,
+        Row,
+        Status,
+        attempts,
+        best_model,
+        best_trial,
+        curves,
+        leaderboard,
+        status,
+        statuses,
+        workers,
+    )
 
 __all__ = [
     "Comparison",
@@ -59,3 +63,51 @@ __all__ = [
     "stop",
     "workers",
 ]
+
+# At the first use, from these modules: most commands need one of them.
+_MODULES = {
+    "studies.comparison": (
+        "NotebookRow",
+        "StudyComparison",
+        "compare",
+        "compare_notebook",
+    ),
+    "studies.confirmation": (
+        "Comparison",
+        "Confirmed",
+        "Estimate",
+        "confirmed",
+    ),
+    "studies.exports": ("export",),
+    "studies.imported": ("import_trials",),
+    "studies.registry": (
+        "delete",
+        "names",
+        "open",
+        "pause",
+        "resume",
+        "stop",
+    ),
+    "studies.rendering": ("report",),
+    "studies.results": (
+        "Curve",
+        "Row",
+        "Status",
+        "attempts",
+        "best_model",
+        "best_trial",
+        "curves",
+        "leaderboard",
+        "status",
+        "statuses",
+        "workers",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(importlib.import_module(module), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -101,7 +101,7 @@ def confirmed(name: str, storage: StorageLike = None) -> Confirmed:
 
     >>> found = studies.confirmed("digits")
     >>> found.trained, [estimate.trial for estimate in found.estimates]
-    (2, [0])
+    (2, [1])
     >>> found.winner is None
     True
 

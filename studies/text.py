@@ -8,18 +8,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes
 from storage.artifacts import inside
 from studies import findings
-from studies.comparison import NotebookRow, StudyComparison
-from studies.confirmation import Comparison, Confirmed
-from studies.content import Content
 from studies.definition import Definition, to_toml
-from studies.results import Curve, Row
 from studies.statistics import MIN_SEEDS, Interval, seeds_needed
+
+if TYPE_CHECKING:
+    from studies.comparison import NotebookRow, StudyComparison
+    from studies.confirmation import Comparison, Confirmed
+    from studies.content import Content
+    from studies.results import Curve, Row
 
 SHOWN_ROWS = 50  # of the leaderboard
 LAYERS = 40  # lines of a model's summary that a note has, at most
@@ -42,7 +45,7 @@ class Section:
     body: str  # Markdown
 
 
-def report(content: Content) -> str:
+def report(content: "Content") -> str:
     """The whole report."""
     parts = [f"# {escaped(content.definition.name)}", head(content)]
     for section in sections(content):
@@ -50,7 +53,7 @@ def report(content: Content) -> str:
     return _paragraphs(parts) + "\n"
 
 
-def note(content: Content) -> str:
+def note(content: "Content") -> str:
     """The report without what the dashboard shows itself."""
     parts = [f"## {escaped(content.definition.name)}", head(content)]
     for section in sections(content):
@@ -58,7 +61,7 @@ def note(content: Content) -> str:
     return _paragraphs(parts)
 
 
-def head(content: Content) -> str:
+def head(content: "Content") -> str:
     """The first paragraphs: what the study is, and how far it is."""
     counts = content.counts
     by_state = ", ".join(
@@ -80,7 +83,7 @@ def head(content: Content) -> str:
     )
 
 
-def sections(content: Content) -> list[Section]:
+def sections(content: "Content") -> list[Section]:
     """What follows the head, in its order."""
     definition, found = content.definition, content.findings
     titles, cells = table(content.rows[:SHOWN_ROWS])
@@ -121,7 +124,7 @@ def sections(content: Content) -> list[Section]:
     return [section for section in every if section.body]
 
 
-def confirmed(found: Confirmed) -> str:
+def confirmed(found: "Confirmed") -> str:
     """The result of a confirmation: its estimates, its comparisons, and what follows."""
     accuracies = [
         [
@@ -155,7 +158,7 @@ def confirmed(found: Confirmed) -> str:
     return _paragraphs(parts)
 
 
-def _confirmed_sentences(found: Confirmed) -> list[str]:
+def _confirmed_sentences(found: "Confirmed") -> list[str]:
     sentences = []
     for each in found.estimates:
         epochs = f"{each.epochs} epoch{'' if each.epochs == 1 else 's'}"
@@ -202,7 +205,7 @@ def _confirmed_sentences(found: Confirmed) -> list[str]:
     return sentences
 
 
-def _comparison(found: Comparison) -> str:
+def _comparison(found: "Comparison") -> str:
     tested = ""
     if found.p is not None and found.p_holm is not None:
         tested = f"; sign-flip test: p {found.p:.3g}, {found.p_holm:.3g} with Holm's correction"
@@ -212,7 +215,7 @@ def _comparison(found: Comparison) -> str:
     )
 
 
-def compared(found: StudyComparison) -> str:
+def compared(found: "StudyComparison") -> str:
     """Two studies side by side."""
     cells = [
         [
@@ -244,7 +247,7 @@ def compared(found: StudyComparison) -> str:
     return _paragraphs([_rows(titles, cells), _bullets(sentences)])
 
 
-def compared_with_notebook(rows: Sequence[NotebookRow]) -> str:
+def compared_with_notebook(rows: "Sequence[NotebookRow]") -> str:
     """A study beside the notebook's results that it repeats."""
     cells = [
         [
@@ -279,7 +282,7 @@ def _interval(interval: Interval | None, form: str = ".4f") -> str:
     return "not known" if interval is None else f"{interval.low:{form}} to {interval.high:{form}}"
 
 
-def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def table(rows: "Sequence[Row]") -> tuple[list[str], list[list[str]]]:
     """The leaderboard's titles and cells, without empty columns."""
     names = list(dict.fromkeys(name for row in rows for name in row.params))
     titles = ["rank", "trial", "accuracy", *names, "epochs", "weights", "seconds"]
@@ -299,7 +302,9 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return [titles[column] for column in known], [[row[column] for column in known] for row in cells]
 
 
-def trial_note(trial: FrozenTrial, definition: Definition, curves: Sequence[Curve], summary: Sequence[str] = ()) -> str:
+def trial_note(
+    trial: FrozenTrial, definition: Definition, curves: "Sequence[Curve]", summary: Sequence[str] = ()
+) -> str:
     """A trial's note in Markdown: the last epoch, the model and its `summary`, device and speed; or why it failed."""
     attrs = trial.user_attrs
     lines = [f"**Trial {trial.number}**: {escaped(findings.params_text(trial.params)) or 'no hyperparameters'}"]

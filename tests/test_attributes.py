@@ -18,7 +18,7 @@ from storage.ranking import ranked
 from storage.transactions import PatientStorage
 from studies import notes, registry, results
 from studies.definition import Definition
-from studies.report import report
+from studies.rendering import report
 
 DATA = {"fingerprint": "0" * 16, "train": 100, "validation": 10}
 JUNK: list[Any] = [None, True, -1, 4.5, "all", [], [1], {}, {"gpu_hours": 40}, [{"host": "a"}], {"kind": 1}]

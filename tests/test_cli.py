@@ -70,7 +70,10 @@ space.dropout = { low = 0.0, high = 0.5 }
             ["create", "digits", "--epochs", "3"],
             ["budget.epochs = 8 in the database and 3 in this definition", "--name"],
         ),
-        (["create", "digits", "--limit", "20"], ["data.validation = 0.2 cannot split 20 images of 10 classes"]),
+        (
+            ["create", "digits", "--limit", "20"],
+            ["fixed.batch_size = 64 is larger than the 20 training images of digits"],
+        ),
         (["create", "digits", "--name", "a/b"], ['name = "a/b" must be letters, digits']),
         (["status", "--storage", "nonsense"], ["the database URL 'nonsense' does not parse", "sqlite:///"]),
         (["status", "--storage", "sqlite:///none.db"], ["there is no database at sqlite:///none.db"]),
@@ -246,10 +249,10 @@ def test_every_ready_definition_is_listed_and_right(trialyard: Call) -> None:
     code, out, err = trialyard("check", "digits")
     assert (code, err) == (0, "")
     assert out == (
-        "digits is right: 12 trials of 8 epochs over depth, dropout; 1150 training and 288 validation images\n"
+        "digits is right: 12 trials of 8 epochs over depth, dropout; 1150 training and 288 validation images; "
+        "the pruner hyperband has one bracket here, so it is successive halving\n"
     )
-    out = trialyard("check", "digits", "--epochs", "2")[1]
-    assert out.endswith(" images; the pruner hyperband has one bracket here, so it is successive halving\n")
+    assert trialyard("check", "digits", "--epochs", "9")[1].endswith(" images\n")
 
 
 def test_create_says_what_is_next_and_does_nothing_twice(trialyard: Call) -> None:

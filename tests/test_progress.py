@@ -10,7 +10,8 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from search.messages import Epoch
-from search.progress import Lines, LiveTable, ending, progress_line, shown
+from search.progress import Lines, LiveTable, ending
+from search.summary import progress_line, shown
 from storage import claims, ledger
 from storage.claims import Claim
 from storage.owners import Owner

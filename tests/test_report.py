@@ -37,7 +37,7 @@ from studies.content import collect
 from studies.definition import Definition, parse
 from studies.errors import StudyError
 from studies.imported import import_trials
-from studies.report import report
+from studies.rendering import report
 
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 DATA = {"fingerprint": "0" * 16, "train": 1438, "validation": 359, "image_shape": [8, 8, 1], "classes": 10}
