@@ -174,13 +174,14 @@ def _augmentation(h: Hyperparameters) -> list[layers.Layer]:
     outside the image is black.
     """
     made: list[layers.Layer] = []
-    fill = {"fill_mode": "constant", "fill_value": 0.0}
+    # In float32: in bfloat16 a pixel's place in a large image would be off by a pixel.
+    options: dict[str, Any] = {"fill_mode": "constant", "fill_value": 0.0, "dtype": "float32"}
     if h.get("rotate", 0.0):
-        made.append(layers.RandomRotation(h["rotate"] / 360.0, **fill))  # Keras takes shares of a full turn
+        made.append(layers.RandomRotation(h["rotate"] / 360.0, **options))  # Keras takes shares of a full turn
     if h.get("zoom", 0.0):
-        made.append(layers.RandomZoom(h["zoom"], **fill))
+        made.append(layers.RandomZoom(h["zoom"], **options))
     if h.get("shift", 0.0):
-        made.append(layers.RandomTranslation(h["shift"], h["shift"], **fill))
+        made.append(layers.RandomTranslation(h["shift"], h["shift"], **options))
     return made
 
 

@@ -212,6 +212,14 @@ def test_augmentation_changes_training_images_only_and_is_not_saved() -> None:
     assert 1.5 < np.abs(centres - 13.5).max() <= 2.8 + 1e-3  # a tenth of 28
 
 
+def test_augmentation_is_computed_in_float32() -> None:
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = build("convnet", {"depth": 5, "width": 0.1, "shift": 0.1, "rotate": 15.0, "zoom": 0.1}, MNIST, 10)
+    keras.config.set_dtype_policy("float32")
+    assert [layer.compute_dtype for layer in model.layers[:5]] == ["bfloat16", *["float32"] * 3, "bfloat16"]
+    model.fit(np.zeros((4, *MNIST), dtype="uint8"), np.eye(10)[:4], verbose=0)
+
+
 @pytest.mark.parametrize(("units", "pooled"), [(128, False), (128, True), (0, True), (16, False)])
 def test_the_hidden_layer_and_what_comes_before_it(units: int, pooled: bool) -> None:
     hyperparameters = {"depth": 5, "dense_units": units, "global_pooling": pooled, "dense_dropout": 0.5}
