@@ -26,6 +26,7 @@ from studies import confirmation, registry, results
 from studies import definition as definitions
 from studies.confirmation import Confirmed
 from studies.definition import Definition
+from studies.errors import StudyError
 from studies.statistics import seeds_needed
 
 if TYPE_CHECKING:
@@ -230,11 +231,11 @@ def confirm(
             "with %d candidates and %d seeds no winner is possible: %d seeds are needed",
             *(candidates, seeds, seeds_needed(candidates)),
         )
-    checked = check(definition)
-    registry.check_data(searched, checked.data)
+    data = checks.check(definition, here)
+    registry.check_data(searched, data)
     if definition.name not in registry.names(opened):
         ledger.record_test_opening(opened, searched)
-    created = registry.create(definition, opened, checked.data).study
+    created = registry.create(definition, opened, data).study
     if not created.has_ended:
         registry.check_software(created, opened, checks.software())
         _fill([created], opened, here, places, listeners, leave=False)
@@ -396,9 +397,17 @@ def _definition(
 ) -> Definition:
     changes: dict[str, Any] = {"name": name, "trials": trials, "epochs": epochs, "limit": limit}
     if not isinstance(source, Definition):
-        return definitions.load(str(source), **changes)
-    unchanged = all(change is None for change in changes.values())
-    return source if unchanged else definitions.parse(definitions.to_toml(source), **changes)
+        definition = definitions.load(str(source), **changes)
+    elif all(change is None for change in changes.values()):
+        definition = source
+    else:
+        definition = definitions.parse(definitions.to_toml(source), **changes)
+    if definition.confirm is not None:
+        raise StudyError(
+            f"{definition.name!r} is the definition of a confirmation, and these are counted, because they open "
+            f"the test images: `trialyard confirm {definition.confirm.study}` creates it"
+        )
+    return definition
 
 
 def _settings(storage: str | None) -> Settings:

@@ -229,6 +229,21 @@ def test_what_others_added_is_left_out(confirmed: Done) -> None:
     assert second.trial < 3
 
 
+def test_a_confirmation_is_created_by_confirm_alone(confirmed: Done, start: Command) -> None:
+    """Who wrote its definition into a file would open the test images uncounted."""
+    definition = registry.definition_of("small-confirm", database.connect(confirmed.url))
+    (confirmed.folder / "again.toml").write_text(definitions.to_toml(definition), encoding="utf-8")
+    before = _rows(confirmed)
+    for command in ("check", "create", "run"):
+        out, err = ended(start(command, "again.toml"), code=1)
+        assert (out, len(err.splitlines())) == ("", 1)
+        assert "is the definition of a confirmation" in err
+        assert "`trialyard confirm small` creates it" in err
+    with pytest.raises(StudyError, match="is the definition of a confirmation"):
+        search.create(definition, name="other")
+    assert _rows(confirmed) == before
+
+
 def test_a_candidate_without_any_result_is_never_recommended() -> None:
     runs = {0: {seed: Run(accuracy=0.9 + seed / 1000) for seed in range(8)}, 1: {}, 2: {0: Run(accuracy=0.5)}}
     found = confirmation.comparisons([0, 2], runs)
