@@ -21,7 +21,7 @@ from search.errors import DeviceError, MachineError
 from search.heartbeat import Pulse
 from search.messages import Epoch, Failed, Job, Resumed, Trained
 from search.progress import Listener
-from search.proposal import SpaceExhausted, hyperparameters_of
+from search.proposal import SamplerFailed, SpaceExhausted, hyperparameters_of, is_of_the_database
 from search.trainer import START_SECONDS, Trainer, TrainerDied
 from storage import artifacts, claims, ledger, retention
 from storage.claims import Claim
@@ -131,8 +131,8 @@ class Attempt:
         except SpaceExhausted as exhausted:
             ledger.set_state(self.handle.storage, self.handle.study, "stopped")
             return _failed(Failed(kind="exhausted", message=str(exhausted)))
-        except (ValueError, RuntimeError, ArithmeticError) as error:
-            return _failed(Failed(kind="sampler", message=f"{type(error).__name__}: {error}"))
+        except SamplerFailed as failed:
+            return _failed(Failed(kind="sampler", message=str(failed)))
         self._recipe = recipe.of_trial(definition, self.claim.number, point)
         for listener in self._listeners:
             listener.began(self.claim, point, self._recipe.epochs)
@@ -225,6 +225,15 @@ class Attempt:
             raise ClaimLost(
                 f"study {self.claim.study}: trial {self.claim.number} was ended by somebody else meanwhile"
             ) from error
+        except Exception as error:
+            if is_of_the_database(error, self.handle.storage, self.claim):
+                raise
+            log.warning(
+                "the pruner failed at %s trial %d after epoch %d, which goes on",
+                *(self.claim.study, self.claim.number, epoch),
+                exc_info=error,
+            )
+            return False
 
     def _outcome_of_death(self, died: TrainerDied) -> Outcome:
         if not died.ready:

@@ -1,24 +1,41 @@
 """Which hyperparameters a claimed trial gets: those that it has, or new ones that no other trial of the study has."""
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
+from sqlalchemy.exc import SQLAlchemyError
 
 from storage import claims
 from storage.claims import Claim
+from storage.errors import TrialyardError
 from storage.transactions import PatientStorage
 from studies import sampling
 from studies.definition import Definition
 from studies.space import Point, grid, suggest
 
+log = logging.getLogger(__name__)
+
 REDRAWS = 20  # how often the sampler is asked again for a point that no trial has
 _Params = dict[str, tuple[BaseDistribution, Any]]
+
+
+def is_of_the_database(error: Exception, storage: PatientStorage, claim: Claim) -> bool:
+    """Whether the database raised an error that came out of a sampler or a pruner, which read it; else it is theirs."""
+    if isinstance(error, KeyError):  # Optuna's word for a row that is missing
+        return not claims.trial_exists(storage, claim)
+    return isinstance(error, (TrialyardError, OptunaError, SQLAlchemyError))
+
+
+class SamplerFailed(Exception):  # noqa: N818 - it is an event
+    """The sampler raised an error. The message says which."""
 
 
 class SpaceExhausted(Exception):  # noqa: N818 - it is an event
@@ -31,9 +48,9 @@ def hyperparameters_of(definition: Definition, storage: PatientStorage, opened: 
     In a space without continuous ranges a sampler proposes points again that it has tried: the same training would be
     paid for twice. So it is asked again, with other seeds, and at last any free point is taken.
 
-    Raises ClaimLost; SpaceExhausted; and ValueError, RuntimeError or ArithmeticError if the sampler fails.
+    Raises ClaimLost, SpaceExhausted and SamplerFailed.
     """
-    point, params = _suggested(definition, opened, claim, draw=0)
+    point, params = _suggested(definition, storage, opened, claim, draw=0)
     if definition.size is None or _is_given(opened, claim):
         claims.begin(storage, claim, params)
         return point
@@ -43,7 +60,7 @@ def hyperparameters_of(definition: Definition, storage: PatientStorage, opened: 
     while True:
         while _key(point) in taken and draw < draws:
             draw += 1
-            point, params = _suggested(definition, opened, claim, draw)
+            point, params = _suggested(definition, storage, opened, claim, draw)
         if _key(point) in taken:
             point = _free(definition, claim, taken)
             params = {name: (definition.space[name].distribution(), value) for name, value in point.items()}
@@ -55,13 +72,21 @@ def hyperparameters_of(definition: Definition, storage: PatientStorage, opened: 
             return point
 
 
-def _suggested(definition: Definition, opened: optuna.Study, claim: Claim, draw: int) -> tuple[Point, _Params]:
-    if draw > 0:
-        opened.sampler = sampling.sampler(definition, claim.number, draw)
-    trial = optuna.Trial(opened, claim.trial_id)
-    draft = _Draft(trial.storage)
-    trial.storage = draft  # type: ignore[assignment]
-    return suggest(trial, definition.space), draft.params
+def _suggested(
+    definition: Definition, storage: PatientStorage, opened: optuna.Study, claim: Claim, draw: int
+) -> tuple[Point, _Params]:
+    try:
+        if draw > 0:
+            opened.sampler = sampling.sampler(definition, claim.number, draw)
+        trial = optuna.Trial(opened, claim.trial_id)  # it asks the sampler already
+        draft = _Draft(trial.storage)
+        trial.storage = draft  # type: ignore[assignment]
+        return suggest(trial, definition.space), draft.params
+    except Exception as error:
+        if is_of_the_database(error, storage, claim):
+            raise
+        log.warning("the sampler failed at %s trial %d", claim.study, claim.number, exc_info=error)
+        raise SamplerFailed(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _is_given(opened: optuna.Study, claim: Claim) -> bool:

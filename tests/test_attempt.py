@@ -117,6 +117,32 @@ def _only(storage: PatientStorage) -> optuna.trial.FrozenTrial:
     return trial
 
 
+@pytest.mark.parametrize("error", [AssertionError("inside it"), KeyError("inside it"), ValueError("inside it")])
+def test_an_error_of_a_sampler_or_a_pruner_never_ends_a_worker(
+    storage: PatientStorage,
+    tmp_path: Path,
+    me: Owner,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optuna.pruners.NopPruner, "prune", fail)
+        _run(storage, tmp_path, me, _epoch(1, 0.5), _epoch(2, 0.6), _trained(stopped=False))
+    assert (_only(storage).state, _only(storage).values) == (TrialState.COMPLETE, [0.9])
+    assert "the pruner failed at trivial trial 0 after epoch 1, which goes on" in caplog.text
+    for method in ("sample_independent", "infer_relative_search_space"):
+        with monkeypatch.context() as patched:
+            patched.setattr(optuna.samplers.TPESampler, method, fail)
+            _run(storage, tmp_path, me)
+        failed = storage.get_all_trials(storage.get_study_id_from_name("trivial"))[-1]
+        assert failed.state == TrialState.FAIL
+        assert failed.user_attrs["failure"] == {"kind": "sampler", "message": f"{type(error).__name__}: {error}"}
+
+
 @pytest.mark.parametrize(("stopped", "state"), [(True, TrialState.PRUNED), (False, TrialState.COMPLETE)])
 def test_a_trial_at_its_end_is_complete_though_it_was_to_be_pruned(
     storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch, stopped: bool, state: Any
