@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from search import interruption, storage_commands
+from search import interruption, storage_commands, study_commands
 from search.options import (
     DevicesOption,
     EpochsOption,
@@ -343,6 +343,10 @@ def stop(study: StudyArgument, storage: StorageOption = None) -> None:
 
     registry.stop(study, settings_of(storage).url)
     say(f"study {study} is stopped: `trialyard leaderboard {study}` shows its results")
+
+
+app.command()(study_commands.enqueue)
+app.command()(study_commands.retry)
 
 
 @app.command("import")

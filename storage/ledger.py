@@ -180,7 +180,7 @@ def create_study(
             _set_attribute(connection, study_id, "incarnation", uuid.uuid4().hex)
         before = _budget(connection, study_id)
         added = _add_imported(connection, study_id, digests)
-        actual = _raise_budget(connection, study_id, budget)
+        actual = set_larger_budget(connection, study_id, budget)
         (created,) = _load(connection, StudyModel.study_id == study_id)
         return Creation(changed=added > 0 or actual != before, study=created)
 
@@ -199,12 +199,13 @@ def raise_budget(storage: RDBStorage, study: Study, budget: Budget) -> Budget:
     """
 
     def work(connection: Connection) -> Budget:
-        return _raise_budget(connection, current(connection, study).id, budget)
+        return set_larger_budget(connection, current(connection, study).id, budget)
 
     return write(storage, study.name, work)
 
 
-def _raise_budget(connection: Connection, study_id: int, budget: Budget) -> Budget:
+def set_larger_budget(connection: Connection, study_id: int, budget: Budget) -> Budget:
+    """The same in the caller's transaction."""
     existing = _budget(connection, study_id)
     trials = budget.trials if existing is None else max(budget.trials, existing.trials)
     actual = replace(budget, trials=trials, imported=len(_imported_digests(connection, study_id)))
@@ -228,7 +229,7 @@ def import_trials(storage: RDBStorage, study: Study, trials: Sequence[Imported])
         existing = current(connection, study)
         added = _add_imported(connection, study.id, digests)
         if added:
-            _raise_budget(connection, study.id, existing.budget)
+            set_larger_budget(connection, study.id, existing.budget)
         return added
 
     return write(storage, study.name, work)

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from studies.additions import enqueue, retry
     from studies.comparison import NotebookRow, StudyComparison, compare, compare_notebook
     from studies.confirmation import Comparison, Confirmed, Estimate, confirmed
     from studies.exports import export
@@ -50,6 +51,7 @@ __all__ = [
     "confirmed",
     "curves",
     "delete",
+    "enqueue",
     "export",
     "import_trials",
     "leaderboard",
@@ -58,6 +60,7 @@ __all__ = [
     "pause",
     "report",
     "resume",
+    "retry",
     "status",
     "statuses",
     "stop",
@@ -66,6 +69,7 @@ __all__ = [
 
 # At the first use, from these modules: most commands need one of them.
 _MODULES = {
+    "studies.additions": ("enqueue", "retry"),
     "studies.comparison": (
         "NotebookRow",
         "StudyComparison",

@@ -1,0 +1,45 @@
+"""The commands that give a study more to do."""
+
+import tomllib
+from typing import Annotated, Any
+
+import typer
+
+from search.options import StorageOption, StudyArgument, settings_of
+
+
+def enqueue(
+    study: StudyArgument,
+    values: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="Such as depth=5 dropout=0.1")],
+    storage: StorageOption = None,
+) -> None:
+    """Add a trial with these hyperparameters, the sampler gives those that are left out."""
+    from search.terminal import say
+    from studies import additions
+
+    number = additions.enqueue(study, dict(map(_pair, values)), settings_of(storage).url)
+    say(f"trial {number} of {study} is in the queue: `trialyard work {study}`, where no worker waits")
+
+
+def retry(study: StudyArgument, storage: StorageOption = None) -> None:
+    """Add a trial for each failed one, with the same hyperparameters; the budget grows by them."""
+    from search.terminal import say
+    from storage.errors import trials_text
+    from studies import additions
+
+    numbers = additions.retry(study, settings_of(storage).url)
+    if numbers:
+        are = "is" if len(numbers) == 1 else "are"
+        say(f"{trials_text(numbers)} of {study} {are} in the queue: `trialyard work {study}`, where no worker waits")
+    else:
+        say(f"no failed trial of {study} is left to repeat")
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise typer.BadParameter(f"{text!r} is no hyperparameter with its value: write it as depth=5")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value  # a string without its quotes, such as optimizer=adam
