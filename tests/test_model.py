@@ -158,10 +158,13 @@ def test_every_hyperparameter_that_a_definition_may_name_is_used() -> None:
     assert rules is not None
     of_training = {"batch_size", "batch_norm_averages", "patience_epochs"}
     assert set(values) | of_training == set(rules)
+    normed = base | {"batch_norm": True, "batch_norm_momentum": 0.9}
+    starts = {"batch_norm_momentum": (normed, configuration(normed))}
+    usual = (base, configuration(base))
+    assert configuration(base) == usual[1], "the same hyperparameters have the same configuration"
     for name, value in values.items():
-        start = base | ({"batch_norm": True, "batch_norm_momentum": 0.9} if name == "batch_norm_momentum" else {})
-        assert configuration(start) == configuration(start)
-        assert configuration(start | {name: value}) != configuration(start), name
+        start, before = starts.get(name, usual)
+        assert configuration(start | {name: value}) != before, name
 
 
 @pytest.mark.parametrize(
