@@ -89,6 +89,8 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
     x, y = _pair(raw["x_train"], raw["y_train"], name, "x_train", "y_train")
     fingerprint = _fingerprint(x, y)
     classes = int(y.max()) + 1
+    if data.limit_includes_validation:
+        x, y = _limited(x, y, data, name)
     x_test = y_test = None
     if "x_test" in raw:
         x_test, y_test = _pair(raw["x_test"], raw["y_test"], name, "x_test", "y_test")
@@ -106,8 +108,8 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
         held_out = round(len(y) * share)
         x, x_validation, y, y_validation = _split(x, y, held_out, data.seed, setting, name)
     # After the split: a study with fewer training images is judged by as many as one with all.
-    if data.limit is not None and data.limit < len(y):
-        x, _, y, _ = _split(x, y, len(y) - data.limit, data.seed, f"data.limit = {data.limit}", name)
+    if not data.limit_includes_validation:
+        x, y = _limited(x, y, data, name)
     return Dataset(
         x_train=x,
         y_train=y,
@@ -119,6 +121,13 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
         x_test=x_test if test else None,
         y_test=y_test if test else None,
     )
+
+
+def _limited(x: Array, y: Array, data: Data, name: str) -> tuple[Array, Array]:
+    if data.limit is None or data.limit >= len(y):
+        return x, y
+    x, _, y, _ = _split(x, y, len(y) - data.limit, data.seed, f"data.limit = {data.limit}", name)
+    return x, y
 
 
 def require_test(name: str, folders: Sequence[Path]) -> None:

@@ -175,9 +175,6 @@ def _change_since(connection: Connection, study_id: int) -> str | None:
     )
     if not isinstance(definition, dict):
         return None
-    images = definition.get("data") or {}
-    if images.get("limit") is not None and images.get("validation") != "test":
-        return "data.limit leaves all validation images now"
     if definition.get("model") != "convnet":
         return None
     fixed, space = definition.get("fixed") or {}, definition.get("space") or {}
@@ -233,7 +230,12 @@ def _rename(connection: Connection, study_id: int) -> None:
 
 
 def _scored_as_before(definition: dict[str, Any]) -> dict[str, Any]:
-    """The definition with Keras's own moving averages, so that new trials stay comparable with the older ones."""
+    """The definition by which new trials stay comparable with the older ones: with Keras's own moving averages, and a
+    limit that the validation images are part of.
+    """
+    images = definition.get("data") or {}
+    if images.get("limit") is not None and images.get("validation") != "test":
+        definition = definition | {"data": images | {"limit_includes_validation": True}}
     fixed = definition.get("fixed", {})
     no_averages = definition["model"] == "mnist_cnn" or (
         fixed.get("depth") == 3 and not fixed.get("batch_norm") and "batch_norm" not in definition.get("space", {})

@@ -55,6 +55,8 @@ class Data(_Table):
     # A stratified share of the training images. "test" follows the notebook's protocol, and its trials are marked.
     validation: Annotated[Finite, Field(gt=0, lt=1)] | Literal["test"] = 0.1
     limit: Annotated[Whole, Field(ge=1)] | None = None  # train on only so many images; all validation images are used
+    # As in version 0.1: the validation images are a share of those that the limit keeps. For studies that began so.
+    limit_includes_validation: bool = False
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0  # decides which images the limit keeps, and the split
 
 

@@ -44,6 +44,8 @@ def test_split_and_limit_lose_nothing_and_show_no_image_twice(tmp_path: Path) ->
     assert len({image.tobytes() for image in together}) == 160
     assert len(limited.y_train) == 100
     assert np.array_equal(limited.x_validation, dataset.x_validation), "it is judged by the same images"
+    older = data.load(str(tmp_path / "all.npz"), Data(validation=0.1, limit=100, limit_includes_validation=True), [])
+    assert (len(older.y_train), len(older.y_validation)) == (90, 10)
     assert limited.fingerprint == dataset.fingerprint, "it tells which images they were taken from"
 
 

@@ -1,4 +1,7 @@
-"""Dropout costs no depth more than a little: it once stood where it spoiled the batch normalisation behind it."""
+"""Dropout costs no depth more than a little: it once stood where it spoiled the batch normalisation behind it.
+
+At half the width, which takes a third of the time.
+"""
 
 from pathlib import Path
 
@@ -21,7 +24,7 @@ def test_no_depth_loses_more_than_three_points_by_dropout_on_the_digits(depth: i
     value = {
         rate: train(
             model="convnet",
-            hyperparameters={"depth": depth, "dropout": rate},
+            hyperparameters={"depth": depth, "dropout": rate, "width": 0.5},
             dataset=dataset,
             epochs=EPOCHS,
             seed=1,
@@ -32,5 +35,5 @@ def test_no_depth_loses_more_than_three_points_by_dropout_on_the_digits(depth: i
         ).value
         for rate in (0.0, 0.25)
     }
-    assert value[0.0] > 0.9
+    assert value[0.0] > 0.8
     assert value[0.25] > value[0.0] - 0.03, value

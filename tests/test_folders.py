@@ -104,10 +104,10 @@ def test_a_study_created_again_takes_nothing_of_the_one_that_was_deleted(
 def test_a_worker_that_sleeps_through_its_claim_and_then_writes(
     home: Path, write_small: Callable[..., Path], start: Command
 ) -> None:
-    file, url = write_small(trials=1, epochs=12), f"sqlite:///{home}/yard/studies.db"
+    file, url = write_small(trials=1, epochs=60), f"sqlite:///{home}/yard/studies.db"
     soon = {"TRIALYARD_GRACE_SECONDS": "1", "TRIALYARD_BEAT_SECONDS": "0.3"}
     slow = _begin(start, "run", str(file), **soon)
-    until(slow, "small trial 0 epoch 3/12")
+    until(slow, "small trial 0 epoch 3/60")
     processes = [psutil.Process(slow.pid), *psutil.Process(slow.pid).children()]
     for process in processes:
         process.suspend()
@@ -119,7 +119,7 @@ def test_a_worker_that_sleeps_through_its_claim_and_then_writes(
     # The trainer goes on for a while, and writes: only its worker can tell it that the trial is another's.
     os.kill(processes[1].pid, signal.SIGCONT)
     late = home / "yard" / "artifacts" / Path(best.user_attrs["model"]).parents[1] / "1" / "model.keras"
-    deadline = time.time() + 60
+    deadline = time.time() + 120
     while not late.exists() and time.time() < deadline:
         time.sleep(0.1)
     assert late.exists()

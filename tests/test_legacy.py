@@ -183,18 +183,15 @@ def test_an_older_study_keeps_its_way_of_scoring(
     }
 
 
-@pytest.mark.parametrize(("images", "continues"), [({"limit": 60}, False), ({"limit": 60, "validation": "test"}, True)])
-def test_an_older_study_with_fewer_images_is_not_continued(
-    storage: PatientStorage, trivial: Definition, either_url: str, images: dict[str, Any], continues: bool
+@pytest.mark.parametrize(("images", "kept"), [({"limit": 60}, True), ({"limit": 60, "validation": "test"}, False)])
+def test_an_older_study_keeps_its_validation_images(
+    storage: PatientStorage, trivial: Definition, either_url: str, images: dict[str, Any], kept: bool
 ) -> None:
-    """Its validation images were a share of those of the limit."""
-    changed = trivial.model_copy(update={"data": Data(**images)})
-    registry.check_software(registry.create(changed, storage, DATA).study, storage, {"trialyard": "0.1"})
+    """They were a share of those of the limit."""
+    registry.create(trivial.model_copy(update={"data": Data(**images)}), storage, DATA)
     _make_old(storage, trivial.name)
-    _, repaired = database.upgrade(either_url)
-    assert any("data.limit leaves all validation images now" in sentence for sentence in repaired) is not continues
-    now = checks.software()["trialyard"] if continues else "0.1"
-    assert registry.find(trivial.name, storage).software == {"trialyard": now}
+    database.upgrade(either_url)
+    assert registry.definition_of(trivial.name, storage).data == Data(**images, limit_includes_validation=kept)
 
 
 def test_older_studies_among_current_ones_are_named(
