@@ -57,7 +57,7 @@ def test_an_interrupted_creation_leaves_nothing(storage: PatientStorage, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ledger, "_raise_budget", interrupted)  # the last statement of the transaction
+        patch.setattr(ledger, "set_larger_budget", interrupted)  # the last statement of the transaction
         with pytest.raises(KeyboardInterrupt):
             notebook.create(storage)
     assert storage.get_all_studies() == []
