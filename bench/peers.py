@@ -16,8 +16,7 @@ only layers of Keras) and two processors:
 It prints a line of JSON for each side and seed: seconds of the whole program with its imports, epochs that were
 trained, the best validation accuracy by the side's own scoring, and after how many seconds that was 0.96 and 0.97.
 `outside` is the accuracy of the model that the side would hand over, on the 10,000 test images, which nobody trained on
-or chose by; it is computed here, by plain Keras, after the clock has stopped. A seed takes most of an hour on two
-cores.
+or chose by; it is computed here, by plain Keras, after the clock has stopped.
 """
 
 import argparse

@@ -13,7 +13,7 @@ def enqueue(
     values: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="Such as depth=5 dropout=0.1")],
     storage: StorageOption = None,
 ) -> None:
-    """Add a trial with these hyperparameters, the sampler gives those that are left out."""
+    """Add a trial with these hyperparameters; the sampler gives those that are left out."""
     from search.terminal import say
     from studies import additions
 

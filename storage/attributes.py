@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, select
 
 from storage.errors import StudyUnreadable
-from storage.tables import StudyModel, StudyUserAttributeModel
+from storage.tables import StudyModel, StudyUserAttributeModel, TrialModel, TrialUserAttributeModel
 
 PREFIX = "trialyard:"
 
@@ -137,6 +137,16 @@ def number(value: Any) -> int | float | None:
     """`value` if it is a finite number, else None."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if is_number else None
+
+
+def of_all_trials(connection: Connection, study_id: int, key: str) -> list[Any]:
+    """The values of the user attribute `key` of the study's trials; what is not JSON is None."""
+    stored = connection.execute(
+        select(TrialUserAttributeModel.value_json)
+        .join(TrialModel, TrialModel.trial_id == TrialUserAttributeModel.trial_id)
+        .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == key)
+    ).scalars()
+    return [decoded(value_json) for value_json in stored]
 
 
 def decoded(value_json: str | None) -> Any:

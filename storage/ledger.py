@@ -31,12 +31,11 @@ from storage.tables import (
     StudyUserAttributeModel,
     TrialModel,
     TrialParamModel,
-    TrialSystemAttributeModel,
     TrialUserAttributeModel,
     TrialValueModel,
     find_study,
     insert_study,
-    insert_trial,
+    insert_waiting,
     next_number,
     utc_now,
     value_row,
@@ -171,9 +170,7 @@ def create_study(
             for name, value in {"definition": definition, "data": data}.items():
                 _set_attribute(connection, study_id, name, value)
             for number, point in enumerate(points):
-                trial_id = insert_trial(connection, study_id, number, TrialState.WAITING)
-                row = {"trial_id": trial_id, "key": "fixed_params", "value_json": json.dumps(point)}
-                connection.execute(insert(TrialSystemAttributeModel).values(row))
+                insert_waiting(connection, study_id, number, point)
         else:
             accept(stored, attributes.of_study(connection, study_id, "data") or {})
         if attributes.of_study(connection, study_id, "incarnation") is None:
@@ -297,12 +294,7 @@ def _add_imported(connection: Connection, study_id: int, by_digest: Mapping[str,
 
 def _imported_digests(connection: Connection, study_id: int) -> set[str]:
     """The digests of the study's imported trials. What others store under this name does not have their form."""
-    stored = connection.execute(
-        select(TrialUserAttributeModel.value_json)
-        .join(TrialModel, TrialModel.trial_id == TrialUserAttributeModel.trial_id)
-        .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == IMPORT_KEY)
-    ).scalars()
-    digests = map(attributes.decoded, stored)
+    digests = attributes.of_all_trials(connection, study_id, IMPORT_KEY)
     return {digest for digest in digests if isinstance(digest, str) and IMPORT_KEY_PATTERN.fullmatch(digest)}
 
 

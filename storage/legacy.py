@@ -55,11 +55,10 @@ def upgrade(connection: Connection) -> list[str]:
         if study_id in older or moved:
             _renew_incarnation(connection, study_id)
             done.append(f"study {name}: brought over from an older Trialyard")
-            change = _change_since(connection, study_id)
-            if change is not None:
+            if _drops_elsewhere(connection, study_id):
                 done.append(
-                    f"study {name}: {change}, so new trials could not be compared with those that it has, and no "
-                    "worker continues it: create it again with --name"
+                    f"study {name}: at depth 5 the dropout is behind the pooling now, so new trials could not be "
+                    "compared with those that it has, and no worker continues it: create it again with --name"
                 )
             else:
                 _continue_with_this_version(connection, study_id)
@@ -165,23 +164,19 @@ def _continue_with_this_version(connection: Connection, study_id: int) -> None:
         connection.execute(update(stored).where(*mine).values(value_json=json.dumps(software)))
 
 
-def _change_since(connection: Connection, study_id: int) -> str | None:
-    """What this version trains or judges otherwise than version 0.1 did, if it concerns this study."""
+def _drops_elsewhere(connection: Connection, study_id: int) -> bool:
+    """Whether a study has models of depth 5 with dropout, which was before the pooling."""
     stored = StudyUserAttributeModel
     definition = decoded(
         connection.execute(
             select(stored.value_json).where(stored.study_id == study_id, stored.key == f"{PREFIX}definition")
         ).scalar()
     )
-    if not isinstance(definition, dict):
-        return None
-    if definition.get("model") != "convnet":
-        return None
+    if not isinstance(definition, dict) or definition.get("model") != "convnet":
+        return False
     fixed, space = definition.get("fixed") or {}, definition.get("space") or {}
     depths = space["depth"].get("choices", [5]) if isinstance(space.get("depth"), dict) else [fixed.get("depth")]
-    if 5 in depths and any(name in space or fixed.get(name) for name in ("dropout", "conv_dropout")):
-        return "at depth 5 the dropout is behind the pooling now"
-    return None
+    return 5 in depths and any(name in space or fixed.get(name) for name in ("dropout", "conv_dropout"))
 
 
 def outdated(connection: Connection) -> dict[int, str]:

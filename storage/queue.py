@@ -1,24 +1,15 @@
 """Adds trials to the queue of a study that exists."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection
 
 from storage import attributes, ledger
 from storage.ledger import Study
-from storage.tables import (
-    TrialModel,
-    TrialSystemAttributeModel,
-    TrialUserAttributeModel,
-    insert_trial,
-    next_number,
-    set_trial_attributes,
-)
+from storage.tables import insert_waiting, next_number, set_trial_attributes
 from storage.transactions import write
 
 RETRY_OF = "retry_of"  # user attribute of a trial that repeats a failed one: that one's number
@@ -41,13 +32,11 @@ def enqueue(storage: RDBStorage, study: Study, trials: Sequence[Queued]) -> list
 
     def work(connection: Connection) -> list[int]:
         existing = ledger.current(connection, study)
-        repeated = _repeated(connection, study.id)
+        repeated = attributes.of_all_trials(connection, study.id, RETRY_OF)
         first = next_number(connection, study.id)
         wanted = [trial for trial in trials if trial.retry_of is None or trial.retry_of not in repeated]
         for number, trial in enumerate(wanted, start=first):
-            trial_id = insert_trial(connection, study.id, number, TrialState.WAITING)
-            row = {"trial_id": trial_id, "key": "fixed_params", "value_json": json.dumps(dict(trial.point))}
-            connection.execute(insert(TrialSystemAttributeModel).values(row))
+            trial_id = insert_waiting(connection, study.id, number, trial.point)
             if trial.retry_of is not None:
                 set_trial_attributes(connection, trial_id, {RETRY_OF: trial.retry_of})
         taken = existing.finished + existing.running + existing.waiting + len(wanted)
@@ -57,13 +46,3 @@ def enqueue(storage: RDBStorage, study: Study, trials: Sequence[Queued]) -> list
         return list(range(first, first + len(wanted)))
 
     return write(storage, study.name, work)
-
-
-def _repeated(connection: Connection, study_id: int) -> set[int]:
-    """The numbers of the failed trials that others repeat."""
-    stored = connection.execute(
-        select(TrialUserAttributeModel.value_json)
-        .join(TrialModel, TrialModel.trial_id == TrialUserAttributeModel.trial_id)
-        .where(TrialModel.study_id == study_id, TrialUserAttributeModel.key == RETRY_OF)
-    ).scalars()
-    return {number for number in map(attributes.decoded, stored) if isinstance(number, int)}

@@ -92,6 +92,16 @@ def insert_trial(
     return int(trial_id)
 
 
+def insert_waiting(connection: Connection, study_id: int, number: int, point: Mapping[str, Any]) -> int:
+    """Inserts a trial that is to be tried with the hyperparameters `point`, as Optuna's own queue has it; returns its
+    id.
+    """
+    trial_id = insert_trial(connection, study_id, number, TrialState.WAITING)
+    row = {"trial_id": trial_id, "key": "fixed_params", "value_json": json.dumps(dict(point))}
+    connection.execute(insert(TrialSystemAttributeModel).values(row))
+    return trial_id
+
+
 def update_trial(connection: Connection, trial_id: int, **columns: Any) -> None:
     """Sets columns of a trial's row, by the names of `TrialModel`'s attributes."""
     values = {getattr(TrialModel, name): value for name, value in columns.items()}

@@ -70,7 +70,9 @@ def _open_for_more(study: Study) -> Definition:
     if study.state == "stopped":
         raise StudyError(f"study {study.name!r} is stopped: `trialyard resume {study.name}` first")
     if study.is_late:
-        raise StudyError(f"study {study.name!r} is out of time: `trialyard create` it with more budget.hours first")
+        raise StudyError(
+            f"study {study.name!r} is out of time: give it more budget.hours with `trialyard create` first"
+        )
     return definition
 
 
