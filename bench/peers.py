@@ -19,6 +19,8 @@ trained, the best validation accuracy by the side's own scoring, and after how m
 or chose by; it is computed here, by plain Keras, after the clock has stopped.
 """
 
+from __future__ import annotations  # Ray sends functions to processes where those of a class's body are not known
+
 import argparse
 import json
 import os
