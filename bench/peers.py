@@ -257,7 +257,7 @@ def keras_tuner(folder: Path, seed: int, scores: Scores) -> Path:
         def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
             scores.add((logs or {})["val_accuracy"])
 
-        def __deepcopy__(self, memory: dict[int, Any]) -> "Each":
+        def __deepcopy__(self, memory: dict[int, Any]) -> Each:
             return self  # KerasTuner copies callbacks for each trial
 
     tuner = library.Hyperband(
