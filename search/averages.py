@@ -1,20 +1,27 @@
-"""Fair scores: corrects the moving averages of batch normalisation for their start values.
+"""Fair scores: a model is judged with the batch normalisation statistics of the last batches that it trained on.
 
-Keras starts them at mean 0 and variance 1, and adds each batch with the weight 1 - m, where m is the momentum (0.99).
-After t steps the start values still have the weight m^t: 0.14 after 192 steps. So a short run is judged with statistics
-that are not those of its images: a model that trained to 98.6 % got a score of 9.2 %. The bias correction of Adam's
-moments (Kingma and Ba, 2015, section 3) removes the start values:
+Keras's moving averages start at mean 0 and variance 1, and add each batch with the weight 1 - m, where m is the
+momentum (0.99). So they lag by about a hundred batches. After 192 batches the start values still have the weight 0.14,
+and batches from before the model had learned much have most of the rest: a model that trained to 98.6 % got a score of
+9.2 %.
 
-    (average - m^t * start) / (1 - m^t)
+The average over the last k batches alone follows from the averages before and after them. It is the bias correction of
+Adam's moments (Kingma and Ba, 2015, section 3), with the values before the k batches as the start values:
+
+    (after - m^k * before) / (1 - m^k)
+
+k is small while a model learns fast, and grows as it slows down (`window`). In long trainings this is Keras's own
+average, because m^k is nearly 0.
 
 The training does not change, because batch normalisation trains with the statistics of the batch. While a model trains,
-and in its checkpoints, the averages are those of Keras. They are corrected only while the model is evaluated, and in
-the saved model.
+and in its checkpoints, the averages are those of Keras. Others take their place only while the model is evaluated, and
+in the saved model.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -27,18 +34,22 @@ from search.data import Array
 PROBE = 1e6
 
 
+# Fewer images would make the statistics noisy, more would make them older than the weights.
+LEAST_IMAGES = 512
+# The window grows with this share of the batches so far.
+SHARE = 1 / 16
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Averages:
-    """A layer, and the start values of its moving averages."""
+    """A layer, and how often a training step updates its moving averages."""
 
     layer: keras.layers.BatchNormalization
-    start_mean: Array  # (channels,)
-    start_variance: Array  # (channels,)
-    updates: int  # per training step: more than 1 where a model calls one layer several times
+    updates: int  # more than 1 where a model calls one layer several times
 
-    def start_weight(self, steps: int) -> float:
-        """The weight of the start values after so many training steps."""
-        return float(self.layer.momentum ** (self.updates * steps))
+    @property
+    def variables(self) -> tuple[Any, Any]:
+        return self.layer.moving_mean, self.layer.moving_variance
 
 
 class MovingAverages:
@@ -50,35 +61,84 @@ class MovingAverages:
     def __bool__(self) -> bool:
         return bool(self._averages)
 
-    @contextmanager
-    def corrected(self, steps: int) -> Iterator[None]:
-        """Corrects the model's averages while the block runs; `steps` is how many batches it has trained on.
+    def now(self) -> list[Array]:
+        """The mean and the variance of each layer, each of (channels,)."""
+        return [_value(variable) for averages in self._averages for variable in averages.variables]
 
-        Afterwards the model has the same averages as before, to the bit.
+    @contextmanager
+    def of_batches(self, before: Sequence[Array], after: Sequence[Array], batches: int) -> Iterator[None]:
+        """Gives the model the averages over some batches alone, while the block runs.
+
+        `before` and `after` is what `now` gave before and after these `batches`. At the end of the block the model has
+        the same averages as at its begin, to the bit.
         """
-        originals: list[tuple[Any, Array]] = []
+        originals = self.now()
+        values = iter(zip(before, after, strict=True))
         for averages in self._averages:
-            weight = averages.start_weight(steps)
-            if not 0.0 < weight < 1.0:
-                continue  # the start values have no weight, or all of it
-            for variable, start, least in (
-                (averages.layer.moving_mean, averages.start_mean, -np.inf),
-                (averages.layer.moving_variance, averages.start_variance, 0.0),
-            ):
-                original = _value(variable)
-                originals.append((variable, original))
-                corrected = (original.astype(np.float64) - weight * start) / (1.0 - weight)
-                variable.assign(np.maximum(corrected, least).astype(np.float32))  # rounding may go below 0
+            weight = float(averages.layer.momentum ** (averages.updates * batches))
+            for variable, least in zip(averages.variables, (-np.inf, 0.0), strict=True):  # rounding may go below 0
+                earlier, later = next(values)
+                alone = (later.astype(np.float64) - weight * earlier) / (1.0 - weight)
+                variable.assign(np.maximum(alone, least).astype(np.float32))
         try:
             yield
         finally:
-            for variable, original in originals:
-                variable.assign(original)
+            originals_left = iter(originals)
+            for averages in self._averages:
+                for variable in averages.variables:
+                    variable.assign(next(originals_left))
+
+
+class LastBatches(keras.callbacks.Callback):  # type: ignore[misc]
+    """Watches the `fit` of one epoch, and notes the averages before and after its last batches (see `window`).
+
+    The epoch trains on `images` images in batches of `batch_size`, after `trained` batches in earlier epochs. A smaller
+    batch at its end is left out: each of its images would count for more.
+    """
+
+    def __init__(self, averages: MovingAverages, *, images: int, batch_size: int, trained: int) -> None:
+        super().__init__()
+        self._averages = averages
+        self._whole, self._all = images // batch_size, math.ceil(images / batch_size)
+        self._batches = window(trained + self._whole, self._whole, batch_size)
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        # A model may be compiled to run several batches in one go, and is seen only after them.
+        in_one_go = self.model.steps_per_execution
+        self._begin = (self._whole - self._batches) // in_one_go * in_one_go
+        self._end = self._whole // in_one_go * in_one_go
+        if self._end <= self._begin:
+            self._end = self._all
+        self._before = self._after = self._averages.now()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if batch + 1 == self._begin:
+            self._before = self._now()
+        elif batch + 1 == self._end:
+            self._after = self._now()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        if self._end == self._all:
+            self._after = self._averages.now()
+
+    def applied(self) -> AbstractContextManager[None]:
+        """While the block runs, the model has the averages over the epoch's last batches alone."""
+        return self._averages.of_batches(self._before, self._after, self._end - self._begin)
+
+    def _now(self) -> list[Array]:
+        if keras.backend.backend() == "jax" and self._averages:
+            self.model.jax_state_sync()  # during a fit the values are in JAX's own state
+        return self._averages.now()
+
+
+def window(trained: int, epoch: int, batch_size: int) -> int:
+    """With how many batches a model is judged after `trained` batches, `epoch` of them in the last epoch."""
+    return min(epoch, max(2, math.ceil(LEAST_IMAGES / batch_size), int(SHARE * trained)))
 
 
 def of_builtin(net: keras.Model) -> MovingAverages:
     """The moving averages of a new built-in model: a step updates each layer once."""
-    return MovingAverages([_start(layer, updates=1) for layer in _layers(net)])
+    return MovingAverages([_Averages(layer=layer, updates=1) for layer in _layers(net)])
 
 
 def of_own(net: keras.Model, train_one_batch: Callable[[], object]) -> MovingAverages:
@@ -92,36 +152,26 @@ def of_own(net: keras.Model, train_one_batch: Callable[[], object]) -> MovingAve
         return MovingAverages()
     net.optimizer.build(net.trainable_variables)
     before = checkpoint.take(net, [], [])
-    starts = [_start(layer, updates=0) for layer in layers]
+    averages = MovingAverages([_Averages(layer=layer, updates=0) for layer in layers])
+    starts = averages.now()
     train_one_batch()
     # A frozen layer is never updated, but uses its averages: the probe would spoil the output of all later layers.
+    changed = [not np.array_equal(one, other) for one, other in zip(starts, averages.now(), strict=True)]
     updated = [
-        start
-        for start in starts
-        if not np.array_equal(_value(start.layer.moving_mean), start.start_mean)
-        or not np.array_equal(_value(start.layer.moving_variance), start.start_variance)
+        layer for layer, mean, variance in zip(layers, changed[::2], changed[1::2], strict=True) if mean or variance
     ]
     checkpoint.restore(net, before)
-    for start in updated:
-        start.layer.moving_mean.assign(np.full_like(start.start_mean, PROBE))
+    for layer in updated:
+        layer.moving_mean.assign(np.full(layer.moving_mean.shape, PROBE, np.float32))
     train_one_batch()
     measured = []
-    for start in updated:
-        share_left = float(np.median(_value(start.layer.moving_mean))) / PROBE
-        updates = round(float(np.log(share_left) / np.log(start.layer.momentum))) if 0.0 < share_left < 1.0 else 0
+    for layer in updated:
+        share_left = float(np.median(_value(layer.moving_mean))) / PROBE
+        updates = round(float(np.log(share_left) / np.log(layer.momentum))) if 0.0 < share_left < 1.0 else 0
         if updates:
-            measured.append(replace(start, updates=updates))
+            measured.append(_Averages(layer=layer, updates=updates))
     checkpoint.restore(net, before)
     return MovingAverages(measured)
-
-
-def _start(layer: keras.layers.BatchNormalization, updates: int) -> _Averages:
-    return _Averages(
-        layer=layer,
-        start_mean=_value(layer.moving_mean),
-        start_variance=_value(layer.moving_variance),
-        updates=updates,
-    )
 
 
 def _layers(net: keras.Model) -> list[keras.layers.BatchNormalization]:

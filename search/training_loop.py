@@ -85,7 +85,7 @@ def train(
     stop = _StopAtBatch(stopping)
     confirms = dataset.x_test is not None
     # How a model is judged is not one of its hyperparameters, and models without moving averages are judged alike.
-    judged = {"batch_norm_averages": "corrected"} if moving_averages else {}
+    judged = {"batch_norm_averages": "last batches"} if moving_averages else {}
     scheduled = {"schedule_epochs": schedule_epochs} if schedule_epochs not in (None, epochs) else {}
     whole_identity = {
         "model": model,
@@ -114,13 +114,19 @@ def train(
         order = np.random.default_rng([seed, epoch]).permutation(len(y_train))
         began = time.perf_counter()
         images = batches(dataset.x_train[order], y_train[order], batch_size)
-        fit_result = net.fit(**images, shuffle=False, verbose=0, callbacks=[stop])
+        last_batches = averages.LastBatches(
+            moving_averages,
+            images=len(y_train),
+            batch_size=batch_size,
+            trained=(epoch - 1) * batches_per_epoch,
+        )
+        fit_result = net.fit(**images, shuffle=False, verbose=0, callbacks=[stop, last_batches])
         seconds = time.perf_counter() - began
         if stop.stopped:
             break
         loss, accuracy = fit_result.history["loss"][0], accuracy_of(fit_result.history, model)[0]
         images = batches(dataset.x_validation, y_validation, _evaluation_batch(batch_size))
-        with moving_averages.corrected(epoch * batches_per_epoch):
+        with last_batches.applied():
             evaluation = net.evaluate(**images, verbose=0, return_dict=True)
             judged_weights = net.get_weights()
         val_loss, val_accuracy = evaluation["loss"], accuracy_of(evaluation, model)

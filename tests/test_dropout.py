@@ -35,7 +35,7 @@ def _value(depth: int, rate: float, folder: Path) -> float:
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_no_depth_loses_more_than_three_points_by_dropout_on_the_digits(depth: int, tmp_path: Path) -> None:
     without = _value(depth, 0.0, tmp_path)
-    assert without > 0.8
+    assert without > 0.9
     assert _value(depth, 0.25, tmp_path) > without - 0.03
 
 
