@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import stdev
 from threading import Event
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from optuna.trial import TrialState
 
 from search.errors import DeviceError, MachineError
 from search.heartbeat import Pulse
-from search.messages import Epoch, Failed, Job, Resumed, Trained
+from search.messages import Epoch, Failed, Job, Repeated, Resumed, Trained
 from search.progress import Listener
 from search.proposal import SamplerFailed, SpaceExhausted, hyperparameters_of, is_of_the_database
 from search.trainer import START_SECONDS, Trainer, TrainerDied
@@ -135,7 +136,7 @@ class Attempt:
             return _failed(Failed(kind="sampler", message=str(failed)))
         self._recipe = recipe.of_trial(definition, self.claim.number, point)
         for listener in self._listeners:
-            listener.began(self.claim, point, self._recipe.epochs)
+            listener.began(self.claim, point, self._recipe.epochs * self._recipe.repeats)
         job = Job(
             definition=definition,
             recipe=self._recipe,
@@ -167,6 +168,9 @@ class Attempt:
         kill_at = float("inf")  # set when Keras is imported: how long that takes is not the trial's fault
         stop_by = float("inf")  # when a trainer that was asked to stop is killed
         pruned, reason, last = False, "", None
+        repeats = self._recipe.repeats
+        steps = repeats if repeats > 1 else self._recipe.epochs
+        whole: list[float] = []  # the values of the repeats that have ended
         listed: list[str] = []
         while True:
             message = trainer.receive(POLL_SECONDS)
@@ -177,21 +181,30 @@ class Attempt:
                 return _failed(message)
             if isinstance(message, Trained):
                 return _trained(message, pruned, last, reason)
+            step: int | None = None  # that has ended: an epoch, or a repeat where there are several
             if isinstance(message, Resumed):
-                values = {epoch.epoch: epoch.val_accuracy for epoch in message.history}
-                state = self._record_epochs(values, None, resumed_after=max(values))
-                last = values[max(values)]
-                self._notify_epoch(message.history[-1])
+                values = {} if repeats > 1 else {epoch.epoch: epoch.val_accuracy for epoch in message.history}
+                epoch = message.history[-1]
+                state = self._record_epochs(values, epoch=epoch.epoch, resumed_after=epoch.epoch)
+                last = epoch.val_accuracy if values else last
+                self._notify_epoch(epoch)
             if isinstance(message, Epoch):
                 # The trainer writes a checkpoint after it has sent an epoch, so the next epoch lists it.
                 files = self._files()
-                state = self._record_epochs({message.epoch: message.val_accuracy}, None if files == listed else files)
-                listed, last = files, message.val_accuracy
-                self._notify_epoch(message)
-                # After its last epoch a trial is complete: pruning would save nothing.
-                if not pruned and message.epoch < self._recipe.epochs and self._should_prune(message.epoch):
-                    pruned, stop_by = True, time.monotonic() + self.settings.stop_seconds
-                    trainer.stop("drop")
+                epoch, values = message, {} if repeats > 1 else {message.epoch: message.val_accuracy}
+                state = self._record_epochs(values, epoch=epoch.epoch, files=None if files == listed else files)
+                listed = files
+                self._notify_epoch(epoch)
+                if values:
+                    step, last = epoch.epoch, epoch.val_accuracy
+            if isinstance(message, Repeated):
+                whole.append(message.value)
+                step, last = message.repeat, sum(whole) / len(whole)
+                state = self._record_epochs({step: message.value}, epoch=epoch.epoch)
+            # After its last step a trial is complete: pruning would save nothing.
+            if step is not None and not pruned and step < steps and self._should_prune(step):
+                pruned, stop_by = True, time.monotonic() + self.settings.stop_seconds
+                trainer.stop("drop")
             now = time.monotonic()
             if budget.trial_minutes and kill_at == float("inf") and trainer.ready:
                 kill_at = now + budget.trial_minutes * 60
@@ -210,15 +223,13 @@ class Attempt:
                 trainer.kill()
                 return _trained(None, pruned, last, reason)
 
-    def _record_epochs(
-        self, values: dict[int, float], files: list[str] | None, resumed_after: int | None = None
-    ) -> ledger.State:
-        return claims.record_epochs(self.handle.storage, self.claim, values, files, resumed_after)
+    def _record_epochs(self, values: dict[int, float], **more: Any) -> ledger.State:
+        return claims.record_epochs(self.handle.storage, self.claim, values, **more)
 
-    def _should_prune(self, epoch: int) -> bool:
+    def _should_prune(self, step: int) -> bool:
         trial = self.handle.storage.get_trial(self.claim.trial_id)
-        # A trial that starts over still has values of later epochs, from its last attempt.
-        trial.intermediate_values = {step: value for step, value in trial.intermediate_values.items() if step <= epoch}
+        # A trial that starts over still has values of later steps, from its last attempt.
+        trial.intermediate_values = {at: value for at, value in trial.intermediate_values.items() if at <= step}
         try:
             return self._opened.pruner.prune(self._opened, trial)
         except UpdateFinishedTrialError as error:  # some pruners store state in the trial
@@ -229,8 +240,8 @@ class Attempt:
             if is_of_the_database(error, self.handle.storage, self.claim):
                 raise
             log.warning(
-                "the pruner failed at %s trial %d after epoch %d, which goes on",
-                *(self.claim.study, self.claim.number, epoch),
+                "the pruner failed at %s trial %d after step %d, which goes on",
+                *(self.claim.study, self.claim.number, step),
                 exc_info=error,
             )
             return False
@@ -276,6 +287,7 @@ class Attempt:
             "parameters": trained.parameters,
             "epochs": trained.epochs,
             "best_epoch": trained.best_epoch,
+            **(_spread(trained.repeats) if self._recipe.repeats > 1 else {}),
             "train_accuracy": round(trained.train_accuracy, 6),
             "seconds": round(trained.seconds, 3),
             "images_per_second": round(trained.images_per_second, 1),
@@ -311,6 +323,11 @@ class Attempt:
                 listener.deleted(self.claim)
             else:
                 listener.ended(self.claim, trial)
+
+
+def _spread(repeats: Sequence[float]) -> dict[str, Any]:
+    """The value of each repeat, and their sample standard deviation."""
+    return {"repeats": list(repeats)} | ({"deviation": round(stdev(repeats), 6)} if len(repeats) > 1 else {})
 
 
 def _failed(failed: Failed) -> Outcome:

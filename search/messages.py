@@ -76,7 +76,7 @@ class Epoch:
     A model of one's own may measure an accuracy that is not finite, such as 0 / 0; losses always are.
     """
 
-    epoch: int  # from 1
+    epoch: int  # from 1, through all repeats
     loss: float  # on the training images, while the weights still change
     accuracy: float
     val_loss: float  # on the validation images, after the epoch
@@ -119,9 +119,10 @@ class Trained:
     """A training that came to its end, or was asked to stop."""
 
     value: float  # validation accuracy of the best epoch; in a confirmation the test accuracy of the last one
-    best_epoch: int  # in a confirmation the last one
+    repeats: tuple[float, ...]  # that of each whole repeat; with several, `value` is their mean
+    best_epoch: int  # of the model that is kept, from 1 in each repeat; in a confirmation the last one
     train_accuracy: float  # in that epoch, while the weights still changed
-    epochs: int  # that were trained whole
+    epochs: int  # that were trained whole, in all repeats
     stopped: bool  # asked to, before the last epoch's end
     parameters: int  # weights in the model
     seconds: float  # of training, all epochs
@@ -130,7 +131,17 @@ class Trained:
     precision_reason: str
     data_fingerprint: str
     versions: dict[str, str]
-    hits: Hits | None  # of the model that is kept; None if it was stopped, or gives something else than classes
+    # Of the model that is kept. None if it was stopped, gives something else than classes, or is the best of several
+    # repeats, which says too much.
+    hits: Hits | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeated:
+    """The end of one of several repeats."""
+
+    repeat: int  # from 1
+    value: float  # validation accuracy of its best epoch
 
 
 @dataclass(frozen=True, kw_only=True)

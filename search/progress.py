@@ -213,7 +213,7 @@ def ending(trial: FrozenTrial) -> str:
     if trial.state == TrialState.COMPLETE:
         return f"complete: {trial.values[0]:.4f}"
     if trial.state == TrialState.PRUNED:
-        return f"pruned after epoch {trial.last_step}"
+        return f"pruned after {attributes.last_step_text(trial)}"
     if trial.state == TrialState.FAIL:
         failure = attributes.failure(trial.user_attrs.get("failure"))
         return f"failed ({failure['kind']}): {failure['message']}"

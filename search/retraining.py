@@ -106,13 +106,15 @@ def replay(
     for difference in differences:
         on_difference(difference)
     history = results.history_of(trial, here.artifact_folder)
-    by_epoch = {epoch: (value, None) for epoch, value in trial.intermediate_values.items()} | {
-        at: (float(record["val_accuracy"]), float(record["loss"])) for at, record in enumerate(history, start=1)
-    }
+    # With repeats, the database has no value of an epoch.
+    in_database = {} if "repeats" in recorded else trial.intermediate_values
     epochs: list[ReplayedEpoch] = []
 
     def compare(epoch: Epoch) -> None:
-        accuracy, loss = by_epoch.get(epoch.epoch, (None, None))
+        accuracy, loss = in_database.get(epoch.epoch), None
+        if len(epochs) < len(history):
+            record = history[len(epochs)]
+            accuracy, loss = float(record["val_accuracy"]), float(record["loss"])
         both = ReplayedEpoch(
             epoch=epoch.epoch,
             recorded=accuracy,

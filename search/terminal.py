@@ -74,6 +74,9 @@ def print_best(study: str, trial: "FrozenTrial", settings: "Settings") -> None:
     judged = judged_on.get(str(attrs.get("protocol")), "validation")
     out.print(f"best of {study}: trial {trial.number}, {judged} accuracy {trial.values[0]:.4f}", markup=False)
     out.print(f"  hyperparameters  {shown(trial.params)}", markup=False)
+    repeats = attributes.numbers(attrs.get("repeats"))
+    if repeats:
+        out.print(f"  repeats          {', '.join(f'{value:.4f}' for value in repeats)}; the mean counts", markup=False)
     best_epoch, epochs, parameters, seconds, speed = numbers = [
         attributes.number(attrs.get(key))
         for key in ("best_epoch", "epochs", "parameters", "seconds", "images_per_second")

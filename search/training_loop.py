@@ -16,7 +16,7 @@ from search import averages, checkpoint
 from search.batches import batches
 from search.data import Array, Dataset
 from search.errors import DataError, ModelError
-from search.messages import Epoch, StopMode, Trained, best_epoch, versions
+from search.messages import Epoch, Repeated, StopMode, Trained, best_epoch, versions
 from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, stored
 from storage.hits import Hits
@@ -42,7 +42,9 @@ def train(
     checkpoints: Sequence[Path] = (),
     identity: Mapping[str, Any] | None = None,
     schedule_epochs: int | None = None,
+    more_seeds: Sequence[int] = (),
     on_resume: Callable[[list[Epoch]], None] = lambda history: None,
+    on_repeat: Callable[[Repeated], None] = lambda repeated: None,
     checkpoint_seconds: float = 30.0,
 ) -> Trained:
     """Builds `model` and trains it; writes to `folder` its history, its summary and the model of the best epoch.
@@ -58,6 +60,10 @@ def train(
     `schedule_epochs` is how many epochs the learning rate's schedule is for, if not for `epochs`. With the
     hyperparameter `patience_epochs` the training ends after so many epochs without a better one.
 
+    With `more_seeds` it trains once from each seed, for `epochs` each, and `on_repeat` gets the value of each repeat at
+    its end. Epochs are numbered through all repeats. Their mean is the result, and the model of the best epoch of all
+    is kept.
+
     `precision` is Keras's dtype policy and the reason for it. `on_epoch` gets each epoch at its end. When `stopping`
     returns a mode, the training ends after the running batch and writes no model: "keep" writes a checkpoint of the
     last complete epoch, "drop" does not. The same arguments give the same numbers on the same kind of processor with
@@ -72,21 +78,27 @@ def train(
         raise DataError(
             f"batch_size = {batch_size} is larger than the {len(dataset.y_train)} training images: choose a smaller one"
         )
-    keras.backend.clear_session()
-    keras.utils.set_random_seed(seed)
-    keras.config.set_dtype_policy(precision[0])
     batches_per_epoch = math.ceil(len(dataset.y_train) / batch_size)
     steps = (batches_per_epoch, schedule_epochs or epochs)
-    net = build(model, hyperparameters, dataset.image_shape, dataset.classes, steps=steps)
     y_train, y_validation = (
         keras.utils.to_categorical(y, dataset.classes) for y in (dataset.y_train, dataset.y_validation)
     )
-    moving_averages = _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
+
+    def untrained(seed: int) -> tuple[keras.Model, averages.MovingAverages]:
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(seed)
+        keras.config.set_dtype_policy(precision[0])
+        net = build(model, hyperparameters, dataset.image_shape, dataset.classes, steps=steps)
+        return net, _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
+
+    seeds = (seed, *more_seeds)
+    net, moving_averages = untrained(seed)
     stop = _StopAtBatch(stopping)
     confirms = dataset.x_test is not None
     # How a model is judged is not one of its hyperparameters, and models without moving averages are judged alike.
     judged = {"batch_norm_averages": "last batches"} if moving_averages else {}
     scheduled = {"schedule_epochs": schedule_epochs} if schedule_epochs not in (None, epochs) else {}
+    repeated = {"more_seeds": list(more_seeds)} if more_seeds else {}
     whole_identity = {
         "model": model,
         "hyperparameters": {name: value for name, value in hyperparameters.items() if name != "batch_norm_averages"},
@@ -98,20 +110,26 @@ def train(
         "keras": ".".join(version("keras").split(".")[:2]),
         **judged,
         **scheduled,
+        **repeated,
         **(identity or {}),
     }
     history, kept_weights = _resumed(net, checkpoints, whole_identity)
     if history:
         on_resume(history)
-    unwritten: checkpoint.Checkpoint | None = None
-    written_at = time.monotonic()
     # How long a confirmation trains was chosen before.
     patience = None if confirms else hyperparameters.get("patience_epochs")
-    for epoch in range(len(history) + 1, epochs + 1):
-        if patience is not None and _is_exhausted(history, patience):
-            break
+    repeats = _Repeats(epochs, patience, on_repeat if more_seeds else lambda repeated: None)
+    repeats.notify(history)
+    unwritten: checkpoint.Checkpoint | None = None
+    written_at = time.monotonic()
+    for number in range(history[-1].epoch + 1 if history else 1, epochs * len(seeds) + 1):
+        repeat, epoch = repeats.place(number)
+        if epoch == 1 and repeat > 1:
+            net, moving_averages = untrained(seeds[repeat - 1])
+        if repeats.is_exhausted(history, repeat):
+            continue
         # The order depends only on the seed and the epoch, so it is the same in a resumed training.
-        order = np.random.default_rng([seed, epoch]).permutation(len(y_train))
+        order = np.random.default_rng([seeds[repeat - 1], epoch]).permutation(len(y_train))
         began = time.perf_counter()
         images = batches(dataset.x_train[order], y_train[order], batch_size)
         last_batches = averages.LastBatches(
@@ -131,11 +149,11 @@ def train(
             judged_weights = net.get_weights()
         val_loss, val_accuracy = evaluation["loss"], accuracy_of(evaluation, model)
         if not math.isfinite(loss):
-            raise NotANumber(f"the training loss became {loss} in epoch {epoch}")
+            raise NotANumber(f"the training loss became {loss} in epoch {number}")
         if not math.isfinite(val_loss):
-            raise NotANumber(f"the validation loss became {val_loss} in epoch {epoch}")
+            raise NotANumber(f"the validation loss became {val_loss} in epoch {number}")
         record = Epoch(
-            epoch=epoch,
+            epoch=number,
             loss=float(loss),
             accuracy=float(accuracy),
             val_loss=float(val_loss),
@@ -147,7 +165,8 @@ def train(
         if confirms or best_epoch(history) is record:
             kept_weights = judged_weights
         on_epoch(record)
-        if epoch < epochs:
+        repeats.notify(history)
+        if number < epochs * len(seeds):
             unwritten = checkpoint.take(net, history, kept_weights)
             if time.monotonic() - written_at >= checkpoint_seconds:
                 checkpoint.write(folder / CHECKPOINT, unwritten, whole_identity)
@@ -155,10 +174,6 @@ def train(
     if stop.stopped and unwritten is not None and stopping() == "keep":
         checkpoint.write(folder / CHECKPOINT, unwritten, whole_identity)
     best = best_epoch(history)
-    if best is None and not stop.stopped:
-        raise NotANumber(
-            f"the validation accuracy was {history[-1].val_accuracy} in epoch {len(history)}, and finite in no epoch"
-        )
     _write_history(folder / HISTORY, history)
     with stored(folder / SUMMARY) as temporary:
         temporary.write_text(summary(net), encoding="utf-8")
@@ -167,9 +182,10 @@ def train(
         kept = _kept(net, kept_weights, model, hyperparameters, dataset)
         with stored(folder / MODEL) as temporary:
             kept.save(temporary)
-        hits = _hits(kept, dataset, _evaluation_batch(batch_size))
-    kept_epoch = len(history) if confirms else best.epoch if best else 0
-    value = best.val_accuracy if best else 0.0
+        hits = None if more_seeds else _hits(kept, dataset, _evaluation_batch(batch_size))
+    values = repeats.values(history)
+    value = float(np.mean(values)) if values else best.val_accuracy if best else 0.0
+    kept_epoch = history[-1] if confirms and history else best
     if confirms and not stop.stopped:
         if hits is None:
             raise ModelError(
@@ -180,8 +196,9 @@ def train(
     speeds = [record.images_per_second for record in history[1:] or history]
     return Trained(
         value=value,
-        best_epoch=kept_epoch,
-        train_accuracy=history[kept_epoch - 1].accuracy if kept_epoch else 0.0,
+        repeats=tuple(values),
+        best_epoch=repeats.place(kept_epoch.epoch)[1] if kept_epoch else 0,
+        train_accuracy=kept_epoch.accuracy if kept_epoch else 0.0,
         epochs=len(history),
         stopped=stop.stopped,
         parameters=net.count_params(),
@@ -225,10 +242,52 @@ def _make_state(net: keras.Model, y: Array) -> None:
     net.reset_metrics()
 
 
-def _is_exhausted(history: list[Epoch], patience: int) -> bool:
-    """Whether no epoch was better than those before for `patience` epochs."""
-    best = best_epoch(history)
-    return len(history) - (best.epoch if best else 0) >= patience
+class _Repeats:
+    """The repeats of a training, of `epochs` each; with `patience`, one ends after so many epochs without a better one.
+
+    Repeats and their epochs are counted from 1.
+    """
+
+    def __init__(self, epochs: int, patience: int | None, on_repeat: Callable[[Repeated], None]) -> None:
+        self._epochs, self._patience, self._on_repeat = epochs, patience, on_repeat
+        self._notified = 0
+
+    def place(self, number: int) -> tuple[int, int]:
+        """The repeat, and the epoch in it, of the epoch with this number in the whole training."""
+        repeat, epoch = divmod(number - 1, self._epochs)
+        return repeat + 1, epoch + 1
+
+    def is_exhausted(self, history: Sequence[Epoch], repeat: int) -> bool:
+        """Whether no epoch of this repeat was better than those before for so long that it ends."""
+        own = self._of(history, repeat)
+        best = best_epoch(own)
+        return self._patience is not None and len(own) - (own.index(best) + 1 if best else 0) >= self._patience
+
+    def values(self, history: Sequence[Epoch]) -> list[float]:
+        """The best validation accuracy of each whole repeat. Raises NotANumber if no epoch of one has a finite one."""
+        found = []
+        for repeat in range(1, self.place(history[-1].epoch)[0] + 1 if history else 1):
+            own = self._of(history, repeat)
+            if own[-1].epoch < repeat * self._epochs and not self.is_exhausted(history, repeat):
+                break  # it has not ended
+            best = best_epoch(own)
+            if best is None:
+                last = own[-1]
+                raise NotANumber(
+                    f"the validation accuracy was {last.val_accuracy} in epoch {last.epoch}, and finite in no epoch"
+                )
+            found.append(best.val_accuracy)
+        return found
+
+    def notify(self, history: Sequence[Epoch]) -> None:
+        """Tells of each repeat that has ended since the last call."""
+        values = self.values(history)
+        for index in range(self._notified, len(values)):
+            self._on_repeat(Repeated(repeat=index + 1, value=values[index]))
+        self._notified = len(values)
+
+    def _of(self, history: Sequence[Epoch], repeat: int) -> list[Epoch]:
+        return [record for record in history if self.place(record.epoch)[0] == repeat]
 
 
 def _resumed(net: keras.Model, paths: Sequence[Path], identity: dict[str, Any]) -> tuple[list[Epoch], list[Array]]:

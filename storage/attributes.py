@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from optuna.trial import FrozenTrial
 from sqlalchemy import ColumnElement, Connection, select
 
 from storage.errors import StudyUnreadable
@@ -137,6 +138,17 @@ def number(value: Any) -> int | float | None:
     """`value` if it is a finite number, else None."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if is_number else None
+
+
+def numbers(value: Any) -> list[float]:
+    """`value` if it is a list of finite numbers, else an empty list."""
+    known = [number(each) for each in value] if isinstance(value, list) else []
+    return [float(each) for each in known if each is not None] if None not in known else []
+
+
+def last_step_text(trial: FrozenTrial) -> str:
+    """The last step of a trial for people: an epoch, or a repeat where it was trained several times."""
+    return f"{'repeat' if 'repeats' in trial.user_attrs else 'epoch'} {trial.last_step}"
 
 
 def of_all_trials(connection: Connection, study_id: int, key: str) -> list[Any]:

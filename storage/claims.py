@@ -300,8 +300,12 @@ def record_epochs(
     values: Mapping[int, float],
     files: Sequence[str] | None = None,
     resumed_after: int | None = None,
+    *,
+    epoch: int | None = None,
 ) -> State:
-    """Records the intermediate `values` by epoch (from 1), in one transaction; returns the study's state.
+    """Records the intermediate `values` by step (from 1), in one transaction; returns the study's state.
+
+    A step is an epoch, or a repeat where there are several; then `epoch` is the last whole epoch.
 
     Recorded again after a restart, a value replaces the earlier one. A value that is not finite is stored as NaN:
     Optuna can read it, and its pruners and TPE take it for the worst. `files` are the names of the files that the
@@ -321,7 +325,7 @@ def record_epochs(
             connection.execute(
                 insert(stored).values(row | {"intermediate_value": number, "intermediate_value_type": kind})
             )
-        columns: dict[str, Any] = {"epoch": max(values)}
+        columns: dict[str, Any] = {"epoch": max(values) if epoch is None else epoch}
         if files is not None:
             columns["checkpoint"] = _set_files(connection, claim, files)
         if resumed_after is not None:

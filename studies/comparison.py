@@ -109,7 +109,8 @@ def _side(study: Study, storage: RDBStorage) -> tuple[Side, Hits | None]:
 
 
 def _epochs(trial: FrozenTrial) -> int:
-    return max(trial.intermediate_values, default=0)
+    # With repeats, the steps are not epochs.
+    return int(attributes.number(trial.user_attrs.get("epochs")) or max(trial.intermediate_values, default=0))
 
 
 # --- a study and the notebook -------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ from studies.wording import one_line, sentence, shown
 
 DATASETS = ("mnist", "fashion_mnist", "digits")
 FUNCTION = "package.module:function"
+# The Wilcoxon test of Optuna's pruner (p < 0.1, one-sided) can tell two configurations apart after 4 repeats.
+LEAST_REPEATS = 5
 
 Precision = Literal["auto", "float32", "mixed_bfloat16"]
 SamplerKind = Literal["tpe", "gp", "random", "qmc", "cmaes", "nsga2", "grid", "points"]
@@ -65,6 +67,8 @@ class Budget(_Table):
 
     trials: Annotated[Whole, Field(ge=1, le=1_000_000)] | None = None
     epochs: Annotated[Whole, Field(ge=1, le=100_000)] = 20
+    # Each configuration is trained from so many seeds, and its value is the mean.
+    repeats: Annotated[Whole, Field(ge=1, le=100)] = 1
     trial_minutes: Annotated[Finite, Field(gt=0)] | None = None
     hours: Annotated[Finite, Field(gt=0)] | None = None
 
@@ -231,7 +235,12 @@ def parse(text: str, *, source: str = "the definition", folder: Path | None = No
         if "\0" not in raw["dataset"] and data_file.is_file():
             raw["dataset"] = str(data_file)
     _override(raw, overrides)
-    return _checked(raw, source)
+    definition = _checked(raw, source)
+    # Not of stored definitions: those of version 0.1 may have `wilcoxon` without repeats, and stay readable.
+    problem = _check_repeats(definition)
+    if problem:
+        raise DefinitionError(f"{source}: {problem}")
+    return definition
 
 
 def from_json(raw: Mapping[str, Any]) -> Definition:
@@ -465,6 +474,21 @@ def _check_sampler(definition: Definition) -> str | None:
             return f"{error}: widen a step, or choose sampler tpe"
     elif kind != "points" and definition.budget.trials is None:
         return f"budget.trials is missing, and the sampler {kind} never ends by itself: add it"
+    return None
+
+
+def _check_repeats(definition: Definition) -> str | None:
+    repeats, pruner = definition.budget.repeats, definition.pruner.kind
+    if pruner == "wilcoxon" and repeats < LEAST_REPEATS:
+        return (
+            f'pruner.kind = "wilcoxon" compares the repeats of two configurations, and needs budget.repeats of '
+            f"{LEAST_REPEATS} or more (it is {repeats}): raise it, or choose hyperband"
+        )
+    if repeats > 1 and pruner not in ("wilcoxon", "none"):
+        return (
+            f'pruner.kind = "{pruner}" ends trials by their epochs, and with budget.repeats = {repeats} a trial is '
+            "judged by whole trainings: choose wilcoxon or none"
+        )
     return None
 
 

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -64,8 +65,14 @@ def findings(
     ]
     images = data.get(judged)
     # Imported results were measured on an unknown number of images.
+    repeats = attributes.numbers(best.user_attrs.get("repeats"))
     is_accuracy = 0.0 <= float(best.values[0]) <= 1.0  # other programs may store percent
-    if (
+    if len(repeats) > 1:
+        sentences.append(
+            f"It is the mean of {len(repeats)} trainings, from {min(repeats):.4f} to {max(repeats):.4f} (standard "
+            f"deviation {stdev(repeats):.4f}). The best of many was also lucky."
+        )
+    elif (
         is_accuracy
         and isinstance(images, int)
         and images > 0
@@ -219,7 +226,9 @@ def _by_state(trials: Sequence[FrozenTrial], definition: Definition) -> list[str
         sentences.append(f"Imported, not run here: {_many(imported, 'trial')}. Their results were not checked.")
     complete = ranked(trials)
     once = not complete or sum(trial.params == complete[0].params for trial in complete) == 1
-    if once and definition.confirm is None:  # a confirmation's points have a seed in them
+    if (
+        once and definition.budget.repeats == 1 and definition.confirm is None
+    ):  # a confirmation's points have a seed in them
         sentences.append("The best configuration was trained once, with one seed: another seed gives other numbers.")
     return sentences
 
@@ -292,7 +301,7 @@ def _reached(trial: FrozenTrial) -> float:
 
 
 def _reached_text(trial: FrozenTrial) -> str:
-    pruned = f" (pruned after epoch {trial.last_step})" if trial.state == TrialState.PRUNED else ""
+    pruned = f" (pruned after {attributes.last_step_text(trial)})" if trial.state == TrialState.PRUNED else ""
     return f"{_reached(trial):.4f}{pruned}"
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_IDS_IN_CLAUSE = 500  # trials that one statement names
-LEADERBOARD_ATTRIBUTES = ("epochs", "parameters", "seconds")  # user attributes that a leaderboard shows
+LEADERBOARD_ATTRIBUTES = ("deviation", "epochs", "parameters", "seconds")  # user attributes that a leaderboard shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,8 @@ class Row:
 
     rank: int  # from 1; trials of equal value are in the order of their numbers
     number: int
-    value: float  # validation accuracy of its best epoch, 0 to 1
+    value: float  # validation accuracy of its best epoch, 0 to 1; with repeats their mean
+    deviation: float | None  # the sample standard deviation of the repeats; None: it was trained once
     params: dict[str, Any]
     epochs: int | None
     parameters: int | None  # weights in the model

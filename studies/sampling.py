@@ -26,7 +26,8 @@ def seed_of(definition: Definition, number: int, purpose: int) -> int:
     """A 32-bit seed for trial `number`, different for other trials, purposes and study seeds.
 
     Purposes: 0 for the sampler, 1 for the training; 2 for the training and 3 for the split of a confirmation, where
-    `number` is that of its seed; 100 and more for further draws of a sampler.
+    `number` is that of its seed; 4 for a repeat, where it is that of the repeat; 100 and more for further draws of a
+    sampler.
     """
     entropy = [definition.sampler.seed, number, purpose]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
@@ -56,14 +57,16 @@ def sampler(definition: Definition, number: int, draw: int = 0) -> BaseSampler:
 
 
 def pruner(definition: Definition) -> BasePruner:
-    """The pruner. Steps are epochs, counted from 1, so after the first epoch a trial has used one unit."""
+    """The pruner. Steps are epochs, or repeats where there are several; from 1, so a first step is one unit."""
     epochs = definition.budget.epochs
     first = min(definition.pruner.min_epochs, epochs)
     makers: dict[str, Callable[[], BasePruner]] = {
         "hyperband": lambda: optuna.pruners.HyperbandPruner(min_resource=first, max_resource=epochs),
         "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=first),
         "median": lambda: optuna.pruners.MedianPruner(n_warmup_steps=first),
-        "wilcoxon": lambda: optuna.pruners.WilcoxonPruner(n_startup_steps=first),
+        "wilcoxon": lambda: optuna.pruners.WilcoxonPruner(
+            n_startup_steps=0 if definition.budget.repeats > 1 else first
+        ),
         "none": lambda: optuna.pruners.NopPruner(),
     }
     with warnings.catch_warnings():

@@ -285,12 +285,13 @@ def _interval(interval: Interval | None, form: str = ".4f") -> str:
 def table(rows: "Sequence[Row]") -> tuple[list[str], list[list[str]]]:
     """The leaderboard's titles and cells, without empty columns."""
     names = list(dict.fromkeys(name for row in rows for name in row.params))
-    titles = ["rank", "trial", "accuracy", *names, "epochs", "weights", "seconds"]
+    titles = ["rank", "trial", "accuracy", "deviation", *names, "epochs", "weights", "seconds"]
     cells = [
         [
             str(row.rank),
             str(row.number),
             f"{row.value:.4f}",
+            _accuracy(row.deviation),
             *(findings.value_text(row.params[name]) if name in row.params else "" for name in names),
             "" if row.epochs is None else str(row.epochs),
             "" if row.parameters is None else f"{row.parameters:,}",
@@ -314,10 +315,14 @@ def trial_note(
         return _paragraphs(lines)
     judged = definition.judged_on
     if trial.state == TrialState.PRUNED:
-        lines.append(f"Pruned after epoch {trial.last_step}.")
+        lines.append(f"Pruned after {attributes.last_step_text(trial)}.")
     elif trial.values is not None:
         best_epoch, epochs = attributes.number(attrs.get("best_epoch")), attributes.number(attrs.get("epochs"))
         which_epoch = "" if best_epoch is None or epochs is None else f" (epoch {best_epoch} of {epochs})"
+        repeats = attributes.numbers(attrs.get("repeats"))
+        if repeats:
+            values = ", ".join(f"{value:.4f}" for value in repeats)
+            which_epoch = f", the mean of {len(repeats)} trainings: {values}"
         lines.append(f"Complete: {judged} accuracy **{trial.values[0]:.4f}**{which_epoch}.")
     if attrs.get("imported"):
         source = ": " + ", ".join(str(attrs[key]) for key in ("label", "source") if key in attrs)
@@ -329,9 +334,8 @@ def trial_note(
             f"{judged} loss {curve.val_loss[-1]:.4f}, accuracy {curve.val_accuracy[-1]:.4f}"
         )
     elif trial.last_step is not None:
-        lines.append(
-            f"- last epoch, {trial.last_step}: {judged} accuracy {trial.intermediate_values[trial.last_step]:.4f}"
-        )
+        value = trial.intermediate_values[trial.last_step]
+        lines.append(f"- last, {attributes.last_step_text(trial)}: {judged} accuracy {value:.4f}")
     if isinstance(attrs.get("parameters"), int):
         lines.append(f"- model: {escaped(definition.model)} with {attrs['parameters']:,} weights")
         if len(summary) > LAYERS:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import stdev
 from threading import Event
 from typing import Any
 
@@ -17,7 +18,7 @@ from search.attempt import Attempt, StudyHandle
 from search.devices import Slot, cpu
 from search.errors import DeviceError, MachineError
 from search.heartbeat import Pulse
-from search.messages import Epoch, Failed, Trained
+from search.messages import Epoch, Failed, Repeated, Resumed, Trained
 from search.trainer import Trainer, TrainerDied
 from storage import attempt_table, claims, ledger, owners, transactions
 from storage.errors import StorageError, TrialyardError
@@ -30,7 +31,7 @@ from studies.imported import import_trials
 
 pytestmark = pytest.mark.usefixtures("study")
 
-Message = Epoch | Trained | Failed | TrainerDied
+Message = Epoch | Repeated | Resumed | Trained | Failed | TrainerDied
 
 
 class Scripted(Trainer):
@@ -71,6 +72,7 @@ def _epoch(number: int, accuracy: float) -> Epoch:
 def _trained(*, stopped: bool) -> Trained:
     return Trained(
         value=0.9,
+        repeats=(0.9,),
         best_epoch=3,
         train_accuracy=0.95,
         epochs=3,
@@ -133,7 +135,7 @@ def test_an_error_of_a_sampler_or_a_pruner_never_ends_a_worker(
         patched.setattr(optuna.pruners.NopPruner, "prune", fail)
         _run(storage, tmp_path, me, _epoch(1, 0.5), _epoch(2, 0.6), _trained(stopped=False))
     assert (_only(storage).state, _only(storage).values) == (TrialState.COMPLETE, [0.9])
-    assert "the pruner failed at trivial trial 0 after epoch 1, which goes on" in caplog.text
+    assert "the pruner failed at trivial trial 0 after step 1, which goes on" in caplog.text
     for method in ("sample_independent", "infer_relative_search_space"):
         with monkeypatch.context() as patched:
             patched.setattr(optuna.samplers.TPESampler, method, fail)
@@ -151,6 +153,41 @@ def test_a_trial_at_its_end_is_complete_though_it_was_to_be_pruned(
     trainer = _run(storage, tmp_path, me, _epoch(1, 0.5), _epoch(2, 0.6), _trained(stopped=stopped))
     assert trainer.told == ["drop"]
     assert (_only(storage).state, _only(storage).values) == (state, [0.6 if stopped else 0.9])
+
+
+REPEATED = TRIVIAL.replace('"trivial"', '"repeated"').replace("epochs = 2", "epochs = 2\nrepeats = 5")
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_the_steps_of_repeats_are_whole_trainings(
+    storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch, pruned: bool
+) -> None:
+    created = registry.create(parse(REPEATED), storage, {"fingerprint": "0" * 16}).study
+    asked: list[int] = []
+
+    def prune(attempt: Attempt, step: int) -> bool:
+        asked.append(step)
+        return pruned and step == 2
+
+    monkeypatch.setattr(Attempt, "_should_prune", prune)
+    values = (0.8, 0.6) if pruned else (0.8, 0.6, 0.7, 0.7, 0.7)
+    # It goes on in the second repeat, from a checkpoint.
+    messages: list[Any] = [Resumed(history=(_epoch(1, 0.8), _epoch(2, 0.1), _epoch(3, 0.6)))]
+    messages += [Repeated(repeat=1, value=0.8), _epoch(4, 0.2), Repeated(repeat=2, value=0.6)]
+    for repeat in range(3, len(values) + 1):
+        messages += [_epoch(2 * repeat - 1, 0.7), _epoch(2 * repeat, 0.7), Repeated(repeat=repeat, value=0.7)]
+    ended = replace(_trained(stopped=pruned), value=0.7, repeats=values)
+    trainer = _run(storage, tmp_path, me, *messages, ended, study="repeated")
+    (trial,) = storage.get_all_trials(created.id)
+    assert trial.intermediate_values == dict(enumerate(values, start=1))
+    assert trial.values == [pytest.approx(0.7)]
+    assert trial.state == (TrialState.PRUNED if pruned else TrialState.COMPLETE)
+    assert trainer.told == (["drop"] if pruned else [])
+    assert asked == ([1, 2] if pruned else [1, 2, 3, 4]), "not after the last one"
+    assert trial.user_attrs["repeats"] == list(values)
+    assert trial.user_attrs["deviation"] == pytest.approx(stdev(values), abs=1e-6)
+    (attempt,) = attempts_at(storage, trial._trial_id)
+    assert (attempt.resumed_after, attempt.epoch) == (3, 4 if pruned else 10)
 
 
 def _taken_over(storage: PatientStorage) -> None:

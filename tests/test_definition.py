@@ -206,6 +206,17 @@ BAD = {
     "nan in a point": (_text(tail="[[points]]\ndropout = nan"), r"points\[1\].dropout = NaN must be .*finite"),
     "nan in [data]": (_text(tail="[data]\nvalidation = nan"), r"data.validation = NaN must be finite$"),
     "endless budget": (_text(budget="trials = 5\nhours = inf"), r"budget.hours = Infinity must be finite$"),
+    "wilcoxon without repeats": (
+        _text(tail='[pruner]\nkind = "wilcoxon"'),
+        r'pruner.kind = "wilcoxon" compares the repeats of two configurations, and needs budget.repeats of 5 or more '
+        r"\(it is 1\): raise it, or choose hyperband$",
+    ),
+    "epochs of repeats": (
+        _text(budget="trials = 5\nrepeats = 3", tail='[pruner]\nkind = "asha"'),
+        r'pruner.kind = "asha" ends trials by their epochs, and with budget.repeats = 3 a trial is judged by whole '
+        r"trainings: choose wilcoxon or none$",
+    ),
+    "no repeats": (_text(budget="trials = 5\nrepeats = 0"), r"budget.repeats = 0 must be greater than or equal to 1$"),
     "huge budget": (_text(budget=f"trials = {HUGE}"), rf"budget.trials = {HUGE} must be less than or equal to 1e\+06$"),
     "huge range": (
         _text(space=f"depth = {{ choices = [3] }}\nbatch_size = {{ low = 1, high = {HUGE} }}"),

@@ -359,7 +359,7 @@ def _trained(study: Searched, values: list[float]) -> int | None:
 
 
 GOOD, HOPELESS = 0.9, 0.1
-PRUNERS = ["hyperband", "asha", "median", "wilcoxon"]
+PRUNERS = ["hyperband", "asha", "median"]
 
 
 @pytest.mark.parametrize("min_epochs", [1, 3])
@@ -378,6 +378,19 @@ def test_a_weak_trial_is_pruned_but_not_before_min_epochs(searched: Any, kind: s
 def test_the_best_trial_so_far_is_never_pruned(searched: Any, kind: str) -> None:
     study = searched(_definition(PLAIN, pruner=kind, epochs=5))
     assert [_trained(study, [value / 10] * 5) for value in range(1, 8)] == [None] * 7
+
+
+REPEATED = PLAIN.replace("epochs = {epochs}", "epochs = {epochs}\nrepeats = 8")
+
+
+def test_wilcoxon_ends_a_configuration_whose_repeats_are_worse(searched: Any) -> None:
+    study = searched(_definition(REPEATED, pruner="wilcoxon"))
+    luck = [0.01, -0.02, 0.015, 0.0, -0.01, 0.02, -0.005, 0.003]  # of each seed, the same for all configurations
+    assert _trained(study, [0.9 + each for each in luck]) is None
+    assert _trained(study, [0.85 + each for each in luck]) == 4
+    assert _trained(study, [0.92 + each for each in luck]) is None
+    # Better in every second repeat: it is not known to be worse.
+    assert _trained(study, [0.92 + each + (0.01 if at % 2 else -0.01) for at, each in enumerate(luck)]) is None
 
 
 def test_without_a_pruner_nothing_is_pruned(searched: Any) -> None:

@@ -19,7 +19,7 @@ import search.training_loop
 from search import data
 from search.data import Dataset
 from search.errors import DataError, ModelError
-from search.messages import Epoch, Trained
+from search.messages import Epoch, Repeated, Trained
 from search.training_loop import NotANumber, train
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
 from studies.definition import Data
@@ -137,6 +137,59 @@ def test_patience_ends_a_training_that_gets_no_better(dataset: Dataset, tmp_path
     again, records = _train(dataset, tmp_path, **ended)
     assert records == []
     assert (again.value, again.epochs) == (trained.value, trained.epochs)
+
+
+def test_each_repeat_is_the_training_from_its_seed(dataset: Dataset, tmp_path: Path) -> None:
+    alone = [_train(dataset, tmp_path / str(seed), seed=seed) for seed in (1, 2, 3)]
+    told: list[Repeated] = []
+    trained, records = _train(dataset, tmp_path / "all", more_seeds=(2, 3), on_repeat=told.append)
+    assert [record.epoch for record in records] == list(range(1, 10))
+    assert _figures(records) == [figures for _, own in alone for figures in _figures(own)]
+    values = [one.value for one, _ in alone]
+    assert [(each.repeat, each.value) for each in told] == list(enumerate(values, start=1))
+    assert trained.repeats == tuple(values)
+    assert trained.value == pytest.approx(np.mean(values))
+    best = max((one for one, _ in alone), key=lambda one: one.value)
+    assert (trained.best_epoch, trained.train_accuracy, trained.epochs) == (best.best_epoch, best.train_accuracy, 9)
+    kept, expected = (
+        keras.models.load_model(folder / MODEL).predict(dataset.x_validation, verbose=0)
+        for folder in (tmp_path / "all", tmp_path / str(values.index(best.value) + 1))
+    )
+    assert np.array_equal(kept, expected)
+
+
+# Killed in the middle of the second repeat, or in its last epoch.
+@pytest.mark.parametrize("killed_in", [5, 7])
+def test_resumed_repeats_give_the_numbers_of_uninterrupted_ones(
+    dataset: Dataset, tmp_path: Path, killed_in: int
+) -> None:
+    whole, undisturbed = _train(dataset, tmp_path / "whole", more_seeds=(2, 3))
+    records: list[Epoch] = []
+    told: list[Repeated] = []
+
+    def dies(record: Epoch) -> None:
+        if record.epoch == killed_in:
+            raise _Killed
+        records.append(record)
+
+    arguments: dict[str, Any] = {"more_seeds": (2, 3), "checkpoint_seconds": 0.0}
+    with pytest.raises(_Killed):
+        _train(dataset, tmp_path / "cut", **arguments, on_epoch=dies)
+    trained, _ = _train(dataset, tmp_path / "cut", **arguments, on_epoch=records.append, on_repeat=told.append)
+    assert _figures(records) == _figures(undisturbed)
+    assert trained.repeats == whole.repeats == tuple(each.value for each in told)
+
+
+def test_patience_ends_a_repeat_and_not_those_after_it(dataset: Dataset, tmp_path: Path) -> None:
+    hyperparameters = HYPERPARAMETERS | {"optimizer": "sgd", "learning_rate": 1e-9, "patience_epochs": 2}
+    told: list[Repeated] = []
+    trained, records = _train(
+        dataset, tmp_path, epochs=50, hyperparameters=hyperparameters, more_seeds=(2,), on_repeat=told.append
+    )
+    second = next(at for at, record in enumerate(records) if record.epoch == 51)
+    assert second < 50
+    assert [each.repeat for each in told] == [1, 2]
+    assert trained.epochs == len(records) < 100
 
 
 def test_a_schedule_may_be_for_more_epochs_than_are_trained(dataset: Dataset, tmp_path: Path) -> None:
