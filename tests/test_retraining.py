@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from conftest import Command, ended, until
+from conftest import SMALL, Command, ended, until
 from sklearn.datasets import load_digits
 
 import search
@@ -80,6 +80,19 @@ def test_a_replay_of_a_trial_that_was_killed_and_resumed_is_exact(
     told = json.loads(out)
     assert (told["exact"], told["holds"], told["tolerance"]) == (False, False, 0.0)
     assert [epoch["epoch"] for epoch in told["epochs"]] == list(range(1, 31))
+
+
+def test_repeats_are_run_shown_and_replayed(home: Path, write_small: Callable[..., Path], start: Command) -> None:
+    text = SMALL.replace("epochs = {epochs}", "epochs = {epochs}\nrepeats = 3")
+    ended(start("run", str(write_small(trials=1, epochs=2, text=text))))
+    best = studies.best_trial("small")
+    repeats = best.user_attrs["repeats"]
+    assert best.intermediate_values == dict(enumerate(repeats, start=1))
+    assert best.values == [pytest.approx(np.mean(repeats))]
+    assert studies.leaderboard("small")[0].deviation == pytest.approx(np.std(repeats, ddof=1), abs=1e-6)
+    assert f"{repeats[0]:.4f}, {repeats[1]:.4f}, {repeats[2]:.4f}; the mean counts" in ended(start("best", "small"))[0]
+    out, _ = ended(start("replay", "small", "0"))
+    assert "the same in all 6 epochs, to the last bit" in out
 
 
 def test_an_epoch_without_a_finite_accuracy_is_equal_to_itself() -> None:
