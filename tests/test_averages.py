@@ -115,6 +115,7 @@ np.testing.assert_allclose(mean, (0.9 * one + two) / 1.9, rtol=1e-4)
 """
 
 
+@pytest.mark.long
 def test_the_last_batches_are_seen_on_jax() -> None:
     """JAX keeps the averages in a state of its own while a fit runs."""
     subprocess.run([sys.executable, "-c", JAX], env=os.environ | {"KERAS_BACKEND": "jax"}, check=True, timeout=300)
@@ -230,6 +231,7 @@ def _reestimated(net: keras.Model, images: Any) -> None:
 
 
 @pytest.mark.mnist
+@pytest.mark.long
 def test_the_score_of_a_short_run_is_that_of_re_estimated_statistics(mnist_folders: list[Path], tmp_path: Path) -> None:
     """800 images of MNIST and 26 batches: Keras's own averages give chance, the corrected ones what was learned."""
     images = data.load("mnist", Data(limit=1200, validation=400 / 1200), mnist_folders)

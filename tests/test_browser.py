@@ -15,6 +15,8 @@ from playwright.sync_api import BrowserContext, Error, Page, expect, sync_playwr
 
 import studies
 
+pytestmark = pytest.mark.long
+
 ROOT = str(Path(__file__).parents[1])
 PASSWORD = "trustno1"
 ARGUMENTS = [
@@ -218,7 +220,6 @@ def test_no_password_shows_nothing(address: str, browse: Open) -> None:
         page.goto(f"{address}/dashboard")
 
 
-@pytest.mark.long
 def test_the_documentation_s_pictures_are_made_from_a_real_study(searched: Path, chromium: str, tmp_path: Path) -> None:
     output = tmp_path / "pictures"
     code = "import make_pictures, pathlib, sys; make_pictures.photograph_pages(*map(pathlib.Path, sys.argv[1:]))"

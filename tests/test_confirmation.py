@@ -175,6 +175,7 @@ def test_the_result_is_the_same_in_python_json_report_note_and_terminal(confirme
     assert "### Confirmed on the test images" in note
 
 
+@pytest.mark.long
 def test_again_it_trains_nothing_and_another_number_of_seeds_opens_the_images_again(confirmed: Done) -> None:
     before = _rows(confirmed)
     assert search.confirm("small", top=2, seeds=SEEDS, listeners=[]) == studies.confirmed("small")

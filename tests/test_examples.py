@@ -13,6 +13,8 @@ import studies
 
 FUNCTIONS = [name for name in studies.__all__ if callable(getattr(studies, name)) and name[0].islower()]
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:

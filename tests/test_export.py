@@ -144,6 +144,7 @@ def test_formats_give_the_same_predictions(finished: RDBStorage, home: Path, sav
     assert "`saved_model`" in (folder / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_a_model_in_bfloat16_is_converted_in_float32(finished: RDBStorage, home: Path, saved: Path) -> None:
     """Its interpreters have no bfloat16, in which `precision = "auto"` trains where the machine has it."""
     import tensorflow as tf
@@ -166,6 +167,7 @@ def test_a_model_in_bfloat16_is_converted_in_float32(finished: RDBStorage, home:
     np.testing.assert_allclose(predictions, net.predict(images, verbose=0), atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_format_whose_package_is_missing_says_which(
     finished: RDBStorage, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

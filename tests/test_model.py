@@ -123,6 +123,7 @@ def test_every_optimizer_that_a_definition_may_name_can_be_built(optimizer: str)
     assert model.loss.label_smoothing == 0.1
 
 
+@pytest.mark.long
 def test_every_hyperparameter_that_a_definition_may_name_is_used() -> None:
     """Changing any one of them changes the model's configuration or its optimizer's."""
     values = {

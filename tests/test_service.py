@@ -35,6 +35,7 @@ except search.Interrupted as stop:
 """
 
 
+@pytest.mark.long
 def test_ctrl_c_puts_the_trial_back_and_the_same_call_goes_on(
     home: Path, write_small: Callable[..., Path], start: Command
 ) -> None:
