@@ -3,7 +3,7 @@
 import logging
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ BFLOAT16_CAPABILITY = (8, 0)  # CUDA compute capability from which tensor cores 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A GPU, or this machine's processor."""
+    """A GPU, an instance of a GPU that is divided (NVIDIA's MIG), or this machine's processor."""
 
     kind: str  # "gpu" or "cpu"
     name: str  # of the card or the processor
     index: int = 0  # the driver's number of the GPU
+    instance: int | None = None  # the driver's number of the instance on its GPU
+    uuid: str = ""  # of a GPU or an instance: unlike numbers, it stays when another GPU fails
     capability: tuple[int, int] = (0, 0)  # CUDA compute capability, of a GPU
     memory: int = 0  # bytes, of a GPU
     flags: frozenset[str] = frozenset()  # of a processor: which of BFLOAT16_FLAGS it has
@@ -47,10 +49,14 @@ class Slot:
 
     @property
     def name(self) -> str:
-        """The name for users: ``gpu:1``, or ``gpu:1.0`` for the first of several slots on that GPU; ``cpu:0``."""
+        """The name for users: ``gpu:1``, or ``gpu:1.0`` for the first of several slots on that GPU; ``cpu:0``.
+
+        ``gpu:1.mig0`` is on an instance of that GPU.
+        """
         if self.device.kind == "cpu":
             return f"cpu:{self.index}"
-        return f"gpu:{self.device.index}" + (f".{self.index}" if self.sharing > 1 else "")
+        instance = "" if self.device.instance is None else f".mig{self.device.instance}"
+        return f"gpu:{self.device.index}{instance}" + (f".{self.index}" if self.sharing > 1 else "")
 
     @property
     def memory(self) -> int:
@@ -65,7 +71,7 @@ class Slot:
         share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE / self.sharing:.3f}"} if self.sharing > 1 else {}
         return {
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # CUDA then numbers the GPUs as the driver does
-            "CUDA_VISIBLE_DEVICES": str(self.device.index),
+            "CUDA_VISIBLE_DEVICES": self.device.uuid or str(self.device.index),
             # Without these, a framework takes the memory of the whole card at its first use.
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -121,7 +127,8 @@ def _check_gpu(slot: Slot, backend: str) -> None:
 def slots(devices: str = "auto", per_device: int | None = None, workers: int | None = None) -> list[Slot]:
     """The slots of this machine.
 
-    `devices`: "auto" for all GPUs, or the processor if there is none; "cpu"; or numbers of GPUs such as "0,2".
+    `devices`: "auto" for all GPUs, or the processor if there is none; "cpu"; or numbers of GPUs such as "0,2". A GPU
+    that is divided stands for all its instances. UUIDs, or how they begin, name a GPU or an instance ("MIG-8f2c").
     With `workers`, so many slots are spread evenly over the devices. With `per_device`, each device has so many. By
     default a GPU has one slot, and the processor has one per core (the best in `bench/slots.py`) if memory allows.
 
@@ -145,16 +152,23 @@ def _chosen(devices: str) -> list[Device]:
     existing = gpus()
     if devices == "auto":
         return existing or [cpu()]
-    by_number = {str(device.index): device for device in existing}
-    numbers = [part.strip() for part in devices.split(",")]
-    for number in numbers:
-        if number not in by_number:
-            available = f"GPUs {', '.join(by_number)}" if by_number else "no GPU"
+    chosen: list[Device] = []
+    for part in (part.strip() for part in devices.split(",")):
+        named = [device for device in existing if _names(part, device)]
+        if not named:
+            numbers = dict.fromkeys(str(device.index) for device in existing)
+            available = f"GPUs {', '.join(numbers)}" if numbers else "no GPU"
             raise DeviceError(
-                f"--devices {devices}: there is no GPU {number!r}; this machine has {available}: give numbers of GPUs, "
+                f"--devices {devices}: there is no GPU {part!r}; this machine has {available}: give numbers of GPUs, "
                 "auto or cpu"
             )
-    return [by_number[number] for number in dict.fromkeys(numbers)]
+        chosen += [device for device in named if device not in chosen]
+    return chosen
+
+
+def _names(part: str, device: Device) -> bool:
+    """Whether `part` is the number of a GPU, or the first characters of its UUID or its instance's, as CUDA has it."""
+    return part == str(device.index) or (part.startswith(("GPU-", "MIG-")) and device.uuid.startswith(part))
 
 
 def cores() -> int:
@@ -186,44 +200,63 @@ def _threads(device: Device, sharing: int) -> int:
 def gpus() -> list[Device]:
     """NVIDIA's GPUs that CUDA_VISIBLE_DEVICES does not hide; empty without a driver.
 
-    Raises DeviceError if that variable names parts of a GPU.
+    A GPU that is divided computes nothing itself: its instances take its place.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
         return []
-    if visible is not None and "MIG-" in visible:
-        raise DeviceError(
-            f"CUDA_VISIBLE_DEVICES = {visible} names a MIG instance, and slots are whole GPUs: name its GPU, or give "
-            "--devices cpu"
-        )
+    parts = None if visible is None else [part.strip() for part in visible.split(",")]
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []
     try:
-        devices = []
+        existing: list[Device] = []
         for index in range(pynvml.nvmlDeviceGetCount()):
             try:
                 handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-                if visible is None or _is_visible(index, str(pynvml.nvmlDeviceGetUUID(handle)), visible):
-                    devices.append(_gpu(index, handle))
+                whole = _gpu(index, handle)
+                existing += _instances(whole, handle) or [whole]
             except pynvml.NVMLError as error:
                 log.warning("GPU %d is left out: %s", index, error)
-        return devices
+        return [device for device in existing if parts is None or any(_names(part, device) for part in parts)]
     finally:
         pynvml.nvmlShutdown()
 
 
 def _gpu(index: int, handle: Any) -> Device:
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-    name = str(pynvml.nvmlDeviceGetName(handle))
-    return Device(kind="gpu", name=name, index=index, capability=(major, minor), memory=total)
+    return Device(
+        kind="gpu",
+        name=str(pynvml.nvmlDeviceGetName(handle)),
+        index=index,
+        uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
+        capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+        memory=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+    )
 
 
-def _is_visible(index: int, uuid: str, visible: str) -> bool:
-    # CUDA accepts numbers, and the first characters of UUIDs.
-    return any(part.strip() == str(index) or uuid.startswith(part.strip() or "-") for part in visible.split(","))
+def _instances(whole: Device, handle: Any) -> list[Device]:
+    """The instances of a GPU that is divided; empty if it is not."""
+    try:
+        is_divided, _ = pynvml.nvmlDeviceGetMigMode(handle)
+    except pynvml.NVMLError:
+        return []  # a card that cannot be divided
+    found = []
+    for instance in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle) if is_divided else 0):
+        try:
+            part = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, instance)
+        except pynvml.NVMLError:
+            continue  # fewer instances than there could be
+        found.append(
+            replace(
+                whole,
+                instance=instance,
+                name=str(pynvml.nvmlDeviceGetName(part)),
+                uuid=str(pynvml.nvmlDeviceGetUUID(part)),
+                memory=int(pynvml.nvmlDeviceGetMemoryInfo(part).total),
+            )
+        )
+    return found
 
 
 def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:

@@ -125,6 +125,10 @@ class Driver:
     nvmlDeviceGetCudaComputeCapability = staticmethod(lambda index: (8, 0))  # noqa: N815
 
     @staticmethod
+    def nvmlDeviceGetMigMode(index: int) -> tuple[int, int]:  # noqa: N802
+        raise RuntimeError("Not Supported")
+
+    @staticmethod
     def nvmlDeviceGetMemoryInfo(index: int) -> Any:  # noqa: N802
         return SimpleNamespace(total=80 << 30)
 
@@ -143,6 +147,8 @@ def test_gpus_are_those_that_the_driver_names_and_cuda_may_see(
     gpus = devices.gpus()
     assert [gpu.index for gpu in gpus] == indices
     assert all((gpu.name, gpu.capability, gpu.memory) == ("NVIDIA A100", (8, 0), 80 << 30) for gpu in gpus)
+    # Numbers change when a card fails.
+    assert [Slot(device=gpu).environment()["CUDA_VISIBLE_DEVICES"] for gpu in gpus] == [f"GPU-{i}a3f" for i in indices]
 
 
 def test_a_gpu_that_is_lost_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -159,11 +165,64 @@ def test_a_gpu_that_is_lost_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog:
     assert "GPU 0 is left out: GPU is lost" in caplog.text
 
 
-def test_parts_of_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-5f1b")
-    with pytest.raises(DeviceError, match="names a MIG instance, and slots are whole GPUs"):
-        devices.slots()
-    assert [slot.device.kind for slot in devices.slots("cpu", workers=1)] == ["cpu"]
+class Divided(Driver):
+    """GPU 1 is divided into two instances, of at most seven. A handle of an instance is a pair."""
+
+    @staticmethod
+    def nvmlDeviceGetMigMode(index: int) -> tuple[int, int]:  # noqa: N802
+        return index, index  # now, and after a restart
+
+    nvmlDeviceGetMaxMigDeviceCount = staticmethod(lambda index: 7)  # noqa: N815
+
+    @staticmethod
+    def nvmlDeviceGetMigDeviceHandleByIndex(index: int, instance: int) -> tuple[int, int]:  # noqa: N802
+        if instance > 1:
+            raise RuntimeError("Not Found")
+        return index, instance
+
+    @staticmethod
+    def nvmlDeviceGetUUID(handle: Any) -> str:  # noqa: N802
+        return f"MIG-{handle[1]}c4" if isinstance(handle, tuple) else f"GPU-{handle}a3f"
+
+    @staticmethod
+    def nvmlDeviceGetName(handle: Any) -> str:  # noqa: N802
+        return "NVIDIA A100" + (" MIG 3g.40gb" if isinstance(handle, tuple) else "")
+
+    @staticmethod
+    def nvmlDeviceGetMemoryInfo(handle: Any) -> Any:  # noqa: N802
+        return SimpleNamespace(total=(40 if isinstance(handle, tuple) else 80) << 30)
+
+
+@pytest.mark.parametrize(
+    ("visible", "asked", "names"),
+    [
+        (None, "auto", ["gpu:0", "gpu:1.mig0", "gpu:1.mig1"]),
+        (None, "1", ["gpu:1.mig0", "gpu:1.mig1"]),
+        (None, "MIG-1c, 0", ["gpu:1.mig1", "gpu:0"]),
+        ("MIG-0c4", "auto", ["gpu:1.mig0"]),
+        ("1", "auto", ["gpu:1.mig0", "gpu:1.mig1"]),
+    ],
+)
+def test_the_instances_of_a_divided_gpu_are_devices(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, asked: str, names: list[str]
+) -> None:
+    monkeypatch.setattr(devices, "pynvml", Divided)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [slot.name for slot in devices.slots(asked)] == names
+    instance = next(slot for slot in devices.slots() if slot.name.startswith("gpu:1"))
+    assert instance.environment()["CUDA_VISIBLE_DEVICES"] == instance.device.uuid
+    assert (instance.device.memory, instance.device.capability) == (40 << 30, (8, 0))
+    assert instance.device.name == "NVIDIA A100 MIG 3g.40gb"
+
+
+def test_slots_may_share_an_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "pynvml", Divided)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    shared = devices.slots("MIG-0c4", per_device=2)
+    assert [slot.name for slot in shared] == ["gpu:1.mig0.0", "gpu:1.mig0.1"]
+    assert shared[0].memory < 20 << 30
 
 
 def test_a_container_s_limits_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
