@@ -23,7 +23,8 @@ import numpy as np
 
 from search import averages, data
 from search.averages import LastBatches
-from search.data import Array, Dataset
+from search.data import Dataset
+from search.images import Array
 from search.model import build
 from storage.settings import load
 from studies.definition import Data

@@ -28,7 +28,7 @@ import keras
 import numpy as np
 
 from search import checkpoint
-from search.data import Array
+from search.images import Array
 
 # Far larger than any real mean: the share of it that is left after one step shows how often the average was updated.
 PROBE = 1e6

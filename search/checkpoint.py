@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from keras.src.random.seed_generator import global_seed_generator  # for layers without their own generator
 
-from search.data import Array
+from search.images import Array
 from search.messages import Epoch
 from storage.artifacts import stored
 

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from search.errors import DataError, MachineError
+from search.images import Array, Images, chosen, mapped
 from studies.definition import Data
 
-Array = NDArray[Any]
 DOWNLOAD_SECONDS = 600
 
 
@@ -34,7 +33,7 @@ class Dataset:
     y_*: (n,), int64, classes numbered from 0.
     """
 
-    x_train: Array
+    x_train: Array | Images  # a large one is not copied out of its source
     y_train: Array
     x_validation: Array
     y_validation: Array
@@ -89,8 +88,9 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
     x, y = _pair(raw["x_train"], raw["y_train"], name, "x_train", "y_train")
     fingerprint = _fingerprint(x, y)
     classes = int(y.max()) + 1
+    train = np.arange(len(y))
     if data.limit_includes_validation:
-        x, y = _limited(x, y, data, name)
+        train = _limited(train, y, data, name)
     x_test = y_test = None
     if "x_test" in raw:
         x_test, y_test = _pair(raw["x_test"], raw["y_test"], name, "x_test", "y_test")
@@ -105,14 +105,14 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
         x_validation, y_validation = x_test, y_test
     else:
         setting = f"data.validation = {share:g}"
-        held_out = round(len(y) * share)
-        x, x_validation, y, y_validation = _split(x, y, held_out, data.seed, setting, name)
+        train, validation = _split(train, y, round(len(train) * share), data.seed, setting, name)
+        x_validation, y_validation = x[validation], y[validation]
     # After the split: a study with fewer training images is judged by as many as one with all.
     if not data.limit_includes_validation:
-        x, y = _limited(x, y, data, name)
+        train = _limited(train, y, data, name)
     return Dataset(
-        x_train=x,
-        y_train=y,
+        x_train=chosen(x, train),
+        y_train=y[train],
         x_validation=x_validation,
         y_validation=y_validation,
         classes=classes,
@@ -123,11 +123,11 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
     )
 
 
-def _limited(x: Array, y: Array, data: Data, name: str) -> tuple[Array, Array]:
-    if data.limit is None or data.limit >= len(y):
-        return x, y
-    x, _, y, _ = _split(x, y, len(y) - data.limit, data.seed, f"data.limit = {data.limit}", name)
-    return x, y
+def _limited(indices: Array, y: Array, data: Data, name: str) -> Array:
+    if data.limit is None or data.limit >= len(indices):
+        return indices
+    rest = len(indices) - data.limit
+    return _split(indices, y, rest, data.seed, f"data.limit = {data.limit}", name)[0]
 
 
 def require_test(name: str, folders: Sequence[Path]) -> None:
@@ -206,7 +206,8 @@ def _from_file(path: Path) -> _Arrays:
     def reader(key: str) -> Callable[[], Array]:
         def read() -> Array:
             try:
-                return np.asarray(archive[key])
+                shared = mapped(path, key)
+                return np.asarray(archive[key]) if shared is None else shared
             except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
                 raise DataError(
                     f"the array {key} in {path} cannot be read ({error}): write plain numbers, without pickling"
@@ -337,19 +338,20 @@ def _labels(y: Array, what: str) -> Array:
     return y.astype(np.int64)
 
 
-def _split(x: Array, y: Array, size: int, seed: int, setting: str, name: str) -> tuple[Array, Array, Array, Array]:
-    """Splits off `size` images, stratified by class. Returns x of the rest, x of these, and the same for y."""
+def _split(indices: Array, y: Array, size: int, seed: int, setting: str, name: str) -> tuple[Array, Array]:
+    """Splits off `size` of the `indices`, stratified by their classes in `y`. Returns the rest and these, in order."""
     from sklearn.model_selection import train_test_split  # see _digits
 
     try:
-        indices = train_test_split(np.arange(len(y)), test_size=size, stratify=y, random_state=seed)
+        parts = train_test_split(indices, test_size=size, stratify=y[indices], random_state=seed)
     except ValueError as error:
+        classes = len(np.unique(y[indices]))
         raise DataError(
-            f"{name}: {setting} cannot split {len(y)} images of {len(np.unique(y))} classes so that each class is in "
+            f"{name}: {setting} cannot split {len(indices)} images of {classes} classes so that each class is in "
             f"both parts ({error}): use more images, or another share"
         ) from None
-    kept, held_out = (np.sort(part) for part in indices)
-    return x[kept], x[held_out], y[kept], y[held_out]
+    kept, held_out = (np.sort(part) for part in parts)
+    return kept, held_out
 
 
 def _fingerprint(x: Array, y: Array) -> str:

@@ -14,8 +14,9 @@ import numpy as np
 
 from search import averages, checkpoint
 from search.batches import batches
-from search.data import Array, Dataset
+from search.data import Dataset
 from search.errors import DataError, ModelError
+from search.images import Array
 from search.messages import Epoch, Repeated, StopMode, Trained, best_epoch, versions
 from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, stored
@@ -131,7 +132,7 @@ def train(
         # The order depends only on the seed and the epoch, so it is the same in a resumed training.
         order = np.random.default_rng([seeds[repeat - 1], epoch]).permutation(len(y_train))
         began = time.perf_counter()
-        images = batches(dataset.x_train[order], y_train[order], batch_size)
+        images = batches(dataset.x_train, y_train, batch_size, order)
         last_batches = averages.LastBatches(
             moving_averages,
             images=len(y_train),
