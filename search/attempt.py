@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import stdev
 from threading import Event
@@ -24,9 +24,10 @@ from search.messages import Epoch, Failed, Job, Repeated, Resumed, Trained
 from search.progress import Listener
 from search.proposal import SamplerFailed, SpaceExhausted, hyperparameters_of, is_of_the_database
 from search.trainer import START_SECONDS, Trainer, TrainerDied
-from storage import artifacts, claims, ledger, retention
+from storage import artifacts, claims, faults, ledger, retention
 from storage.claims import Claim
-from storage.errors import ClaimLost, StorageError, StudyGone, TrialyardError
+from storage.errors import ClaimLost, DiskError, StudyGone
+from storage.faults import Fault
 from storage.settings import Settings
 from storage.transactions import PatientStorage
 from studies import recipe, sampling
@@ -34,13 +35,6 @@ from studies.definition import Definition
 
 log = logging.getLogger(__name__)
 
-# Faults of the machine: as failures of trials they would cost the study one trial after the other.
-_MACHINE: dict[str, type[TrialyardError]] = {
-    "disk": StorageError,
-    "device": DeviceError,
-    "import": MachineError,
-    "load": MachineError,
-}
 POLL_SECONDS = 0.2  # how soon a stop or a lost claim is noticed between epochs
 
 
@@ -73,9 +67,13 @@ class Outcome:
     kind: Literal["complete", "pruned", "failed", "interrupted", "crashed"]
     trained: Trained | None = None  # None if the trainer failed, died or was killed
     value: float | None = None  # validation accuracy: of the best epoch; of the last one if it was pruned
-    failure: Failed | None = None  # why it failed
+    failure: Failed | None = None  # what went wrong, if anything did
     reason: str = ""  # why it was interrupted, or crashed
-    fault: TrialyardError | None = None  # what this machine cannot do, if it was interrupted by that
+
+    @property
+    def fault(self) -> Fault | None:
+        """Whose fault it was, and what follows; None if nothing went wrong."""
+        return None if self.failure is None else faults.of(self.failure.kind)
 
 
 class Attempt:
@@ -100,15 +98,17 @@ class Attempt:
 
         The trial ends complete, pruned or failed; or goes back to the queue when `interrupted` is set, the study is
         paused or stopped, or its trainer dies. If the claim is lost meanwhile, or the study deleted, nothing more is
-        written. Raises StorageError or DeviceError if this machine can train nothing, and MachineError if it cannot
-        train this study; the trial is back in the queue then, and the attempt does not count as a crash.
+        written. Raises DiskError or DeviceError if this slot can train nothing now, and MachineError if this machine
+        cannot train this study; the trial is back in the queue then.
         """
-        fault: TrialyardError | None = None
+        failure: Failed | None = None
         try:
             self._opened = self.handle.opened(self.claim.number)
             outcome = self._train()
             self._record(outcome)
-            fault = outcome.fault
+            failure = outcome.failure
+            if outcome.fault is not None and outcome.fault.process != "kept":
+                self.trainer.kill()
         except ClaimLost as lost:
             log.warning("%s", lost)
             self.trainer.kill()  # somebody else trains this trial now
@@ -117,11 +117,9 @@ class Attempt:
                 raise
             log.debug("the study was deleted", exc_info=error)
             self.trainer.kill()
-        if isinstance(fault, MachineError):
-            self.trainer.kill()  # only a new process sees a repaired installation: imported modules stay as they are
         self._notify_end()
-        if fault is not None:
-            raise fault
+        if failure is not None:
+            _raise_for_machine(failure)
 
     # --- train ------------------------------------------------------------------------------------------------
 
@@ -148,18 +146,28 @@ class Attempt:
             trial=f"{self.claim.study} trial {self.claim.number} attempt {self.claim.attempt}",
             checkpoint_seconds=self.settings.checkpoint_seconds,
         )
+        outcome = self._run_job(job)
+        if not self._may_be_left_over(outcome):
+            return outcome
+        log.info("%s starts once more in a new process: %s", job.trial, outcome.reason)
+        self.trainer.kill()
+        own = self.settings.artifact_folder / self.claim.folder / artifacts.CHECKPOINT
+        return self._run_job(replace(job, checkpoints=(own, *job.checkpoints)))
+
+    def _run_job(self, job: Job) -> Outcome:
         try:
-            self.trainer.submit(job)
-            try:
-                return self._follow()
-            except TrainerDied as died:
-                if died.ready:
-                    raise
-                log.info("%s begins once more in a new process: %s", job.trial, died)
             self.trainer.submit(job)
             return self._follow()
         except TrainerDied as died:
             return self._outcome_of_death(died)
+        except DiskError as error:  # of the trainer's log
+            return _failed(Failed(kind="disk", message=str(error)))
+
+    def _may_be_left_over(self, outcome: Outcome) -> bool:
+        """Whether it failed in a process in which an earlier job, or a start that failed, may be the cause."""
+        if outcome.failure is None or outcome.fault is None or outcome.fault.process != "fresh":
+            return False
+        return self.trainer.is_used or outcome.failure.kind == "start"
 
     def _follow(self) -> Outcome:
         """Handles the trainer's messages until its job ends. Raises TrainerDied and ClaimLost."""
@@ -248,13 +256,9 @@ class Attempt:
 
     def _outcome_of_death(self, died: TrainerDied) -> Outcome:
         if not died.ready:
-            return Outcome(
-                kind="interrupted", reason=str(died), fault=MachineError(f"{died}: repair Keras or its backend")
-            )
+            return _failed(Failed(kind="start", message=f"{died}: repair Keras, its backend or the device"))
         log.warning("study %s: trial %d: %s", self.claim.study, self.claim.number, died)
-        if died.out_of_memory:  # it would happen again
-            return _failed(Failed(kind="memory", message=str(died)))
-        return Outcome(kind="crashed", reason=str(died))
+        return _failed(Failed(kind="memory" if died.out_of_memory else "crashed", message=str(died)))
 
     # --- record -----------------------------------------------------------------------------------------------
 
@@ -331,9 +335,20 @@ def _spread(repeats: Sequence[float]) -> dict[str, Any]:
 
 
 def _failed(failed: Failed) -> Outcome:
-    if failed.kind in _MACHINE:
-        return Outcome(kind="interrupted", reason=failed.message, fault=_MACHINE[failed.kind](failed.message))
-    return Outcome(kind="failed", failure=failed)
+    fault = faults.of(failed.kind)
+    if not fault.waits:
+        return Outcome(kind="failed", failure=failed, reason=failed.message)
+    kind: Literal["interrupted", "crashed"] = "interrupted" if fault.retries is None else "crashed"
+    return Outcome(kind=kind, failure=failed, reason=failed.message)
+
+
+def _raise_for_machine(failure: Failed) -> None:
+    """Raises MachineError if this machine is to blame, and DiskError or DeviceError if it is one slot of it."""
+    whose = faults.of(failure.kind).whose
+    if whose == "machine":
+        raise MachineError(failure.message)
+    if whose == "slot":
+        raise (DiskError if failure.kind == "disk" else DeviceError)(failure.message)
 
 
 def _trained(trained: Trained | None, pruned: bool, last: float | None, reason: str) -> Outcome:

@@ -85,14 +85,21 @@ def pin(slot: Slot) -> None:
     JAX reads its settings from the slot's environment; PyTorch has none. TensorFlow accepts these settings only once,
     and a process has only one slot, so a second call does nothing.
 
-    Raises DeviceError if the framework does not see the slot's GPU: it would train on the processor without a warning.
+    Raises DeviceError if the framework does not see the slot's GPU, because it would train on the processor without a
+    warning; and if the GPU does not compute.
     """
     import keras
 
+    backend = keras.backend.backend()
     if slot.device.kind == "gpu":
-        _check_gpu(slot, keras.backend.backend())
-    if keras.backend.backend() != "tensorflow":
-        return
+        _check_gpu(slot, backend)
+    if backend == "tensorflow":
+        _set_tensorflow(slot)
+    if slot.device.kind == "gpu":
+        _check_computes(slot)
+
+
+def _set_tensorflow(slot: Slot) -> None:
     import tensorflow as tf
 
     if slot.threads:
@@ -122,6 +129,21 @@ def _check_gpu(slot: Slot, backend: str) -> None:
             f"the driver has {slot.name} ({slot.device.name}), but {backend} sees {count or 'no'} GPUs: install its "
             "CUDA libraries (for TensorFlow, `pip install '.[gpu]'` in Trialyard's folder), or give --devices cpu"
         )
+
+
+def _check_computes(slot: Slot) -> None:
+    """Raises DeviceError if the GPU cannot multiply and convolve, before a trial has to find out."""
+    import keras
+
+    try:
+        ones = keras.ops.ones((1, 8, 8, 8))
+        convolved = keras.ops.conv(ones, keras.ops.ones((3, 3, 8, 8)), data_format="channels_last")
+        keras.ops.convert_to_numpy(keras.ops.matmul(convolved, keras.ops.ones((8, 8))))
+    except Exception as error:
+        raise DeviceError(
+            f"{slot.name} ({slot.device.name}) does not compute ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:500]}): see `nvidia-smi`, and restart its driver or leave it out"
+        ) from error
 
 
 def slots(devices: str = "auto", per_device: int | None = None, workers: int | None = None) -> list[Slot]:

@@ -11,12 +11,20 @@ class ModelError(TrialyardError):
     """A model cannot be built."""
 
 
+class MetricError(ModelError):
+    """A model does not report what trials are judged by."""
+
+
+class SaveError(ModelError):
+    """A model cannot be saved."""
+
+
 class MachineError(TrialyardError):
     """This machine cannot train a study: it cannot import Keras or a user's own module, or load the data."""
 
 
 class DeviceError(TrialyardError):
-    """This machine has no such GPU, or the framework does not see it."""
+    """This machine has no such GPU, the framework does not see it, or it fails."""
 
 
 class DashboardError(TrialyardError):

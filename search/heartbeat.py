@@ -40,14 +40,25 @@ class Heartbeat:
     def __init__(self, storage: PatientStorage, seconds: float, slots: Sequence[Slot]) -> None:
         self._storage, self._seconds = storage, seconds
         self._slots = {owners.this_slot(slot.name): slot.device.name for slot in slots}
+        self._closed: dict[Owner, str] = {}
         self._pulses: dict[Claim, Pulse] = {}
-        self._lock = threading.Lock()  # the slots' threads add and remove claims
+        self._lock = threading.Lock()  # the slots' threads change the claims and the closed slots
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def owner(self, slot: Slot) -> Owner:
         """This process's `slot`, as other processes know it."""
         return next(owner for owner in self._slots if owner.slot == slot.name)
+
+    def close(self, slot: Slot, reason: str) -> None:
+        """From the next heartbeat on, `slot` is shown as closed, for this reason."""
+        with self._lock:
+            self._closed[self.owner(slot)] = reason
+
+    def reopen(self, slot: Slot) -> None:
+        """From the next heartbeat on, `slot` is shown as open."""
+        with self._lock:
+            self._closed.pop(self.owner(slot), None)
 
     @contextmanager
     def of(self, claim: Claim) -> Iterator[Pulse]:
@@ -84,9 +95,9 @@ class Heartbeat:
 
     def _beat(self) -> None:
         with self._lock:
-            held = dict(self._pulses)
+            held, closed = dict(self._pulses), dict(self._closed)
         try:
-            states = claims.beat(self._storage, self._slots, list(held))
+            states = claims.beat(self._storage, self._slots, list(held), closed)
         except Exception as error:
             # Whatever failed: without heartbeats this worker would lose all its trials.
             log.warning("a heartbeat failed, and is sent again in %.0f s: %s", self._seconds, error)

@@ -63,9 +63,7 @@ class Checked:
 class Failed:
     """The end of a job in an error that it would meet again."""
 
-    # "nan", "memory", "data", "model" or "error". The machine's fault, which no trial must pay for: "import" (Keras or
-    # a user's module), "load" (the data), "disk" and "device".
-    kind: str
+    kind: str  # one of `storage.faults.FAULTS`
     message: str
 
 

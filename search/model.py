@@ -14,7 +14,7 @@ import keras
 from keras import layers
 
 from search.data import import_function
-from search.errors import MachineError, ModelError
+from search.errors import MachineError, MetricError, ModelError
 from search.layers import BatchNormalization, Dropout
 from studies.model_rules import WITH_MOMENTUM
 
@@ -76,9 +76,9 @@ def build(
 
 
 def accuracy_of(measured: Mapping[str, Any], name: str) -> Any:
-    """The accuracy that Keras measured. Raises ModelError if the model `name` has no such metric."""
+    """The accuracy that Keras measured. Raises MetricError if the model `name` has no such metric."""
     if "accuracy" not in measured:
-        raise ModelError(
+        raise MetricError(
             f"{name} is compiled with the metrics {', '.join(measured)}, and trials are judged by the metric accuracy: "
             "add 'accuracy' to its metrics, or leave compiling to Trialyard"
         )

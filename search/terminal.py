@@ -110,6 +110,7 @@ def print_rows(rows: "list[Row]") -> None:
 def print_workers(workers: "list[SlotStatus]") -> None:
     for one in workers:
         doing = "waits" if one.study is None else f"{one.study} trial {one.trial}, epoch {one.epoch}"
+        doing = doing if one.closed is None else f"closed ({one.closed})"
         out.print(
             f"{one.slot} of {one.host} (process {one.pid}, {one.device}): {doing}, last sign "
             f"{one.silent_seconds:.0f} s ago",

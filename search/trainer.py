@@ -20,6 +20,7 @@ import psutil
 
 from search.devices import Slot
 from search.messages import Checked, Epoch, Failed, Job, Ready, Repeated, Resumed, Stop, StopMode, Trained
+from storage.errors import DiskError
 from storage.settings import environment_without_secrets
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,11 @@ class Trainer:
         return self._ready
 
     @property
+    def is_used(self) -> bool:
+        """Whether the process has run other jobs before the last one."""
+        return self._jobs > 1
+
+    @property
     def pid(self) -> int | None:
         """The process's number, while there is one."""
         return self._process.pid if self._process else None
@@ -99,7 +105,10 @@ class Trainer:
         )
 
     def submit(self, job: Job) -> None:
-        """Begins `job`. The messages that follow are to be fetched with `receive` up to the one that ends it."""
+        """Begins `job`. The messages that follow are to be fetched with `receive` up to the one that ends it.
+
+        Raises DiskError if the log file cannot be written, and TrainerDied if no process can be started.
+        """
         if self._process is None or self._process.poll() is not None or self._has_grown():
             self._start()
         self._jobs, self._kills = self._jobs + 1, _memory_kills()
@@ -170,12 +179,25 @@ class Trainer:
         self.kill()
         self._first, self._jobs, self._ready = None, 0, False
         ours, theirs = Pipe()
-        self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("ab") as output:
-            self._process = launch(self.slot, theirs.fileno(), output)
-        theirs.close()
         self._connection = ours
+        with contextlib.closing(theirs), self._log() as output:
+            try:
+                self._process = launch(self.slot, theirs.fileno(), output)
+            except OSError as error:  # the machine has no memory, or no number, for another process
+                raise TrainerDied(
+                    f"a trainer process cannot be started ({error.strerror or error})", out_of_memory=False, ready=False
+                ) from error
         self._send(self.slot)
+
+    def _log(self) -> IO[bytes]:
+        try:
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            return self.log_file.open("ab")
+        except OSError as error:
+            raise DiskError(
+                f"the log {self.log_file} cannot be written ({error.strerror or error}): is the disk full, or the "
+                "folder another user's?"
+            ) from error
 
     def _died(self) -> TrainerDied:
         assert self._process is not None

@@ -21,10 +21,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search import devices
+from search import device_errors, devices
 from search.devices import Slot, precision_for
 from search.messages import Checked, Epoch, Failed, Job, Ready, Resumed, StopMode, Trained
-from storage.errors import StorageError, TrialyardError
+from storage.errors import DiskError, TrialyardError
 from studies.definition import Definition
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ def _import_keras(slot: Slot) -> Failed | None:
         return Failed(kind="device", message=str(error))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken installation may raise anything
         traceback.print_exc()  # whole, into the log file
+        if not isinstance(error, ImportError) and device_errors.is_of_the_accelerator(error):
+            return Failed(kind="device", message=f"{slot.name} ({slot.device.name}) fails ({_in_one_line(error)})")
         backend = checks.software()["backend"]
         return Failed(
             kind="import",
@@ -110,7 +112,7 @@ def _give_back_memory() -> None:
 def _run(
     job: Job, connection: "Connection[Any, Any]", stops: "list[StopMode]", datasets: "dict[Any, Dataset]"
 ) -> Trained | Checked | Failed:
-    from search.errors import DataError, MachineError, ModelError
+    from search.errors import DataError, MachineError
 
     try:
         dataset = _loaded(job, datasets)
@@ -124,27 +126,37 @@ def _run(
         return Failed(kind="load", message=message)
     try:
         return _trained(job, dataset, connection, stops)
-    except StorageError as error:
-        return Failed(kind="disk", message=str(error))
-    except MachineError as error:
-        return Failed(kind="import", message=str(error))
-    except DataError as error:
-        return Failed(kind="data", message=str(error))
-    except ModelError as error:
-        memory = error.__cause__ is not None and _is_out_of_memory(error.__cause__)
-        return Failed(kind="memory" if memory else "model", message=str(error))
     except Exception as error:  # noqa: BLE001 - whatever a user's model raises ends its trial, not the study
+        return _failed(error)
+
+
+def _failed(error: Exception) -> Failed:
+    """What went wrong in a training."""
+    from search.errors import DataError, MachineError, MetricError, ModelError, SaveError
+
+    kinds = {
+        DiskError: "disk",
+        MachineError: "import",
+        DataError: "data",
+        MetricError: "metric",
+        SaveError: "save",
+        ModelError: "model",
+    }
+    ours = next((kind for error_type, kind in kinds.items() if isinstance(error, error_type)), None)
+    if ours is None:
         traceback.print_exc()  # whole, into the log file
-        if type(error).__name__ == "NotANumber":
-            return Failed(kind="nan", message=" ".join(str(error).split()))
-        kind = "memory" if _is_out_of_memory(error) else "error"
-        return Failed(kind=kind, message=_in_one_line(error))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # TensorFlow's own type, JAX's word for it, and PyTorch's type.
-    names = ("MemoryError", "_ArrayMemoryError", "ResourceExhaustedError", "OutOfMemoryError")
-    return type(error).__name__ in names or "RESOURCE_EXHAUSTED" in str(error)
+    if ours not in (None, "model", "save"):
+        return Failed(kind=ours, message=str(error))
+    message = _in_one_line(error) if ours is None else str(error)
+    if type(error).__name__ == "NotANumber":
+        return Failed(kind="nan", message=" ".join(str(error).split()))
+    if device_errors.is_out_of_memory(error):
+        return Failed(kind="memory", message=message)
+    if device_errors.is_of_the_accelerator(error):
+        return Failed(kind="accelerator", message=message)
+    if device_errors.is_of_the_disk(error):
+        return Failed(kind="disk", message=message)
+    return Failed(kind=ours or "error", message=message)
 
 
 def _loaded(job: Job, datasets: "dict[Any, Dataset]") -> "Dataset":

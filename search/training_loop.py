@@ -15,7 +15,7 @@ import numpy as np
 from search import averages, checkpoint
 from search.batches import batches
 from search.data import Dataset
-from search.errors import DataError, ModelError
+from search.errors import DataError, MetricError, SaveError
 from search.images import Array
 from search.messages import Epoch, Repeated, StopMode, Trained, best_epoch, versions
 from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary
@@ -71,8 +71,8 @@ def train(
     the same software, interrupted or not. An epoch whose validation accuracy is not finite stays in the history, but is
     never the best.
 
-    Raises NotANumber, DataError (a batch is larger than the data), ModelError, and StorageError if a file cannot be
-    written.
+    Raises NotANumber, DataError (a batch is larger than the data), ModelError, also as MetricError or SaveError, and
+    DiskError if a file cannot be written.
     """
     batch_size = int(hyperparameters.get("batch_size", BATCH_SIZE))
     if batch_size > len(dataset.y_train):
@@ -182,14 +182,14 @@ def train(
     if not stop.stopped:
         kept = _kept(net, kept_weights, model, hyperparameters, dataset)
         with stored(folder / MODEL) as temporary:
-            kept.save(temporary)
+            _save(kept, temporary, model)
         hits = None if more_seeds else _hits(kept, dataset, _evaluation_batch(batch_size))
     values = repeats.values(history)
     value = float(np.mean(values)) if values else best.val_accuracy if best else 0.0
     kept_epoch = history[-1] if confirms and history else best
     if confirms and not stop.stopped:
         if hits is None:
-            raise ModelError(
+            raise MetricError(
                 f"{model} gives something else than one number for each of the {dataset.classes} classes, so its "
                 "answers to the test images cannot be counted: return one output of (n, classes)"
             )
@@ -319,6 +319,18 @@ def _kept(net: keras.Model, weights: list[Array], model: str, h: Hyperparameters
         net = build(model, h, dataset.image_shape, dataset.classes, plain=True)
     net.set_weights(weights)
     return net
+
+
+def _save(net: keras.Model, path: Path, model: str) -> None:
+    try:
+        net.save(path)
+    except OSError:
+        raise  # of the disk
+    except Exception as error:  # Keras, or a user's own layer, may raise anything
+        raise SaveError(
+            f"{model} was trained but cannot be saved ({type(error).__name__}: {' '.join(str(error).split())}): "
+            "give its own layers a get_config"
+        ) from error
 
 
 def _hits(net: keras.Model, dataset: Dataset, batch_size: int) -> Hits | None:

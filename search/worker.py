@@ -15,14 +15,14 @@ import optuna
 from search import checks
 from search.attempt import Attempt, StudyHandle
 from search.devices import Slot
-from search.errors import MachineError
+from search.errors import DeviceError, MachineError
 from search.heartbeat import Heartbeat
 from search.interruption import INTERRUPTED
 from search.progress import Listener
 from search.publisher import Publisher
 from search.trainer import Trainer
 from storage import claims, ledger
-from storage.errors import StorageError, StudyGone, StudyUnreadable, TrialyardError
+from storage.errors import DiskError, StorageError, StudyGone, StudyUnreadable, TrialyardError
 from storage.ledger import Study
 from storage.settings import Settings
 from storage.transactions import PatientStorage
@@ -52,6 +52,10 @@ def work(
     A study that this machine cannot train is left to other workers with a warning where `leave` is true or `names` is
     None, and checked again every LEFT_SECONDS. Otherwise it ends the work: the caller has called `check_fit` before.
 
+    A slot that cannot train, because its device fails or the disk is full, is closed and tried again after
+    LEFT_SECONDS, while the others go on. Raises its error (DeviceError, DiskError) once all slots are closed, unless
+    `names` is None.
+
     Returns True when all of them have ended or are paused, False when a signal ended the work: the first SIGINT or
     SIGTERM has the trainers write a checkpoint and puts their trials back into the queue, a second one leaves at once.
     """
@@ -59,11 +63,12 @@ def work(
     errors: list[BaseException] = []
     open_studies = _OpenStudies(names, storage, settings, leave=leave or names is None)
     heartbeat = Heartbeat(storage, settings.beat_seconds, slots)
+    closed_slots = _ClosedSlots(heartbeat, open_studies, len(slots), forever=names is None)
     all_listeners = [Publisher(storage, settings.artifact_folder), *listeners]
 
     def fill(slot: Slot, trainer: Trainer) -> None:
         try:
-            _fill(open_studies, settings, trainer, heartbeat, all_listeners, interrupted)
+            _fill(open_studies, closed_slots, settings, trainer, heartbeat, all_listeners, interrupted)
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
             if not storage.shutting_down.is_set():  # then every call to the database ends in an error
                 errors.append(error)
@@ -125,6 +130,7 @@ def _trainer(slot: Slot, settings: Settings) -> Trainer:
 
 def _fill(
     open_studies: "_OpenStudies",
+    closed_slots: "_ClosedSlots",
     settings: Settings,
     trainer: Trainer,
     heartbeat: Heartbeat,
@@ -153,12 +159,41 @@ def _fill(
                         ).run()
                 except MachineError as error:
                     open_studies.leave(handle.study, error)
+                except (DeviceError, DiskError) as error:
+                    closed_slots.close(trainer.slot, error, interrupted)
                 break
         else:
             if open_studies.done():
                 return
             # Others run what is left. They may die, and then it is ours.
             interrupted.wait(IDLE_SECONDS)
+
+
+class _ClosedSlots:
+    """The slots of this worker that cannot train at the moment."""
+
+    def __init__(self, heartbeat: Heartbeat, open_studies: "_OpenStudies", slots: int, *, forever: bool) -> None:
+        self._heartbeat, self._open_studies = heartbeat, open_studies
+        self._slots, self._forever = slots, forever
+        self._lock = threading.Lock()
+        self._names: set[str] = set()
+
+    def close(self, slot: Slot, error: DeviceError | DiskError, interrupted: threading.Event) -> None:
+        """Closes `slot` for LEFT_SECONDS, or until nothing is left to do. Raises `error` if no other slot is open."""
+        with self._lock:
+            self._names.add(slot.name)
+            if len(self._names) == self._slots and not self._forever:
+                raise error
+        log.warning("slot %s is closed, and tried again in %.0f s: %s", slot.name, LEFT_SECONDS, error)
+        self._heartbeat.close(slot, str(error))
+        until = time.monotonic() + LEFT_SECONDS
+        while time.monotonic() < until and not interrupted.is_set():
+            if not self._open_studies.now() and self._open_studies.done():
+                return
+            interrupted.wait(IDLE_SECONDS)
+        self._heartbeat.reopen(slot)
+        with self._lock:
+            self._names.remove(slot.name)
 
 
 def _key(study: Study) -> tuple[int, str]:

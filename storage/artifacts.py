@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
 
-from storage.errors import StorageError
+from storage.errors import DiskError
 
 MODEL = "model.keras"
 HISTORY = "history.json"
@@ -82,14 +82,13 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def stored(path: Path) -> Iterator[Path]:
-    """Like `written_atomically`, for a trial's file: raises StorageError if it cannot be written."""
+    """Like `written_atomically`, for a trial's file: raises DiskError if it cannot be written."""
     try:
         with written_atomically(path) as temporary:
             yield temporary
     except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written ({error.strerror or error}): is the disk full, or the folder another user's? "
-            "No trial is lost; start the worker again when it can"
+        raise DiskError(
+            f"{path} cannot be written ({error.strerror or error}): is the disk full, or the folder another user's?"
         ) from error
 
 

@@ -171,15 +171,14 @@ def beat(connection: Connection, trial_id: int, attempt: int, owner: Owner) -> b
     return connection.execute(update(table).where(*running_attempt, mine).values(beat=clock(connection))).rowcount == 1
 
 
-def broken_in_a_row(attempts: Sequence[Attempt]) -> int:
-    """How many of the last attempts crashed or were lost, back to the last one that finished a new epoch."""
-    broken = 0
+def without_progress(attempts: Sequence[Attempt], outcome: Outcome) -> int:
+    """How many of the last attempts had this outcome, back to the last attempt that finished a new epoch."""
+    count = 0
     for index in range(len(attempts) - 1, -1, -1):
-        if attempts[index].outcome in ("crashed", "lost"):
-            broken += 1
+        count += attempts[index].outcome == outcome
         if attempts[index].epoch > max((earlier.epoch for earlier in attempts[:index]), default=0):
             break
-    return broken
+    return count
 
 
 def trial_is_running() -> ColumnElement[bool]:

@@ -29,7 +29,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Connection, insert, select
 from sqlalchemy import delete as delete_rows
 
-from storage import artifacts, attempt_table, deletions, ledger
+from storage import artifacts, attempt_table, deletions, faults, ledger
 from storage import hits as hit_rows
 from storage import slots as slot_rows
 from storage.attempt_table import Attempt
@@ -56,7 +56,6 @@ from storage.transactions import read, write
 
 log = logging.getLogger(__name__)
 
-RETRIES = 3  # how often in a row a trial is tried again after a crash or a lost worker, without a new epoch
 MISSED_BEATS = 3  # a slow heartbeat is not a lost one: so many must be missing, however short the grace period is
 
 
@@ -202,15 +201,16 @@ def _after_taking_back(connection: Connection, study: Study, grace_seconds: floa
 def _put_back(
     connection: Connection, trial_id: int, attempt: int, outcome: Literal["interrupted", "crashed", "lost"], reason: str
 ) -> None:
-    """Ends the attempt. The trial waits again, or fails after RETRIES attempts without a new epoch."""
+    """Ends the attempt. The trial waits again, or fails if it ended so too often without a new epoch."""
     attempt_table.end(connection, trial_id, attempt, outcome, reason)
-    broken = attempt_table.broken_in_a_row(attempt_table.of_trial(connection, trial_id))
-    if broken > RETRIES:
-        failure = {"kind": outcome, "message": f"{reason}; tried {broken} times without getting further"}
-        set_trial_attributes(connection, trial_id, {"failure": failure})
-        update_trial(connection, trial_id, state=TrialState.FAIL, _datetime_complete_utc=utc_now())
-    else:
+    retries = faults.of(outcome).retries
+    count = attempt_table.without_progress(attempt_table.of_trial(connection, trial_id), outcome)
+    if retries is None or count <= retries:
         update_trial(connection, trial_id, state=TrialState.WAITING)
+        return
+    failure = {"kind": outcome, "message": f"{reason}; tried {count} times without getting further"}
+    set_trial_attributes(connection, trial_id, {"failure": failure})
+    update_trial(connection, trial_id, state=TrialState.FAIL, _datetime_complete_utc=utc_now())
 
 
 # --- while it runs ----------------------------------------------------------------------------------------
@@ -266,8 +266,12 @@ def _is_taken(connection: Connection, claim: Claim, params: Mapping[str, tuple[B
     )
 
 
-def beat(storage: RDBStorage, slots: Mapping[Owner, str], held: Sequence[Claim]) -> dict[Claim, State | None]:
+def beat(
+    storage: RDBStorage, slots: Mapping[Owner, str], held: Sequence[Claim], closed: Mapping[Owner, str] | None = None
+) -> dict[Claim, State | None]:
     """Records in one transaction that the `slots` of a worker live, each with its device's name, and its trials.
+
+    Those slots that are `closed` have the reason there.
 
     Returns the state of each claim's study, or None where the claim is lost: somebody else has the trial by now, or it
     was deleted.
@@ -275,7 +279,7 @@ def beat(storage: RDBStorage, slots: Mapping[Owner, str], held: Sequence[Claim])
 
     def work(connection: Connection) -> dict[Claim, State | None]:
         if slots:
-            slot_rows.beat(connection, slots)
+            slot_rows.beat(connection, slots, closed or {})
         states: dict[Claim, State | None] = {}
         # In one order, so that two transactions never wait for each other.
         for claim in sorted(held, key=lambda claim: claim.trial_id):

@@ -142,7 +142,7 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
             engine = _engine(parsed)
             tables = set(sqlalchemy.inspect(engine).get_table_names())
             engine.dispose()
-            if slots.table.name in tables and attempt_table.table.name not in tables:
+            if slots.OLD_TABLE in tables and attempt_table.table.name not in tables:
                 raise StorageError(
                     f"the database {redact(url)} was made by an older Trialyard: run `trialyard storage upgrade`"
                 )
@@ -186,7 +186,7 @@ def upgrade(url: str) -> tuple[str, list[str]]:
         storage = _storage(parsed, skip_compatibility_check=True)
         storage.upgrade()
         with storage.engine.begin() as connection:
-            slots.table.drop(connection, checkfirst=True)  # older versions had other columns; workers fill it again
+            connection.execute(text(f"DROP TABLE IF EXISTS {slots.OLD_TABLE}"))  # workers fill the new one
         _add_ours(storage)
         repaired = write(storage, None, legacy.upgrade)
     except (OptunaError, SQLAlchemyError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 TrialyardError
 ├── SettingsError      the value of a TRIALYARD_* variable is invalid
 ├── StorageError       the database cannot be reached, opened or written, or a trial's file not be written
+│   ├── DiskError      a file of a trial, or a trainer's log, cannot be written
 │   ├── StudyGone      the study was deleted meanwhile
 │   ├── StudyUnreadable  an attribute of the study does not have the shape that Trialyard writes
 │   ├── NotOurStudy      a study of this name was not made by Trialyard, and has trials
@@ -12,8 +13,10 @@ TrialyardError
 ├── StudyError         (studies) no such study, or it exists with another definition
 ├── DataError          (search) images or labels cannot be loaded or do not fit
 ├── ModelError         (search) a model cannot be built
+│   ├── MetricError      it does not report what trials are judged by
+│   └── SaveError        it cannot be saved
 ├── MachineError       (search) this machine cannot import or load what a study needs
-├── DeviceError        (search) there is no such GPU, or the framework does not see it
+├── DeviceError        (search) there is no such GPU, the framework does not see it, or it fails
 ├── DashboardError     (search) the dashboard cannot be served at this address
 └── WorkerError        (search) no worker on this machine is alive
 """
@@ -32,6 +35,10 @@ class SettingsError(TrialyardError):
 
 class StorageError(TrialyardError):
     """The database cannot be reached, opened or written, or the file of a trial cannot be written."""
+
+
+class DiskError(StorageError):
+    """A file of a trial, or a trainer's log, cannot be written: the disk may be full."""
 
 
 class StudyGone(StorageError):  # noqa: N818 - it is an event, not a mistake

@@ -13,6 +13,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     and_,
     delete,
     insert,
@@ -26,7 +27,7 @@ from storage.tables import StudyModel, TrialModel
 FORGOTTEN_HOURS = 24.0  # a slot that was silent for so long is no longer shown
 
 table = Table(
-    "trialyard_workers",
+    "trialyard_slots",
     MetaData(),
     Column("machine", String(200), primary_key=True),
     Column("pid", Integer, primary_key=True),
@@ -35,7 +36,9 @@ table = Table(
     Column("host", String(255), nullable=False),
     Column("device", String(255), nullable=False),
     Column("beat", DateTime, nullable=False),  # the last heartbeat; UTC, by the database's clock
+    Column("closed", Text),  # why it takes no trials at the moment; NULL: it is open
 )
+OLD_TABLE = "trialyard_workers"  # the table of older versions, which had other columns
 _OWNER = ("machine", "host", "pid", "born", "slot")
 
 
@@ -51,13 +54,20 @@ class SlotStatus:
     trial: int | None
     epoch: int | None
     silent_seconds: float  # since its last heartbeat
+    closed: str | None  # why it takes no trials at the moment; None: it is open
 
 
-def beat(connection: Connection, slots: Mapping[Owner, str]) -> None:
-    """Records a heartbeat of these slots, each with its device's name; forgets those that have been silent for long."""
+def beat(connection: Connection, slots: Mapping[Owner, str], closed: Mapping[Owner, str]) -> None:
+    """Records a heartbeat of these slots, each with its device's name, and why some are closed.
+
+    Forgets those that have been silent for long.
+    """
     leave(connection, list(slots))
     now = database_now(connection)
-    rows = [asdict(owner) | {"device": device[:255], "beat": now} for owner, device in slots.items()]
+    rows = [
+        asdict(owner) | {"device": device[:255], "beat": now, "closed": closed.get(owner)}
+        for owner, device in slots.items()
+    ]
     connection.execute(insert(table), rows)
     connection.execute(delete(table).where(table.c.beat < now - timedelta(hours=FORGOTTEN_HOURS)))
 
@@ -89,7 +99,7 @@ def present(connection: Connection) -> list[SlotStatus]:
     )
     return [
         SlotStatus(
-            **{name: row[name] for name in ("host", "pid", "slot", "device")},
+            **{name: row[name] for name in ("host", "pid", "slot", "device", "closed")},
             study=row["study_name"],
             trial=row["number"],
             epoch=row["epoch"],

@@ -12,16 +12,17 @@ import pytest
 from conftest import TRIVIAL, attempts_at
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
+from scripted import Message, Scripted, epoch, trained
 
 from search import attempt as attempt_module
 from search.attempt import Attempt, StudyHandle
 from search.devices import Slot, cpu
 from search.errors import DeviceError, MachineError
 from search.heartbeat import Pulse
-from search.messages import Epoch, Failed, Repeated, Resumed, Trained
+from search.messages import Failed, Repeated, Resumed
 from search.trainer import Trainer, TrainerDied
-from storage import attempt_table, claims, ledger, owners, transactions
-from storage.errors import StorageError, TrialyardError
+from storage import attempt_table, claims, faults, ledger, owners, transactions
+from storage.errors import DiskError, TrialyardError
 from storage.owners import Owner
 from storage.settings import Settings
 from storage.transactions import PatientStorage
@@ -30,62 +31,6 @@ from studies.definition import parse
 from studies.imported import import_trials
 
 pytestmark = pytest.mark.usefixtures("study")
-
-Message = Epoch | Repeated | Resumed | Trained | Failed | TrainerDied
-
-
-class Scripted(Trainer):
-    """A trainer without a process: it says what it is given, and remembers what it was told."""
-
-    def __init__(self, folder: Path, messages: list[Message | Callable[[], Message]]) -> None:
-        super().__init__(Slot(device=cpu()), folder / "log")
-        self.messages, self.told = messages, list[str]()
-
-    def submit(self, job: Any) -> None:
-        """Nothing is trained."""
-
-    def stop(self, how: Any) -> None:
-        """Remembers it."""
-        self.told.append(how)
-
-    def receive(self, seconds: float) -> Any:
-        """The next message; one that is an error is raised."""
-        message = self.messages.pop(0)
-        message = message if not callable(message) else message()
-        if isinstance(message, TrainerDied):
-            raise message
-        return message
-
-
-def _epoch(number: int, accuracy: float) -> Epoch:
-    return Epoch(
-        epoch=number,
-        loss=1.0,
-        accuracy=accuracy,
-        val_loss=1.0,
-        val_accuracy=accuracy,
-        seconds=1.0,
-        images_per_second=1.0,
-    )
-
-
-def _trained(*, stopped: bool) -> Trained:
-    return Trained(
-        value=0.9,
-        repeats=(0.9,),
-        best_epoch=3,
-        train_accuracy=0.95,
-        epochs=3,
-        stopped=stopped,
-        parameters=1,
-        seconds=3.0,
-        images_per_second=1.0,
-        precision="float32",
-        precision_reason="a test",
-        data_fingerprint="",
-        versions={},
-        hits=None,
-    )
 
 
 def _handle(storage: PatientStorage, study: ledger.Study) -> StudyHandle:
@@ -103,13 +48,14 @@ def _run(
     me: Owner,
     *messages: Message | Callable[[], Message],
     study: str = "trivial",
+    used: bool = False,
 ) -> Scripted:
-    """Runs one trial with a trainer that says `messages`."""
+    """Runs one trial with a trainer that says `messages`; a `used` one has run another job before."""
     found = ledger.find(storage, study)
     claim = claims.claim(storage, found, me, 60.0)
     assert claim is not None
     handle = _handle(storage, found)
-    trainer, settings = Scripted(folder, list(messages)), Settings(home=folder)
+    trainer, settings = Scripted(folder, list(messages), used=used), Settings(home=folder)
     Attempt(handle, claim, trainer, settings, pulse=Pulse(), listeners=[], interrupted=Event()).run()
     return trainer
 
@@ -133,7 +79,7 @@ def test_an_error_of_a_sampler_or_a_pruner_never_ends_a_worker(
 
     with monkeypatch.context() as patched:
         patched.setattr(optuna.pruners.NopPruner, "prune", fail)
-        _run(storage, tmp_path, me, _epoch(1, 0.5), _epoch(2, 0.6), _trained(stopped=False))
+        _run(storage, tmp_path, me, epoch(1, 0.5), epoch(2, 0.6), trained(stopped=False))
     assert (_only(storage).state, _only(storage).values) == (TrialState.COMPLETE, [0.9])
     assert "the pruner failed at trivial trial 0 after step 1, which goes on" in caplog.text
     for method in ("sample_independent", "infer_relative_search_space"):
@@ -150,7 +96,7 @@ def test_a_trial_at_its_end_is_complete_though_it_was_to_be_pruned(
     storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch, stopped: bool, state: Any
 ) -> None:
     monkeypatch.setattr(Attempt, "_should_prune", lambda attempt, epoch: epoch == 1)
-    trainer = _run(storage, tmp_path, me, _epoch(1, 0.5), _epoch(2, 0.6), _trained(stopped=stopped))
+    trainer = _run(storage, tmp_path, me, epoch(1, 0.5), epoch(2, 0.6), trained(stopped=stopped))
     assert trainer.told == ["drop"]
     assert (_only(storage).state, _only(storage).values) == (state, [0.6 if stopped else 0.9])
 
@@ -172,11 +118,11 @@ def test_the_steps_of_repeats_are_whole_trainings(
     monkeypatch.setattr(Attempt, "_should_prune", prune)
     values = (0.8, 0.6) if pruned else (0.8, 0.6, 0.7, 0.7, 0.7)
     # It goes on in the second repeat, from a checkpoint.
-    messages: list[Any] = [Resumed(history=(_epoch(1, 0.8), _epoch(2, 0.1), _epoch(3, 0.6)))]
-    messages += [Repeated(repeat=1, value=0.8), _epoch(4, 0.2), Repeated(repeat=2, value=0.6)]
+    messages: list[Any] = [Resumed(history=(epoch(1, 0.8), epoch(2, 0.1), epoch(3, 0.6)))]
+    messages += [Repeated(repeat=1, value=0.8), epoch(4, 0.2), Repeated(repeat=2, value=0.6)]
     for repeat in range(3, len(values) + 1):
-        messages += [_epoch(2 * repeat - 1, 0.7), _epoch(2 * repeat, 0.7), Repeated(repeat=repeat, value=0.7)]
-    ended = replace(_trained(stopped=pruned), value=0.7, repeats=values)
+        messages += [epoch(2 * repeat - 1, 0.7), epoch(2 * repeat, 0.7), Repeated(repeat=repeat, value=0.7)]
+    ended = replace(trained(stopped=pruned), value=0.7, repeats=values)
     trainer = _run(storage, tmp_path, me, *messages, ended, study="repeated")
     (trial,) = storage.get_all_trials(created.id)
     assert trial.intermediate_values == dict(enumerate(values, start=1))
@@ -209,7 +155,7 @@ def test_a_trainer_that_dies_when_the_trial_is_another_s_ends_no_worker(
         _taken_over(storage)
         return TrainerDied("it ended by signal SIGABRT", out_of_memory=False)
 
-    _run(storage, tmp_path, me, _epoch(1, 0.5), dies)
+    _run(storage, tmp_path, me, epoch(1, 0.5), dies)
     assert "no longer held by cpu:0" in caplog.text
     machines = [attempt.owner.machine for attempt in attempts_at(storage, _only(storage)._trial_id)]
     assert machines == [me.machine, "other"]
@@ -228,20 +174,51 @@ def test_a_pruner_that_finds_the_trial_ended_ends_no_worker(
 
     monkeypatch.setattr(optuna.pruners.NopPruner, "prune", refused)
     monkeypatch.setattr(attempt_module.sampling, "pruner", lambda definition: optuna.pruners.NopPruner())
-    _run(storage, tmp_path, me, _epoch(1, 0.5))
+    _run(storage, tmp_path, me, epoch(1, 0.5))
     assert "trial 0 was ended by somebody else meanwhile" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("kind", "error"),
-    [("disk", StorageError), ("device", DeviceError), ("import", MachineError), ("load", MachineError)],
+    [("disk", DiskError), ("device", DeviceError), ("import", MachineError), ("load", MachineError)],
 )
 def test_a_machine_s_fault_costs_the_trial_nothing(
     storage: PatientStorage, tmp_path: Path, me: Owner, kind: str, error: type[TrialyardError]
 ) -> None:
-    for _ in range(claims.RETRIES + 1):  # it costs the trial nothing, however often
+    for _ in range(2 * faults.CRASHES):  # it costs the trial nothing, however often
         with pytest.raises(error, match="what is wrong"):
             _run(storage, tmp_path, me, Failed(kind=kind, message="what is wrong"))
+    assert _only(storage).state == TrialState.WAITING
+
+
+def test_a_training_that_always_breaks_its_accelerator_fails_at_last(
+    storage: PatientStorage, tmp_path: Path, me: Owner
+) -> None:
+    """It would close one slot after another for ever."""
+    for attempt in range(faults.CRASHES + 1):
+        assert attempt == 0 or _only(storage).state == TrialState.WAITING
+        with pytest.raises(DeviceError, match="CUDA error"):
+            _run(storage, tmp_path, me, Failed(kind="accelerator", message="CUDA error: unknown"))
+    assert _only(storage).state == TrialState.FAIL
+
+
+def test_a_log_that_cannot_be_written_is_the_disk_s_fault(storage: PatientStorage, tmp_path: Path, me: Owner) -> None:
+    study = ledger.find(storage, "trivial")
+    claim = claims.claim(storage, study, me, 60.0)
+    assert claim is not None
+    (tmp_path / "logs").write_text("a file where the folder should be", encoding="utf-8")
+    trainer = Trainer(Slot(device=cpu()), tmp_path / "logs" / "trainer.log")
+    attempt = Attempt(
+        _handle(storage, study),
+        claim,
+        trainer,
+        Settings(home=tmp_path),
+        pulse=Pulse(),
+        listeners=[],
+        interrupted=Event(),
+    )
+    with pytest.raises(DiskError, match=r"trainer.log cannot be written .* is the disk full"):
+        attempt.run()
     assert _only(storage).state == TrialState.WAITING
 
 
@@ -253,14 +230,53 @@ KILLED_EARLY = TrainerDied("it ended by signal SIGKILL", out_of_memory=True, rea
 def test_a_trainer_that_dies_before_it_is_ready_is_tried_once_more_and_costs_the_trial_nothing(
     storage: PatientStorage, tmp_path: Path, me: Owner, death: TrainerDied
 ) -> None:
-    for _ in range(claims.RETRIES + 1):
-        with pytest.raises(MachineError, match="it ended by signal SIG"):
+    for _ in range(faults.CRASHES + 1):
+        with pytest.raises(DeviceError, match="it ended by signal SIG"):
             _run(storage, tmp_path, me, death, death)
     assert _only(storage).state == TrialState.WAITING
-    _run(storage, tmp_path, me, death, _epoch(1, 0.5), _trained(stopped=False))
+    _run(storage, tmp_path, me, death, epoch(1, 0.5), trained(stopped=False))
     assert _only(storage).state == TrialState.COMPLETE
     outcomes = [attempt.outcome for attempt in attempts_at(storage, _only(storage)._trial_id)]
-    assert outcomes == ["interrupted"] * (claims.RETRIES + 1) + ["finished"]
+    assert outcomes == ["interrupted"] * (faults.CRASHES + 1) + ["finished"]
+
+
+def _failure(kind: str) -> Failed:
+    return Failed(kind=kind, message="what is wrong")
+
+
+CRASH = TrainerDied("it ended by signal SIGSEGV", out_of_memory=False)
+KILLED = TrainerDied("it ended by signal SIGKILL", out_of_memory=True)
+LEFT_OVER = [
+    CRASH,
+    KILLED,
+    *map(_failure, ("error", "model", "memory", "accelerator", "device", "import", "unheard of")),
+]
+
+
+@pytest.mark.parametrize("failure", LEFT_OVER, ids=str)
+def test_the_first_failure_in_a_used_process_is_tried_once_in_a_new_one(
+    storage: PatientStorage, tmp_path: Path, me: Owner, failure: Failed | TrainerDied
+) -> None:
+    trainer = _run(storage, tmp_path, me, failure, epoch(1, 0.5), trained(stopped=False), used=True)
+    assert trainer.told == ["kill"]
+    assert _only(storage).state == TrialState.COMPLETE
+    assert [attempt.outcome for attempt in attempts_at(storage, _only(storage)._trial_id)] == ["finished"]
+
+
+def test_a_failure_in_a_new_process_counts_and_the_process_is_replaced(
+    storage: PatientStorage, tmp_path: Path, me: Owner
+) -> None:
+    trainer = _run(storage, tmp_path, me, _failure("error"), _failure("error"), used=True)
+    assert (_only(storage).state, trainer.told) == (TrialState.FAIL, ["kill", "kill"])
+    assert _run(storage, tmp_path, me, _failure("error")).told == ["kill"]
+
+
+@pytest.mark.parametrize("kind", ["nan", "data"])
+def test_a_process_is_kept_after_hyperparameters_that_are_bad(
+    storage: PatientStorage, tmp_path: Path, me: Owner, kind: str
+) -> None:
+    trainer = _run(storage, tmp_path, me, _failure(kind), used=True)
+    assert (_only(storage).state, trainer.told) == (TrialState.FAIL, [])
 
 
 def test_a_file_that_cannot_be_removed_ends_no_worker(
@@ -274,7 +290,7 @@ def test_a_file_that_cannot_be_removed_ends_no_worker(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(attempt_module.retention.artifacts, "remove", refused)
-    _run(storage, tmp_path, me, _trained(stopped=False))
+    _run(storage, tmp_path, me, trained(stopped=False))
     assert _only(storage).state == TrialState.COMPLETE
     assert "a file of trial 0 stays: [Errno 13] Permission denied" in caplog.text
 

@@ -29,8 +29,9 @@ from search.devices import Slot, cpu
 from search.heartbeat import Heartbeat
 from storage import attempt_table, claims, database, ledger, owners, slots, transactions
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL
-from storage.claims import RETRIES, Claim
+from storage.claims import Claim
 from storage.errors import ClaimLost, StorageError
+from storage.faults import CRASHES, LOSSES
 from storage.ledger import Budget, Imported
 from storage.owners import Owner
 from storage.tables import TrialModel
@@ -332,7 +333,7 @@ def test_a_requeued_trial_keeps_its_row_hyperparameters_and_values(
 def test_a_trial_that_keeps_crashing_fails_for_good_and_says_why(
     storage: PatientStorage, study: str, me: Owner
 ) -> None:
-    for _ in range(RETRIES + 1):
+    for _ in range(CRASHES + 1):
         claim = _claim(storage, study, me)
         assert claim.number == 0
         claims.requeue(storage, claim, "crashed", "the trainer ended by signal SIGKILL")
@@ -340,35 +341,51 @@ def test_a_trial_that_keeps_crashing_fails_for_good_and_says_why(
     assert trial.state == TrialState.FAIL
     assert trial.user_attrs["failure"] == {
         "kind": "crashed",
-        "message": f"the trainer ended by signal SIGKILL; tried {RETRIES + 1} times without getting further",
+        "message": f"the trainer ended by signal SIGKILL; tried {CRASHES + 1} times without getting further",
     }
-    assert [attempt.outcome for attempt in attempts_at(storage, claim.trial_id)] == ["crashed"] * (RETRIES + 1)
+    assert [attempt.outcome for attempt in attempts_at(storage, claim.trial_id)] == ["crashed"] * (CRASHES + 1)
     assert _claim(storage, study, me).number == 1, "the study goes on"
 
 
 def test_a_trial_that_gets_further_each_time_is_tried_again_and_again(
     storage: PatientStorage, study: str, me: Owner
 ) -> None:
-    for epoch in range(1, 2 * RETRIES + 1):
+    for epoch in range(1, 2 * CRASHES + 1):
         claim = _claim(storage, study, me)
         claims.record_epochs(storage, claim, {epoch: 0.5})
         claims.requeue(storage, claim, "crashed", "the machine was taken away")
-    for attempt in range(RETRIES):
+    for attempt in range(CRASHES):
         assert storage.get_trial(claim.trial_id).state == TrialState.WAITING, attempt
         claim = _claim(storage, study, me)
         claims.requeue(storage, claim, "crashed", "and now for another reason")
     trial = storage.get_trial(claim.trial_id)
     assert trial.state == TrialState.FAIL
-    assert trial.user_attrs["failure"]["message"].endswith(f"tried {RETRIES + 1} times without getting further")
+    assert trial.user_attrs["failure"]["message"].endswith(f"tried {CRASHES + 1} times without getting further")
     epochs = [attempt.epoch for attempt in attempts_at(storage, claim.trial_id)]
     assert epochs == [1, 2, 3, 4, 5, 6, 0, 0, 0], "each attempt has its own last epoch"
 
 
+def test_a_trial_that_loses_its_workers_has_a_larger_limit_of_its_own(
+    storage: PatientStorage, study: str, me: Owner, dead: Owner
+) -> None:
+    """A few machines that were taken away, or a few kills, say nothing about a trial."""
+    for _ in range(CRASHES):
+        claims.requeue(storage, _claim(storage, study, me), "crashed", "the trainer ended by signal SIGKILL")
+    for _ in range(LOSSES + 1):
+        claim = _claim(storage, study, dead)
+        assert claim.number == 0
+    assert _claim(storage, study, me).number == 1
+    assert storage.get_trial(claim.trial_id).user_attrs["failure"] == {
+        "kind": "lost",
+        "message": f"process {dead.pid} on {dead.host} ended; tried {LOSSES + 1} times without getting further",
+    }
+
+
 def test_interruptions_are_not_held_against_a_trial(storage: PatientStorage, study: str, me: Owner) -> None:
-    for _ in range(RETRIES + 3):
+    for _ in range(CRASHES + 3):
         claim = _claim(storage, study, me)
         claims.requeue(storage, claim, "interrupted", "told to stop")
-    assert _claim(storage, study, me).attempt == RETRIES + 4
+    assert _claim(storage, study, me).attempt == CRASHES + 4
 
 
 def test_the_oldest_waiting_trial_is_taken_first(storage: PatientStorage, study: str, me: Owner) -> None:

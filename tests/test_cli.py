@@ -427,12 +427,12 @@ def test_alive_tells_a_worker_that_has_fallen_silent(home: Path, trialyard: Call
     assert (code, err) == (0, "")
     assert out.startswith("a worker of this machine gave its last sign ")
     with storage.engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE trialyard_workers SET beat = datetime(beat, '-200 seconds')")
+        connection.exec_driver_sql("UPDATE trialyard_slots SET beat = datetime(beat, '-200 seconds')")
     code, out, err = trialyard("alive")
     assert (code, out) == (1, "")
     assert "old, more than TRIALYARD_GRACE_SECONDS = 120: " in err
     with storage.engine.begin() as connection:  # another machine's is no sign of life of this one's
-        connection.exec_driver_sql("UPDATE trialyard_workers SET machine = 'another', beat = datetime('now')")
+        connection.exec_driver_sql("UPDATE trialyard_slots SET machine = 'another', beat = datetime('now')")
     assert "there is no worker on this machine" in trialyard("alive")[2]
     storage.engine.dispose()
 

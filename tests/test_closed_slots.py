@@ -1,0 +1,163 @@
+"""A slot whose device fails is closed and tried again; the other slots go on."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy
+from conftest import attempts_at
+from optuna.trial import FrozenTrial, TrialState
+from scripted import Scripted, epoch, trained
+
+import studies
+from search import worker
+from search.devices import Device, Slot
+from search.errors import DeviceError
+from search.messages import Failed
+from search.progress import Listener
+from search.terminal import print_workers
+from storage import database, ledger
+from storage.errors import DiskError, StorageError
+from storage.settings import Settings
+from storage.transactions import PatientStorage
+from studies import definition as definitions
+
+pytestmark = pytest.mark.usefixtures("study")
+
+LOST = Failed(kind="device", message="the driver has gpu:2 (H100), but tensorflow sees no GPUs")
+FULL = Failed(kind="disk", message="history.json cannot be written: is the disk full")
+BROKEN = Failed(kind="accelerator", message="CUDA error: unspecified launch failure")
+
+Ends = Callable[[Slot, int], Failed | None]  # how the n-th job of a slot fails, if it does
+
+
+def _slots(count: int) -> list[Slot]:
+    return [
+        Slot(device=Device(kind="gpu", name="H100", index=index, capability=(9, 0), memory=80 << 30))
+        for index in range(count)
+    ]
+
+
+class _Trainer(Scripted):
+    """A slot's trainer, whose jobs end as the test says."""
+
+    def __init__(self, folder: Path, slot: Slot, ends: Ends) -> None:
+        super().__init__(folder, [], slot=slot)
+        self._ends, self._begun = ends, 0
+
+    def submit(self, job: Any) -> None:
+        """Decides how the job ends."""
+        self._begun += 1
+        failed = self._ends(self.slot, self._begun)
+        self.messages = [failed] if failed is not None else [epoch(1, 0.5), trained(stopped=False)]
+
+
+@pytest.fixture
+def fill(
+    storage: PatientStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int, Ends, list[str] | None, Listener], bool]:
+    """Runs a worker of so many pretended GPUs."""
+    monkeypatch.setattr(worker, "Publisher", lambda *_: Listener())
+    monkeypatch.setattr(worker, "IDLE_SECONDS", 0.05)
+    # Only a study that was not named is checked: it would import Keras.
+    monkeypatch.setattr(worker, "check_fit", lambda study, *_: definitions.from_json(study.definition))
+
+    def run(count: int, ends: Ends, names: list[str] | None, listener: Listener) -> bool:
+        monkeypatch.setattr(worker, "_trainer", lambda slot, settings: _Trainer(tmp_path, slot, ends))
+        settings = Settings(home=tmp_path, beat_seconds=0.05)
+        return worker.work(names, storage, settings, _slots(count), [listener])
+
+    return run
+
+
+def _closed(storage: PatientStorage) -> dict[str, str]:
+    return {slot.slot: slot.closed for slot in studies.workers(storage) if slot.closed is not None}
+
+
+def _until(true: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not true():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
+
+
+def _states(storage: PatientStorage) -> list[TrialState]:
+    return [trial.state for trial in storage.get_all_trials(ledger.find(storage, "trivial").id)]
+
+
+@pytest.mark.parametrize("failure", [LOST, FULL, BROKEN], ids=lambda failure: failure.kind)
+def test_one_bad_gpu_of_four_is_closed_and_the_others_finish_the_study(
+    storage: PatientStorage, fill: Any, failure: Failed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[dict[str, str]] = []
+
+    def ends(slot: Slot, job: int) -> Failed | None:
+        if slot.name == "gpu:2":
+            return failure
+        _until(lambda: _closed(storage))
+        shown.append(_closed(storage))
+        print_workers(studies.workers(storage))
+        return None
+
+    assert fill(4, ends, ["trivial"], Listener())
+    assert _states(storage) == [TrialState.COMPLETE] * 5
+    assert shown[0] == {"gpu:2": failure.message}
+    assert f"closed ({failure.message})" in capsys.readouterr().out
+    attempts = [attempt for trial_id in range(1, 6) for attempt in attempts_at(storage, trial_id)]
+    assert len([attempt for attempt in attempts if attempt.owner.slot == "gpu:2"]) == 1
+
+
+def test_a_closed_slot_is_tried_again(storage: PatientStorage, fill: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "LEFT_SECONDS", 0.2)
+    again: list[int] = []
+
+    def ends(slot: Slot, job: int) -> Failed | None:
+        if slot.name == "gpu:0":
+            _until(lambda: again)
+        elif job <= 2:
+            return LOST
+        else:
+            again.append(job)
+        return None
+
+    assert fill(2, ends, ["trivial"], Listener())
+    assert again[0] == 3
+    assert _states(storage) == [TrialState.COMPLETE] * 5
+
+
+@pytest.mark.parametrize(("failure", "error"), [(LOST, DeviceError), (FULL, DiskError)])
+def test_a_worker_ends_when_no_slot_is_open(
+    storage: PatientStorage, fill: Any, failure: Failed, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=r"sees no GPUs|cannot be written"):
+        fill(3, lambda slot, job: failure, ["trivial"], Listener())
+    assert set(_states(storage)) == {TrialState.WAITING}
+
+
+def test_a_worker_in_service_waits_until_the_disk_has_space_again(
+    storage: PatientStorage, fill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "LEFT_SECONDS", 0.2)
+
+    class Leaves(Listener):
+        def ended(self, claim: Any, trial: FrozenTrial) -> None:
+            if _states(storage) == [TrialState.COMPLETE] * 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not fill(2, lambda slot, job: FULL if job <= 2 else None, None, Leaves())
+    assert _states(storage) == [TrialState.COMPLETE] * 5
+
+
+def test_a_database_with_the_earlier_table_of_slots_is_brought_over(storage: PatientStorage, sqlite_url: str) -> None:
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE trialyard_slots RENAME TO trialyard_workers")
+        connection.exec_driver_sql("ALTER TABLE trialyard_workers DROP COLUMN closed")
+    with pytest.raises(StorageError, match="run `trialyard storage upgrade`"):
+        database.connect(sqlite_url)
+    database.upgrade(sqlite_url)
+    assert studies.workers(database.connect(sqlite_url)) == []
+    assert "trialyard_workers" not in sqlalchemy.inspect(storage.engine).get_table_names()
