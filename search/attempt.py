@@ -32,6 +32,7 @@ from storage.settings import Settings
 from storage.transactions import PatientStorage
 from studies import recipe, sampling
 from studies.definition import Definition
+from studies.lessons import WithLessons
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class StudyHandle:
         """Optuna's study for trial `number`. One for each trial, because it caches what it has read of others."""
         study = optuna.load_study(
             study_name=self.study.name,
-            storage=self.cached,
+            storage=WithLessons(self.cached, self.definition.sampler.kind),  # type: ignore[arg-type]
             sampler=sampling.sampler(self.definition, number),
             pruner=sampling.pruner(self.definition),
         )

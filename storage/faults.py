@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Whose = Literal[
-    "hyperparameters",  # the trial fails
+    "hyperparameters",  # the trial fails, and the sampler learns that they are bad
     "trial",  # it is not known whether its hyperparameters or the study are to blame: the trial fails
     "study",  # no hyperparameters can help: the trial fails
     "machine",  # the trial waits again, and the study is left to other machines for minutes
