@@ -560,9 +560,11 @@ def _print_problems(study: str, here: "Settings") -> None:
 
 
 def _print_closed(status: "Status") -> None:
-    from search.terminal import warn
+    from search.terminal import pause_text, warn
 
-    if status.state != "open":
+    if status.pause_reason is not None:
+        warn(f"study {status.study} is {pause_text(status)}")
+    elif status.state != "open":
         warn(f"study {status.study} is {status.state}: `trialyard resume {status.study}`, and the same command goes on")
 
 

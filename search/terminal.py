@@ -126,6 +126,8 @@ def print_status(found: "Status") -> None:
     else:
         line = f"{found.study}: ended" if found.ended else progress_line(found)
     out.print(line, style="bold", markup=False)
+    if found.pause_reason is not None:
+        out.print(f"  {pause_text(found)}", markup=False)
     if found.protocol == "test":
         out.print("  judged on the test set: the notebook's protocol, for comparison only", markup=False)
     out.print(
@@ -146,6 +148,14 @@ def print_status(found: "Status") -> None:
             f"{one.silent_seconds:.0f} s ago",
             markup=False,
         )
+
+
+def pause_text(found: "Status") -> str:
+    name = found.study
+    return (
+        f"paused because {found.pause_reason}; once that is corrected, `trialyard resume {name}` lets it go on, and "
+        f"`trialyard retry {name}` repeats the trials that failed"
+    )
 
 
 def failures_text(found: "Status") -> str:

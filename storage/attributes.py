@@ -116,6 +116,7 @@ def _is_software(value: Any) -> bool:
 SHAPES: Mapping[str, Callable[[Any], bool]] = {
     "budget": _is_budget,
     "state": lambda value: value in ("open", "paused", "stopped"),
+    "pause_reason": lambda value: isinstance(value, str),
     "incarnation": lambda value: isinstance(value, str),
     "definition": _is_definition,
     "data": lambda value: isinstance(value, dict),

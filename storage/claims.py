@@ -29,7 +29,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Connection, insert, select
 from sqlalchemy import delete as delete_rows
 
-from storage import artifacts, attempt_table, deletions, faults, ledger
+from storage import artifacts, attempt_table, deletions, faults, ledger, pausing
 from storage import hits as hit_rows
 from storage import slots as slot_rows
 from storage.attempt_table import Attempt
@@ -200,17 +200,21 @@ def _after_taking_back(connection: Connection, study: Study, grace_seconds: floa
 
 def _put_back(
     connection: Connection, trial_id: int, attempt: int, outcome: Literal["interrupted", "crashed", "lost"], reason: str
-) -> None:
-    """Ends the attempt. The trial waits again, or fails if it ended so too often without a new epoch."""
+) -> TrialState:
+    """Ends the attempt. The trial waits again, or fails if it ended so too often without a new epoch.
+
+    Returns its new state.
+    """
     attempt_table.end(connection, trial_id, attempt, outcome, reason)
     retries = faults.of(outcome).retries
     count = attempt_table.without_progress(attempt_table.of_trial(connection, trial_id), outcome)
     if retries is None or count <= retries:
         update_trial(connection, trial_id, state=TrialState.WAITING)
-        return
+        return TrialState.WAITING
     failure = {"kind": outcome, "message": f"{reason}; tried {count} times without getting further"}
     set_trial_attributes(connection, trial_id, {"failure": failure})
     update_trial(connection, trial_id, state=TrialState.FAIL, _datetime_complete_utc=utc_now())
+    return TrialState.FAIL
 
 
 # --- while it runs ----------------------------------------------------------------------------------------
@@ -377,6 +381,8 @@ def finish(
             hit_rows.record(connection, claim.trial_id, hits)
         _set_files(connection, claim, files)
         update_trial(connection, claim.trial_id, state=state, _datetime_complete_utc=utc_now())
+        if state == TrialState.FAIL:
+            pausing.pause_if_hopeless(connection, claim.study_id)
 
     write(storage, claim.study, work)
 
@@ -395,7 +401,9 @@ def requeue(
 
     def work(connection: Connection) -> None:
         _require_owner(connection, claim)
-        _put_back(connection, claim.trial_id, claim.attempt, outcome, reason)
+        state = _put_back(connection, claim.trial_id, claim.attempt, outcome, reason)
+        if state == TrialState.FAIL:
+            pausing.pause_if_hopeless(connection, claim.study_id)
         if files is not None:
             checkpoint = _set_files(connection, claim, files)
             attempt_table.change(connection, claim.trial_id, claim.attempt, checkpoint=checkpoint)

@@ -11,7 +11,7 @@ from typing import Literal
 Whose = Literal[
     "hyperparameters",  # the trial fails, and the sampler learns that they are bad
     "trial",  # it is not known whether its hyperparameters or the study are to blame: the trial fails
-    "study",  # no hyperparameters can help: the trial fails
+    "study",  # no hyperparameters can help: the trial fails, and the study pauses
     "machine",  # the trial waits again, and the study is left to other machines for minutes
     "slot",  # the trial waits again, and the slot closes for minutes
     "nobody",  # the trial waits again
@@ -28,6 +28,8 @@ class Fault:
     process: Literal["kept", "replaced", "fresh"] = "fresh"
     # How often in a row, without a new epoch, a trial waits again before it fails. None: always.
     retries: int | None = None
+    # A study in which no trial has ended well pauses after so many failures in a row that are alike. None: never.
+    pauses_after: int | None = 3
 
     @property
     def waits(self) -> bool:
@@ -35,21 +37,23 @@ class Fault:
         return self.whose in ("machine", "slot", "nobody")
 
 
+# More than for other kinds: in a wide space most of the first trainings may fail.
+BAD_POINTS = 10
 CRASHES = 3
 LOSSES = 20
 
 FAULTS: Mapping[str, Fault] = {
     # A loss that is not finite, or no epoch with a finite score.
-    "nan": Fault(whose="hyperparameters", process="kept"),
-    "memory": Fault(whose="hyperparameters"),  # it ran out
-    "timeout": Fault(whose="hyperparameters", process="replaced"),  # trial_minutes
+    "nan": Fault(whose="hyperparameters", process="kept", pauses_after=BAD_POINTS),
+    "memory": Fault(whose="hyperparameters", pauses_after=BAD_POINTS),  # it ran out
+    "timeout": Fault(whose="hyperparameters", process="replaced", pauses_after=BAD_POINTS),  # trial_minutes
     "data": Fault(whose="hyperparameters", process="kept"),  # they do not fit the data: a batch is larger
     "model": Fault(whose="hyperparameters"),  # no model can be built with them
     "error": Fault(whose="trial"),  # an exception while it trained
     "sampler": Fault(whose="trial", process="kept"),  # the sampler raised an exception
-    "exhausted": Fault(whose="trial", process="kept"),  # each point of the space has a trial already
-    "metric": Fault(whose="study"),  # the model does not report what trials are judged by
-    "save": Fault(whose="study"),  # the model cannot be saved
+    "exhausted": Fault(whose="trial", process="kept", pauses_after=None),  # each point of the space has a trial already
+    "metric": Fault(whose="study", pauses_after=1),  # the model does not report what trials are judged by
+    "save": Fault(whose="study", pauses_after=1),  # the model cannot be saved
     "import": Fault(whose="machine"),  # Keras, its backend, or a user's module
     "load": Fault(whose="machine", process="replaced"),  # the data
     "disk": Fault(whose="slot", process="replaced"),  # full, or not writable: each slot of the machine will see it
@@ -59,11 +63,11 @@ FAULTS: Mapping[str, Fault] = {
     # not close one slot after another for ever, so it counts as a crash of the trial.
     "accelerator": Fault(whose="slot", retries=CRASHES),
     "crashed": Fault(whose="nobody", retries=CRASHES),  # the trainer process died
-    "lost": Fault(whose="nobody", retries=LOSSES),  # the worker was killed, or vanished
+    "lost": Fault(whose="nobody", retries=LOSSES, pauses_after=None),  # the worker was killed, or vanished
     "interrupted": Fault(whose="nobody", process="kept"),  # a signal, a pause, a stop
 }
 
-UNKNOWN = Fault(whose="trial")
+UNKNOWN = Fault(whose="trial", pauses_after=None)
 
 
 def of(kind: str) -> Fault:

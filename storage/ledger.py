@@ -76,6 +76,7 @@ class Study:
     software: Mapping[str, str] | None  # that it began with; None before its first worker
     budget: Budget
     state: State
+    pause_reason: str | None  # why Trialyard paused it; None: it did not
     test_openings: int  # confirmations of it that were created: each opens its test images
     finished: int  # trials that are complete, pruned or failed: they count against the budget for good
     running: int
@@ -318,11 +319,13 @@ def set_state(storage: RDBStorage, study: Study, state: State) -> None:
 
     Raises StudyGone.
     """
+    write(storage, study.name, lambda connection: change_state(connection, current(connection, study).id, state))
 
-    def work(connection: Connection) -> None:
-        _set_attribute(connection, current(connection, study).id, "state", state)
 
-    write(storage, study.name, work)
+def change_state(connection: Connection, study_id: int, state: State, pause_reason: str | None = None) -> None:
+    """The same in the caller's transaction; `pause_reason` is why Trialyard itself pauses the study."""
+    _set_attribute(connection, study_id, "state", state)
+    _set_attribute(connection, study_id, "pause_reason", pause_reason)
 
 
 def record_test_opening(storage: RDBStorage, study: Study) -> int:
@@ -339,7 +342,8 @@ def record_test_opening(storage: RDBStorage, study: Study) -> int:
 def _set_attribute(connection: Connection, study_id: int, name: str, value: Any) -> None:
     stored, key = StudyUserAttributeModel, attributes.PREFIX + name
     connection.execute(delete(stored).where(stored.study_id == study_id, stored.key == key))
-    connection.execute(insert(stored).values(study_id=study_id, key=key, value_json=json.dumps(value)))
+    if value is not None:
+        connection.execute(insert(stored).values(study_id=study_id, key=key, value_json=json.dumps(value)))
 
 
 # --- read -------------------------------------------------------------------------------------------------
@@ -390,6 +394,11 @@ def current(connection: Connection, study: Study) -> Study:
     return now[0]
 
 
+def by_id(connection: Connection, study_id: int) -> Study | None:
+    """The same by its id; None if it was deleted, or is not readable."""
+    return next(iter(_load(connection, StudyModel.study_id == study_id)), None)
+
+
 def _gone_text(name: str) -> str:
     return f"study {name!r} is gone from the database: `trialyard create` makes it again"
 
@@ -411,6 +420,7 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
             software=study.values.get("software"),
             budget=Budget(**study.values["budget"]),
             state=study.values.get("state") or "open",
+            pause_reason=study.values.get("pause_reason"),
             test_openings=study.values.get("test_openings") or 0,
             **progress[study.study_id],
         )

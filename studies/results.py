@@ -69,6 +69,7 @@ class Status:
     waiting: int
     budget: int  # trials, including imported ones
     state: ledger.State  # open, paused or stopped
+    pause_reason: str | None  # why Trialyard paused it; None: it did not
     ended: bool
     best: float | None  # the best value so far
     best_number: int | None
@@ -134,6 +135,11 @@ def why_no_best(study: Study, storage: RDBStorage) -> str:
         return (
             f"study {name!r} was stopped before any of its trials was complete: `trialyard resume {name}` opens it, "
             f"and `trialyard work {name}` continues it"
+        )
+    if study.pause_reason is not None:
+        return (
+            f"study {name!r} is paused and has no complete trial yet: correct what made its trials fail, then "
+            f"`trialyard resume {name}` and `trialyard retry {name}`"
         )
     if study.has_ended:
         return (
@@ -318,6 +324,7 @@ def status_of(study: Study, storage: RDBStorage) -> Status:
         waiting=counts.waiting,
         budget=study.budget.total,
         state=study.state,
+        pause_reason=study.pause_reason,
         ended=study.has_ended,
         best=best[0].value if best else None,
         best_number=best[0].number if best else None,

@@ -257,6 +257,12 @@ def build(hyperparameters, image_shape, classes):
         ("raise SystemExit(0)", "", "import", "mine:build cannot be imported (SystemExit: 0)"),
         ("", "import nowhere", "import", "mine:build needs a module that cannot be imported on this machine"),
         ("", "raise ValueError('too wide')", "model", "(ValueError: too wide): correct the function"),
+        (
+            "",
+            "raise RuntimeError('CUDA error: unknown error')",
+            "accelerator",
+            "(RuntimeError: CUDA error: unknown error)",
+        ),
     ],
 )
 def test_a_module_that_is_missing_is_the_machine_s_fault_and_an_error_in_a_model_is_not(
@@ -267,6 +273,44 @@ def test_a_module_that_is_missing_is_the_machine_s_fault_and_an_error_in_a_model
     failed = _messages(trainer)[-1]
     assert failed.kind == kind
     assert words in failed.message
+
+
+FLAWED = """
+import keras
+
+class Factor:
+    value = 1.0
+
+class Scale(keras.layers.Layer):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def call(self, x):
+        return x * self.factor.value
+
+def unsaveable(hyperparameters, image_shape, classes):
+    return keras.Sequential([keras.Input(image_shape), Scale(Factor()),
+                             keras.layers.Flatten(), keras.layers.Dense(classes, "softmax")])
+
+def unmeasured(hyperparameters, image_shape, classes):
+    model = unsaveable(hyperparameters, image_shape, classes)
+    model.compile("adam", "categorical_crossentropy")
+    return model
+"""
+
+
+def test_a_model_that_no_hyperparameters_can_help_is_told_from_others(trainer: Trainer, job: Make, home: Path) -> None:
+    (home / "mine.py").write_text(FLAWED, encoding="utf-8")
+    failed = []
+    for function in ("unsaveable", "unmeasured"):
+        definition = job(1).definition.model_copy(update={"model": f"mine:{function}"})
+        trainer.submit(job(definition=definition, hyperparameters={"batch_size": 60}, folder=home / function))
+        failed.append(_messages(trainer)[-1])
+    unsaveable, unmeasured = failed
+    assert (unsaveable.kind, unmeasured.kind) == ("save", "metric")
+    assert "mine:unsaveable was trained but cannot be saved (NotImplementedError: " in unsaveable.message
+    assert "trials are judged by the metric accuracy" in unmeasured.message
 
 
 @pytest.mark.parametrize(
