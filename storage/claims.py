@@ -36,7 +36,8 @@ from storage.attempt_table import Attempt
 from storage.errors import ClaimLost, StorageError, StudyUnreadable
 from storage.hits import Hits
 from storage.ledger import State, Study
-from storage.owners import Owner, database_now, server_started
+from storage.owners import Owner, database_now
+from storage.silence import watched_seconds
 from storage.tables import (
     TrialIntermediateValueModel,
     TrialModel,
@@ -52,7 +53,7 @@ from storage.tables import (
     utc_now,
     value_row,
 )
-from storage.transactions import read, write
+from storage.transactions import PatientStorage, read, write
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def delete(storage: RDBStorage, study: Study, grace_seconds: float) -> None:
     """
 
     def work(connection: Connection) -> None:
-        current = _after_taking_back(connection, study, grace_seconds)
+        current = _after_taking_back(storage, connection, study, grace_seconds)
         if current.state != "stopped" and current.running:
             raise StorageError(
                 f"study {study.name!r} has {current.running} running trials: `trialyard stop {study.name}` first, "
@@ -131,13 +132,14 @@ def claim(
     """Claims the oldest waiting trial of `study`, or a new one while the budget lasts and the study is open; else None.
 
     First takes back the trials of workers that are gone: at once if the owner was a process of this machine, otherwise
-    after `grace_seconds` without a heartbeat. `beat_seconds` is how often the new owner will send one.
+    once this process has seen the same last heartbeat for `grace_seconds`, which takes two calls. `beat_seconds` is how
+    often the new owner will send one.
 
     Raises StudyGone if the study was deleted, whether or not there is another one of its name.
     """
 
     def work(connection: Connection) -> Claim | None:
-        current = _after_taking_back(connection, study, grace_seconds)
+        current = _after_taking_back(storage, connection, study, grace_seconds)
         spent = current.finished + current.running >= current.budget.total
         if spent or current.state != "open" or current.is_late:
             return None
@@ -175,27 +177,53 @@ def _checkpoint(study: Study, number: int, attempt: Attempt) -> str:
     return attempt.checkpoint or str(folder / artifacts.CHECKPOINT)
 
 
-def _after_taking_back(connection: Connection, study: Study, grace_seconds: float) -> Study:
+def _after_taking_back(storage: RDBStorage, connection: Connection, study: Study, grace_seconds: float) -> Study:
     """Puts the RUNNING trials of workers that are gone back into the queue; returns the study after that."""
     current = ledger.current(connection, study)
-    if current.running == 0:
-        return current
-    running, taken = attempt_table.running(connection, study.id), 0
-    # While the server was away no heartbeat arrived, so silence counts from the server's start.
-    now, since = database_now(connection), server_started(connection)
+    taken = False
+    for lost in _lost_trials(storage, connection, current, grace_seconds):
+        # Heartbeats and epochs are recorded without the study's lock: one may have come a moment ago.
+        state, attempt = attempt_table.locked(connection, lost.trial_id) or (None, None)
+        if state == TrialState.RUNNING and attempt == lost.attempt:
+            log.warning("study %s: trial %d goes back to the queue: %s", study.name, lost.number, lost.reason)
+            _put_back(connection, lost.trial_id, lost.attempt.attempt, "lost", lost.reason)
+            taken = True
+    return ledger.current(connection, study) if taken else current
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lost:
+    """A RUNNING trial whose worker is gone."""
+
+    trial_id: int
+    number: int
+    attempt: Attempt
+    reason: str  # how that is known
+
+
+def _lost_trials(storage: RDBStorage, connection: Connection, study: Study, grace_seconds: float) -> list[_Lost]:
+    """The RUNNING trials of a study whose workers are gone.
+
+    A process of this machine is gone when it has ended, however long it was silent. One of another machine is gone when
+    this process has watched it silent for the grace period, and for as long as three heartbeats of that worker take.
+    """
+    if study.running == 0:
+        return []
+    running = attempt_table.running(connection, study.id)
+    # While the database was away nobody could send a heartbeat.
+    not_before = storage.last_away if isinstance(storage, PatientStorage) else float("-inf")
+    silent = watched_seconds(study.incarnation, [(trial_id, attempt) for trial_id, _, attempt in running], not_before)
+    lost = []
     for trial_id, number, attempt in running:
-        owner = attempt.owner
-        silent = (now - max(attempt.beat, since)).total_seconds()
+        owner, seconds = attempt.owner, silent[trial_id, attempt.attempt]
         if owner.gone():
             reason = f"process {owner.pid} on {owner.host} ended"
-        elif silent > max(grace_seconds, MISSED_BEATS * attempt.beat_seconds):
-            reason = f"no sign of process {owner.pid} on {owner.host} for {silent:.0f} s"
+        elif not owner.is_here and seconds >= max(grace_seconds, MISSED_BEATS * attempt.beat_seconds):
+            reason = f"no sign of process {owner.pid} on {owner.host} for {seconds:.0f} s"
         else:
             continue
-        log.warning("study %s: trial %d goes back to the queue: %s", study.name, number, reason)
-        _put_back(connection, trial_id, attempt.attempt, "lost", reason)
-        taken += 1
-    return ledger.current(connection, study) if taken else current
+        lost.append(_Lost(trial_id=trial_id, number=number, attempt=attempt, reason=reason))
+    return lost
 
 
 def _put_back(

@@ -21,16 +21,21 @@ class Owner:
     born: float  # the process's start, seconds since the machine's: process ids are used again
     slot: str  # for people, and to tell the slots of one process apart
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is a process of this very machine, or container: `gone` tells whether it has ended."""
+        return on_this_machine(self.machine)
+
     def gone(self) -> bool:
         """Whether this was a process of this very machine and has ended; False if that is not known."""
-        if self.machine != _machine():
+        if not self.is_here:
             return False
         try:
             process = psutil.Process(self.pid)
             # A killed process stays in the table as a zombie until its parent looks.
             return process.status() == psutil.STATUS_ZOMBIE or abs(_born(process) - self.born) > 1.0
         except psutil.NoSuchProcess:
-            return True
+            return not _is_hidden(self.pid)
         except psutil.AccessDenied:
             return False
 
@@ -44,6 +49,17 @@ def this_slot(slot: str) -> Owner:
         born=_born(psutil.Process()),
         slot=slot,
     )
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether there is such a process though /proc does not show it: with `hidepid`, other users' are not shown."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except ProcessLookupError:
+        return False
+    return False  # it is this user's, and would be shown: it has ended since
 
 
 def _born(process: psutil.Process) -> float:
@@ -83,11 +99,3 @@ def clock(connection: Connection) -> ColumnElement[datetime]:
     if connection.dialect.name == "sqlite":
         return literal_column("strftime('%Y-%m-%d %H:%M:%f', 'now')", DateTime())
     return literal_column("(clock_timestamp() AT TIME ZONE 'UTC')", DateTime())
-
-
-def server_started(connection: Connection) -> datetime:
-    """When the database's server started, naive UTC: there were no heartbeats before. The distant past on SQLite."""
-    if connection.dialect.name == "sqlite":
-        return datetime.min
-    found: datetime = connection.execute(text("SELECT pg_postmaster_start_time()")).scalar_one()
-    return found.astimezone(UTC).replace(tzinfo=None)

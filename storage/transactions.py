@@ -12,6 +12,7 @@ import logging
 import math
 import sqlite3
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,11 +53,11 @@ class PatientStorage(RDBStorage):
     """Optuna's storage, each of whose calls is tried again while the database is away.
 
     `patience` is for how many seconds; 0 tries once. Setting `shutting_down` ends all waiting. A call that still fails
-    after that ends in StorageError.
+    after that ends in StorageError. `last_away` is when a call last failed so, by the monotonic clock.
     """
 
     def __init__(self, url: str, *, patience: float, **options: Any) -> None:
-        self.patience, self.shutting_down = patience, threading.Event()
+        self.patience, self.shutting_down, self.last_away = patience, threading.Event(), float("-inf")
         super().__init__(url, **options)
 
     @classmethod
@@ -71,6 +72,7 @@ class PatientStorage(RDBStorage):
         vars(storage).update(
             patience=0.0,
             shutting_down=threading.Event(),
+            last_away=float("-inf"),
             engine_kwargs=engine_kwargs,
             url=url,
             skip_compatibility_check=False,
@@ -115,7 +117,7 @@ class PatientStorage(RDBStorage):
                 tenacity.stop_after_delay(self.patience), tenacity.stop_when_event_set(self.shutting_down)
             ),
             sleep=tenacity.sleep_using_event(self.shutting_down),
-            before_sleep=log_first_failure,
+            before_sleep=self._note_failure,
         )
         try:
             return retrying(call)
@@ -126,6 +128,10 @@ class PatientStorage(RDBStorage):
                 f"the database {redact(self.url)} has been away for too long ({cause_of(cause)}): bring it back, and "
                 "run the command again; what was trained is in the checkpoints"
             ) from cause
+
+    def _note_failure(self, state: "tenacity.RetryCallState") -> None:
+        log_first_failure(state)
+        self.last_away = time.monotonic()
 
 
 class _WithoutValue:

@@ -338,6 +338,8 @@ Process = subprocess.Popen[str] | Forked
 Command = Callable[..., Any]  # a Process
 COMMAND = [sys.executable, "-m", "search.cli"]
 SECONDS = 240  # that a command may take
+# A command as if on another machine, for `start`: nobody here can see whether its process lives.
+ELSEWHERE = ("-c", "import search.cli, storage.owners as o; o._machine = lambda: 'another'; search.cli.main()")
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -24,10 +24,11 @@ from conftest import attempts_at
 from optuna.artifacts import get_all_artifact_meta
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from search.devices import Slot, cpu
 from search.heartbeat import Heartbeat
-from storage import attempt_table, claims, database, ledger, owners, slots, transactions
+from storage import attempt_table, claims, database, ledger, owners, silence, slots, transactions
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL
 from storage.claims import Claim
 from storage.errors import ClaimLost, StorageError
@@ -255,26 +256,118 @@ def test_a_clock_that_is_set_ends_no_worker(me: Owner, monkeypatch: pytest.Monke
     assert not me.gone()
 
 
+@pytest.fixture
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets seconds pass for this process's own clock, by which it watches others."""
+    passed = [0.0]
+
+    def wait(seconds: float) -> None:
+        passed[0] += seconds
+
+    monkeypatch.setattr(silence, "monotonic", lambda: time.monotonic() + passed[0])
+    return wait
+
+
 def test_a_silent_trial_of_another_machine_is_claimed_after_the_grace(
-    storage: PatientStorage, study: str, me: Owner, elsewhere: Owner
+    storage: PatientStorage, study: str, me: Owner, elsewhere: Owner, pass_time: Callable[[float], None]
 ) -> None:
-    lost = _claim(storage, study, elsewhere, beat_seconds=0.1)
-    assert _claim(storage, study, me).number == 1, "it was silent for less than the grace"
-    time.sleep(0.4)
-    again = claims.claim(storage, ledger.find(storage, study), me, grace_seconds=0.0)
-    assert again is not None
-    assert again.trial_id == lost.trial_id
+    lost = _claim(storage, study, elsewhere)
+    assert _claim(storage, study, me).number == 1, "the first look notes its heartbeat"
+    pass_time(GRACE - 5)
+    assert _claim(storage, study, me).number == 2, "it was watched for less than the grace"
+    pass_time(5)
+    assert _claim(storage, study, me).trial_id == lost.trial_id
+    first, _ = attempts_at(storage, lost.trial_id)
+    assert first.reason is not None
+    assert first.reason.startswith(f"no sign of process {elsewhere.pid} on another for 6")
 
 
 def test_a_beat_keeps_a_trial_of_another_machine(
+    storage: PatientStorage, study: str, me: Owner, elsewhere: Owner, pass_time: Callable[[float], None]
+) -> None:
+    held = _claim(storage, study, elsewhere)
+    _claim(storage, study, me)
+    pass_time(GRACE)
+    assert _beat(storage, held) == "open"
+    assert _claim(storage, study, me).number == 2
+    pass_time(GRACE)
+    assert _claim(storage, study, me).trial_id == held.trial_id, "the time counts from the last new heartbeat"
+
+
+def test_a_slow_heartbeat_is_waited_for_as_long_as_its_worker_says(
+    storage: PatientStorage, study: str, me: Owner, elsewhere: Owner, pass_time: Callable[[float], None]
+) -> None:
+    held = _claim(storage, study, elsewhere, beat_seconds=2 * GRACE)
+    _claim(storage, study, me)
+    pass_time(claims.MISSED_BEATS * 2 * GRACE - 5)
+    assert _claim(storage, study, me).number == 2
+    pass_time(5)
+    assert _claim(storage, study, me).trial_id == held.trial_id
+
+
+def _set_back_beats(storage: PatientStorage) -> None:
+    """Makes every last heartbeat an hour old, as for somebody whose machine or database slept."""
+    stored = attempt_table.table
+    with storage.engine.begin() as connection:
+        for trial_id, beat in connection.execute(sqlalchemy.select(stored.c.trial_id, stored.c.beat)).all():
+            earlier = stored.update().where(stored.c.trial_id == trial_id).values(beat=beat - timedelta(hours=1))
+            connection.execute(earlier)
+
+
+def test_a_machine_that_sleeps_takes_nobody_s_trial(
     storage: PatientStorage, study: str, me: Owner, elsewhere: Owner
 ) -> None:
-    held = _claim(storage, study, elsewhere, beat_seconds=0.1)
-    time.sleep(2.1)
+    """The calendar goes on meanwhile, and the monotonic clock, by which heartbeats are sent and watched, does not."""
+    own, other = _claim(storage, study, me), _claim(storage, study, elsewhere)
+    _set_back_beats(storage)
+    assert _claim(storage, study, replace(me, slot="cpu:1")).number == 2
+    assert _beat(storage, own) == _beat(storage, other) == "open"
+
+
+def test_a_living_process_of_this_machine_keeps_its_trial_however_silent(
+    storage: PatientStorage, study: str, me: Owner, pass_time: Callable[[float], None]
+) -> None:
+    held = _claim(storage, study, me)
+    for number in (1, 2):
+        assert _claim(storage, study, replace(me, slot="cpu:1")).number == number
+        pass_time(3600)
     assert _beat(storage, held) == "open"
-    again = claims.claim(storage, ledger.find(storage, study), me, grace_seconds=1.9)
-    assert again is not None
-    assert again.trial_id != held.trial_id
+
+
+def test_silence_while_the_database_is_away_does_not_count(
+    storage: PatientStorage, study: str, me: Owner, elsewhere: Owner, pass_time: Callable[[float], None]
+) -> None:
+    held = _claim(storage, study, elsewhere)
+    _claim(storage, study, me)
+    pass_time(GRACE)
+    storage.patience, tries = 60.0, []
+
+    def work(connection: sqlalchemy.Connection) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise PoolTimeout
+
+    transactions.write(storage, None, work)
+    assert _claim(storage, study, me).number == 2
+    pass_time(GRACE)
+    assert _claim(storage, study, me).trial_id == held.trial_id
+
+
+@pytest.mark.parametrize("error", [psutil.NoSuchProcess(1), psutil.AccessDenied(1)])
+def test_a_process_that_this_user_may_not_see_lives(
+    me: Owner, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A /proc that is mounted with `hidepid` shows a user only the processes of his own."""
+
+    def hidden(pid: int) -> psutil.Process:
+        raise error
+
+    def refused(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(psutil, "Process", hidden)
+    monkeypatch.setattr(os, "kill", refused)
+    assert not me.gone()
 
 
 def test_a_worker_that_slept_drops_its_result(storage: PatientStorage, study: str, me: Owner, dead: Owner) -> None:

