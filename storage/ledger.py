@@ -190,10 +190,11 @@ def create_study(
 
 
 def raise_budget(storage: RDBStorage, study: Study, budget: Budget) -> Budget:
-    """Gives `study` a larger budget in trials, or other hours; returns the budget that it has then.
+    """Gives `study` a larger budget in trials or hours; returns the budget that it has then.
 
-    Fewer trials than it has change nothing: a study that others asked more of is not ended. `budget.imported` is
-    ignored: the trials in the database count. Raises StudyGone.
+    Less of either than it has changes nothing: a study that others asked more of is not ended. A budget without hours
+    has no limit, which is more than any. `budget.imported` is ignored: the trials in the database count. Raises
+    StudyGone.
     """
 
     def work(connection: Connection) -> Budget:
@@ -205,11 +206,16 @@ def raise_budget(storage: RDBStorage, study: Study, budget: Budget) -> Budget:
 def set_larger_budget(connection: Connection, study_id: int, budget: Budget) -> Budget:
     """The same in the caller's transaction."""
     existing = _budget(connection, study_id)
-    trials = budget.trials if existing is None else max(budget.trials, existing.trials)
-    actual = replace(budget, trials=trials, imported=len(_imported_digests(connection, study_id)))
+    larger = budget if existing is None else _larger(budget, existing)
+    actual = replace(larger, imported=len(_imported_digests(connection, study_id)))
     if actual != existing:
         _set_attribute(connection, study_id, "budget", asdict(actual))
     return actual
+
+
+def _larger(one: Budget, other: Budget) -> Budget:
+    hours = None if one.hours is None or other.hours is None else max(one.hours, other.hours)
+    return Budget(trials=max(one.trials, other.trials), hours=hours)
 
 
 def import_trials(storage: RDBStorage, study: Study, trials: Sequence[Imported]) -> int:

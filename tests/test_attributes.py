@@ -91,7 +91,7 @@ def test_another_program_s_trial_with_our_attribute_names_breaks_nothing(
     storage: PatientStorage, study: str, me: Owner, value: Any
 ) -> None:
     study_id = registry.find(study, storage).id
-    ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=20, hours=1.0))
+    ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=20, hours=None))
     ours = claims.claim(storage, ledger.find(storage, study), me, 60.0)
     assert ours is not None
     names = ("attempts", "import_key", "failure", "imported", "model", "history", "versions", "device", "label")
@@ -122,7 +122,7 @@ def test_another_program_s_trial_with_our_attribute_names_breaks_nothing(
 
 
 def test_hours_are_counted_from_a_trial_of_ours(storage: PatientStorage, study: str, me: Owner) -> None:
-    ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=20, hours=1.0))
+    storage.set_study_user_attr(ledger.find(storage, study).id, "trialyard:budget", {"trials": 20, "hours": 1.0})
     opened = registry.open(study, storage)
     for value in JUNK:
         opened.add_trial(create_trial(value=0.9, user_attrs={"attempts": value}))
