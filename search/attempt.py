@@ -183,6 +183,7 @@ class Attempt:
         listed: list[str] = []
         while True:
             message = trainer.receive(POLL_SECONDS)
+            received = time.monotonic()
             if self._pulse.lost:
                 raise claims.lost(self.claim)
             state = self._pulse.state
@@ -215,6 +216,8 @@ class Attempt:
                 pruned, stop_by = True, time.monotonic() + self.settings.stop_seconds
                 trainer.stop("drop")
             now = time.monotonic()
+            # The time that the database took is not the trial's: the training may have ended meanwhile.
+            kill_at, stop_by = kill_at + (now - received), stop_by + (now - received)
             if budget.trial_minutes and kill_at == float("inf") and trainer.ready:
                 kill_at = now + budget.trial_minutes * 60
             if now > start_by and not trainer.ready:

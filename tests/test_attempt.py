@@ -1,5 +1,6 @@
 """A trial's end is written down as what it was, whatever the trainer and the database do at that moment."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -277,6 +278,24 @@ def test_a_process_is_kept_after_hyperparameters_that_are_bad(
 ) -> None:
     trainer = _run(storage, tmp_path, me, _failure(kind), used=True)
     assert (_only(storage).state, trainer.told) == (TrialState.FAIL, [])
+
+
+def test_a_training_that_ended_in_time_is_complete_however_slow_the_database_was(
+    storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = parse(TRIVIAL.replace("epochs = 2", "epochs = 3\ntrial_minutes = 0.005"), name="limited")
+    registry.create(limited, storage, {"fingerprint": "0" * 16})
+    record = claims.record_epochs
+
+    def late(*arguments: Any) -> Any:
+        time.sleep(0.4)  # more than the trial's time
+        return record(*arguments)
+
+    monkeypatch.setattr(claims, "record_epochs", late)
+    monkeypatch.setattr(Scripted, "ready", True)
+    _run(storage, tmp_path, me, _epoch(1, 0.5), _epoch(2, 0.6), _trained(stopped=False), study="limited")
+    (trial,) = storage.get_all_trials(storage.get_study_id_from_name("limited"))
+    assert (trial.state, trial.user_attrs.get("failure")) == (TrialState.COMPLETE, None)
 
 
 def test_a_file_that_cannot_be_removed_ends_no_worker(
