@@ -9,20 +9,17 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy.exc import SQLAlchemyError
 
 from search.devices import Slot, precision_for
 from search.messages import Epoch
 from search.summary import progress_line, shown
 from storage import attributes
 from storage.claims import Claim
-from storage.errors import StorageError
 from storage.ledger import Study
 from storage.transactions import PatientStorage
 from studies.definition import from_json
@@ -171,8 +168,10 @@ class LiveTable(Listener):
                 continue
             try:
                 self._refresh()
-            except (OptunaError, SQLAlchemyError, StorageError) as error:
+            except Exception as error:
+                # Whatever failed: the next look may succeed, and nothing else depends on the display.
                 log.warning("the display waits for the database: %s", error)
+                log.debug("the whole error", exc_info=error)
 
     def _refresh(self) -> None:
         """Asks the database how far the studies are."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import time
 
 import optuna
 import pytest
@@ -9,6 +10,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
 
+from search import progress
 from search.messages import Epoch
 from search.progress import Lines, LiveTable, ending
 from search.summary import progress_line, shown
@@ -55,6 +57,26 @@ def test_the_live_table_shows_progress_and_each_slot(storage: RDBStorage, claim:
     first, _, used, _ = drawn()
     assert first.startswith("trivial: 1 of 5 trials, best 0.8725 (trial 0), about")
     assert used.split() == ["cpu:0", "-"]
+
+
+def test_an_error_of_one_look_does_not_end_the_display(
+    storage: RDBStorage, claim: Claim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "STATUS_SECONDS", 0.0)
+    looks: list[str] = []
+
+    def ask(name: str) -> results.Status:
+        looks.append(name)
+        if len(looks) == 2:
+            raise KeyError("No such study")  # as Optuna says it, where the row is gone
+        return results.status(name, storage)
+
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with LiveTable(console, [claim.study], ["cpu:0"], ask):
+        deadline = time.monotonic() + 30
+        while len(looks) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert len(looks) >= 3
 
 
 def test_the_live_table_leaves_the_terminal_as_it_was_even_after_an_error(storage: RDBStorage, claim: Claim) -> None:
