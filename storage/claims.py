@@ -137,8 +137,11 @@ def claim(
 
     Raises StudyGone if the study was deleted, whether or not there is another one of its name.
     """
+    made: list[Claim] = []
 
     def work(connection: Connection) -> Claim | None:
+        if made and _owns(connection, made[0]):
+            return made[0]  # done already: the commit succeeded, but its answer was lost
         current = _after_taking_back(storage, connection, study, grace_seconds)
         spent = current.finished + current.running >= current.budget.total
         if spent or current.state != "open" or current.is_late:
@@ -157,7 +160,7 @@ def claim(
             number = next_number(connection, study.id)
             trial_id = insert_trial(connection, study.id, number, TrialState.RUNNING, started=utc_now())
         earlier = attempt_table.start(connection, trial_id, owner, beat_seconds, is_new=waiting is None)
-        return Claim(
+        new = Claim(
             study=study.name,
             study_id=study.id,
             incarnation=study.incarnation,
@@ -167,6 +170,8 @@ def claim(
             owner=owner,
             checkpoints=tuple(_checkpoint(study, number, attempt) for attempt in reversed(earlier)),
         )
+        made[:] = [new]
+        return new
 
     return write(storage, study.name, work)
 
@@ -489,6 +494,14 @@ def _require_owner(connection: Connection, claim: Claim, *, or_finished: bool = 
         if ours and (runs or (or_finished and attempt.outcome == "finished")):
             return attempt
     raise lost(claim)
+
+
+def _owns(connection: Connection, claim: Claim) -> bool:
+    try:
+        _require_owner(connection, claim)
+    except ClaimLost:
+        return False
+    return True
 
 
 def _set_files(connection: Connection, claim: Claim, names: Sequence[str]) -> str | None:

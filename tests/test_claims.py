@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from multiprocessing.synchronize import Event
 from typing import Any
@@ -35,7 +35,7 @@ from storage.errors import ClaimLost, StorageError
 from storage.faults import CRASHES, LOSSES
 from storage.ledger import Budget, Imported
 from storage.owners import Owner
-from storage.tables import TrialModel
+from storage.tables import TrialModel, utc_now
 from storage.transactions import PatientStorage
 from studies import registry
 from studies.definition import Definition, parse
@@ -178,6 +178,30 @@ def test_a_budget_grows_and_never_shrinks(storage: PatientStorage, study: str, m
     assert _claim(storage, study, me).number == 5
 
 
+def test_the_hours_of_a_study_grow_and_never_shrink(storage: PatientStorage, study: str) -> None:
+    found = ledger.find(storage, study)
+    assert ledger.raise_budget(storage, found, Budget(trials=5, hours=1.0)).hours is None, "no limit is the most"
+    registry.create(parse(OTHER.replace("trials = 2", "trials = 2\nhours = 24")), storage, {"fingerprint": "1" * 16})
+    for hours, expected in ((0.001, 24.0), (48.0, 48.0), (24.0, 48.0)):
+        shorter = parse(OTHER.replace("trials = 2", f"trials = 2\nhours = {hours}"))
+        registry.create(shorter, storage, {"fingerprint": "1" * 16})
+        assert ledger.find(storage, "other").budget == Budget(trials=2, hours=expected)
+    registry.create(parse(OTHER), storage, {"fingerprint": "1" * 16})
+    assert ledger.find(storage, "other").budget == Budget(trials=2, hours=None)
+
+
+def test_hours_are_counted_by_the_database_s_clock(
+    storage: PatientStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first worker whose own clock is three hours behind does not end a study of two hours."""
+    hours = parse(OTHER.replace("trials = 2", "trials = 2\nhours = 2"))
+    registry.create(hours, storage, {"fingerprint": "1" * 16})
+    with monkeypatch.context() as behind:
+        behind.setattr(claims, "utc_now", lambda: utc_now() - timedelta(hours=3))
+        _claim(storage, "other", me)
+    assert _claim(storage, "other", me).number == 1
+
+
 def test_a_study_is_counted_as_of_one_moment(storage: PatientStorage, study: str, me: Owner) -> None:
     """Nobody who looks without the lock may meet a trial between two states: he would think that all have ended."""
     _claim(storage, study, me)
@@ -188,14 +212,15 @@ def test_a_study_is_counted_as_of_one_moment(storage: PatientStorage, study: str
     assert len([text for text in statements if text.startswith("SELECT") and "FROM trials" in text]) == 1
 
 
-def test_no_trial_starts_after_the_study_s_hours(storage: PatientStorage, study: str, me: Owner) -> None:
-    ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=5, hours=1e-7))
-    first = _claim(storage, study, me)  # the hours begin with the first trial
+def test_no_trial_starts_after_the_study_s_hours(storage: PatientStorage, me: Owner) -> None:
+    short = parse(OTHER.replace("trials = 2", "trials = 2\nhours = 1e-7"))
+    registry.create(short, storage, {"fingerprint": "1" * 16})
+    first = _claim(storage, "other", me)  # the hours begin with the first trial
     time.sleep(0.01)
-    assert claims.claim(storage, ledger.find(storage, study), me, GRACE) is None
-    assert not ledger.find(storage, study).has_ended, "its running trial may end"
+    assert claims.claim(storage, ledger.find(storage, "other"), me, GRACE) is None
+    assert not ledger.find(storage, "other").has_ended, "its running trial may end"
     _finish(storage, first)
-    assert ledger.find(storage, study).has_ended
+    assert ledger.find(storage, "other").has_ended
 
 
 def test_a_study_that_was_never_made_whole_gives_no_trial(storage: PatientStorage, me: Owner) -> None:
@@ -481,6 +506,25 @@ def test_interruptions_are_not_held_against_a_trial(storage: PatientStorage, stu
     assert _claim(storage, study, me).attempt == CRASHES + 4
 
 
+def test_a_claim_whose_answer_was_lost_is_found_again(
+    storage: PatientStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks between the commit and its answer, and the claim is made again."""
+    for waiting in (False, True):
+        with monkeypatch.context() as patched:
+            patched.setattr(claims, "write", _twice)
+            claim = _claim(storage, study, me)
+        assert (claim.number, claim.attempt) == (0, 2 if waiting else 1)
+        assert [trial.number for trial in claims.running_trials(storage, claim.study_id)] == [0]
+        assert _beat(storage, claim) == "open"
+        claims.requeue(storage, claim, "interrupted", "told to stop")
+
+
+def _twice(storage: PatientStorage, study: str | None, work: Callable[[Any], Any]) -> Any:
+    transactions.write(storage, study, work)
+    return transactions.write(storage, study, work)
+
+
 def test_the_oldest_waiting_trial_is_taken_first(storage: PatientStorage, study: str, me: Owner) -> None:
     first, second, third = (_claim(storage, study, me) for _ in range(3))
     claims.requeue(storage, third, "interrupted", "")
@@ -502,7 +546,7 @@ def test_a_heartbeat_survives_beats_that_fail(
     def beat(storage: PatientStorage, slots: Any, held: list[Claim]) -> Any:
         results.append("tried")
         if len(results) <= 2:
-            raise StorageError("the database is away")
+            raise (StorageError if len(results) == 1 else KeyError)("the database is away")
         states = real(storage, slots, held)
         results.append("beaten")
         return states
@@ -515,7 +559,7 @@ def test_a_heartbeat_survives_beats_that_fail(
             time.sleep(0.02)
     assert results[:4] == ["tried", "tried", "tried", "beaten"]
     assert not pulse.lost
-    assert caplog.text.count("a heartbeat failed, and is sent again in 0 s: the database is away") == 2
+    assert caplog.text.count("a heartbeat failed, and is sent again in 0 s: ") == 2
     assert transactions.read(storage, slots.present) == [], "a worker that leaves takes its slots off the list"
 
 
@@ -813,7 +857,9 @@ def test_optuna_reads_imported_trials_as_its_own(storage: PatientStorage, study:
 
 def test_hours_are_counted_from_the_first_trial_that_ran_here(storage: PatientStorage, study: str, me: Owner) -> None:
     ledger.import_trials(storage, ledger.find(storage, study), _results(0.8))
-    ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=5, hours=1.0))
+    storage.set_study_user_attr(
+        ledger.find(storage, study).id, "trialyard:budget", asdict(Budget(trials=5, hours=1.0, imported=1))
+    )
     _finish(storage, _claim(storage, study, me))
     assert not ledger.find(storage, study).has_ended
     with storage.engine.begin() as connection:
