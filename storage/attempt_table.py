@@ -151,6 +151,14 @@ def locked(connection: Connection, trial_id: int) -> tuple[TrialState, Attempt] 
     return None if row is None else (row["state"], _attempt(row))
 
 
+def lock_study(connection: Connection, study_id: int) -> None:
+    """Locks all trials of a study, and then their attempts, in the order in which everybody locks them: by trial."""
+    trials = select(TrialModel.trial_id).where(TrialModel.study_id == study_id)
+    connection.execute(trials.order_by(TrialModel.trial_id).with_for_update())
+    attempts = select(table.c.trial_id).where(table.c.trial_id.in_(trials), table.c.ended.is_(None))
+    connection.execute(attempts.order_by(table.c.trial_id).with_for_update())
+
+
 def change(connection: Connection, trial_id: int, attempt: int, **columns: Any) -> None:
     """Sets columns of an attempt's row."""
     mine = (table.c.trial_id == trial_id, table.c.attempt == attempt)

@@ -92,6 +92,8 @@ def delete(storage: RDBStorage, study: Study, grace_seconds: float) -> None:
                 f"study {study.name!r} has {current.running} running trials: `trialyard stop {study.name}` first, "
                 "then delete it"
             )
+        # A heartbeat or an epoch, which do not take the study's lock, must not wait for this, and this for it.
+        attempt_table.lock_study(connection, study.id)
         deletions.record(connection, study.id, study.name, study.incarnation)
         delete_study(connection, study.id)
 
@@ -374,7 +376,8 @@ def record_epochs(
         attempt_table.change(connection, claim.trial_id, claim.attempt, **columns)
         return _state_to_obey(connection, claim)
 
-    return write(storage, claim.study, work)
+    # The lock of the trial's row is enough: claims of other trials do not wait for this.
+    return write(storage, None, work)
 
 
 def finish(

@@ -4,8 +4,10 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import re
 import sqlite3
+import urllib.parse
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import sqlalchemy
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from sqlalchemy import URL, Engine, text
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
 from storage import attempt_table, attributes, deletions, hits, legacy, slots
 from storage.artifacts import written_atomically
@@ -29,6 +31,7 @@ from storage.transactions import (
     lock_file,
     lock_row,
     log_first_failure,
+    read_only_text,
     redact,
     schema_head,
     sqlite_file,
@@ -44,9 +47,10 @@ KINDS = "sqlite:///folder/studies.db or postgresql://user@host/database"
 # Optuna counts and looks up trials by scanning a study's; with 10,000 of them a claim took four times as long.
 INDEXES = (
     "CREATE INDEX IF NOT EXISTS trialyard_trials_by_state ON trials (study_id, state, number)",
-    "CREATE INDEX IF NOT EXISTS trialyard_trials_by_number ON trials (study_id, number)",
     attempt_table.INDEX,
 )
+# No number is given twice, whoever adds a trial.
+UNIQUE_NUMBERS = "CREATE UNIQUE INDEX IF NOT EXISTS trialyard_unique_numbers ON trials (study_id, number)"
 OUR_TABLES = (attempt_table.table, deletions.table, hits.table, slots.table)
 
 
@@ -105,7 +109,19 @@ def connect_with_retries(url: str, patience: float) -> PatientStorage:
         before_sleep=log_first_failure,
         reraise=True,
     )
-    return retrying(connect, url, patience)
+    storage: PatientStorage = retrying(connect, url, patience)
+    _require_writable(storage)
+    return storage
+
+
+def _require_writable(storage: PatientStorage) -> None:
+    """Raises StorageError where this user may only read. A standby may be about to become the server that writes."""
+    if sqlite_file(storage) is not None:
+        return  # the first change says so
+    query = text("SELECT current_setting('transaction_read_only') = 'on' AND NOT pg_is_in_recovery()")
+    with storage.engine.connect() as connection:
+        if connection.execute(query).scalar():
+            raise StorageError(read_only_text(storage.engine.url, "its transactions are read-only"))
 
 
 # What a server that is there says of a connection that it will never accept. Nothing else tells it from one that is
@@ -156,7 +172,9 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
             else "is the server up, and may this user create tables in it?"
         )
         raise StorageError(f"the database {redact(url)} cannot be written ({cause_of(error)}): {way_out}") from error
-    return connect(url, patience)
+    storage = connect(url, patience)
+    _require_writable(storage)
+    return storage
 
 
 def connect_any_version(url: str) -> PatientStorage:
@@ -218,6 +236,16 @@ def _add_ours(storage: RDBStorage) -> None:
         if sqlite_file(storage) is not None:
             for trigger in (attempt_table.SQLITE_CASCADE, hits.SQLITE_CASCADE):
                 connection.execute(text(trigger))
+    _make_numbers_unique(storage)
+
+
+def _make_numbers_unique(storage: RDBStorage) -> None:
+    try:
+        with storage.engine.begin() as connection:
+            connection.execute(text(UNIQUE_NUMBERS))
+            connection.execute(text("DROP INDEX IF EXISTS trialyard_trials_by_number"))  # earlier builds had it
+    except IntegrityError:
+        log.warning("some trials have the number of another one: see `trialyard storage check`")
 
 
 def _unusable_reason(url: URL) -> str | None:
@@ -323,6 +351,9 @@ def _shown(url: str) -> str:
 
 
 def _open(path: str) -> sqlite3.Connection:
+    file = Path(path)
+    if file.exists() and not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
+        return _open_read_only(path)
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
     connection.execute("PRAGMA journal_mode = WAL")
     # With WAL this is safe against a killed process; a power cut may undo the last moments, never damage the
@@ -332,15 +363,28 @@ def _open(path: str) -> sqlite3.Connection:
     return connection
 
 
+def _open_read_only(path: str) -> sqlite3.Connection:
+    """A connection to a file on a read-only mount, or in another user's folder."""
+    uri = f"file:{urllib.parse.quote(path)}?mode=ro"
+    wal = Path(f"{path}-wal")
+    # SQLite wants to make a log, unless it is told that the file does not change. It does while somebody has a log.
+    unchanging = not wal.exists() or wal.stat().st_size == 0
+    return sqlite3.connect(
+        f"{uri}&immutable=1" if unchanging else uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=False
+    )
+
+
 def _settings(url: URL) -> dict[str, Any]:
     """What an engine on `url` is made with."""
     path = file_of(url)
     if path is not None:
         return {"creator": functools.partial(_open, str(path))}
     return {
+        # What the lock makes visible must be seen: the default of a server, a database or a user may be another.
+        "isolation_level": "READ COMMITTED",
         "pool_pre_ping": True,  # a restarted server leaves dead connections in the pool
-        "pool_size": 2,
-        "max_overflow": 8,  # a worker's slots, their beats and the display, for moments
+        "pool_size": 1,  # an idle process holds one connection: servers allow a hundred in all
+        "max_overflow": 9,  # a worker's slots, their beats and the display, for moments
         "connect_args": {
             "connect_timeout": 10,
             "prepare_threshold": None,  # prepared statements do not pass a transaction-pooling proxy
@@ -429,6 +473,7 @@ def _copy_rows(storage: RDBStorage, path: Path) -> None:
     with one_moment.connect() as source, target.engine.begin() as sink:
         # Optuna wrote its version into the new database; the copied row takes its place.
         sink.execute(text("DELETE FROM version_info"))
+        sink.execute(text("DROP INDEX IF EXISTS trialyard_unique_numbers"))  # there may be two trials of one number
         for table in (*ALL_TABLES, attempt_table.table, deletions.table, hits.table):
             if table.name not in existing:
                 continue  # of an older version
@@ -436,4 +481,5 @@ def _copy_rows(storage: RDBStorage, path: Path) -> None:
                 sink.execute(table.insert(), [dict(row) for row in part])
         found = source.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
         sink.execute(text("UPDATE alembic_version SET version_num = :found"), {"found": found})
+    _make_numbers_unique(target)
     target.engine.dispose()

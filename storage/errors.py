@@ -4,6 +4,7 @@ TrialyardError
 ├── SettingsError      the value of a TRIALYARD_* variable is invalid
 ├── StorageError       the database cannot be reached, opened or written, or a trial's file not be written
 │   ├── DiskError      a file of a trial, or a trainer's log, cannot be written
+│   ├── Locked         another process has held a lock for too long
 │   ├── StudyGone      the study was deleted meanwhile
 │   ├── StudyUnreadable  an attribute of the study does not have the shape that Trialyard writes
 │   ├── NotOurStudy      a study of this name was not made by Trialyard, and has trials
@@ -39,6 +40,10 @@ class StorageError(TrialyardError):
 
 class DiskError(StorageError):
     """A file of a trial, or a trainer's log, cannot be written: the disk may be full."""
+
+
+class Locked(StorageError):  # noqa: N818 - it describes the database
+    """Another process has held a lock for too long. It may let go of it."""
 
 
 class StudyGone(StorageError):  # noqa: N818 - it is an event, not a mistake

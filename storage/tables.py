@@ -76,7 +76,14 @@ def delete_study(connection: Connection, study_id: int) -> None:
 
 
 def next_number(connection: Connection, study_id: int) -> int:
-    """The number of the next trial, which is how many trials the study has: numbers have no gaps."""
+    """The number of the next trial, which is how many trials the study has: numbers have no gaps.
+
+    Nobody else adds a trial before the transaction ends: Optuna locks the study's row, too, when it does.
+    """
+    connection.execute(
+        # FOR NO KEY UPDATE: rows that refer to the study may be written meanwhile.
+        select(StudyModel.study_id).where(StudyModel.study_id == study_id).with_for_update(key_share=True)
+    )
     last = connection.execute(select(func.max(TrialModel.number)).where(TrialModel.study_id == study_id)).scalar()
     return 0 if last is None else int(last) + 1
 

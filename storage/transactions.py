@@ -27,7 +27,7 @@ from sqlalchemy import URL, Connection, Engine, orm, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from storage.errors import StorageError
+from storage.errors import Locked, StorageError
 from storage.tables import TrialModel, TrialValueModel
 
 if TYPE_CHECKING:  # imported where they are used: reading needs neither, and they bring asyncio along
@@ -124,6 +124,8 @@ class PatientStorage(RDBStorage):
         except tenacity.RetryError as error:
             cause = error.last_attempt.exception()
             assert cause is not None
+            if isinstance(cause, Locked):
+                raise cause from None
             raise StorageError(
                 f"the database {redact(self.url)} has been away for too long ({cause_of(cause)}): bring it back, and "
                 "run the command again; what was trained is in the checkpoints"
@@ -132,6 +134,9 @@ class PatientStorage(RDBStorage):
     def _note_failure(self, state: "tenacity.RetryCallState") -> None:
         log_first_failure(state)
         self.last_away = time.monotonic()
+        error = state.outcome.exception() if state.outcome else None
+        if error is not None and _state_of(error) == READ_ONLY:
+            self.engine.dispose()  # after a failover its connections lead to the old server, the URL to the new one
 
 
 class _WithoutValue:
@@ -184,15 +189,30 @@ def is_transient(error: BaseException) -> bool:
     """Whether `error` says that the database is away or busy, and not that it was asked for something wrong."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, PoolTimeout):
+        if isinstance(seen, (PoolTimeout, Locked)):
             return True  # all connections are in others' hands, who wait for a server that does not answer
         if isinstance(seen, DBAPIError):
             if isinstance(seen.orig, sqlite3.Error):
                 return "locked" in str(seen.orig)  # it calls a missing table operational, too
-            idle = getattr(seen.orig, "sqlstate", None) == "25P03"  # IDLE_SECONDS passed: this process was asleep
-            return idle or seen.connection_invalidated or isinstance(seen, (OperationalError, InterfaceError))
+            passing = _state_of(seen) in (ASLEEP, READ_ONLY)
+            return passing or seen.connection_invalidated or isinstance(seen, (OperationalError, InterfaceError))
         seen = seen.__cause__
     return False
+
+
+# Codes of PostgreSQL's errors.
+ASLEEP = "25P03"  # IDLE_SECONDS passed: this process was asleep
+READ_ONLY = "25006"  # the server is not, or not yet, the one that writes; or this user may only read
+LOCK_TIMEOUT = "55P03"
+NO_PRIVILEGE = "42501"
+
+
+def _state_of(error: BaseException) -> str | None:
+    """PostgreSQL's code of an error, as SQLAlchemy or Optuna raises it."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, DBAPIError):
+        seen = seen.__cause__
+    return getattr(seen.orig, "sqlstate", None) if seen is not None else None
 
 
 def redact(url: str) -> str:
@@ -245,7 +265,8 @@ def write(storage: RDBStorage, study: str | None, work: Callable[[Connection], T
     Whole or not at all: if the database goes away in the middle, nothing of it is done, and it starts again. Only
     where it goes away between the commit and its answer is the work done twice, which `work` must bear.
 
-    Raises StorageError if the lock cannot be had within LOCK_SECONDS. Inside `work`, another `write` would wait for it.
+    Raises StorageError if the database may only be read, and Locked if the lock cannot be had within LOCK_SECONDS.
+    Inside `work`, another `write` would wait for it.
     """
 
     def once() -> T:
@@ -257,7 +278,28 @@ def write(storage: RDBStorage, study: str | None, work: Callable[[Connection], T
             lock_row(connection, study)
             return work(connection)
 
-    return storage.with_retries(once) if isinstance(storage, PatientStorage) else once()
+    try:
+        return storage.with_retries(once) if isinstance(storage, PatientStorage) else once()
+    except DBAPIError as error:
+        if not _is_refused(error):
+            raise
+        raise StorageError(read_only_text(storage.engine.url, cause_of(error))) from error
+
+
+def _is_refused(error: DBAPIError) -> bool:
+    """Whether this user may read and not write."""
+    return _state_of(error) in (READ_ONLY, NO_PRIVILEGE) or "readonly database" in str(error.orig)
+
+
+def read_only_text(url: URL, cause: str) -> str:
+    """A sentence for people who may only read the database at `url`."""
+    way_out = (
+        "use a user who may write, or have its owner grant SELECT, INSERT, UPDATE and DELETE on all tables and USAGE "
+        "on all sequences"
+        if file_of(url) is None
+        else "choose a file that you may write with TRIALYARD_HOME or --storage"
+    )
+    return f"the database {redact(str(url))} may only be read ({cause}): {way_out}"
 
 
 def _in_sqlite(storage: RDBStorage, work: Callable[[Connection], T]) -> T:
@@ -293,10 +335,11 @@ def _timed_out(study: str | None) -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
-        if getattr(error.orig, "sqlstate", None) != "55P03":  # lock_not_available
+        if _state_of(error) != LOCK_TIMEOUT:
             raise
-        raise StorageError(
-            f"study {study!r} has been locked for {LOCK_SECONDS:.0f} s by another process: "
+        what = "a row of the database" if study is None else f"study {study!r}"
+        raise Locked(
+            f"{what} has been locked for {LOCK_SECONDS:.0f} s by another process: "
             "see who it is in pg_stat_activity, end it, and run the command again"
         ) from None
 
@@ -310,13 +353,20 @@ def _study_lock(path: Path, study: str) -> Iterator[None]:
     import filelock
 
     try:
-        with lock_file(path, _lock_name(study)):
-            yield
+        lock = lock_file(path, _lock_name(study))
+        lock.acquire()
     except filelock.Timeout as error:
-        raise StorageError(
+        raise Locked(
             f"study {study!r} has been locked for {LOCK_SECONDS:.0f} s by another process: "
             f"see who holds {error.lock_file}, end it, and run the command again"
         ) from None
+    except OSError as error:
+        url = sqlalchemy.make_url(f"sqlite:///{path}")
+        raise StorageError(read_only_text(url, f"{error.strerror}: {error.filename}")) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _lock_name(study: str) -> str:

