@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 MEMORY_GROWTH = 0.15
 START_SECONDS = 600.0  # how long a process may take to import Keras
 START_POLL_SECONDS = 0.5
+KILL_SECONDS = 5.0  # how long a process that was killed is waited for
 
 
 class TrainerDied(Exception):  # noqa: N818 - it is an event
@@ -145,7 +146,10 @@ class Trainer:
         """Ends the process now."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            try:
+                self._process.wait(KILL_SECONDS)
+            except subprocess.TimeoutExpired:  # a driver that hangs keeps its process
+                log.warning("the trainer process %d was killed and does not end: see its device", self._process.pid)
         if self._connection is not None:
             self._connection.close()
         self._process = self._connection = None

@@ -139,6 +139,21 @@ time.sleep(600)
 """
 
 
+def test_a_process_that_cannot_die_does_not_hang_its_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a driver hangs: it ignores SIGKILL."""
+    monkeypatch.setattr(trainers, "KILL_SECONDS", 0.1)
+    hung = Trainer(Slot(device=cpu()), tmp_path / "log")
+    with subprocess.Popen(["sleep", "600"]) as process:
+        hung._process = process
+        monkeypatch.setattr(process, "kill", lambda: None)
+        hung.kill()
+        assert f"the trainer process {process.pid} was killed and does not end" in caplog.text
+        assert hung.pid is None, "the next job gets another one"
+        process.terminate()
+
+
 def test_a_trainer_ends_when_its_worker_is_killed(job: Make, tmp_path: Path) -> None:
     (tmp_path / "job").write_bytes(pickle.dumps(job(epochs=100_000)))
     worker = subprocess.Popen(
