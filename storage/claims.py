@@ -141,12 +141,15 @@ def claim(
     """
     made: list[Claim] = []
 
+    def is_worth_the_lock(connection: Connection) -> bool:
+        current = ledger.current(connection, study)
+        return _may_start(current) or bool(_lost_trials(storage, connection, current, grace_seconds))
+
     def work(connection: Connection) -> Claim | None:
         if made and _owns(connection, made[0]):
             return made[0]  # done already: the commit succeeded, but its answer was lost
         current = _after_taking_back(storage, connection, study, grace_seconds)
-        spent = current.finished + current.running >= current.budget.total
-        if spent or current.state != "open" or current.is_late:
+        if not _may_start(current):
             return None
         waiting = connection.execute(
             select(TrialModel.trial_id, TrialModel.number)
@@ -175,7 +178,13 @@ def claim(
         made[:] = [new]
         return new
 
-    return write(storage, study.name, work)
+    # Most looks of idle workers find nothing: they leave the lock to others.
+    return write(storage, study.name, work) if read(storage, is_worth_the_lock) else None
+
+
+def _may_start(study: Study) -> bool:
+    """Whether a trial may start: the budget lasts, and the study is open and within its hours."""
+    return study.finished + study.running < study.budget.total and study.state == "open" and not study.is_late
 
 
 def _checkpoint(study: Study, number: int, attempt: Attempt) -> str:

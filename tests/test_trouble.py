@@ -159,6 +159,18 @@ def test_an_epoch_is_recorded_while_others_hold_the_study_s_lock(server: Patient
     assert transactions.write(server, "trivial", work) == "open"
 
 
+def test_an_idle_look_takes_no_lock(storage: PatientStorage, me: Owner) -> None:
+    found = ledger.find(storage, "trivial")
+    while claims.claim(storage, found, me, 60.0):
+        pass  # the budget is spent, and all of its trials run
+
+    def work(connection: Connection) -> Claim | None:
+        with ThreadPoolExecutor() as pool:
+            return pool.submit(claims.claim, storage, found, me, 60.0).result(30)
+
+    assert transactions.write(storage, "trivial", work) is None
+
+
 def test_a_deletion_waits_for_an_epoch_that_is_being_recorded(server: PatientStorage, me: Owner) -> None:
     """Both take a trial's row first: otherwise each would wait for a row of the other."""
     claim = _claim(server, me)
