@@ -9,6 +9,9 @@ from typing import NoReturn
 
 INTERRUPTED = 130  # the exit code
 AGAIN_SECONDS = 0.01
+# What stops a worker: SIGINT is Ctrl-C, a scheduler sends SIGTERM, a terminal that is closed SIGHUP, and Slurm with
+# `--signal=USR1@60` SIGUSR1 a minute before the end.
+STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def end_on_signals() -> None:

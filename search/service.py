@@ -40,9 +40,10 @@ Source = str | Path | Definition  # a name of the catalog, a TOML file, or a def
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM ended the work. `requeued` says whether its trials are back in the queue already.
+    """A signal (SIGINT, SIGTERM, SIGHUP or SIGUSR1) ended the work.
 
-    If not, the next worker takes them back. Either way the same call continues where this one stopped.
+    `requeued` says whether its trials are back in the queue already. If not, the next worker takes them back. Either
+    way the same call continues where this one stopped.
     """
 
     def __init__(self, *, requeued: bool) -> None:
@@ -156,7 +157,7 @@ def work(
     many run at once in all. With `forever` it waits for studies to come. `listeners` learn of every trial and epoch;
     None shows the progress on standard error.
 
-    Returns the names of the studies. Raises Interrupted after SIGINT or SIGTERM; StudyError where there is no such
+    Returns the names of the studies. Raises Interrupted after a signal; StudyError where there is no such
     study; what `check` raises for a study that was named and that this machine cannot train; StorageError.
     """
     from search import worker

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from search import device_errors, devices
 from search.devices import Slot, precision_for
+from search.interruption import STOPPING_SIGNALS
 from search.messages import Checked, Epoch, Failed, Job, Ready, Resumed, StopMode, Trained
 from storage.errors import DiskError, TrialyardError
 from studies.definition import Definition
@@ -37,7 +38,7 @@ def main(descriptor: int) -> None:
     Until the worker's end of the socket closes, or Keras cannot be imported.
     """
     # Whoever ends a whole process group, or a service, means the worker, which then says what to do.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(descriptor)
     try:

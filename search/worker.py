@@ -17,7 +17,8 @@ from search.attempt import Attempt, StudyHandle
 from search.devices import Slot
 from search.errors import DeviceError, MachineError
 from search.heartbeat import Heartbeat
-from search.interruption import INTERRUPTED
+from search.idle import Looks
+from search.interruption import INTERRUPTED, STOPPING_SIGNALS
 from search.progress import Listener
 from search.publisher import Publisher
 from search.trainer import Trainer
@@ -32,10 +33,10 @@ from studies.definition import Definition
 
 log = logging.getLogger(__name__)
 
-IDLE_SECONDS = 1.0  # between looks for work while other workers hold what is left, or none is there
+LOOK_SECONDS = 1.0  # for how long the list of open studies is not read again
 TICK_SECONDS = 0.2
 LEFT_SECONDS = 300.0  # between two looks at a study that this machine cannot train: somebody may have repaired it
-LEAVE_SECONDS = 5.0  # beyond the trainers' own time: for the last words to the database
+LEAVE_SECONDS = 5.0  # beyond the trainers' own time: for the last words to the database, and once more to end
 
 
 def work(
@@ -56,19 +57,21 @@ def work(
     LEFT_SECONDS, while the others go on. Raises its error (DeviceError, DiskError) once all slots are closed, unless
     `names` is None.
 
-    Returns True when all of them have ended or are paused, False when a signal ended the work: the first SIGINT or
-    SIGTERM has the trainers write a checkpoint and puts their trials back into the queue, a second one leaves at once.
+    Returns True when all of them have ended or are paused, False when a signal ended the work: the first of the
+    STOPPING_SIGNALS has the trainers write a checkpoint and puts their trials back into the queue; a second SIGINT or
+    SIGTERM leaves at once.
     """
     interrupted = threading.Event()
     errors: list[BaseException] = []
     open_studies = _OpenStudies(names, storage, settings, leave=leave or names is None)
+    looks = Looks()
     heartbeat = Heartbeat(storage, settings.beat_seconds, slots)
     closed_slots = _ClosedSlots(heartbeat, open_studies, len(slots), forever=names is None)
     all_listeners = [Publisher(storage, settings.artifact_folder), *listeners]
 
     def fill(slot: Slot, trainer: Trainer) -> None:
         try:
-            _fill(open_studies, closed_slots, settings, trainer, heartbeat, all_listeners, interrupted)
+            _fill(open_studies, closed_slots, looks, settings, trainer, heartbeat, all_listeners, interrupted)
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
             if not storage.shutting_down.is_set():  # then every call to the database ends in an error
                 errors.append(error)
@@ -102,8 +105,9 @@ def work(
                 # their checkpoints.
                 storage.shutting_down.set()
                 break
+        end_by = time.monotonic() + LEAVE_SECONDS
         for thread in threads:
-            thread.join(LEAVE_SECONDS)
+            thread.join(max(0.0, end_by - time.monotonic()))
     if errors:
         raise errors[0]
     return not interrupted.is_set()
@@ -131,6 +135,7 @@ def _trainer(slot: Slot, settings: Settings) -> Trainer:
 def _fill(
     open_studies: "_OpenStudies",
     closed_slots: "_ClosedSlots",
+    looks: Looks,
     settings: Settings,
     trainer: Trainer,
     heartbeat: Heartbeat,
@@ -140,12 +145,16 @@ def _fill(
     """One slot's loop."""
     owner = heartbeat.owner(trainer.slot)
     while not interrupted.is_set():
+        if not looks.mine():
+            interrupted.wait(TICK_SECONDS)
+            continue
         for handle in open_studies.now():
             try:
                 claim = claims.claim(handle.storage, handle.study, owner, settings.grace_seconds, settings.beat_seconds)
             except (StudyGone, StudyUnreadable):
                 continue  # deleted or overwritten a moment ago; the next look will not find it
             if claim is not None:
+                looks.found_something()
                 try:
                     with heartbeat.of(claim) as pulse:
                         Attempt(
@@ -160,13 +169,16 @@ def _fill(
                 except MachineError as error:
                     open_studies.leave(handle.study, error)
                 except (DeviceError, DiskError) as error:
+                    looks.found_something()  # the trial waits again, for the slots that are open
                     closed_slots.close(trainer.slot, error, interrupted)
+                looks.found_something()  # the trial may wait again
                 break
         else:
             if open_studies.done():
+                looks.found_something()  # the other slots end, too
                 return
             # Others run what is left. They may die, and then it is ours.
-            interrupted.wait(IDLE_SECONDS)
+            looks.found_nothing()
 
 
 class _ClosedSlots:
@@ -227,7 +239,7 @@ class _OpenStudies:
     def now(self) -> list[StudyHandle]:
         """Those that may have something to do."""
         with self._lock:
-            if time.monotonic() - self._looked >= IDLE_SECONDS:
+            if time.monotonic() - self._looked >= LOOK_SECONDS:
                 self._handles = self._look()
                 self._looked = time.monotonic()
             return list(self._handles)
@@ -315,7 +327,7 @@ class _OpenStudies:
 
 @contextmanager
 def _signals(interrupted: threading.Event) -> Iterator[list[int]]:
-    """Turns the first SIGINT or SIGTERM into `interrupted`, and leaves at the second; gives the list that has it."""
+    """Turns the first of the STOPPING_SIGNALS into `interrupted`, and leaves at the second; yields the list of it."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # Python gives signals to the main thread alone: somebody else handles them
@@ -323,12 +335,16 @@ def _signals(interrupted: threading.Event) -> Iterator[list[int]]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if interrupted.is_set():
+            if number in (signal.SIGHUP, signal.SIGUSR1):
+                return  # a terminal that is closed sends it twice, and a scheduler to every process
             os._exit(INTERRUPTED)  # the trainers notice and end; the next claim takes the trials back
         # It logs nothing: the signal may come in the middle of a line of the log.
         received.append(number)
         interrupted.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # `nohup` has SIGHUP ignored, so that a worker outlives its terminal.
+    heard = [number for number in STOPPING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield received
     finally:

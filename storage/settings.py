@@ -31,7 +31,8 @@ class Settings(BaseSettings):
     # Silence after which a trial is claimed again: longer than a minute without the database plus one heartbeat.
     grace_seconds: float = Field(default=120.0, gt=0)
     checkpoint_seconds: float = Field(default=30.0, ge=0)  # the shortest time between two checkpoints of a trial
-    stop_seconds: float = Field(default=30.0, gt=0)  # how long a stopped worker may take to finish its batches
+    # How long a stopped worker may take to finish its batches. With what follows, less than a scheduler's 30 seconds.
+    stop_seconds: float = Field(default=20.0, gt=0)
     patience_seconds: float = Field(default=600.0, ge=0)  # how long a worker waits for a database that is away
     memory_growth: float = Field(default=0.15, gt=0)  # share by which a trainer may grow before it is replaced
     dashboard_password: SecretStr | None = None  # without it the dashboard serves only this machine

