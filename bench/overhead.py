@@ -25,6 +25,7 @@ from search.messages import Epoch, Job, Trained
 from search.trainer import Trainer
 from storage import claims, database, owners
 from storage.settings import Settings
+from storage.trial_cache import TrialCache
 from studies import registry, sampling
 from studies.definition import Definition, parse
 
@@ -94,7 +95,7 @@ class Ours:
             study=registry.find(definition.name, storage),
             definition=definition,
             storage=storage,
-            cached=optuna.storages.get_storage(storage),
+            cached=TrialCache(storage),
         )
         self._settings = Settings(home=folder)
         self._owner = owners.this_slot("cpu:0")

@@ -46,7 +46,7 @@ class StudyHandle:
     study: ledger.Study
     definition: Definition
     storage: PatientStorage
-    cached: BaseStorage  # the same storage with Optuna's cache of finished trials, for samplers and pruners
+    cached: BaseStorage  # a `TrialCache` of the same storage, for samplers and pruners
 
     def opened(self, number: int) -> optuna.Study:
         """Optuna's study for trial `number`. One for each trial, because it caches what it has read of others."""

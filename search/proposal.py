@@ -10,7 +10,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage import claims
@@ -54,7 +54,7 @@ def hyperparameters_of(definition: Definition, storage: PatientStorage, opened: 
     if definition.size is None or _is_given(opened, claim):
         claims.begin(storage, claim, params)
         return point
-    taken, draw = _taken(opened, claim), 0
+    taken, draw = _taken(storage, opened, claim), 0
     # Trial n has one point of the sequence, and each draw of a Gaussian process takes seconds.
     draws = 0 if definition.sampler.kind in ("qmc", "gp") else REDRAWS
     while True:
@@ -97,9 +97,11 @@ def _is_given(opened: optuna.Study, claim: Claim) -> bool:
     raise KeyError(claim.trial_id)  # the study was deleted: as Optuna's storage says it
 
 
-def _taken(opened: optuna.Study, claim: Claim) -> set[str]:
+def _taken(storage: PatientStorage, opened: optuna.Study, claim: Claim) -> set[str]:
     """The points that other trials have or will have."""
-    return {_key(_point_of(trial)) for trial in _trials(opened) if trial._trial_id != claim.trial_id}
+    waiting = storage.get_all_trials(claim.study_id, deepcopy=False, states=(TrialState.WAITING,))
+    others = (trial for trial in (*_trials(opened), *waiting) if trial._trial_id != claim.trial_id)
+    return {_key(_point_of(trial)) for trial in others}
 
 
 def _point_of(trial: FrozenTrial) -> Point:
@@ -108,6 +110,7 @@ def _point_of(trial: FrozenTrial) -> Point:
 
 
 def _trials(opened: optuna.Study) -> list[FrozenTrial]:
+    """The trials that do not wait: see `TrialCache`."""
     return opened.get_trials(deepcopy=False)
 
 

@@ -10,14 +10,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-import optuna
-
 from search import checks
 from search.attempt import Attempt, StudyHandle
 from search.devices import Slot
 from search.errors import DeviceError, MachineError
 from search.heartbeat import Heartbeat
-from search.idle import Looks
+from search.idle import FIRST_SECONDS, Looks
 from search.interruption import INTERRUPTED, STOPPING_SIGNALS
 from search.progress import Listener
 from search.publisher import Publisher
@@ -27,6 +25,7 @@ from storage.errors import DiskError, StorageError, StudyGone, StudyUnreadable, 
 from storage.ledger import Study
 from storage.settings import Settings
 from storage.transactions import PatientStorage
+from storage.trial_cache import TrialCache
 from studies import definition as definitions
 from studies import registry
 from studies.definition import Definition
@@ -202,7 +201,7 @@ class _ClosedSlots:
         while time.monotonic() < until and not interrupted.is_set():
             if not self._open_studies.now() and self._open_studies.done():
                 return
-            interrupted.wait(IDLE_SECONDS)
+            interrupted.wait(FIRST_SECONDS)
         self._heartbeat.reopen(slot)
         with self._lock:
             self._names.remove(slot.name)
@@ -279,6 +278,7 @@ class _OpenStudies:
                 continue
             study = existing[name]
             if study.state != "open" or study.has_ended:
+                self._admitted.pop(_key(study), None)  # its cached trials take memory
                 continue
             left = self._left.get(_key(study))
             if _key(study) not in self._admitted and left is not None and time.monotonic() < left.until:
@@ -321,7 +321,7 @@ class _OpenStudies:
             definition=definition,
             storage=self._storage,
             # One each: Optuna's would give the finished trials of a deleted study that had the same number.
-            cached=optuna.storages.get_storage(self._storage),
+            cached=TrialCache(self._storage),
         )
 
 

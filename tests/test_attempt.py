@@ -27,6 +27,7 @@ from storage.errors import DiskError, TrialyardError
 from storage.owners import Owner
 from storage.settings import Settings
 from storage.transactions import PatientStorage
+from storage.trial_cache import TrialCache
 from studies import registry
 from studies.definition import parse
 from studies.imported import import_trials
@@ -39,7 +40,7 @@ def _handle(storage: PatientStorage, study: ledger.Study) -> StudyHandle:
         study=study,
         definition=registry.definition_of(study.name, storage),
         storage=storage,
-        cached=optuna.storages.get_storage(storage),
+        cached=TrialCache(storage),
     )
 
 
@@ -293,7 +294,7 @@ def test_a_training_that_ended_in_time_is_complete_however_slow_the_database_was
 
     monkeypatch.setattr(claims, "record_epochs", late)
     monkeypatch.setattr(Scripted, "ready", True)
-    _run(storage, tmp_path, me, _epoch(1, 0.5), _epoch(2, 0.6), _trained(stopped=False), study="limited")
+    _run(storage, tmp_path, me, epoch(1, 0.5), epoch(2, 0.6), trained(stopped=False), study="limited")
     (trial,) = storage.get_all_trials(storage.get_study_id_from_name("limited"))
     assert (trial.state, trial.user_attrs.get("failure")) == (TrialState.COMPLETE, None)
 

@@ -19,6 +19,7 @@ from search.proposal import _key as _key_of
 from storage import claims, database, ledger
 from storage.claims import Claim
 from storage.owners import Owner
+from storage.trial_cache import TrialCache
 from studies import registry, sampling
 from studies.definition import Definition, parse
 from studies.errors import DefinitionError
@@ -85,7 +86,7 @@ class Searched:
             study=registry.find(definition.name, storage),
             definition=definition,
             storage=storage,
-            cached=optuna.storages.get_storage(storage),
+            cached=TrialCache(storage),
         )
 
     def claim(self) -> Claim:
@@ -484,7 +485,7 @@ def test_a_trial_that_waits_again_keeps_its_point_from_others(searched: Any) -> 
     second = study.claim()
     claims.requeue(study.storage, first, "interrupted", "a signal")
     assert json.dumps(point, sort_keys=True) not in {json.dumps(study.suggest(second), sort_keys=True)}
-    assert _taken(study.study.opened(second.number), second) == {_key_of(point)}
+    assert _taken(study.storage, study.study.opened(second.number), second) == {_key_of(point)}
 
 
 def test_a_space_that_others_have_used_up_ends_the_study_with_a_sentence(searched: Any) -> None:
