@@ -18,7 +18,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
-from search.errors import DeviceError, MachineError
+from search.errors import AcceleratorError, DeviceError, MachineError
 from search.heartbeat import Pulse
 from search.messages import Epoch, Failed, Job, Repeated, Resumed, Trained
 from search.progress import Listener
@@ -352,7 +352,8 @@ def _raise_for_machine(failure: Failed) -> None:
     if whose == "machine":
         raise MachineError(failure.message)
     if whose == "slot":
-        raise (DiskError if failure.kind == "disk" else DeviceError)(failure.message)
+        error_types: dict[str, type[DiskError | DeviceError]] = {"disk": DiskError, "accelerator": AcceleratorError}
+        raise error_types.get(failure.kind, DeviceError)(failure.message)
 
 
 def _trained(trained: Trained | None, pruned: bool, last: float | None, reason: str) -> Outcome:

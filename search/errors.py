@@ -27,6 +27,10 @@ class DeviceError(TrialyardError):
     """This machine has no such GPU, the framework does not see it, or it fails."""
 
 
+class AcceleratorError(DeviceError):
+    """A GPU failed in a training: the GPU may be to blame, or the training."""
+
+
 class DashboardError(TrialyardError):
     """The dashboard cannot be served at this address, or needs a password there."""
 

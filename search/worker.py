@@ -13,7 +13,7 @@ from types import FrameType
 from search import checks
 from search.attempt import Attempt, StudyHandle
 from search.devices import Slot
-from search.errors import DeviceError, MachineError
+from search.errors import AcceleratorError, DeviceError, MachineError
 from search.heartbeat import Heartbeat
 from search.idle import FIRST_SECONDS, Looks
 from search.interruption import INTERRUPTED, STOPPING_SIGNALS
@@ -21,6 +21,7 @@ from search.progress import Listener
 from search.publisher import Publisher
 from search.trainer import Trainer
 from storage import claims, ledger
+from storage.claims import Claim
 from storage.errors import DiskError, StorageError, StudyGone, StudyUnreadable, TrialyardError
 from storage.ledger import Study
 from storage.settings import Settings
@@ -70,7 +71,7 @@ def work(
 
     def fill(slot: Slot, trainer: Trainer) -> None:
         try:
-            _fill(open_studies, closed_slots, looks, settings, trainer, heartbeat, all_listeners, interrupted)
+            _fill(open_studies, settings, trainer, heartbeat, all_listeners, interrupted, closed_slots, looks)
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
             if not storage.shutting_down.is_set():  # then every call to the database ends in an error
                 errors.append(error)
@@ -133,13 +134,13 @@ def _trainer(slot: Slot, settings: Settings) -> Trainer:
 
 def _fill(
     open_studies: "_OpenStudies",
-    closed_slots: "_ClosedSlots",
-    looks: Looks,
     settings: Settings,
     trainer: Trainer,
     heartbeat: Heartbeat,
     listeners: Sequence[Listener],
     interrupted: threading.Event,
+    closed_slots: "_ClosedSlots",
+    looks: Looks,
 ) -> None:
     """One slot's loop."""
     owner = heartbeat.owner(trainer.slot)
@@ -169,7 +170,9 @@ def _fill(
                     open_studies.leave(handle.study, error)
                 except (DeviceError, DiskError) as error:
                     looks.found_something()  # the trial waits again, for the slots that are open
-                    closed_slots.close(trainer.slot, error, interrupted)
+                    closed_slots.close(trainer.slot, claim, error, interrupted)
+                else:
+                    closed_slots.forget_suspicion(trainer.slot)
                 looks.found_something()  # the trial may wait again
                 break
         else:
@@ -188,13 +191,22 @@ class _ClosedSlots:
         self._slots, self._forever = slots, forever
         self._lock = threading.Lock()
         self._names: set[str] = set()
+        self._suspects: dict[str, int] = {}  # by slot, the trial in which its accelerator failed last
 
-    def close(self, slot: Slot, error: DeviceError | DiskError, interrupted: threading.Event) -> None:
-        """Closes `slot` for LEFT_SECONDS, or until nothing is left to do. Raises `error` if no other slot is open."""
+    def close(self, slot: Slot, claim: Claim, error: DeviceError | DiskError, interrupted: threading.Event) -> None:
+        """Closes `slot` for LEFT_SECONDS, or until nothing is left to do. Raises `error` if no other slot is open.
+
+        If the trial may be to blame, the last open slot stays open until another trial ends so, too.
+        """
         with self._lock:
-            self._names.add(slot.name)
-            if len(self._names) == self._slots and not self._forever:
+            is_last = len(self._names) == self._slots - 1
+            if is_last and isinstance(error, AcceleratorError):
+                suspect = self._suspects.setdefault(slot.name, claim.trial_id)
+                if suspect == claim.trial_id:
+                    return
+            if is_last and not self._forever:
                 raise error
+            self._names.add(slot.name)
         log.warning("slot %s is closed, and tried again in %.0f s: %s", slot.name, LEFT_SECONDS, error)
         self._heartbeat.close(slot, str(error))
         until = time.monotonic() + LEFT_SECONDS
@@ -205,6 +217,12 @@ class _ClosedSlots:
         self._heartbeat.reopen(slot)
         with self._lock:
             self._names.remove(slot.name)
+            self._suspects.pop(slot.name, None)
+
+    def forget_suspicion(self, slot: Slot) -> None:
+        """A trial has ended well on `slot`, or was interrupted: its device works."""
+        with self._lock:
+            self._suspects.pop(slot.name, None)
 
 
 def _key(study: Study) -> tuple[int, str]:

@@ -18,6 +18,7 @@ TrialyardError
 │   └── SaveError        it cannot be saved
 ├── MachineError       (search) this machine cannot import or load what a study needs
 ├── DeviceError        (search) there is no such GPU, the framework does not see it, or it fails
+│   └── AcceleratorError it failed in a training
 ├── DashboardError     (search) the dashboard cannot be served at this address
 └── WorkerError        (search) no worker on this machine is alive
 """

@@ -59,8 +59,8 @@ FAULTS: Mapping[str, Fault] = {
     "disk": Fault(whose="slot", process="replaced"),  # full, or not writable: each slot of the machine will see it
     "device": Fault(whose="slot"),  # the framework does not see it, or it does not compute
     "start": Fault(whose="slot"),  # the trainer process ended before it had imported Keras
-    # An error of CUDA, cuDNN, cuBLAS or the driver in a training. The slot closes. A training that always ends so must
-    # not close one slot after another for ever, so it counts as a crash of the trial.
+    # An error of CUDA, cuDNN, cuBLAS or the driver in a training. A training that always ends so must not close one
+    # slot after another for ever, so it also counts as a crash of the trial.
     "accelerator": Fault(whose="slot", retries=CRASHES),
     "crashed": Fault(whose="nobody", retries=CRASHES),  # the trainer process died
     "lost": Fault(whose="nobody", retries=LOSSES, pauses_after=None),  # the worker was killed, or vanished

@@ -543,11 +543,11 @@ def test_a_heartbeat_survives_beats_that_fail(
     results: list[str] = []
     real = claims.beat
 
-    def beat(storage: PatientStorage, slots: Any, held: list[Claim]) -> Any:
+    def beat(storage: PatientStorage, slots: Any, held: list[Claim], closed: Any) -> Any:
         results.append("tried")
         if len(results) <= 2:
             raise (StorageError if len(results) == 1 else KeyError)("the database is away")
-        states = real(storage, slots, held)
+        states = real(storage, slots, held, closed)
         results.append("beaten")
         return states
 

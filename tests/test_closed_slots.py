@@ -16,7 +16,7 @@ from scripted import Scripted, epoch, trained
 import studies
 from search import worker
 from search.devices import Device, Slot
-from search.errors import DeviceError
+from search.errors import AcceleratorError, DeviceError
 from search.messages import Failed
 from search.progress import Listener
 from search.terminal import print_workers
@@ -32,7 +32,7 @@ LOST = Failed(kind="device", message="the driver has gpu:2 (H100), but tensorflo
 FULL = Failed(kind="disk", message="history.json cannot be written: is the disk full")
 BROKEN = Failed(kind="accelerator", message="CUDA error: unspecified launch failure")
 
-Ends = Callable[[Slot, int], Failed | None]  # how the n-th job of a slot fails, if it does
+Ends = Callable[[Slot, int, str], Failed | None]  # how the n-th job of a slot, for a trial, fails if it does
 
 
 def _slots(count: int) -> list[Slot]:
@@ -52,7 +52,7 @@ class _Trainer(Scripted):
     def submit(self, job: Any) -> None:
         """Decides how the job ends."""
         self._begun += 1
-        failed = self._ends(self.slot, self._begun)
+        failed = self._ends(self.slot, self._begun, job.trial)
         self.messages = [failed] if failed is not None else [epoch(1, 0.5), trained(stopped=False)]
 
 
@@ -95,7 +95,7 @@ def test_one_bad_gpu_of_four_is_closed_and_the_others_finish_the_study(
 ) -> None:
     shown: list[dict[str, str]] = []
 
-    def ends(slot: Slot, job: int) -> Failed | None:
+    def ends(slot: Slot, job: int, trial: str) -> Failed | None:
         if slot.name == "gpu:2":
             return failure
         _until(lambda: _closed(storage))
@@ -111,11 +111,28 @@ def test_one_bad_gpu_of_four_is_closed_and_the_others_finish_the_study(
     assert len([attempt for attempt in attempts if attempt.owner.slot == "gpu:2"]) == 1
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_training_that_breaks_every_accelerator_fails_and_the_others_go_on(
+    storage: PatientStorage, fill: Any, slots: int
+) -> None:
+    def ends(slot: Slot, job: int, trial: str) -> Failed | None:
+        return BROKEN if trial.startswith("trivial trial 0 ") else None
+
+    assert fill(slots, ends, ["trivial"], Listener())
+    assert _states(storage) == [TrialState.FAIL] + [TrialState.COMPLETE] * 4
+
+
+def test_an_only_accelerator_that_breaks_every_training_ends_the_worker(storage: PatientStorage, fill: Any) -> None:
+    with pytest.raises(AcceleratorError, match="CUDA error"):
+        fill(1, lambda slot, job, trial: BROKEN, ["trivial"], Listener())
+    assert _states(storage) == [TrialState.FAIL, TrialState.WAITING]
+
+
 def test_a_closed_slot_is_tried_again(storage: PatientStorage, fill: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "LEFT_SECONDS", 0.2)
     again: list[int] = []
 
-    def ends(slot: Slot, job: int) -> Failed | None:
+    def ends(slot: Slot, job: int, trial: str) -> Failed | None:
         if slot.name == "gpu:0":
             _until(lambda: again)
         elif job <= 2:
@@ -134,7 +151,7 @@ def test_a_worker_ends_when_no_slot_is_open(
     storage: PatientStorage, fill: Any, failure: Failed, error: type[Exception]
 ) -> None:
     with pytest.raises(error, match=r"sees no GPUs|cannot be written"):
-        fill(3, lambda slot, job: failure, ["trivial"], Listener())
+        fill(3, lambda slot, job, trial: failure, ["trivial"], Listener())
     assert set(_states(storage)) == {TrialState.WAITING}
 
 
@@ -148,7 +165,7 @@ def test_a_worker_in_service_waits_until_the_disk_has_space_again(
             if _states(storage) == [TrialState.COMPLETE] * 5:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    assert not fill(2, lambda slot, job: FULL if job <= 2 else None, None, Leaves())
+    assert not fill(2, lambda slot, job, trial: FULL if job <= 2 else None, None, Leaves())
     assert _states(storage) == [TrialState.COMPLETE] * 5
 
 

@@ -327,6 +327,31 @@ def _own(file: Path) -> str:
     return _changed(file, ('model = "mnist_cnn"', 'model = "mine:build"'), ("width = 0.1\n", ""))
 
 
+STICKY = """
+import keras
+
+broken = False
+
+def build(hyperparameters, image_shape, classes):
+    global broken
+    broken = broken or hyperparameters["dropout"] > 0.45
+    if broken:  # as after an error of CUDA, which spoils the whole process
+        raise RuntimeError("this process is broken")
+    return keras.Sequential([keras.Input(image_shape), keras.layers.Flatten(), keras.layers.Dense(classes)])
+"""
+
+
+def test_a_process_that_a_trial_has_broken_fails_no_other_trial(home: Path, write_small: Write, start: Command) -> None:
+    (home / "mine.py").write_text(STICKY, encoding="utf-8")
+    points = "".join(f"[[points]]\ndropout = {rate}\n" for rate in (0.1, 0.5, 0.2))
+    file = _own(write_small(epochs=1))
+    _changed(Path(file), ("learning_rate = 1e-2", f'learning_rate = 1e-2\n[sampler]\nkind = "points"\n{points}'))
+    ended(start("run", file))
+    complete, failed = TrialState.COMPLETE, TrialState.FAIL
+    assert [trial.state for trial in _trials(home)] == [complete, failed, complete]
+    assert [len(_attempts(home, number)) for number in range(3)] == [1, 1, 1]
+
+
 def test_an_own_model_that_does_not_import_changes_nothing(home: Path, write_small: Write, start: Command) -> None:
     file = _own(write_small())
     _, err = ended(start("run", file), code=1)
