@@ -23,6 +23,8 @@ from search.images import Array, Images, chosen, mapped
 from studies.definition import Data
 
 DOWNLOAD_SECONDS = 600
+DARK = 0.1  # images whose largest value is a smaller share of white are noted
+RENUMBER = "number them with numpy.searchsorted(numpy.unique(y_train), y), for y_train and y_test alike"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class Dataset:
     # Only for a confirmation, and judged by once, after the last epoch; of the same form as the validation images.
     x_test: Array | None = None
     y_test: Array | None = None
+    notes: tuple[str, ...] = ()  # how the source was understood where that may be wrong, a sentence each
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -86,6 +89,10 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
     keys = ("x_train", "y_train") + (("x_test", "y_test") if share is None or test else ())
     raw = {key: _array(arrays, key, name) for key in keys}
     x, y = _pair(raw["x_train"], raw["y_train"], name, "x_train", "y_train")
+    _require_all_classes(y, f"{name}: y_train")
+    binary, dtype = _is_binary(x), x.dtype
+    x = _scaled(x, f"{name}: x_train", binary)
+    notes = _notes(x, f"{name}: x_train", dtype, binary)
     fingerprint = _fingerprint(x, y)
     classes = int(y.max()) + 1
     train = np.arange(len(y))
@@ -94,6 +101,7 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
     x_test = y_test = None
     if "x_test" in raw:
         x_test, y_test = _pair(raw["x_test"], raw["y_test"], name, "x_test", "y_test")
+        x_test = _scaled(x_test, f"{name}: x_test", binary)
         if x_test.shape[1:] != x.shape[1:] or y_test.max() >= classes:
             raise DataError(
                 f"{name}: x_test has images of shape {x_test.shape[1:]} in {int(y_test.max()) + 1} classes "
@@ -120,6 +128,7 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
         validated_on="test" if share is None else "validation",
         x_test=x_test if test else None,
         y_test=y_test if test else None,
+        notes=notes,
     )
 
 
@@ -292,7 +301,7 @@ def _require(arrays: _Arrays, key: str, name: str) -> None:
 
 
 def _pair(x: Array, y: Array, name: str, x_name: str, y_name: str) -> tuple[Array, Array]:
-    """Images as (n, h, w, c) on the scale 0 to 255, labels as (n,) int64."""
+    """Images as (n, h, w, c), with the values of the source; labels as (n,) int64."""
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]  # keras.datasets.cifar10 has this shape
     if x.ndim == 3:
@@ -303,15 +312,41 @@ def _pair(x: Array, y: Array, name: str, x_name: str, y_name: str) -> tuple[Arra
             "(n, height, width, channels): reshape it"
         )
     if y.ndim != 1:
-        raise DataError(f"{name}: {y_name} has the shape {y.shape}, and labels must be (n,): give class numbers")
+        one_hot = f", such as {y_name}.argmax(axis=1)" if y.ndim == 2 else ""
+        raise DataError(
+            f"{name}: {y_name} has the shape {y.shape}, and labels must be (n,): give class numbers{one_hot}"
+        )
     if len(x) != len(y):
         raise DataError(
             f"{name}: {x_name} has {len(x)} images and {y_name} {len(y)} labels: there must be one label per image"
         )
-    return _scaled(x, f"{name}: {x_name}"), _labels(y, f"{name}: {y_name}")
+    return x, _labels(y, f"{name}: {y_name}")
 
 
-def _scaled(x: Array, what: str) -> Array:
+def _is_binary(x: Array) -> bool:
+    """Whether the training images have only the values 0 and 1, as whole numbers: they mean black and white."""
+    if x.dtype == np.bool_:
+        return True
+    return bool(np.issubdtype(x.dtype, np.integer) and x.max() == 1 and x.min() >= 0)
+
+
+def _notes(scaled: Array, what: str, dtype: np.dtype[Any], binary: bool) -> tuple[str, ...]:
+    if binary:
+        return (f"{what} has only the values 0 and 1 (type {dtype}), which are taken for 0 and 255",)
+    share = float(scaled.max()) / 255.0
+    if 0.0 < share < DARK:
+        return (f"{what} is very dark: its largest value is {100 * share:.2g} % of white. Is its scale right?",)
+    return ()
+
+
+def _scaled(x: Array, what: str, binary: bool) -> Array:
+    """Images on the scale 0 to 255. `binary` says that the training images have only the values 0 and 1."""
+    if x.dtype == np.bool_ or (binary and np.issubdtype(x.dtype, np.integer)):
+        if x.max() > 1 or x.min() < 0:
+            raise DataError(
+                f"{what} has values from {x.min()} to {x.max()}, and x_train only 0 and 1: give both the same scale"
+            )
+        return x.astype(np.uint8) * np.uint8(255)
     if x.dtype == np.uint8:
         return x
     if not (np.issubdtype(x.dtype, np.floating) or np.issubdtype(x.dtype, np.integer)):
@@ -325,17 +360,41 @@ def _scaled(x: Array, what: str) -> Array:
         return x.astype(np.uint8)
     if low < 0.0 or high > 1.0:
         raise DataError(
-            f"{what} has floats from {low:g} to {high:g}, and they must be from 0 to 1: divide them, or give uint8"
+            f"{what} has floats from {low:g} to {high:g}, and they must be from 0 to 1: {_float_advice(low, high)}"
         )
     return x.astype(np.float32) * np.float32(255.0)
 
 
+def _float_advice(low: float, high: float) -> str:
+    if low < 0.0 and -1.0 <= low and high <= 1.0:
+        return "if -1 is black and 1 is white, write (x + 1) / 2"
+    if low >= 0.0 and high <= 255.0:
+        return "if 255 is white, write x / 255"
+    return "undo their standardization, or write (x - x.min()) / (x.max() - x.min()) for all of them"
+
+
 def _labels(y: Array, what: str) -> Array:
+    if y.dtype == np.bool_:
+        return y.astype(np.int64)
     if not np.issubdtype(y.dtype, np.number) or not np.isfinite(y).all() or (y != np.floor(y)).any():
         raise DataError(f"{what} has labels that are not whole numbers: give class numbers from 0")
     if y.min() < 0:
-        raise DataError(f"{what} has the label {y.min()}, and classes are numbered from 0: shift them")
+        raise DataError(f"{what} has the label {y.min()}, and classes are numbered from 0: {RENUMBER}")
     return y.astype(np.int64)
+
+
+def _require_all_classes(y: Array, what: str) -> None:
+    """Raises DataError unless `y` has two or more classes, numbered from 0 without a gap."""
+    present = np.unique(y)
+    if len(present) < 2:
+        raise DataError(f"{what} has only the class {present[0]}: give images of two or more classes")
+    if present[-1] + 1 == len(present):
+        return
+    missing = next(label for label, found in enumerate(present) if label != found)
+    raise DataError(
+        f"{what} has {len(present)} different labels from {present[0]} to {present[-1]}, but no image of class "
+        f"{missing}, and classes are numbered from 0 without a gap: {RENUMBER}"
+    )
 
 
 def _split(indices: Array, y: Array, size: int, seed: int, setting: str, name: str) -> tuple[Array, Array]:

@@ -15,6 +15,10 @@ from studies.definition import Data, parse
 Write = Callable[..., Path]
 
 
+# Of the first 300 digits, in three types.
+FINGERPRINTS = {"bytes": "eaaf7e63e857975a", "whole": "eaaf7e63e857975a", "reals": "b4d725c75b731a3b"}
+
+
 def test_digits_are_real_images_of_the_size_of_mnist() -> None:
     dataset = data.load("digits", Data(validation=0.2), [])
     assert (len(dataset.y_train), len(dataset.y_validation)) == (1150, 288)
@@ -86,6 +90,52 @@ def test_floats_from_0_to_1_are_scaled_to_255(write_npz: Write) -> None:
     assert np.allclose(as_reals.x_train, as_bytes.x_train, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", [np.bool_, np.uint8, np.int64])
+def test_images_of_0_and_1_are_taken_for_black_and_white(write_npz: Write, kind: Any) -> None:
+    with np.load(write_npz()) as arrays:
+        black = {key: arrays[key] > 127 for key in ("x_train", "x_test")}
+    path = write_npz("black.npz", **{key: images.astype(kind) for key, images in black.items()})
+    dataset = data.load(str(path), Data(validation="test"), [])
+    assert dataset.x_train.dtype == dataset.x_validation.dtype == np.uint8
+    assert np.array_equal(dataset.x_train[..., 0], black["x_train"] * 255)
+    assert np.array_equal(dataset.x_validation[..., 0], black["x_test"] * 255)
+    assert "has only the values 0 and 1" in dataset.notes[0]
+
+
+def test_test_images_have_the_scale_of_the_training_images(write_npz: Write) -> None:
+    with np.load(write_npz()) as arrays:
+        images = arrays["x_train"]
+    path = write_npz("mixed.npz", x_train=images > 127)
+    with pytest.raises(DataError, match=r"x_test has values from 0 to 255, and x_train only 0 and 1"):
+        data.load(str(path), Data(validation="test"), [])
+    nearly_black = data.load(str(write_npz("dark.npz", x_test=images[:100] // 255)), Data(validation="test"), [])
+    assert nearly_black.x_validation.max() == 1, "by itself it would look like an image of 0 and 1"
+
+
+@pytest.mark.parametrize(("white", "noted"), [(255, False), (16, True), (1 / 255, True), (1.0, False)])
+def test_very_dark_images_are_noted(write_npz: Write, white: float, noted: bool) -> None:
+    with np.load(write_npz()) as arrays:
+        share = arrays["x_train"] / 255.0
+    images = (share * white).astype(np.uint8 if white > 1 else np.float32)
+    dataset = data.load(str(write_npz("dark.npz", x_train=images)), Data(), [])
+    assert [note for note in dataset.notes if "very dark" in note] == list(dataset.notes)
+    assert bool(dataset.notes) == noted
+
+
+def test_labels_of_true_and_false_are_classes_1_and_0(write_npz: Write) -> None:
+    dataset = data.load(str(write_npz(y_train=np.arange(300) % 2 == 0)), Data(), [])
+    assert (dataset.classes, dataset.y_train.dtype) == (2, np.int64)
+
+
+def test_the_fingerprint_of_data_does_not_change_with_the_version(write_npz: Write) -> None:
+    with np.load(write_npz()) as arrays:
+        images = arrays["x_train"]
+    kinds = {"bytes": images, "whole": images.astype(np.int32), "reals": images / 255.0}
+    paths = {kind: write_npz(f"{kind}.npz", x_train=x) for kind, x in kinds.items()}
+    fingerprints = {kind: data.load(str(path), Data(), []).fingerprint for kind, path in paths.items()}
+    assert fingerprints == FINGERPRINTS, "studies would refuse their own images"
+
+
 def test_a_file_is_searched_in_the_data_folders(home: Path, write_npz: Write) -> None:
     (home / "there").mkdir()
     write_npz().rename(home / "there" / "small.npz")
@@ -105,15 +155,27 @@ def _nan() -> Any:
         ({"x_train": None}, r"has no array 'x_train'"),
         ({"y_train": np.zeros(299, dtype=np.int64)}, r"x_train has 300 images and y_train 299 labels"),
         ({"x_train": _nan()}, r"x_train has NaN or infinite values: replace them"),
-        ({"x_train": np.full((300, 8, 8), 1.5)}, r"floats from 1.5 to 1.5, and they must be from 0 to 1"),
+        ({"x_train": np.full((300, 8, 8), 1.5)}, r"floats from 1.5 to 1.5, .* from 0 to 1: .* write x / 255"),
+        ({"x_train": np.linspace(-1, 1, 300 * 64).reshape(300, 8, 8)}, r"from -1 to 1, .* write \(x \+ 1\) / 2"),
+        ({"x_train": np.linspace(-0.4, 2.8, 300 * 64).reshape(300, 8, 8)}, r"undo their standardization"),
         ({"x_train": np.full((300, 8, 8), 300)}, r"values from 300 to 300, and images must be from 0 to 255"),
         ({"x_train": np.full((300, 8, 8), "a")}, r"is of type <U1, and images must be numbers"),
         ({"x_train": np.zeros((300, 64), dtype=np.uint8)}, r"x_train has the shape \(300, 64\), and images must be"),
         ({"x_train": np.zeros((0, 8, 8), dtype=np.uint8)}, r"x_train has the shape \(0, 8, 8, 1\)"),
-        ({"y_train": np.eye(10)[np.arange(300) % 10]}, r"y_train has the shape \(300, 10\), and labels must be \(n,\)"),
+        (
+            {"y_train": np.eye(10)[np.arange(300) % 10]},
+            r"y_train has the shape \(300, 10\), and labels must be \(n,\): .*argmax",
+        ),
         ({"y_train": np.full(300, 0.5)}, r"labels that are not whole numbers"),
         ({"y_train": np.full(300, np.nan)}, r"labels that are not whole numbers"),
         ({"y_train": np.full(300, -1)}, r"has the label -1, and classes are numbered from 0"),
+        ({"y_train": np.zeros(300, dtype=int)}, r"y_train has only the class 0: give images of two or more classes"),
+        ({"y_train": np.arange(300) % 10 + 1}, r"10 different labels from 1 to 10, but no image of class 0, .*unique"),
+        ({"y_train": np.array([0, 1, 5] * 100)}, r"3 different labels from 0 to 5, but no image of class 2, .*unique"),
+        (
+            {"y_train": np.arange(300) % 2 + 20_250_000},
+            r"2 different labels from 20250000 to 20250001, but no image of",
+        ),
         ({"y_train": np.full(300, "cat")}, r"labels that are not whole numbers"),
         ({"y_train": np.arange(300)}, r"data.validation = 0.1 cannot split 300 images of 300 classes"),
         ({"x_train": np.array([{}] * 300)}, r"the array x_train in .* cannot be read .* without pickling"),
