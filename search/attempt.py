@@ -309,8 +309,15 @@ class Attempt:
             "protocol": "confirmation" if self._recipe.confirms else self.handle.definition.judged_on,
             "seed": self._recipe.seed,
             "history": str(self.claim.folder / artifacts.HISTORY),
-            **({} if trained.stopped else {"model": str(self.claim.folder / artifacts.MODEL)}),
+            **self._model_attributes(trained),
         }
+
+    def _model_attributes(self, trained: Trained) -> dict[str, str]:
+        if trained.stopped:
+            return {}
+        if trained.unsaved is not None:
+            return {"model_unsaved": trained.unsaved}
+        return {"model": str(self.claim.folder / artifacts.MODEL)}
 
     def _files(self) -> list[str]:
         """The names of the attempt's existing files, of those that the dashboard offers."""

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from search import data
 from search.data import Dataset
@@ -26,15 +25,15 @@ from storage.settings import Settings
 from studies import model_rules, recipe, sampling
 from studies.definition import Definition
 from studies.recipe import Recipe
-from studies.space import Choice, in_order
+from studies.space import Choice, low_point
 
 BATCH_SIZE = 128  # the default, as in search.model, which this process must not import
 POLL_SECONDS = 1.0
 REMEMBERED_SECONDS = 24 * 3600.0
 
 
-def check(definition: Definition, settings: Settings) -> dict[str, Any]:
-    """Checks that this machine can train `definition`; returns a summary of its data (see `Dataset.summary`).
+def check(definition: Definition, settings: Settings) -> Checked:
+    """Checks that this machine can train `definition`; returns a summary of its data, and notes.
 
     The data are loaded, and Keras is imported in a trainer process; there a user's own function is called, too.
     Raises DataError, ModelError, MachineError or DefinitionError.
@@ -45,9 +44,9 @@ def check(definition: Definition, settings: Settings) -> dict[str, Any]:
     dataset = data.load(definition.dataset, definition.data, settings.data_folders)
     if definition.confirm is not None:
         data.require_test(definition.dataset, settings.data_folders)
-    _check_sizes(definition, dataset)
+    _check_fit(definition, dataset)
     check_keras(backend())
-    return dataset.summary()
+    return Checked(data=dataset.summary(), notes=dataset.notes)
 
 
 def software() -> dict[str, str]:
@@ -72,31 +71,20 @@ def backend() -> str:
     return str(found.get("backend", "tensorflow")) if isinstance(found, dict) else "tensorflow"
 
 
-def check_with_keras(definition: Definition, dataset: Dataset) -> None:
-    """The same where Keras may be imported: a user's own model is built once, with its first hyperparameters, and
-    judged by one image.
-    """
-    _check_sizes(definition, dataset)
-    if ":" in definition.model:
-        import keras
+def check_with_keras(definition: Definition, dataset: Dataset, policy: str) -> tuple[str, ...]:
+    """The same where Keras may be imported; tries a user's own model. Returns notes, a sentence each."""
+    _check_fit(definition, dataset)
+    if ":" not in definition.model:
+        return ()
+    from search import own_model
 
-        from search.model import accuracy_of, build
-
-        net = build(definition.model, first_recipe(definition).hyperparameters, dataset.image_shape, dataset.classes)
-        y = keras.utils.to_categorical(dataset.y_validation[:1], dataset.classes)
-        accuracy_of(net.evaluate(dataset.x_validation[:1], y, verbose=0, return_dict=True), definition.model)
+    return own_model.check(definition, first_recipe(definition).hyperparameters, dataset, policy)
 
 
 def first_recipe(definition: Definition) -> Recipe:
     """A training that the definition allows: of its first listed point, or of the low ends and first choices."""
-    point: dict[str, Any] = {}
     listed = definition.points[0] if definition.points else {}
-    for name in in_order(definition.space):
-        parameter = definition.space[name]
-        if parameter.applies(point):
-            low = parameter.choices[0] if isinstance(parameter, Choice) else parameter.low
-            point[name] = listed.get(name, low)
-    return recipe.of_trial(definition, 0, point)
+    return recipe.of_trial(definition, 0, low_point(definition.space, listed))
 
 
 @cache  # it takes seconds, and a worker checks every study that it takes
@@ -167,7 +155,7 @@ def _last_line(trainer: Trainer) -> str:
     return next((f"; it printed: {line.strip()[:300]}" for line in reversed(lines) if line.strip()), "")
 
 
-def _check_in_trainer(definition: Definition, settings: Settings) -> dict[str, Any]:
+def _check_in_trainer(definition: Definition, settings: Settings) -> Checked:
     with _trainer() as trainer:
         trainer.submit(
             Job(
@@ -192,10 +180,12 @@ def _check_in_trainer(definition: Definition, settings: Settings) -> dict[str, A
         kinds = {"import": MachineError, "load": DataError, "data": DataError}
         raise kinds.get(message.kind, ModelError)(message.message)
     assert isinstance(message, Checked)
-    return message.data
+    return message
 
 
-def _check_sizes(definition: Definition, dataset: Dataset) -> None:
+def _check_fit(definition: Definition, dataset: Dataset) -> None:
+    """Raises DataError or ModelError if the model cannot be trained on these images, as far as rules tell."""
+    _check_momentum(definition)
     images = len(dataset.y_train)
     largest, key = _largest(definition, "batch_size", BATCH_SIZE)
     if largest > images:
@@ -213,6 +203,15 @@ def _check_sizes(definition: Definition, dataset: Dataset) -> None:
             raise DataError(
                 f"{definition.dataset} has images of {height}x{width}, too small for {which}, which needs "
                 f"{smallest}x{smallest}: enlarge them, or choose another model"
+            )
+
+
+def _check_momentum(definition: Definition) -> None:
+    for momentum in definition.values_of("batch_norm_momentum") or ():
+        if ":" not in definition.model and momentum >= model_rules.TOO_MUCH_MOMENTUM:
+            raise ModelError(
+                f"batch_norm_momentum = {momentum:g} makes averages that need "
+                f"{model_rules.batches_of(momentum):,} batches to follow: choose at most 0.999"
             )
 
 

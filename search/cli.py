@@ -118,6 +118,8 @@ def check(
         f"{definition.name} is right: {definition.trials} trials of {definition.budget.epochs} epochs over "
         f"{', '.join(definition.space)}; {data['train']} training and {data[judged]} {judged} images{pruner}"
     )
+    for note in checked.notes:
+        say(f"note: {note}")
 
 
 @app.command()

@@ -366,7 +366,7 @@ def _scaled(x: Array, what: str, binary: bool) -> Array:
 
 
 def _float_advice(low: float, high: float) -> str:
-    if low < 0.0 and -1.0 <= low and high <= 1.0:
+    if -1.0 <= low < 0.0 and high <= 1.0:
         return "if -1 is black and 1 is white, write (x + 1) / 2"
     if low >= 0.0 and high <= 255.0:
         return "if 255 is white, write x / 255"

@@ -15,10 +15,6 @@ class MetricError(ModelError):
     """A model does not report what trials are judged by."""
 
 
-class SaveError(ModelError):
-    """A model cannot be saved."""
-
-
 class MachineError(TrialyardError):
     """This machine cannot train a study: it cannot import Keras or a user's own module, or load the data."""
 

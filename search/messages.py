@@ -54,9 +54,10 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """The end of a check: a summary of the data."""
+    """The end of a check."""
 
-    data: dict[str, Any]
+    data: dict[str, Any]  # a summary, see `Dataset.summary`
+    notes: tuple[str, ...] = ()  # what the user may not expect, a sentence each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,7 @@ class Trained:
     # Of the model that is kept. None if it was stopped, gives something else than classes, or is the best of several
     # repeats, which says too much.
     hits: Hits | None
+    unsaved: str | None = None  # why the model cannot be saved
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from keras import layers
 
 from search.data import import_function
 from search.errors import MachineError, MetricError, ModelError
+from search.images import Array
 from search.layers import BatchNormalization, Dropout
 from studies.model_rules import WITH_MOMENTUM
 
@@ -192,11 +193,21 @@ def _own(
     classes: int,
     steps: tuple[int, int],
 ) -> keras.Model:
-    function = import_function(name)
     # How a model is judged, and for how long it is trained, is no business of the function that builds it.
     given = {key: value for key, value in hyperparameters.items() if key not in NOT_OF_THE_MODEL}
+    model = call_own(name, given, image_shape, classes)
+    if not getattr(model, "compiled", False):
+        _compile(model, hyperparameters, steps)
+    return model
+
+
+def call_own(
+    name: str, hyperparameters: dict[str, Any], image_shape: tuple[int, int, int], classes: int
+) -> keras.Model:
+    """The model that a user's own function returns, compiled or not. Raises as `build` does."""
+    function = import_function(name)
     try:
-        model = function(given, image_shape, classes)
+        model = function(hyperparameters, image_shape, classes)
     except ImportError as error:  # the function imports a module when it is called
         raise MachineError(
             f"{name} needs a module that cannot be imported on this machine ({type(error).__name__}: "
@@ -209,9 +220,14 @@ def _own(
         ) from error
     if not isinstance(model, keras.Model):
         raise ModelError(f"{name} returned a {type(model).__name__}: it must return a keras.Model")
-    if not getattr(model, "compiled", False):
-        _compile(model, hyperparameters, steps)
     return model
+
+
+def targets(model: keras.Model, y: Array, classes: int) -> Array:
+    """The labels `y`, (n,), as the model's loss takes them: as they are for a sparse one, else one-hot (n, classes)."""
+    loss = getattr(model, "loss", None)
+    name = str(getattr(loss, "name", getattr(loss, "__name__", loss)))
+    return y if name.startswith("sparse_") else keras.utils.to_categorical(y, classes)
 
 
 def _compile(model: keras.Model, h: Hyperparameters, steps: tuple[int, int]) -> None:

@@ -98,7 +98,7 @@ def replay(
     trial = _complete_trial(study, number, storage)
     definition = definitions.from_json(study.definition)
     recorded = trial.user_attrs
-    registry.check_data(study, checks.check(definition, here))
+    registry.check_data(study, checks.check(definition, here).data)
     precision = _precision(recorded)
     wanted = definition.model_copy(update={"precision": precision or definition.precision})
     slot = replace(slot, threads=int(attributes.number(recorded.get("threads")) or slot.threads))

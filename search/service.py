@@ -60,6 +60,7 @@ class Checked:
 
     definition: Definition
     data: dict[str, Any]  # a summary of its images: fingerprint, sizes
+    notes: tuple[str, ...] = ()  # what one may not expect, a sentence each
 
 
 def check(
@@ -79,7 +80,8 @@ def check(
     from search import checks
 
     definition = _definition(source, name, trials, epochs, limit)
-    return Checked(definition=definition, data=checks.check(definition, settings.load()))
+    checked = checks.check(definition, settings.load())
+    return Checked(definition=definition, data=checked.data, notes=checked.notes)
 
 
 def create(
@@ -106,6 +108,8 @@ def create(
 def _create(definition: Definition, here: Settings, patience: float) -> tuple[ledger.Creation, PatientStorage]:
     # Everything is checked before the database is touched, the data and a user's own model included.
     checked = check(definition)
+    for note in checked.notes:
+        log.warning("study %s: %s", definition.name, note)
     opened = database.create(here.url, patience)
     return registry.create(definition, opened, checked.data), opened
 
@@ -232,7 +236,7 @@ def confirm(
             "with %d candidates and %d seeds no winner is possible: %d seeds are needed",
             *(candidates, seeds, seeds_needed(candidates)),
         )
-    data = checks.check(definition, here)
+    data = checks.check(definition, here).data
     registry.check_data(searched, data)
     if definition.name not in registry.names(opened):
         ledger.record_test_opening(opened, searched)

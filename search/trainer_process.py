@@ -82,6 +82,8 @@ def _import_keras(slot: Slot) -> Failed | None:
     try:
         devices.pin(slot)  # before the framework's first use
         import search.training_loop  # noqa: F401
+
+        _configure_keras()
     except DeviceError as error:
         return Failed(kind="device", message=str(error))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken installation may raise anything
@@ -95,6 +97,14 @@ def _import_keras(slot: Slot) -> Failed | None:
             "install what is missing, or set KERAS_BACKEND to a backend that is installed",
         )
     return None
+
+
+def _configure_keras() -> None:
+    """Undoes what another program may have left in the user's keras.json: images have their channels last."""
+    import keras
+
+    keras.config.set_image_data_format("channels_last")
+    keras.config.set_floatx("float32")
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -133,20 +143,19 @@ def _run(
 
 def _failed(error: Exception) -> Failed:
     """What went wrong in a training."""
-    from search.errors import DataError, MachineError, MetricError, ModelError, SaveError
+    from search.errors import DataError, MachineError, MetricError, ModelError
 
     kinds = {
         DiskError: "disk",
         MachineError: "import",
         DataError: "data",
         MetricError: "metric",
-        SaveError: "save",
         ModelError: "model",
     }
     ours = next((kind for error_type, kind in kinds.items() if isinstance(error, error_type)), None)
     if ours is None:
         traceback.print_exc()  # whole, into the log file
-    if ours not in (None, "model", "save"):
+    if ours not in (None, "model"):
         return Failed(kind=ours, message=str(error))
     message = _in_one_line(error) if ours is None else str(error)
     if type(error).__name__ == "NotANumber":
@@ -178,12 +187,12 @@ def _trained(
     from search import checks, data, training_loop
 
     wanted = job.definition
+    precision = precision_for(job.slot.device, wanted.precision)
     if job.folder is None:
         if job.recipe.confirms:
             data.require_test(wanted.dataset, job.data_folders)
-        checks.check_with_keras(wanted, dataset)
-        return Checked(data=dataset.summary())
-    precision = precision_for(job.slot.device, wanted.precision)
+        notes = checks.check_with_keras(wanted, dataset, precision[0])
+        return Checked(data=dataset.summary(), notes=(*dataset.notes, *notes))
     trial = job.trial
     _log(f"{trial} begins in {precision[0]}: {precision[1]}")
 

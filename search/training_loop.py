@@ -15,11 +15,13 @@ import numpy as np
 from search import averages, checkpoint
 from search.batches import batches
 from search.data import Dataset
-from search.errors import DataError, MetricError, SaveError
+from search.device_errors import is_of_the_disk
+from search.errors import DataError, MetricError
 from search.images import Array
 from search.messages import Epoch, Repeated, StopMode, Trained, best_epoch, versions
-from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary
+from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary, targets
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, stored
+from storage.errors import StorageError
 from storage.hits import Hits
 
 log = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ def train(
     the same software, interrupted or not. An epoch whose validation accuracy is not finite stays in the history, but is
     never the best.
 
-    Raises NotANumber, DataError (a batch is larger than the data), ModelError, also as MetricError or SaveError, and
+    Raises NotANumber, DataError (a batch is larger than the data), ModelError, also as MetricError, and
     DiskError if a file cannot be written.
     """
     batch_size = int(hyperparameters.get("batch_size", BATCH_SIZE))
@@ -81,19 +83,17 @@ def train(
         )
     batches_per_epoch = math.ceil(len(dataset.y_train) / batch_size)
     steps = (batches_per_epoch, schedule_epochs or epochs)
-    y_train, y_validation = (
-        keras.utils.to_categorical(y, dataset.classes) for y in (dataset.y_train, dataset.y_validation)
-    )
 
-    def untrained(seed: int) -> tuple[keras.Model, averages.MovingAverages]:
+    def untrained(seed: int) -> keras.Model:
         keras.backend.clear_session()
         keras.utils.set_random_seed(seed)
         keras.config.set_dtype_policy(precision[0])
-        net = build(model, hyperparameters, dataset.image_shape, dataset.classes, steps=steps)
-        return net, _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
+        return build(model, hyperparameters, dataset.image_shape, dataset.classes, steps=steps)
 
     seeds = (seed, *more_seeds)
-    net, moving_averages = untrained(seed)
+    net = untrained(seed)
+    y_train, y_validation = (targets(net, y, dataset.classes) for y in (dataset.y_train, dataset.y_validation))
+    moving_averages = _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
     stop = _StopAtBatch(stopping)
     confirms = dataset.x_test is not None
     # How a model is judged is not one of its hyperparameters, and models without moving averages are judged alike.
@@ -126,7 +126,8 @@ def train(
     for number in range(history[-1].epoch + 1 if history else 1, epochs * len(seeds) + 1):
         repeat, epoch = repeats.place(number)
         if epoch == 1 and repeat > 1:
-            net, moving_averages = untrained(seeds[repeat - 1])
+            net = untrained(seeds[repeat - 1])
+            moving_averages = _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
         if repeats.is_exhausted(history, repeat):
             continue
         # The order depends only on the seed and the epoch, so it is the same in a resumed training.
@@ -178,11 +179,10 @@ def train(
     _write_history(folder / HISTORY, history)
     with stored(folder / SUMMARY) as temporary:
         temporary.write_text(summary(net), encoding="utf-8")
-    hits = None
+    hits = unsaved = None
     if not stop.stopped:
         kept = _kept(net, kept_weights, model, hyperparameters, dataset)
-        with stored(folder / MODEL) as temporary:
-            _save(kept, temporary, model)
+        unsaved = _save(kept, folder / MODEL)
         hits = None if more_seeds else _hits(kept, dataset, _evaluation_batch(batch_size))
     values = repeats.values(history)
     value = float(np.mean(values)) if values else best.val_accuracy if best else 0.0
@@ -210,6 +210,7 @@ def train(
         data_fingerprint=dataset.fingerprint,
         versions=versions(keras.backend.backend()),
         hits=hits,
+        unsaved=unsaved,
     )
 
 
@@ -313,24 +314,27 @@ def _write_history(path: Path, history: list[Epoch]) -> None:
         temporary.write_text(json.dumps([epoch.to_json() for epoch in history], indent=1), encoding="utf-8")
 
 
+def _save(net: keras.Model, path: Path) -> str | None:
+    """Saves the model; returns why it cannot be saved. What was measured must not be lost for that."""
+    try:
+        with stored(path) as temporary:
+            net.save(temporary)
+    except StorageError:
+        raise
+    except Exception as error:  # a user's own layers may raise anything
+        if is_of_the_disk(error):
+            raise
+        log.exception("the model cannot be saved")
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    return None
+
+
 def _kept(net: keras.Model, weights: list[Array], model: str, h: Hyperparameters, dataset: Dataset) -> keras.Model:
     """The model that is saved: with Keras's own layers, so that it loads without Trialyard."""
     if ":" not in model:
         net = build(model, h, dataset.image_shape, dataset.classes, plain=True)
     net.set_weights(weights)
     return net
-
-
-def _save(net: keras.Model, path: Path, model: str) -> None:
-    try:
-        net.save(path)
-    except OSError:
-        raise  # of the disk
-    except Exception as error:  # Keras, or a user's own layer, may raise anything
-        raise SaveError(
-            f"{model} was trained but cannot be saved ({type(error).__name__}: {' '.join(str(error).split())}): "
-            "give its own layers a get_config"
-        ) from error
 
 
 def _hits(net: keras.Model, dataset: Dataset, batch_size: int) -> Hits | None:

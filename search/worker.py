@@ -120,7 +120,7 @@ def check_fit(study: Study, storage: PatientStorage, settings: Settings) -> Defi
     definition.
     """
     definition = definitions.from_json(study.definition)
-    data = checks.check(definition, settings)
+    data = checks.check(definition, settings).data
     registry.check_direction(study, storage)
     registry.check_data(study, data)
     registry.check_software(study, storage, checks.software())

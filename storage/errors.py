@@ -14,8 +14,7 @@ TrialyardError
 ├── StudyError         (studies) no such study, or it exists with another definition
 ├── DataError          (search) images or labels cannot be loaded or do not fit
 ├── ModelError         (search) a model cannot be built
-│   ├── MetricError      it does not report what trials are judged by
-│   └── SaveError        it cannot be saved
+│   └── MetricError      it does not report what trials are judged by
 ├── MachineError       (search) this machine cannot import or load what a study needs
 ├── DeviceError        (search) there is no such GPU, the framework does not see it, or it fails
 │   └── AcceleratorError it failed in a training

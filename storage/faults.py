@@ -53,7 +53,6 @@ FAULTS: Mapping[str, Fault] = {
     "sampler": Fault(whose="trial", process="kept"),  # the sampler raised an exception
     "exhausted": Fault(whose="trial", process="kept", pauses_after=None),  # each point of the space has a trial already
     "metric": Fault(whose="study", pauses_after=1),  # the model does not report what trials are judged by
-    "save": Fault(whose="study", pauses_after=1),  # the model cannot be saved
     "import": Fault(whose="machine"),  # Keras, its backend, or a user's module
     "load": Fault(whose="machine", process="replaced"),  # the data
     "disk": Fault(whose="slot", process="replaced"),  # full, or not writable: each slot of the machine will see it

@@ -14,6 +14,7 @@ SCHEDULES = ("constant", "cosine", "one_cycle")  # of the learning rate
 WITH_WARMUP = ("constant", "cosine")  # the schedules that take `warmup_epochs`; one_cycle has a warm-up of its own
 AVERAGES = ("corrected", "keras")  # which moving averages of batch normalisation a model is judged with
 DEPTHS = (3, 5, 7)
+TOO_MUCH_MOMENTUM = 1.0 - 1e-4  # of batch normalisation, from here on: its averages follow too slowly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,11 @@ _ARCHITECTURE: Mapping[str, Mapping[str, Rule]] = {
 }
 
 NAMES = tuple(_ARCHITECTURE)
+
+
+def batches_of(momentum: float) -> int:
+    """How many batches the moving averages of batch normalisation look back: their time constant."""
+    return round(1.0 / (1.0 - momentum))
 
 
 def rules(model: str) -> Mapping[str, Rule] | None:

@@ -31,6 +31,7 @@ from storage.transactions import read
 from studies import registry
 from studies.errors import StudyError
 from studies.registry import StorageLike
+from studies.wording import one_line
 
 if TYPE_CHECKING:
     import keras
@@ -192,6 +193,12 @@ def best_model(name: str, storage: StorageLike = None) -> "keras.Model":
 def file_of(study: Study, trial: FrozenTrial, artifact: Literal["model", "history"], storage: RDBStorage) -> Path:
     """The path of the trial's `artifact`. Raises StudyError if this machine does not have the file."""
     path = inside(settings.load().artifact_folder, trial.user_attrs.get(artifact))
+    if path is None and artifact == "model" and "model_unsaved" in trial.user_attrs:
+        reason = one_line(trial.user_attrs["model_unsaved"], 300)
+        raise StudyError(
+            f"the model of trial {trial.number} of study {study.name!r} could not be saved ({reason}): correct the "
+            "function that builds it, and train these hyperparameters as a point of another study"
+        )
     if path is None:
         raise StudyError(
             f"trial {trial.number} of study {study.name!r} has no {artifact}, because Trialyard did not train it: "

@@ -7,8 +7,10 @@ exactly the hyperparameters that it was trained with.
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
+from random import Random
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import optuna
@@ -218,6 +220,43 @@ def suggest(trial: optuna.Trial, space: Space) -> Point:
             point[name] = trial.suggest_float(
                 name, parameter.low, parameter.high, step=parameter.step, log=parameter.log
             )
+    return point
+
+
+def low_point(space: Space, given: Mapping[str, Any] | None = None) -> Point:
+    """The point with the values `given`, and else with the low ends and the first choices."""
+    return _point_of(
+        space, lambda parameter: parameter.choices[0] if isinstance(parameter, Choice) else parameter.low, given or {}
+    )
+
+
+def high_point(space: Space) -> Point:
+    """The point with the high ends and the last choices."""
+    return _point_of(
+        space, lambda parameter: parameter.choices[-1] if isinstance(parameter, Choice) else parameter.high
+    )
+
+
+def random_point(space: Space, random: Random) -> Point:
+    """A point drawn uniformly, also where the range is logarithmic."""
+
+    def value(parameter: Parameter) -> Any:
+        values = parameter.points()
+        if values is None:
+            assert isinstance(parameter, Float)
+            return random.uniform(parameter.low, parameter.high)
+        return random.choice(values)
+
+    return _point_of(space, value)
+
+
+def _point_of(
+    space: Space, value: Callable[[Parameter], Any], given: Mapping[str, Any] = MappingProxyType({})
+) -> Point:
+    point: Point = {}
+    for name in in_order(space):
+        if space[name].applies(point):
+            point[name] = given[name] if name in given else value(space[name])
     return point
 
 

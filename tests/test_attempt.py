@@ -28,8 +28,9 @@ from storage.owners import Owner
 from storage.settings import Settings
 from storage.transactions import PatientStorage
 from storage.trial_cache import TrialCache
-from studies import registry
+from studies import registry, results
 from studies.definition import parse
+from studies.errors import StudyError
 from studies.imported import import_trials
 
 pytestmark = pytest.mark.usefixtures("study")
@@ -345,3 +346,12 @@ def test_a_space_that_is_used_up_ends_its_study_with_a_sentence(
         "message": "all 2 combinations of the space have a trial: nothing is left to search",
     }
     assert ledger.find(storage, "used-up").has_ended
+
+
+def test_a_model_that_was_not_saved_has_its_reason(storage: PatientStorage, tmp_path: Path, me: Owner) -> None:
+    _run(storage, tmp_path, me, replace(trained(stopped=False), unsaved="NotImplementedError: no get_config"))
+    trial = _only(storage)
+    assert (trial.state, trial.values) == (TrialState.COMPLETE, [0.9])
+    assert trial.user_attrs["model_unsaved"] == "NotImplementedError: no get_config"
+    with pytest.raises(StudyError, match=r"could not be saved \(NotImplementedError: no get_config\): correct the"):
+        results.file_of(ledger.find(storage, "trivial"), trial, "model", storage)

@@ -86,7 +86,7 @@ def test_a_study_whose_first_trials_all_fail_alike_pauses_with_the_reason(
 def test_how_many_failures_pause_a_study_depends_on_whose_fault_they_are(
     storage: PatientStorage, me: Owner, kind: str
 ) -> None:
-    expected = {"nan": BAD_POINTS, "memory": BAD_POINTS, "timeout": BAD_POINTS, "exhausted": 20, "metric": 1, "save": 1}
+    expected = {"nan": BAD_POINTS, "memory": BAD_POINTS, "timeout": BAD_POINTS, "exhausted": 20, "metric": 1}
     assert _trials_until_pause(storage, me, kind) == expected.get(kind, 3)
 
 

@@ -494,3 +494,44 @@ def test_an_own_model_without_accuracy_is_refused(
     write_module("unjudged", COMPILED.replace("METRICS", "['mse']"))
     with pytest.raises(ModelError, match=r"unjudged:build is compiled with the metrics .*, and trials are judged by"):
         _train(dataset, tmp_path, model="unjudged:build")
+
+
+def test_labels_have_the_form_that_the_loss_takes(
+    dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None]
+) -> None:
+    values = []
+    for loss in ("categorical_crossentropy", "sparse_categorical_crossentropy"):
+        text = COMPILED.replace("METRICS", "['accuracy']").replace("categorical_crossentropy", loss)
+        write_module(f"with_{loss}", text)
+        values.append(_train(dataset, tmp_path / loss, model=f"with_{loss}:build")[0].value)
+    assert values[0] == values[1], "the two losses are the same function"
+
+
+UNSAVEABLE = """
+import keras
+
+class Applied(keras.layers.Layer):
+    def __init__(self, function, **options):
+        super().__init__(**options)
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+def build(hyperparameters, image_shape, classes):
+    return keras.Sequential([keras.Input(image_shape), Applied(lambda x: x / 255), keras.layers.Flatten(),
+                             keras.layers.Dense(classes, "softmax")])
+"""
+
+
+def test_a_model_that_cannot_be_saved_keeps_its_value(
+    dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None]
+) -> None:
+    """`check` refuses such a model; one that only some hyperparameters make unsaveable comes to its end."""
+    write_module("unsaveable", UNSAVEABLE)
+    trained, records = _train(dataset, tmp_path, model="unsaveable:build")
+    assert trained.value == max(record.val_accuracy for record in records)
+    assert trained.hits is not None
+    assert trained.unsaved is not None
+    assert trained.unsaved.startswith("NotImplementedError: ")
+    assert not (tmp_path / MODEL).exists()
