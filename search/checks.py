@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 from search import data
 from search.data import Dataset
 from search.devices import Slot, cpu
-from search.errors import DataError, MachineError, ModelError
+from search.errors import DataError, DeviceError, MachineError, ModelError
 from search.messages import Checked, Failed, Job
 from search.trainer import Trainer, TrainerDied
 from storage.settings import Settings
@@ -32,21 +33,29 @@ POLL_SECONDS = 1.0
 REMEMBERED_SECONDS = 24 * 3600.0
 
 
-def check(definition: Definition, settings: Settings) -> Checked:
+def check(definition: Definition, settings: Settings, measure_on: Slot | None = None) -> Checked:
     """Checks that this machine can train `definition`; returns a summary of its data, and notes.
+
+    With `measure_on` it also measures on this slot how large the models are, and how fast they train.
 
     The data are loaded, and Keras is imported in a trainer process; there a user's own function is called, too.
     Raises DataError, ModelError, MachineError or DefinitionError.
     """
     sampling.check_installed(definition)
-    if ":" in definition.dataset or ":" in definition.model:
-        return _check_in_trainer(definition, settings)
-    dataset = data.load(definition.dataset, definition.data, settings.data_folders)
-    if definition.confirm is not None:
-        data.require_test(definition.dataset, settings.data_folders)
-    _check_fit(definition, dataset)
-    check_keras(backend())
-    return Checked(data=dataset.summary(), notes=dataset.notes)
+    if ":" not in definition.dataset and ":" not in definition.model:
+        # In this process, so that a mistake is known before Keras is imported.
+        dataset = data.load(definition.dataset, definition.data, settings.data_folders)
+        if definition.confirm is not None:
+            data.require_test(definition.dataset, settings.data_folders)
+        _check_fit(definition, dataset)
+        if measure_on is None:
+            check_keras(backend())
+            return Checked(data=dataset.summary(), notes=dataset.notes)
+    try:
+        return _check_in_trainer(definition, settings, measure_on)
+    except DeviceError as error:
+        checked = _check_in_trainer(definition, settings, Slot(device=cpu()))
+        return replace(checked, notes=(*checked.notes, f"the time is that of the processor, because {error}"))
 
 
 def software() -> dict[str, str]:
@@ -136,9 +145,10 @@ def _mark(backend: str) -> Path | None:
 
 
 @contextmanager
-def _trainer() -> Iterator[Trainer]:
-    """A trainer on the processor, whose log file lasts as long as the ``with`` block."""
-    with tempfile.TemporaryDirectory() as folder, Trainer(Slot(device=cpu()), Path(folder) / "log") as trainer:
+def _trainer(slot: Slot | None = None) -> Iterator[Trainer]:
+    """A trainer, on the processor without a `slot`; its log file lasts as long as the ``with`` block."""
+    slot = slot or Slot(device=cpu())
+    with tempfile.TemporaryDirectory() as folder, Trainer(slot, Path(folder) / "log") as trainer:
         yield trainer
 
 
@@ -155,8 +165,8 @@ def _last_line(trainer: Trainer) -> str:
     return next((f"; it printed: {line.strip()[:300]}" for line in reversed(lines) if line.strip()), "")
 
 
-def _check_in_trainer(definition: Definition, settings: Settings) -> Checked:
-    with _trainer() as trainer:
+def _check_in_trainer(definition: Definition, settings: Settings, measure_on: Slot | None) -> Checked:
+    with _trainer(measure_on) as trainer:
         trainer.submit(
             Job(
                 definition=definition,
@@ -164,6 +174,7 @@ def _check_in_trainer(definition: Definition, settings: Settings) -> Checked:
                 slot=trainer.slot,
                 data_folders=settings.data_folders,
                 folder=None,
+                measure=measure_on is not None,
             )
         )
         try:
@@ -173,11 +184,16 @@ def _check_in_trainer(definition: Definition, settings: Settings) -> Checked:
             if not died.ready:
                 raise _import_error(died, trainer) from None
             own = " or ".join(name for name in (definition.model, definition.dataset) if ":" in name)
+            if not own:
+                raise ModelError(
+                    f"a training of {definition.model} ended its process ({died.how}{_last_line(trainer)}): does the "
+                    "largest model with the largest batch fit into the memory?"
+                ) from None
             raise ModelError(
                 f"{own} ended the process that called it ({died.how}{_last_line(trainer)}): correct it there"
             ) from None
     if isinstance(message, Failed):
-        kinds = {"import": MachineError, "load": DataError, "data": DataError}
+        kinds = {"import": MachineError, "device": DeviceError, "load": DataError, "data": DataError}
         raise kinds.get(message.kind, ModelError)(message.message)
     assert isinstance(message, Checked)
     return message

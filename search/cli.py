@@ -105,21 +105,9 @@ def check(
 ) -> None:
     """Check that a definition is right, and that its data and model fit."""
     from search import service
-    from search.terminal import say
+    from search.terminal import print_check
 
-    checked = service.check(file, trials=trials, epochs=epochs, limit=limit)
-    definition, data = checked.definition, checked.data
-    judged = "test" if definition.data.validation == "test" else "validation"
-    from studies import sampling
-
-    one_bracket = sampling.brackets(definition) == 1
-    pruner = "; the pruner hyperband has one bracket here, so it is successive halving" if one_bracket else ""
-    say(
-        f"{definition.name} is right: {definition.trials} trials of {definition.budget.epochs} epochs over "
-        f"{', '.join(definition.space)}; {data['train']} training and {data[judged]} {judged} images{pruner}"
-    )
-    for note in checked.notes:
-        say(f"note: {note}")
+    print_check(service.check(file, trials=trials, epochs=epochs, limit=limit))
 
 
 @app.command()

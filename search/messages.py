@@ -24,7 +24,7 @@ StopMode = Literal["keep", "drop"]  # whether a training that is stopped writes 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training; or with `folder` None only a check: load the data, build the model, train nothing."""
+    """One training; or with `folder` None only a check: load the data, and try a user's own model."""
 
     definition: Definition
     recipe: Recipe
@@ -35,6 +35,7 @@ class Job:
     study: str = ""  # the study's incarnation: no other training continues from its checkpoints
     trial: str = ""  # for the log
     checkpoint_seconds: float = 30.0
+    measure: bool = False  # with a check: also how large the models are, and how fast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +54,21 @@ class Ready:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Models of a search, measured on this machine."""
+
+    parameters: tuple[int, int]  # weights of the smallest and the largest model that was built
+    start_seconds: float  # until a training has made its first batch
+    epoch_seconds: float  # of training and evaluation; the mean of the smallest and the largest model
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checked:
     """The end of a check."""
 
     data: dict[str, Any]  # a summary, see `Dataset.summary`
     notes: tuple[str, ...] = ()  # what the user may not expect, a sentence each
+    measured: Measured | None = None  # only if the job asks for it, and a training is possible
 
 
 @dataclass(frozen=True, kw_only=True)

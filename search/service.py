@@ -9,6 +9,7 @@ TRIALYARD_STORAGE or TRIALYARD_HOME names.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from storage.ledger import Study
 from storage.retention import UnneededFile
 from storage.settings import Settings
 from storage.transactions import PatientStorage
-from studies import confirmation, registry, results
+from studies import advice, confirmation, registry, results
 from studies import definition as definitions
 from studies.confirmation import Confirmed
 from studies.definition import Definition
@@ -60,7 +61,11 @@ class Checked:
 
     definition: Definition
     data: dict[str, Any]  # a summary of its images: fingerprint, sizes
-    notes: tuple[str, ...] = ()  # what one may not expect, a sentence each
+    space: dict[str, str]  # the range of each hyperparameter in words
+    notes: tuple[str, ...]  # what one may not expect, a sentence each
+    parameters: tuple[int, int] | None  # weights of the smallest and the largest of a few models of the space
+    seconds: float | None  # about how long this machine needs for all trials, if none is pruned
+    slots: int  # how many trials this machine runs at once
 
 
 def check(
@@ -71,17 +76,32 @@ def check(
     epochs: int | None = None,
     limit: int | None = None,
 ) -> Checked:
-    """Checks that a definition obeys the rules, that its data load here, and that a model of your own can be built.
+    """Checks that a definition obeys the rules, that its data load here, and that models can be built and trained.
 
-    `name`, `trials`, `epochs` and `limit` (training images) replace what the definition says. Nothing is written.
+    A few models of the space are built, and trained for a few batches to estimate the time. `name`, `trials`, `epochs`
+    and `limit` (training images) replace what the definition says. Nothing is written.
 
     Raises DefinitionError, DataError, ModelError, and MachineError where Keras cannot be imported.
     """
     from search import checks
+    from search.devices import slots as slots_of
 
     definition = _definition(source, name, trials, epochs, limit)
-    checked = checks.check(definition, settings.load())
-    return Checked(definition=definition, data=checked.data, notes=checked.notes)
+    slots = slots_of()
+    checked = checks.check(definition, settings.load(), measure_on=slots[0])
+    measured, seconds = checked.measured, None
+    if measured is not None:
+        rounds = math.ceil(definition.trials / len(slots))
+        seconds = rounds * (measured.start_seconds + definition.budget.epochs * measured.epoch_seconds)
+    return Checked(
+        definition=definition,
+        data=checked.data,
+        space=advice.space_text(definition),
+        notes=(*advice.notes(definition), *checked.notes),
+        parameters=None if measured is None else measured.parameters,
+        seconds=seconds,
+        slots=len(slots),
+    )
 
 
 def create(
@@ -106,8 +126,10 @@ def create(
 
 
 def _create(definition: Definition, here: Settings, patience: float) -> tuple[ledger.Creation, PatientStorage]:
+    from search import checks
+
     # Everything is checked before the database is touched, the data and a user's own model included.
-    checked = check(definition)
+    checked = checks.check(definition, here)
     for note in checked.notes:
         log.warning("study %s: %s", definition.name, note)
     opened = database.create(here.url, patience)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from search.retraining import Replayed, ReplayedEpoch
+    from search.service import Checked
     from storage.settings import Settings
     from storage.slots import SlotStatus
     from studies.comparison import NotebookRow, StudyComparison
@@ -37,6 +38,36 @@ def say(line: str) -> None:
 def warn(line: str) -> None:
     """Prints a line on standard error."""
     err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_check(checked: "Checked") -> None:
+    """Prints what `check` found out: the space, the data, the models, the time and what one may not expect."""
+    definition, data = checked.definition, checked.data
+    say(f"{definition.name} is right: {definition.trials} trials of {definition.budget.epochs} epochs")
+    for name, text in checked.space.items():
+        say(f"  {name}: {text}")
+    judged, shape = definition.judged_on, "x".join(map(str, data["image_shape"]))
+    say(f"images: {data['train']} to train with, {data[judged]} {judged} images; {shape} in {data['classes']} classes")
+    if checked.parameters is not None:
+        smallest, largest = checked.parameters
+        say(
+            f"model: {smallest:,} parameters"
+            if smallest == largest
+            else f"models: {smallest:,} to {largest:,} parameters"
+        )
+    if checked.seconds is not None:
+        at_once = f", {checked.slots} trials at once" if checked.slots > 1 else ""
+        say(f"time: about {duration(checked.seconds)} on this machine{at_once}, if no trial is pruned")
+    for note in checked.notes:
+        say(f"note: {note}")
+
+
+def duration(seconds: float) -> str:
+    """A rough duration in words, such as "40 minutes"."""
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(1, round(seconds))} seconds"
 
 
 def record(study: str, trial: "FrozenTrial", settings: "Settings") -> dict[str, Any]:

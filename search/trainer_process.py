@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from search import device_errors, devices
 from search.devices import Slot, precision_for
 from search.interruption import STOPPING_SIGNALS
-from search.messages import Checked, Epoch, Failed, Job, Ready, Resumed, StopMode, Trained
+from search.messages import Checked, Epoch, Failed, Job, Measured, Ready, Resumed, StopMode, Trained
 from storage.errors import DiskError, TrialyardError
 from studies.definition import Definition
 
@@ -191,8 +191,9 @@ def _trained(
     if job.folder is None:
         if job.recipe.confirms:
             data.require_test(wanted.dataset, job.data_folders)
-        notes = checks.check_with_keras(wanted, dataset, precision[0])
-        return Checked(data=dataset.summary(), notes=(*dataset.notes, *notes))
+        notes = [*dataset.notes, *checks.check_with_keras(wanted, dataset, precision[0])]
+        measured = _measured(wanted, dataset, precision[0], notes) if job.measure else None
+        return Checked(data=dataset.summary(), notes=tuple(notes), measured=measured)
     trial = job.trial
     _log(f"{trial} begins in {precision[0]}: {precision[1]}")
 
@@ -222,6 +223,18 @@ def _trained(
         checkpoint_seconds=job.checkpoint_seconds,
         stopping=lambda: stops[0] if stops else None,
     )
+
+
+def _measured(definition: Definition, dataset: "Dataset", policy: str, notes: list[str]) -> Measured | None:
+    """How large and fast the models are. A failure is only a note: a trial that fails alike records it."""
+    from search import measure
+
+    try:
+        return measure.measure(definition, dataset, policy)
+    except Exception as error:  # noqa: BLE001 - a training may raise anything
+        traceback.print_exc()
+        notes.append(f"a model could not be trained for a few batches, so its time is unknown ({_in_one_line(error)})")
+        return None
 
 
 def _sources(definition: Definition) -> dict[str, str]:
