@@ -5,9 +5,9 @@ All that a trial writes to the database is written here, through `storage.claims
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import stdev
 from threading import Event
@@ -47,6 +47,7 @@ class StudyHandle:
     definition: Definition
     storage: PatientStorage
     cached: BaseStorage  # a `TrialCache` of the same storage, for samplers and pruners
+    sources: Mapping[str, str] = field(default_factory=dict)  # see `studies.registry.sources`
 
     def opened(self, number: int) -> optuna.Study:
         """Optuna's study for trial `number`. One for each trial, because it caches what it has read of others."""
@@ -146,6 +147,7 @@ class Attempt:
             study=self.claim.incarnation,
             trial=f"{self.claim.study} trial {self.claim.number} attempt {self.claim.attempt}",
             checkpoint_seconds=self.settings.checkpoint_seconds,
+            sources=self.handle.sources,
         )
         outcome = self._run_job(job)
         if not self._may_be_left_over(outcome):

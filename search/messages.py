@@ -6,7 +6,7 @@ must be importable under the same name in both processes.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,8 @@ class Job:
     study: str = ""  # the study's incarnation: no other training continues from its checkpoints
     trial: str = ""  # for the log
     checkpoint_seconds: float = 30.0
+    # Digests of the source files of a user's own functions, by function; the trainer refuses to train with others.
+    sources: Mapping[str, str] = field(default_factory=dict)
     measure: bool = False  # with a check: also how large the models are, and how fast
 
 
@@ -68,6 +70,7 @@ class Checked:
 
     data: dict[str, Any]  # a summary, see `Dataset.summary`
     notes: tuple[str, ...] = ()  # what the user may not expect, a sentence each
+    sources: dict[str, str] = field(default_factory=dict)  # digests, as in Job
     measured: Measured | None = None  # only if the job asks for it, and a training is possible
 
 

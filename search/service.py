@@ -121,11 +121,14 @@ def create(
 
     Raises what `check` raises; StudyError if a study of this name has another definition; StorageError.
     """
-    creation, _ = _create(_definition(source, name, trials, epochs, limit), _settings(storage), patience)
+    creation, _, _ = _create(_definition(source, name, trials, epochs, limit), _settings(storage), patience)
     return creation
 
 
-def _create(definition: Definition, here: Settings, patience: float) -> tuple[ledger.Creation, PatientStorage]:
+def _create(
+    definition: Definition, here: Settings, patience: float
+) -> tuple[ledger.Creation, PatientStorage, dict[str, str]]:
+    """Also returns the software of this machine, as `registry.check_software` takes it."""
     from search import checks
 
     # Everything is checked before the database is touched, the data and a user's own model included.
@@ -133,7 +136,7 @@ def _create(definition: Definition, here: Settings, patience: float) -> tuple[le
     for note in checked.notes:
         log.warning("study %s: %s", definition.name, note)
     opened = database.create(here.url, patience)
-    return registry.create(definition, opened, checked.data), opened
+    return registry.create(definition, opened, checked.data), opened, checks.software() | checked.sources
 
 
 def run(
@@ -155,15 +158,14 @@ def run(
 
     Raises what `create` and `work` raise; StudyError if no trial is complete at the end.
     """
-    from search import checks
     from search.devices import slots as slots_of
 
     here = _settings(storage)
     places = slots_of(devices, per_device, workers)
     definition = _definition(source, name, trials, epochs, limit)
-    creation, opened = _create(definition, here, here.patience_seconds)
+    creation, opened, software = _create(definition, here, here.patience_seconds)
     if not creation.study.has_ended:
-        registry.check_software(creation.study, opened, checks.software())
+        registry.check_software(creation.study, opened, software)
         _fill([creation.study], opened, here, places, listeners, leave=False)
     return results.best_trial(creation.study.name, opened)
 
@@ -258,13 +260,14 @@ def confirm(
             "with %d candidates and %d seeds no winner is possible: %d seeds are needed",
             *(candidates, seeds, seeds_needed(candidates)),
         )
-    data = checks.check(definition, here).data
-    registry.check_data(searched, data)
+    checked = checks.check(definition, here)
+    registry.check_data(searched, checked.data)
+    registry.check_sources(searched, checked.sources)
     if definition.name not in registry.names(opened):
         ledger.record_test_opening(opened, searched)
-    created = registry.create(definition, opened, data).study
+    created = registry.create(definition, opened, checked.data).study
     if not created.has_ended:
-        registry.check_software(created, opened, checks.software())
+        registry.check_software(created, opened, checks.software() | checked.sources)
         _fill([created], opened, here, places, listeners, leave=False)
     return confirmation.of_study(registry.find(created.name, opened), opened)
 

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from multiprocessing.connection import Connection
@@ -27,6 +28,7 @@ from search.interruption import STOPPING_SIGNALS
 from search.messages import Checked, Epoch, Failed, Job, Measured, Ready, Resumed, StopMode, Trained
 from storage.errors import DiskError, TrialyardError
 from studies.definition import Definition
+from studies.wording import SAME_SOURCE
 
 if TYPE_CHECKING:
     from search.data import Dataset
@@ -188,12 +190,14 @@ def _trained(
 
     wanted = job.definition
     precision = precision_for(job.slot.device, wanted.precision)
+    sources = _sources(wanted)
     if job.folder is None:
         if job.recipe.confirms:
             data.require_test(wanted.dataset, job.data_folders)
         notes = [*dataset.notes, *checks.check_with_keras(wanted, dataset, precision[0])]
         measured = _measured(wanted, dataset, precision[0], notes) if job.measure else None
-        return Checked(data=dataset.summary(), notes=tuple(notes), measured=measured)
+        return Checked(data=dataset.summary(), notes=tuple(notes), sources=sources, measured=measured)
+    _require_same_sources(sources, job.sources)
     trial = job.trial
     _log(f"{trial} begins in {precision[0]}: {precision[1]}")
 
@@ -216,7 +220,7 @@ def _trained(
         precision=precision,
         folder=job.folder,
         checkpoints=job.checkpoints,
-        identity={"study": job.study, "sources": _sources(wanted)},
+        identity={"study": job.study, "sources": sources},
         on_epoch=on_epoch,
         on_resume=on_resume,
         on_repeat=connection.send,
@@ -240,6 +244,15 @@ def _measured(definition: Definition, dataset: "Dataset", policy: str, notes: li
 def _sources(definition: Definition) -> dict[str, str]:
     """A digest of the source file of each of a user's own functions: a changed one makes another training."""
     return {name: _digest(name) for name in (definition.model, definition.dataset) if ":" in name}
+
+
+def _require_same_sources(sources: dict[str, str], expected: Mapping[str, str]) -> None:
+    """Raises MachineError if a file was edited after the study began. This process may be the first to import it."""
+    from search.errors import MachineError
+
+    for name, digest in expected.items():
+        if sources.get(name, digest) != digest:
+            raise MachineError(f"the file of {name} was edited after the study began: {SAME_SOURCE}")
 
 
 @cache  # this process keeps the module as it was when it was imported, whatever happens to the file

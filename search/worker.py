@@ -120,10 +120,10 @@ def check_fit(study: Study, storage: PatientStorage, settings: Settings) -> Defi
     definition.
     """
     definition = definitions.from_json(study.definition)
-    data = checks.check(definition, settings).data
+    checked = checks.check(definition, settings)
     registry.check_direction(study, storage)
-    registry.check_data(study, data)
-    registry.check_software(study, storage, checks.software())
+    registry.check_data(study, checked.data)
+    registry.check_software(study, storage, checks.software() | checked.sources)
     return definition
 
 
@@ -338,6 +338,8 @@ class _OpenStudies:
             study=study,
             definition=definition,
             storage=self._storage,
+            # Read again: a study without trials has taken over this machine's.
+            sources=registry.sources(ledger.find(self._storage, study.name)),
             # One each: Optuna's would give the finished trials of a deleted study that had the same number.
             cached=TrialCache(self._storage),
         )

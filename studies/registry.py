@@ -17,6 +17,7 @@ from studies import definition as definitions
 from studies import sampling
 from studies.definition import Definition
 from studies.errors import StudyError
+from studies.wording import SAME_SOURCE
 
 log = logging.getLogger(__name__)
 
@@ -238,17 +239,41 @@ def _as_study_errors(name: str) -> Iterator[None]:
 def check_software(study: ledger.Study, storage: RDBStorage, installed: Mapping[str, str]) -> None:
     """Raises StudyError unless the study started with software that gives the same results as `installed`.
 
-    Both have the form of `search.checks.software`; a part that only one of them has is not compared. A study without
+    Both have the form of `search.checks.software`, and a digest of the source file for each function of the user's own
+    (``{"own:build": "90b1..."}``). A part that only one of them has is not compared. A study without
     recorded software takes `installed` for its own.
     """
     recorded = ledger.record_software(storage, study, installed)
     different = [part for part in recorded if part in installed and recorded[part] != installed[part]]
+    _require_same_sources(study.name, recorded, installed)
     if different:
         raise StudyError(
             f"study {study.name!r} started with {_versions_text(recorded, different)}, and this machine has "
             f"{_versions_text(installed, different)}, so results may differ: install the same versions, or start "
             "another study with `trialyard create` and --name"
         )
+
+
+def check_sources(study: ledger.Study, installed: Mapping[str, str]) -> None:
+    """Raises StudyError unless the user's own functions are in the files that the study began with.
+
+    `installed` has the form of `sources`. A study without recorded digests is not compared.
+    """
+    _require_same_sources(study.name, sources(study), installed)
+
+
+def _require_same_sources(name: str, recorded: Mapping[str, str], installed: Mapping[str, str]) -> None:
+    edited = [part for part in recorded if ":" in part and recorded[part] != installed.get(part, recorded[part])]
+    if edited:
+        raise StudyError(
+            f"study {name!r} began with another file of {' and '.join(edited)} than this machine has, so trials would "
+            f"not be comparable: {SAME_SOURCE}"
+        )
+
+
+def sources(study: ledger.Study) -> dict[str, str]:
+    """The digest of the source file of each of the user's own functions that the study began with, by function."""
+    return {part: digest for part, digest in (study.software or {}).items() if ":" in part}
 
 
 def _versions_text(software: Mapping[str, str], parts: list[str]) -> str:

@@ -8,6 +8,9 @@ from pydantic import ValidationError
 
 from storage.errors import nearest
 
+# What to do where a user's own function is not the one that a study began with.
+SAME_SOURCE = "bring the same file to this machine, or start another study with `trialyard create` and --name"
+
 _TAGS = {"Float", "Int", "Choice"}
 
 

@@ -135,6 +135,24 @@ def test_other_software_is_refused_and_changes_nothing(
     assert _recorded(storage, study) == SOFTWARE
 
 
+OWN = {"own:build": "1" * 16}
+
+
+def test_another_file_of_an_own_model_is_refused(storage: PatientStorage, study: str) -> None:
+    registry.check_sources(registry.find(study, storage), OWN)  # nothing is recorded
+    registry.check_software(registry.find(study, storage), storage, SOFTWARE | OWN)
+    began = registry.find(study, storage)
+    assert registry.sources(began) == OWN
+    registry.check_sources(began, OWN)
+    edited = {"own:build": "2" * 16}
+    message = r"began with another file of own:build than this machine has, .*: bring the same file .*--name"
+    with pytest.raises(StudyError, match=message):
+        registry.check_sources(began, edited)
+    with pytest.raises(StudyError, match=message):
+        registry.check_software(began, storage, SOFTWARE | edited)
+    assert registry.sources(registry.find(study, storage)) == OWN
+
+
 def test_software_that_only_one_side_tells_of_is_not_compared(storage: PatientStorage, study: str) -> None:
     registry.check_software(registry.find(study, storage), storage, SOFTWARE)
     registry.check_software(registry.find(study, storage), storage, SOFTWARE | {"more": "1"})

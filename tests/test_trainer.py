@@ -1,6 +1,7 @@
 """The trainer process: kept over trials, stopped, killed; its death is reported; it ends when its worker ends."""
 
 import dataclasses
+import hashlib
 import os
 import pickle
 import signal
@@ -209,6 +210,22 @@ def test_modules_of_the_working_folder_are_used_but_never_instead_of_ours_or_pyt
     definition = job().definition.model_copy(update={"model": "mine:build"})
     trainer.submit(job(definition=definition, hyperparameters={"batch_size": 60}))
     assert isinstance(_messages(trainer)[-1], Trained), trainer.log_file.read_text(encoding="utf-8")
+
+
+def test_a_trainer_refuses_a_file_that_was_edited_after_the_study_began(
+    trainer: Trainer, job: Make, home: Path
+) -> None:
+    (home / "mine.py").write_text(LINEAR, encoding="utf-8")
+    definition = job().definition.model_copy(update={"model": "mine:build"})
+    arguments: dict[str, Any] = {"definition": definition, "hyperparameters": {"batch_size": 60}}
+    trainer.submit(job(**arguments, sources={"mine:build": "0" * 16}))
+    (failed,) = _messages(trainer)
+    assert isinstance(failed, Failed)
+    assert failed.kind == "import", "the machine's fault: the trial goes back to the queue"
+    assert failed.message.startswith("the file of mine:build was edited after the study began: bring the same file")
+    digest = hashlib.sha256(LINEAR.encode()).hexdigest()[:16]
+    trainer.submit(job(**arguments, sources={"mine:build": digest}))
+    assert isinstance(_messages(trainer)[-1], Trained)
 
 
 SEEN = """

@@ -337,7 +337,7 @@ def build(hyperparameters, image_shape, classes):
     broken = broken or hyperparameters["dropout"] > 0.45
     if broken:  # as after an error of CUDA, which spoils the whole process
         raise RuntimeError("this process is broken")
-    return keras.Sequential([keras.Input(image_shape), keras.layers.Flatten(), keras.layers.Dense(classes)])
+    return keras.Sequential([keras.Input(image_shape), keras.layers.Flatten(), keras.layers.Dense(classes, "softmax")])
 """
 
 
@@ -350,6 +350,24 @@ def test_a_process_that_a_trial_has_broken_fails_no_other_trial(home: Path, writ
     complete, failed = TrialState.COMPLETE, TrialState.FAIL
     assert [trial.state for trial in _trials(home)] == [complete, failed, complete]
     assert [len(_attempts(home, number)) for number in range(3)] == [1, 1, 1]
+
+
+@pytest.mark.long
+def test_an_edited_own_model_does_not_go_on_in_the_same_study(home: Path, write_small: Write, start: Command) -> None:
+    module, file = home / "mine.py", _own(write_small(trials=2, epochs=1))
+    module.write_text(OWN, encoding="utf-8")
+    ended(start("run", file, "--trials", "1"))
+    ended(start("create", file))  # one trial more
+    module.write_text(OWN + "# edited\n", encoding="utf-8")
+    for command in (["run", file], ["work", "small"]):
+        _, err = ended(start(*command), code=1)
+        assert "study 'small' began with another file of mine:build than this machine has" in err.splitlines()[-1]
+    _, err = ended(start("work"))
+    assert "study small is left to other workers: study 'small' began with another file of mine:build" in err
+    assert len(_reasons(home)) == 1
+    module.write_text(OWN, encoding="utf-8")
+    ended(start("run", file))
+    assert len(_reasons(home)) == 2
 
 
 def test_an_own_model_that_does_not_import_changes_nothing(home: Path, write_small: Write, start: Command) -> None:
@@ -422,7 +440,7 @@ import keras
 def build(hyperparameters, image_shape, classes):
     if hyperparameters["dropout"] > 0.0:  # the least is built when the study is checked
         return bytearray(1 << 62 if hyperparameters["dropout"] > 0.2 else 1)
-    return keras.Sequential([keras.Input(image_shape), keras.layers.Flatten(), keras.layers.Dense(classes)])
+    return keras.Sequential([keras.Input(image_shape), keras.layers.Flatten(), keras.layers.Dense(classes, "softmax")])
 """
 
 
