@@ -158,11 +158,12 @@ def _source(name: str, folders: Sequence[Path]) -> _Arrays:
         return _from_function(name)
     if name.endswith(".npz"):
         path = Path(name)
-        existing_path = path if path.is_file() else _find(path.name, folders)
+        # Its folder may have been moved since the study was created: then it is usually the current one.
+        existing_path = path if path.is_file() else _find(path.name, [Path(), *folders])
         if existing_path is None:
             raise DataError(
-                f"the data file {name} does not exist, and none of {', '.join(map(str, folders))} has a file of its "
-                "name: correct dataset, or add its folder to TRIALYARD_DATA"
+                f"the data file {name} does not exist, and neither this folder nor {', '.join(map(str, folders))} has "
+                "a file of its name: correct dataset, or add its folder to TRIALYARD_DATA"
             )
         return _from_file(existing_path)
     return _from_file(_find(f"{name}.npz", folders) or _download(name, folders[-1]))

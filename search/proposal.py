@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from storage.errors import TrialyardError
 from storage.transactions import PatientStorage
 from studies import sampling
 from studies.definition import Definition
-from studies.space import Point, grid, suggest
+from studies.space import Point, Space, grid, suggest
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def _suggested(
     try:
         if draw > 0:
             opened.sampler = sampling.sampler(definition, claim.number, draw)
+        opened._storage = _OfThisSpace.around(opened._storage, definition, claim.study)  # the sampler reads from it
         trial = optuna.Trial(opened, claim.trial_id)  # it asks the sampler already
         draft = _Draft(trial.storage)
         trial.storage = draft  # type: ignore[assignment]
@@ -126,6 +128,48 @@ def _free(definition: Definition, claim: Claim, taken: set[str]) -> Point:
         raise SpaceExhausted(f"all {definition.size} combinations of the space have a trial: nothing is left to search")
     seed = sampling.seed_of(definition, claim.number, purpose=0)
     return free[int(np.random.default_rng(seed).integers(len(free)))]
+
+
+def _is_of_this_space(trial: FrozenTrial, space: Space) -> bool:
+    """Whether a sampler of `space` may learn from the trial: a finished one must have the same ranges."""
+    if not trial.state.is_finished():
+        return True
+    if any(name in space and space[name].distribution() != of for name, of in trial.distributions.items()):
+        return False
+    return trial.state != TrialState.COMPLETE or all(name in trial.params for name in space if not space[name].when)
+
+
+@cache  # once in a process
+def _warn_of_others(study: str, number: int) -> None:
+    log.warning(
+        "study %s: samplers leave out trial %d, which another program added with other hyperparameters or ranges",
+        *(study, number),
+    )
+
+
+class _OfThisSpace:
+    """The storage for a sampler, without trials of other spaces: with one of them Optuna's samplers raise an error."""
+
+    def __init__(self, storage: BaseStorage, space: Space, study: str) -> None:
+        self._storage, self._space, self._study = storage, space, study
+
+    @classmethod
+    def around(cls, storage: Any, definition: Definition, study: str) -> Any:
+        """`storage` itself, if it is one already."""
+        return storage if isinstance(storage, cls) else cls(storage, definition.space, study)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """As Optuna's."""
+        trials = self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states)
+        others = [trial.number for trial in trials if not _is_of_this_space(trial, self._space)]
+        for number in others:
+            _warn_of_others(self._study, number)
+        return [trial for trial in trials if trial.number not in others] if others else trials
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
 
 
 class _Draft:

@@ -257,16 +257,21 @@ def to_toml(definition: Definition) -> str:
 def differences(stored: Definition, other: Definition) -> list[str]:
     """The differences that make trials of the two definitions not comparable: each key with both values.
 
-    The description and the budget in trials and time may differ.
+    The description, the budget in trials and time, and the folder of a data file may differ. Its images are compared
+    elsewhere.
     """
     may_differ = {"description", "budget.trials", "budget.hours", "budget.trial_minutes"}
-    left, right = _flat(stored.to_json()), _flat(other.to_json())
+    left, right = ({**_flat(each.to_json()), "dataset": _without_folder(each.dataset)} for each in (stored, other))
     return [
         f"{key} = {json.dumps(left.get(key))} in the database and {json.dumps(right.get(key))} in this definition"
         for key in [*left, *(key for key in right if key not in left)]
         # Compared as text, because True == 1 in Python.
         if key not in may_differ and json.dumps(left.get(key)) != json.dumps(right.get(key))
     ]
+
+
+def _without_folder(dataset: str) -> str:
+    return Path(dataset).name if dataset.endswith(".npz") else dataset
 
 
 def _override(raw: dict[str, Any], overrides: Mapping[str, Any]) -> None:

@@ -142,6 +142,11 @@ def test_a_file_is_searched_in_the_data_folders(home: Path, write_npz: Write) ->
     assert data.load("small.npz", Data(), [home / "there"]).classes == 10
 
 
+def test_a_file_whose_folder_was_moved_is_searched_in_the_current_folder(home: Path, write_npz: Write) -> None:
+    write_npz()
+    assert data.load(str(home / "before" / "small.npz"), Data(), []).classes == 10
+
+
 def _nan() -> Any:
     images = np.zeros((300, 8, 8))
     images[7, 0, 0] = np.nan
@@ -215,7 +220,7 @@ def test_a_single_array_is_not_an_npz(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_names_the_folders_and_the_variable(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"none.npz does not exist, and none of {tmp_path} has .*: .*TRIALYARD_DATA"):
+    with pytest.raises(DataError, match=f"none.npz does not exist, and neither .* nor {tmp_path} has .*TRIALYARD_DATA"):
         data.load("none.npz", Data(), [tmp_path])
 
 

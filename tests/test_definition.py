@@ -680,6 +680,18 @@ class TestDifferences:
         more = "trials = 50\nhours = 2\ntrial_minutes = 3"
         assert differences(parse(_text()), parse(_text(budget=more, top="description = 'x'"))) == []
 
+    def test_the_folder_of_a_data_file_may_differ(self, tmp_path: Path) -> None:
+        definitions = []
+        for folder in (tmp_path / "before", tmp_path / "after"):
+            folder.mkdir()
+            (folder / "digits.npz").touch()
+            (folder / "study.toml").write_text(_text(head=HEAD.replace("digits", "digits.npz")), encoding="utf-8")
+            definitions.append(load(str(folder / "study.toml")))
+        assert differences(*definitions) == []
+        assert differences(definitions[0], parse(_text(head=HEAD.replace("digits", "other.npz")))) == [
+            'dataset = "digits.npz" in the database and "other.npz" in this definition'
+        ]
+
     @pytest.mark.parametrize(
         ("other", "difference"),
         [

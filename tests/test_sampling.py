@@ -505,3 +505,29 @@ def test_a_trial_that_begins_again_keeps_its_point(searched: Any) -> None:
     again = study.claim()
     assert (again.number, again.attempt) == (0, 2)
     assert study.suggest(again) == point
+
+
+@pytest.mark.parametrize("sampler", DRAWING)
+def test_samplers_leave_out_trials_of_another_space(
+    searched: Any, sampler: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Plain Optuna may have added results with other choices, or another kind of range."""
+    study = searched(_definition(PLAIN, sampler=sampler, trials=24))
+    foreign = {
+        "depth": optuna.distributions.CategoricalDistribution([3, 9]),
+        "learning_rate": optuna.distributions.CategoricalDistribution(["low", "high"]),
+        "width": optuna.distributions.IntDistribution(1, 9),
+    }
+    opened = registry.open("sampled", study.storage)
+    for _ in range(12):  # more than any sampler draws at random first
+        opened.add_trial(
+            optuna.trial.create_trial(
+                params={"depth": 3, "learning_rate": "low", "width": 7}, distributions=foreign, value=0.9
+            )
+        )
+    points = study.draw(4)
+    assert all(
+        broken_rule(study.study.definition.space[name], point[name]) is None for point in points for name in point
+    )
+    assert len({_key(point) for point in points}) == 4
+    assert caplog.text.count("samplers leave out trial 3, which another program added") <= 1
