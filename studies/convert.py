@@ -29,6 +29,9 @@ def main(model: str, format: str, target: str, module: str = "") -> None:
         with contextlib.suppress(ImportError):  # a model of Keras's own layers does not need the module
             importlib.import_module(module)
     net = keras.models.load_model(model, compile=False)
+    if getattr(net, "input_shape", None) is None:
+        kind = type(net).__name__
+        sys.exit(f"{kind} is a subclass of keras.Model, and only Sequential and functional models can be converted")
     if format != "savedmodel" and any(layer.compute_dtype != "float32" for layer in net.layers):
         net = _in_float32(net)
     net(keras.ops.zeros([size or 1 for size in net.input_shape]))  # some formats need a model that was called

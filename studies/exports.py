@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial
 
 from storage.artifacts import HISTORY, MODEL
 from storage.errors import nearest
+from storage.ledger import Study
 from storage.settings import environment_without_secrets
 from studies import definition as definitions
 from studies import registry, results
@@ -44,7 +45,7 @@ folder:
 import keras
 import numpy as np
 model = keras.models.load_model("model.keras")
-images = np.zeros((1, *model.input_shape[1:]))  # yours
+images = np.zeros((1, {shape}))  # yours
 probabilities = model.predict(images)
 print(probabilities.argmax(axis=1))
 ```
@@ -93,7 +94,7 @@ def export(
         (draft / "definition.toml").write_text(definitions.to_toml(definition), encoding="utf-8")
         record = json.dumps(_record(name, trial, definition), indent=2)
         (draft / "trial.json").write_text(record + "\n", encoding="utf-8")
-        (draft / "README.md").write_text(_readme(name, trial, definition, format), encoding="utf-8")
+        (draft / "README.md").write_text(_readme(study, trial, definition, format), encoding="utf-8")
         if format is not None:
             _convert(draft / MODEL, format, draft / FILES[format], definition)
         draft.rename(target)
@@ -140,11 +141,12 @@ def _record(name: str, trial: FrozenTrial, definition: Definition) -> dict[str, 
     }
 
 
-def _readme(name: str, trial: FrozenTrial, definition: Definition, format: Format | None) -> str:
+def _readme(study: Study, trial: FrozenTrial, definition: Definition, format: Format | None) -> str:
     more = "" if format is None else f"- `{FILES[format]}`: the same model for {format}\n"
     return README.format(
-        study=name,
+        study=study.name,
         number=trial.number,
+        shape=", ".join(map(str, study.data.get("image_shape", (28, 28, 1)))),
         judged="validation" if trial.user_attrs.get("protocol", "validation") == "validation" else "test",
         value=trial.values[0],
         more=more + (OWN_MODEL.format(model=definition.model) if ":" in definition.model else ""),

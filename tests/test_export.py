@@ -19,8 +19,8 @@ from optuna.trial import TrialState
 
 import studies
 from storage import claims, database, ledger, owners
+from studies import convert, exports, registry
 from studies import definition as definitions
-from studies import exports, registry
 from studies.definition import Definition, parse, to_toml
 from studies.errors import StudyError
 
@@ -52,7 +52,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(home: Path, trivial: Definition, saved: Path) -> RDBStorage:
     """The study `trivial` with trial 0 at 0.7 and trial 1 at 0.9, whose files are there."""
     storage = database.create(f"sqlite:///{home}/yard/studies.db")
-    registry.create(trivial, storage, {"fingerprint": "0" * 16})
+    registry.create(trivial, storage, {"fingerprint": "0" * 16, "image_shape": [8, 8, 1]})
     for value in (0.7, 0.9):
         claim = claims.claim(storage, ledger.find(storage, trivial.name), owners.this_slot("cpu:0"), 60.0)
         assert claim is not None
@@ -90,6 +90,31 @@ def test_an_export_has_all_and_its_readme_is_true(finished: RDBStorage, home: Pa
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=True
     )
     assert re.fullmatch(r"\[\d\]", result.stdout.splitlines()[-1])
+
+
+@keras.saving.register_keras_serializable()
+class Subclassed(keras.Model):  # type: ignore[misc]
+    """A model without a symbolic input."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.flat, self.out = keras.layers.Flatten(), keras.layers.Dense(10, activation="softmax")
+
+    def call(self, x: Any) -> Any:
+        return self.out(self.flat(x))
+
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+
+def test_a_subclass_of_keras_model_is_not_converted(tmp_path: Path) -> None:
+    net = Subclassed()
+    net(keras.ops.zeros((1, 8, 8, 1)))
+    net.save(tmp_path / "model.keras")
+    with pytest.raises(
+        SystemExit, match=r"Subclassed is a subclass of keras\.Model, and only Sequential and functional"
+    ):
+        convert.main(str(tmp_path / "model.keras"), "tflite", str(tmp_path / "out"))
 
 
 def test_it_refuses_to_overwrite(finished: RDBStorage, home: Path) -> None:
