@@ -141,7 +141,7 @@ def replay(
 
 
 def _complete_trial(study: Study, number: int, storage: RDBStorage) -> FrozenTrial:
-    if number >= study.finished + study.running + study.waiting:
+    if number >= study.size:
         raise StudyError(results.no_trial_text(study, number))
     try:
         trial = storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study.id, number))

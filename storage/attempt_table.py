@@ -105,10 +105,9 @@ def running(connection: Connection, study_id: int) -> list[tuple[int, int, Attem
 
 def started_outside(connection: Connection, study_id: int) -> list[int]:
     """The numbers of the RUNNING trials that none of our workers started: somebody called `study.ask()`."""
-    ours = select(table.c.trial_id).where(table.c.trial_id == TrialModel.trial_id, table.c.ended.is_(None))
     rows = connection.execute(
         select(TrialModel.number)
-        .where(TrialModel.study_id == study_id, trial_is_running(), ~ours.exists())
+        .where(TrialModel.study_id == study_id, trial_is_running(), ~has_running_attempt())
         .order_by(TrialModel.number)
     )
     return list(rows.scalars())
@@ -192,6 +191,11 @@ def without_progress(attempts: Sequence[Attempt], outcome: Outcome) -> int:
 def trial_is_running() -> ColumnElement[bool]:
     """Whether a trial's row is RUNNING: plain Optuna may have ended it."""
     return TrialModel.state == TrialState.RUNNING
+
+
+def has_running_attempt() -> ColumnElement[bool]:
+    """Whether a trial has an attempt that has not ended."""
+    return select(table.c.trial_id).where(table.c.trial_id == TrialModel.trial_id, table.c.ended.is_(None)).exists()
 
 
 def _attempt(row: RowMapping) -> Attempt:

@@ -79,10 +79,16 @@ class Study:
     pause_reason: str | None  # why Trialyard paused it; None: it did not
     test_openings: int  # confirmations of it that were created: each opens its test images
     finished: int  # trials that are complete, pruned or failed: they count against the budget for good
-    running: int
+    running: int  # by workers
+    outside: int  # RUNNING trials that no worker started, such as those of a `study.ask()`: no budget is kept for them
     waiting: int
     first_began: datetime | None  # when its first trial began here; None before that
     read_at: datetime  # when it was read; both naive UTC, by the database's clock
+
+    @property
+    def size(self) -> int:
+        """How many trials it has, in any state: their numbers are the whole numbers below."""
+        return self.finished + self.running + self.outside + self.waiting
 
     @property
     def is_late(self) -> bool:
@@ -436,14 +442,14 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
 
 
 def _progress(connection: Connection, study_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """For each study its finished, running and waiting trials, when the first one began, and the time now.
+    """For each study its finished, running, outside and waiting trials, when the first one began, and the time now.
 
     Only unfinished trials are counted, which are few. One statement sees one moment, also without a lock: a trial that
     changes its state is counted once.
     """
 
-    def count(state: TrialState) -> ScalarSelect[int]:
-        mine = (TrialModel.study_id == StudyModel.study_id, TrialModel.state == state)
+    def count(state: TrialState, *where: ColumnElement[bool]) -> ScalarSelect[int]:
+        mine = (TrialModel.study_id == StudyModel.study_id, TrialModel.state == state, *where)
         return select(func.count()).where(*mine).correlate(StudyModel).scalar_subquery()
 
     last = select(func.max(TrialModel.number)).where(TrialModel.study_id == StudyModel.study_id).correlate(StudyModel)
@@ -451,7 +457,8 @@ def _progress(connection: Connection, study_ids: Sequence[int]) -> dict[int, dic
         select(
             StudyModel.study_id,
             last.scalar_subquery(),
-            count(TrialState.RUNNING),
+            count(TrialState.RUNNING, attempt_table.has_running_attempt()),
+            count(TrialState.RUNNING, ~attempt_table.has_running_attempt()),
             count(TrialState.WAITING),
             attempt_table.first_began(StudyModel.study_id).correlate(StudyModel).scalar_subquery(),
             clock(connection),
@@ -459,13 +466,14 @@ def _progress(connection: Connection, study_ids: Sequence[int]) -> dict[int, dic
     )
     return {
         study_id: {
-            "finished": (0 if number is None else number + 1) - running - waiting,
+            "finished": (0 if number is None else number + 1) - running - outside - waiting,
             "running": running,
+            "outside": outside,
             "waiting": waiting,
             "first_began": began,
             "read_at": now,
         }
-        for study_id, number, running, waiting, began, now in rows
+        for study_id, number, running, outside, waiting, began, now in rows
     }
 
 
@@ -532,10 +540,10 @@ def _budget(connection: Connection, study_id: int) -> Budget | None:
 def started_outside_text(numbers: Sequence[int]) -> str:
     """A sentence for people about trials that were started outside Trialyard."""
     were, have = ("trial was", "has") if len(numbers) == 1 else ("trials were", "have")
-    ends = "it" if len(numbers) == 1 else "them"
+    them = "it" if len(numbers) == 1 else "them"
     return (
-        f"{len(numbers)} {were} started outside Trialyard and {have} not ended: {trials_text(numbers)}; "
-        f"`optuna tell` ends {ends}"
+        f"{len(numbers)} {were} started outside Trialyard and {have} not ended: {trials_text(numbers)}; no worker "
+        f"waits for {them}, and `optuna tell` ends {them}"
     )
 
 

@@ -234,8 +234,7 @@ def attempts(name: str, number: int, storage: StorageLike = None) -> list[Attemp
 
 def no_trial_text(study: Study, number: int) -> str:
     """A sentence for people: the study has no trial of this number."""
-    trials = study.finished + study.running + study.waiting
-    return f"study {study.name!r} has no trial {number}: its {trials} trials are numbered from 0"
+    return f"study {study.name!r} has no trial {number}: its {study.size} trials are numbered from 0"
 
 
 def leaderboard(name: str, storage: StorageLike = None, top: int | None = None) -> list[Row]:
@@ -337,7 +336,7 @@ def status_of(study: Study, storage: RDBStorage) -> Status:
         best_number=best[0].number if best else None,
         seconds_left=_seconds_left(storage, study),
         workers=tuple(claims.running_trials(storage, study.id)) if counts.running else (),
-        outside=_outside(storage, study) if counts.running else (),
+        outside=_outside(storage, study) if study.outside else (),
         failures=_failures(storage, study.id) if counts.failed else (),
     )
 

@@ -107,7 +107,8 @@ def test_another_program_s_trial_with_our_attribute_names_breaks_nothing(
     assert [holding.number for holding in claims.running_trials(storage, study_id)] == [0]
     (problem,) = ledger.check(storage)
     assert problem == (
-        f"study {study}: 1 trial was started outside Trialyard and has not ended: trial 3; `optuna tell` ends it"
+        f"study {study}: 1 trial was started outside Trialyard and has not ended: trial 3; "
+        "no worker waits for it, and `optuna tell` ends it"
     )
     status = results.status(study, storage)
     assert (status.outside, status.failures) == ((3,), ("unknown: no reason was stored",))

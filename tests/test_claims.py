@@ -246,11 +246,29 @@ def test_check_sees_what_must_not_be(storage: PatientStorage, study: str, me: Ow
     optuna_study = registry.open(study, storage)
     optuna_study.ask()  # RUNNING without owner or heartbeat: not by our hand
     assert ledger.check(storage) == [
-        f"study {study}: 1 trial was started outside Trialyard and has not ended: trial 0; `optuna tell` ends it"
+        f"study {study}: 1 trial was started outside Trialyard and has not ended: trial 0; "
+        "no worker waits for it, and `optuna tell` ends it"
     ]
-    for _ in range(5):
+    for _ in range(6):
         optuna_study.tell(optuna_study.ask(), 0.5)
     assert f"study {study}: 6 trials, over its 5" in ledger.check(storage)
+
+
+def test_a_trial_that_was_asked_for_and_never_told_blocks_nothing(
+    storage: PatientStorage, study: str, me: Owner
+) -> None:
+    optuna_study = registry.open(study, storage)
+    asked = optuna_study.ask()
+    for number in range(1, 6):
+        claim = _claim(storage, study, me)
+        assert claim.number == number
+        claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})
+    ended = ledger.find(storage, study)
+    assert (ended.finished, ended.running, ended.outside, ended.has_ended) == (5, 0, 1, True)
+    assert claims.claim(storage, ended, me, GRACE) is None
+    optuna_study.tell(asked, 0.6)
+    assert ledger.find(storage, study).has_ended
+    claims.delete(storage, ended, GRACE)
 
 
 def test_a_trial_of_an_ended_process_is_claimed_again_at_once(

@@ -136,7 +136,10 @@ def test_storage_check_fails_where_a_promise_is_broken(home: Path, trialyard: Ca
     code, out, err = trialyard("storage", "check")
     assert (code, out) == (1, "")
     assert "1 problems in sqlite:///" in err
-    sentence = "1 trial was started outside Trialyard and has not ended: trial 0; `optuna tell` ends it\n"
+    sentence = (
+        "1 trial was started outside Trialyard and has not ended: trial 0; no worker waits for it, and `optuna tell` "
+        "ends it\n"
+    )
     assert f"study digits: {sentence}" in err
     assert f"  {sentence}" in trialyard("status")[1]
     assert json.loads(trialyard("status", "digits", "--json")[1])["outside"] == [0]
