@@ -434,13 +434,13 @@ def export(
     ] = None,
     storage: StorageOption = None,
 ) -> None:
-    """Take the best trial away: its model, history and definition, and a README that uses them."""
+    """Take the best model away: its model, history and definition, and a README that uses them."""
     from search.terminal import say
     from studies import exports
 
     chosen = None if form is None else exports.format_of(form)
     target = exports.export(study, folder, chosen, settings_of(storage).url)
-    say(f"the best of {study} is in {target}")
+    say(f"the best model of {study} is in {target}")
 
 
 @app.command()

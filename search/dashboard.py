@@ -38,8 +38,8 @@ from search.errors import DashboardError
 from search.guard import guarded, is_loopback
 from storage import artifacts, claims
 from storage.attempt_table import of_trial
-from storage.attributes import of_study
-from storage.ranking import is_scored
+from storage.attributes import decoded, of_study
+from storage.ranking import is_feasible, is_scored
 from storage.tables import (
     StudyDirectionModel,
     StudyModel,
@@ -197,7 +197,7 @@ class RememberingStorage(_CachedStorage):
                 by_study: dict[int, dict[str, Any]] = {}
                 query = select(model.study_id, model.key, model.value_json).where(model.key.not_like("dashboard:%"))
                 for study_id, key, value in connection.execute(query.order_by(*model.__table__.primary_key)):
-                    by_study.setdefault(study_id, {})[key] = json.loads(value)
+                    by_study.setdefault(study_id, {})[key] = decoded(value)
                 attributes.append(by_study)
             return [
                 FrozenStudy(
@@ -326,7 +326,7 @@ class StudyDetail:
         for key, value in system:
             trial = OF_A_TRIAL.match(key)
             if trial is None:
-                of_study[key] = json.loads(value)
+                of_study[key] = decoded(value)
             else:
                 of_trials.setdefault(int(trial[1]), []).append((key, value))
         if name is None:
@@ -335,7 +335,7 @@ class StudyDetail:
             study_name=name,
             direction=None,
             directions=directions,
-            user_attrs={key: json.loads(value) for key, value in user},
+            user_attrs={key: decoded(value) for key, value in user},
             system_attrs=of_study,
             study_id=study_id,
         )
@@ -360,7 +360,7 @@ class StudyDetail:
         # The cache returns the same object for the same finished trial. Only its note may change.
         if known is not None and known[0] is trial and known[1] == own and (known[2] is None or known[2].is_file()):
             return known[3]
-        attributes = {key: json.loads(value) for key, value in own}
+        attributes = {key: decoded(value) for key, value in own}
         serialized: dict[str, Any] = serialize_frozen_trial(study._study_id, trial, attributes)
         model = self._offered_model(trial, serialized)
         if model is not None and not model.is_file():
@@ -382,7 +382,7 @@ class StudyDetail:
 def _best(trials: list[FrozenTrial], direction: StudyDirection) -> list[FrozenTrial]:
     """The best complete and feasible trial as in `studies.best_trial`; empty if there is none."""
     sign = 1 if direction == StudyDirection.MAXIMIZE else -1
-    complete = [trial for trial in trials if is_scored(trial) and importance.is_feasible(trial)]
+    complete = [trial for trial in trials if is_scored(trial) and is_feasible(trial)]
     return [max(complete, key=lambda trial: (sign * trial.values[0], -trial.number))] if complete else []
 
 

@@ -1,6 +1,5 @@
 """What commands print: results on standard output, questions and progress on standard error."""
 
-import json
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -77,6 +76,7 @@ def record(study: str, trial: "FrozenTrial", settings: "Settings") -> dict[str, 
         "value": trial.values[0],
         "params": trial.params,
         "user_attrs": trial.user_attrs,
+        "imported": trial.user_attrs.get("imported") is True,
         # A model may be on another machine.
         "model": model if (model := _path(trial, "model", settings)) and Path(model).is_file() else None,
         "history": _path(trial, "history", settings),
@@ -96,7 +96,8 @@ def _time(moment: datetime | None) -> str | None:
 
 
 def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    """Prints a value as JSON, whatever other programs stored: a number that is not finite is null."""
+    sys.stdout.write(attributes.encoded(value, indent=2) + "\n")
 
 
 def print_best(study: str, trial: "FrozenTrial", settings: "Settings") -> None:
@@ -118,6 +119,8 @@ def print_best(study: str, trial: "FrozenTrial", settings: "Settings") -> None:
             f"{seconds:.1f} s, {speed:,.0f} images/s in {attrs.get('precision')}",
             markup=False,
         )
+    if attrs.get("imported") is True:
+        out.print("  model            none: the trial was imported, not run here", markup=False)
     model = _path(trial, "model", settings)
     if model is not None:
         where = "" if Path(model).is_file() else " (not on this machine)"

@@ -162,6 +162,19 @@ def of_all_trials(connection: Connection, study_id: int, key: str) -> list[Any]:
     return [decoded(value_json) for value_json in stored]
 
 
+def encoded(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON, with null for a number that is not finite: JSON has no other word for it."""
+    return json.dumps(_without_infinity(value), indent=indent, allow_nan=False)
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_infinity(each) for key, each in value.items()}
+    return [_without_infinity(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
 def decoded(value_json: str | None) -> Any:
     """The value of a stored attribute; None if there is none, or it is not JSON."""
     try:

@@ -1,6 +1,5 @@
 """The ranking of a study's trials: the complete and feasible ones, best first. SQL does it, without reading trials."""
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import ColumnElement, Connection, and_, select, true
 
+from storage import attributes
 from storage.artifacts import MODEL
 from storage.tables import (
     TrialModel,
@@ -42,7 +42,11 @@ def ranked(
     has_model = (
         select(stored.trial_id)
         .where(stored.trial_id == TrialModel.trial_id, stored.key == "model")
-        .where(stored.value_json.endswith(f'/{MODEL}"', autoescape=True))  # others may store anything as `model`
+        # Others may store anything as `model`, also a path outside the artifacts folder.
+        .where(stored.value_json.endswith(f'/{MODEL}"', autoescape=True))
+        .where(
+            ~stored.value_json.startswith('"/', autoescape=True), ~stored.value_json.contains("../", autoescape=True)
+        )
         .exists()
     )
     rows = connection.execute(
@@ -66,6 +70,14 @@ def is_scored(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE and trial.values is not None and math.isfinite(trial.values[0])
 
 
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether the trial violates no constraint."""
+    constraints = (
+        value for key, value in trial.system_attrs.items() if key == "constraints" or key.startswith("constraints:")
+    )
+    return not any(map(_violated, constraints))
+
+
 def is_finite() -> ColumnElement[bool]:
     """Whether a stored value is finite. NaN is NULL on SQLite, and larger than all numbers on PostgreSQL."""
     largest = sys.float_info.max
@@ -85,10 +97,11 @@ def _infeasible(connection: Connection, study_id: int) -> set[int]:
             (stored.key == "constraints") | stored.key.startswith("constraints:", autoescape=True),
         )
     )
-    return {trial_id for trial_id, value_json in rows if _violated(json.loads(value_json))}
+    return {trial_id for trial_id, value_json in rows if _violated(attributes.decoded(value_json))}
 
 
 def _violated(constraints: Any) -> bool:
     # Before Optuna 5 it was a list, or null if the constraints could not be computed.
     values = constraints if isinstance(constraints, list) else [constraints]
-    return any(value > 0 for value in values if value is not None)
+    # What another program stored there, and is not a number, says nothing.
+    return any(value > 0 for value in values if isinstance(value, (int, float)))

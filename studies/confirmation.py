@@ -125,12 +125,11 @@ def last_of(study: Study, storage: RDBStorage) -> Confirmed | None:
 
 def confirmations(study: Study, storage: RDBStorage) -> list[Study]:
     """The studies that confirm `study`, the oldest first."""
-    return [other for other in ledger.studies(storage) if _confirms(other, study)]
-
-
-def _confirms(other: Study, study: Study) -> bool:
-    confirm = other.definition.get("confirm")
-    return isinstance(confirm, dict) and confirm.get("incarnation") == study.incarnation
+    return [
+        other
+        for other, definition in registry.with_definitions(storage)
+        if definition.confirm is not None and definition.confirm.incarnation == study.incarnation
+    ]
 
 
 # --- which candidates, and the study that trains them ------------------------------------------------------

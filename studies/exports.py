@@ -1,6 +1,5 @@
 """Exports the best trial: a folder with its model and everything that says how it was made."""
 
-import json
 import os
 import platform
 import shutil
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from optuna.trial import FrozenTrial
 
 from storage.artifacts import HISTORY, MODEL
+from storage.attributes import encoded
 from storage.errors import nearest
 from storage.ledger import Study
 from storage.settings import environment_without_secrets
@@ -64,7 +64,7 @@ If it has layers of your own, import the module of `{model}` first.
 def export(
     name: str, folder: str | os.PathLike[str], format: Format | None = None, storage: StorageLike = None
 ) -> Path:
-    """Writes the best trial of study `name` to `folder`, which must not exist yet; returns its path.
+    """Writes the best trial of study `name` that has a model to `folder`, which must not exist yet; returns its path.
 
     The folder has `model.keras`, `history.json`, `definition.toml`, `trial.json`, and a README.md that loads and uses
     the model. With `format` (tflite, onnx or savedmodel) it also has the model in that format. The folder appears
@@ -83,7 +83,7 @@ def export(
     if os.path.lexists(target):
         raise StudyError(f"{target} exists already: name a folder that does not exist yet")
     study = registry.find(name, opened)
-    trial = results.best_trial_of(study, opened)
+    trial = results.best_with_model(study, opened)
     model, history = (results.file_of(study, trial, artifact, opened) for artifact in ("model", "history"))
     definition = definitions.from_json(study.definition)
     draft = target.with_name(f".{uuid.uuid4().hex}-{target.name}")
@@ -92,7 +92,7 @@ def export(
         shutil.copyfile(model, draft / MODEL)
         shutil.copyfile(history, draft / HISTORY)
         (draft / "definition.toml").write_text(definitions.to_toml(definition), encoding="utf-8")
-        record = json.dumps(_record(name, trial, definition), indent=2)
+        record = encoded(_record(name, trial, definition), indent=2)
         (draft / "trial.json").write_text(record + "\n", encoding="utf-8")
         (draft / "README.md").write_text(_readme(study, trial, definition, format), encoding="utf-8")
         if format is not None:

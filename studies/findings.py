@@ -11,10 +11,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes
 from storage.hits import Hits
-from storage.ranking import is_scored
+from storage.ranking import is_feasible, is_scored
 from studies import importance, model_rules, notebook, statistics
 from studies.definition import Definition
-from studies.importance import is_feasible
 from studies.model_rules import Number
 from studies.space import Choice, Int, Parameter, values_text
 

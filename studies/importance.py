@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from storage.ranking import is_scored
+from storage.ranking import is_feasible, is_scored
 
 SAMPLE = 300  # trials that importances are computed from
 THIRDS = 3
@@ -30,11 +30,6 @@ class Scored:
 
     trial: FrozenTrial
     score: float  # the share of the other trials that it beats; 0 to 1
-
-
-def is_feasible(trial: FrozenTrial) -> bool:
-    """Whether the trial violates no constraint."""
-    return all(value <= 0.0 for value in trial.constraints.values())
 
 
 def scored(trials: Sequence[FrozenTrial]) -> list[Scored]:

@@ -12,7 +12,6 @@ from typing import Any
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from storage import ledger
 from storage.ranking import is_scored
 from studies import definition as definitions
 from studies import imported, registry
@@ -110,8 +109,7 @@ class Replay:
 def replays(study: Definition, storage: RDBStorage) -> list[Replay]:
     """The studies in the database that repeat the notebook's results; empty unless `study` holds those results."""
     replaying: list[Replay] = []
-    for other in ledger.studies(storage) if is_own(study) else ():
-        definition = definitions.from_json(other.definition)
+    for other, definition in registry.with_definitions(storage) if is_own(study) else ():
         rows = reference_results(definition)
         if rows and not is_labelled(rows):
             complete = storage.get_all_trials(other.id, deepcopy=False, states=(TrialState.COMPLETE,))

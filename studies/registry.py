@@ -16,7 +16,7 @@ from storage.errors import NotOurStudy, StudyGone, WrongDirection, nearest
 from studies import definition as definitions
 from studies import sampling
 from studies.definition import Definition
-from studies.errors import StudyError
+from studies.errors import DefinitionError, StudyError
 from studies.wording import SAME_SOURCE
 
 log = logging.getLogger(__name__)
@@ -195,6 +195,15 @@ def find(name: str, storage: RDBStorage) -> ledger.Study:
         ) from None
     except NotOurStudy as error:
         raise StudyError(str(error)) from None
+
+
+def with_definitions(storage: RDBStorage) -> list[tuple[ledger.Study, Definition]]:
+    """The studies whose definition this version understands, oldest first. A later version may have made the others."""
+    found = []
+    for study in ledger.studies(storage):
+        with contextlib.suppress(DefinitionError):  # the commands of that study say what is wrong
+            found.append((study, definitions.from_json(study.definition)))
+    return found
 
 
 def definition_of(name: str, storage: RDBStorage) -> Definition:

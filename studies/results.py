@@ -54,6 +54,7 @@ class Row:
     epochs: int | None
     parameters: int | None  # weights in the model
     seconds: float | None  # trained, not counting the start
+    imported: bool  # it was run elsewhere, and has no model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,16 @@ def best_trial_of(study: Study, storage: RDBStorage) -> FrozenTrial:
     return storage.get_trial(best[0].trial_id)
 
 
+def best_with_model(study: Study, storage: RDBStorage) -> FrozenTrial:
+    """The best trial that has a model: an imported one, or one that another program added, has none.
+
+    Raises StudyError if there is none.
+    """
+    best = read(storage, lambda connection: ranked(connection, study.id, top=1, with_model=True))
+    # Without one, the error says why the best trial has no model.
+    return storage.get_trial(best[0].trial_id) if best else best_trial_of(study, storage)
+
+
 def why_no_best(study: Study, storage: RDBStorage) -> str:
     """A sentence for people: why the study has no best trial, and what to do."""
     name, counts = study.name, ledger.counts(storage, study.id)
@@ -156,6 +167,8 @@ def why_no_best(study: Study, storage: RDBStorage) -> str:
 def best_model(name: str, storage: StorageLike = None) -> "keras.Model":
     """The trained model of the best trial, with the weights of its best epoch, ready to predict.
 
+    A trial without a model, such as an imported one, is passed over.
+
     It takes images of (n, height, width, channels) on the scale 0 to 255, and gives class probabilities of
     (n, classes), float32. On a processor they are the same, to the bit, as at the end of the training. The model is not
     compiled.
@@ -171,7 +184,7 @@ def best_model(name: str, storage: StorageLike = None) -> "keras.Model":
     """
     opened = registry.storage_of(storage)
     study = registry.find(name, opened)
-    trial = best_trial_of(study, opened)
+    trial = best_with_model(study, opened)
     path = file_of(study, trial, "model", opened)
     import keras
 
@@ -269,19 +282,26 @@ def _rows(connection: Connection, study_id: int, top: int | None) -> list[Row]:
     columns = (stored.param_name, stored.param_value, stored.distribution_json)
     for trial_id, name, value, distribution in connection.execute(query(stored, *columns).order_by(stored.param_id)):
         params[trial_id][name] = _distribution(distribution).to_external_repr(value)
-    numbers: dict[int, dict[str, Any]] = defaultdict(dict)
+    stored_values: dict[int, dict[str, Any]] = defaultdict(dict)
     attribute = TrialUserAttributeModel
-    shown_attributes = attribute.key.in_(LEADERBOARD_ATTRIBUTES)
+    shown_attributes = attribute.key.in_((*LEADERBOARD_ATTRIBUTES, "imported"))
     rows = connection.execute(query(attribute, attribute.key, attribute.value_json).where(shown_attributes))
     for trial_id, key, value_json in rows:
-        numbers[trial_id][key] = attributes.number(attributes.decoded(value_json))
+        stored_values[trial_id][key] = attributes.decoded(value_json)
+    numbers: dict[int, dict[str, Any]] = {
+        trial.trial_id: {
+            key: attributes.number(stored_values[trial.trial_id].get(key)) for key in LEADERBOARD_ATTRIBUTES
+        }
+        for trial in trials
+    }
     return [
         Row(
             rank=rank,
             number=trial.number,
             value=trial.value,
             params=params[trial.trial_id],
-            **{key: numbers[trial.trial_id].get(key) for key in LEADERBOARD_ATTRIBUTES},
+            imported=stored_values[trial.trial_id].get("imported") is True,
+            **numbers[trial.trial_id],
         )
         for rank, trial in enumerate(trials, start=1)
     ]

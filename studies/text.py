@@ -285,7 +285,7 @@ def _interval(interval: Interval | None, form: str = ".4f") -> str:
 def table(rows: "Sequence[Row]") -> tuple[list[str], list[list[str]]]:
     """The leaderboard's titles and cells, without empty columns."""
     names = list(dict.fromkeys(name for row in rows for name in row.params))
-    titles = ["rank", "trial", "accuracy", "deviation", *names, "epochs", "weights", "seconds"]
+    titles = ["rank", "trial", "accuracy", "deviation", *names, "epochs", "weights", "seconds", "imported"]
     cells = [
         [
             str(row.rank),
@@ -296,6 +296,7 @@ def table(rows: "Sequence[Row]") -> tuple[list[str], list[list[str]]]:
             "" if row.epochs is None else str(row.epochs),
             "" if row.parameters is None else f"{row.parameters:,}",
             "" if row.seconds is None else f"{row.seconds:.1f}",
+            "yes" if row.imported else "",
         ]
         for row in rows
     ]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from optuna.trial import TrialState
 from sklearn.datasets import load_digits
 from warm import Forked, Warm
 
+import search.cli
 from storage import artifacts, attempt_table, claims, database, ledger, owners
 from storage.attempt_table import Attempt
 from storage.owners import Owner
@@ -334,6 +336,8 @@ def write_small(home: Path, write_npz: Callable[..., Path]) -> Callable[..., Pat
 
 # --- the command ------------------------------------------------------------------------------------------
 
+Result = tuple[int, str, str]
+Call = Callable[..., Result]
 Process = subprocess.Popen[str] | Forked
 Command = Callable[..., Any]  # a Process
 COMMAND = [sys.executable, "-m", "search.cli"]
@@ -359,6 +363,24 @@ def command(warm: Warm) -> Callable[..., str]:
         return ended(warm.start(arguments, folder, kept | {"TRIALYARD_WORKERS": "1"}))[0]
 
     return run
+
+
+@pytest.fixture
+def trialyard(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    """Runs the command here: exit code, standard output, standard error."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["trialyard", *arguments])
+        try:
+            search.cli.main()
+        except SystemExit as end:
+            return int(end.code or 0), *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

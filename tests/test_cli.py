@@ -7,39 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
 import psutil
 import pytest
-from conftest import SMALL
+from conftest import SMALL, Call
 from optuna.trial import TrialState
 
-import search.cli
 from storage import claims, database, ledger, owners
 from studies import registry
-
-Result = tuple[int, str, str]
-Call = Callable[..., Result]
-
-
-@pytest.fixture
-def trialyard(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
-    """Runs the command here: exit code, standard output, standard error."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["trialyard", *arguments])
-        try:
-            search.cli.main()
-        except SystemExit as end:
-            return int(end.code or 0), *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def _dump(home: Path) -> list[str]:
