@@ -6,6 +6,7 @@ used: `trialyard status` is asked again and again.
 """
 
 import dataclasses
+import io
 import logging
 import sys
 from pathlib import Path
@@ -451,8 +452,7 @@ def delete(study: StudyArgument, storage: StorageOption = None, yes: YesOption =
 
     url = settings_of(storage).url
     status = results.status(study, url)
-    done = status.complete + status.pruned + status.failed
-    ask(f"Remove study {study} with its {done} finished trials, and their models and histories?", yes)
+    ask(f"Remove study {study} with its {status.finished} finished trials, and their models and histories?", yes)
     freed = registry.delete(study, url)
     say(f"study {study} is gone, and {size_text(freed)} are free")
 
@@ -561,6 +561,10 @@ def _print_closed(status: "Status") -> None:
 def main() -> None:
     """The program's entry: a user's mistake is one line, and never a traceback."""
     interruption.end_on_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal may know ASCII alone, and a study's description may be in any language.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="trialyard")
     except TrialyardError as error:

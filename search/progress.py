@@ -17,7 +17,7 @@ from rich.text import Text
 
 from search.devices import Slot, precision_for
 from search.messages import Epoch
-from search.summary import progress_line, shown
+from search.summary import progress_line, shown, so_far
 from storage import attributes
 from storage.claims import Claim
 from storage.ledger import Study
@@ -84,9 +84,8 @@ class Lines(Listener):
         except StudyError:  # it was deleted a moment ago
             self.deleted(claim)
             return
-        best = "none yet" if status.best is None else f"{status.best:.4f} (trial {status.best_number})"
-        done = status.complete + status.pruned + status.failed
-        self._print(f"{claim.study} trial {claim.number} {ending(trial)}; {done} of {status.budget} done, best {best}")
+        progress = f"{status.finished} of {status.budget} done{so_far(status)}"
+        self._print(f"{claim.study} trial {claim.number} {ending(trial)}; {progress}")
 
     def deleted(self, claim: Claim) -> None:
         """Prints it."""

@@ -222,7 +222,10 @@ def _fill(
     if names == []:
         return
     shown = progress.display(found, opened, places) if listeners is None else listeners
-    if not worker.work(names, opened, here, places, shown, leave=leave):
+    identity = database.file_identity(here.url)
+    is_done = worker.work(names, opened, here, places, shown, leave=leave)
+    database.require_same_file(here.url, identity)
+    if not is_done:
         raise Interrupted(requeued=not opened.shutting_down.is_set())
 
 

@@ -8,9 +8,20 @@ if TYPE_CHECKING:
 
 def progress_line(status: "Status") -> str:
     """One line: trials done of the budget, the best so far, the time left."""
-    done = status.complete + status.pruned + status.failed
+    left = "ended" if status.ended else _left(status.seconds_left)
+    return f"{status.study}: {status.finished} of {status.budget} trials{so_far(status)}, {left}"
+
+
+def so_far(status: "Status") -> str:
+    """How many of the finished trials were pruned, and the best one; it continues a sentence.
+
+    A confirmation has no best trial: its trials differ by their seeds.
+    """
+    pruned = f" ({status.pruned} pruned)" if status.pruned else ""
+    if status.protocol == "confirmation":
+        return pruned
     best = "none yet" if status.best is None else f"{status.best:.4f} (trial {status.best_number})"
-    return f"{status.study}: {done} of {status.budget} trials, best {best}, {_left(status.seconds_left)}"
+    return f"{pruned}, best {best}"
 
 
 def _left(seconds: float | None) -> str:

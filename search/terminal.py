@@ -169,7 +169,9 @@ def print_status(found: "Status") -> None:
         f"{found.waiting} waiting, budget {found.budget}",
         markup=False,
     )
-    if (found.ended or found.state != "open") and found.best is not None:
+    if found.finished >= found.budget and found.waiting:
+        out.print(f"  {ledger.left_waiting_text(found.waiting)}", markup=False)
+    if (found.ended or found.state != "open") and found.best is not None and found.protocol != "confirmation":
         out.print(f"  best {found.best:.4f} (trial {found.best_number})", markup=False)
     if found.failures:
         out.print(f"  {failures_text(found)}", markup=False)

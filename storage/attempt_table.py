@@ -8,6 +8,7 @@ versions.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from optuna.trial import TrialState
@@ -32,6 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import InstrumentedAttribute
 
+from storage.artifacts import inside
 from storage.owners import Owner, clock
 from storage.tables import TrialModel
 
@@ -124,6 +126,18 @@ def first_began(study_id: int | InstrumentedAttribute[int]) -> Select[datetime]:
     )
 
 
+def durations(connection: Connection, study_id: int, last: int) -> list[float]:
+    """How many seconds the attempts took that finished the `last` trials of a study."""
+    rows = connection.execute(
+        select(table.c.began, table.c.ended)
+        .join(TrialModel, TrialModel.trial_id == table.c.trial_id)
+        .where(TrialModel.study_id == study_id, table.c.outcome == "finished")
+        .order_by(TrialModel.number.desc())
+        .limit(last)
+    )
+    return [(ended - began).total_seconds() for began, ended in rows]
+
+
 def start(
     connection: Connection, trial_id: int, owner: Owner, beat_seconds: float, *, is_new: bool = False
 ) -> list[Attempt]:
@@ -201,4 +215,6 @@ def has_running_attempt() -> ColumnElement[bool]:
 def _attempt(row: RowMapping) -> Attempt:
     owner = Owner(**{name: row[name] for name in _OWNER})
     columns = {name: row[name] for name in Attempt.__dataclass_fields__ if name != "owner"}
+    if inside(Path(), row["checkpoint"]) is None:
+        columns["checkpoint"] = None  # everyone who may write to the database can name any file
     return Attempt(owner=owner, **columns)

@@ -94,6 +94,18 @@ def file_identity(url: str) -> tuple[object, ...]:
     return path, status.st_dev, status.st_ino
 
 
+def require_same_file(url: str, identity: tuple[object, ...]) -> None:
+    """Raises StorageError unless the SQLite file at `url` is the one of `identity` (see `file_identity`).
+
+    A file that is removed stays readable and writable for those who have it open, and is lost when they end.
+    """
+    if file_identity(url) != identity:
+        raise StorageError(
+            f"the database {redact(url)} was removed or replaced while it was in use, so what was recorded since then "
+            "is lost: restore a backup, or run the same command again"
+        )
+
+
 def connect_with_retries(url: str, patience: float) -> PatientStorage:
     """As `connect`, but tried again for `patience` seconds while the server is away: workers start before it does.
 

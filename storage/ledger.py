@@ -547,6 +547,12 @@ def started_outside_text(numbers: Sequence[int]) -> str:
     )
 
 
+def left_waiting_text(waiting: int) -> str:
+    """A sentence for people about trials that wait in a study whose budget is spent."""
+    wait, them = ("trial waits", "it") if waiting == 1 else ("trials wait", "them")
+    return f"{waiting} {wait}, and the budget has no room for {them}: `trialyard create` with more trials makes it"
+
+
 def check(storage: RDBStorage) -> list[str]:
     """Which promises the studies in the database do not keep, a sentence each; empty if they keep all."""
     return read(storage, _problems)

@@ -185,13 +185,12 @@ def find(name: str, storage: RDBStorage) -> ledger.Study:
     except StudyGone:
         known = names(storage)
         shown_url = transactions.redact(str(storage.engine.url))
+        ready = name in definitions.catalog()
+        create = f"`trialyard create {name if ready else 'FILE'}` creates {'it' if ready else 'one'}"
         if not known:
-            raise StudyError(
-                f"there is no study {name!r} in {shown_url}, nor any other: `trialyard create {name}`"
-            ) from None
+            raise StudyError(f"there is no study {name!r} in {shown_url}, nor any other: {create}") from None
         raise StudyError(
-            f"there is no study {name!r} in {shown_url}{nearest(name, known)}: it has {', '.join(known)}; "
-            f"`trialyard create {name}` creates it"
+            f"there is no study {name!r} in {shown_url}{nearest(name, known)}: it has {', '.join(known)}; {create}"
         ) from None
     except NotOurStudy as error:
         raise StudyError(str(error)) from None

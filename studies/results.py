@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Select, and_, func, select
+from sqlalchemy import Connection, Select, and_, select
 
 from storage import attributes, claims, ledger, settings
 from storage.artifacts import inside
-from storage.attempt_table import Attempt, of_trial, started_outside
-from storage.attempt_table import table as attempt_rows
+from storage.attempt_table import Attempt, durations, of_trial, started_outside
 from storage.claims import RunningTrial
 from storage.ledger import Study
 from storage.ranking import is_scored, ranked
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LAST_TRIALS = 50  # whose durations the time left is estimated from
 MAX_IDS_IN_CLAUSE = 500  # trials that one statement names
 LEADERBOARD_ATTRIBUTES = ("deviation", "epochs", "parameters", "seconds")  # user attributes that a leaderboard shows
 
@@ -75,10 +75,16 @@ class Status:
     ended: bool
     best: float | None  # the best value so far
     best_number: int | None
-    seconds_left: float | None  # estimated from the pace since the first trial started; None before one has finished
+    # Estimated from the last finished trials and the slots that are free for it; None before one has finished.
+    seconds_left: float | None
     workers: tuple[RunningTrial, ...]
     outside: tuple[int, ...]  # numbers of RUNNING trials that no worker started, but for example a `study.ask()`
     failures: tuple[str, ...]  # why trials failed, as "kind: message", each reason once
+
+    @property
+    def finished(self) -> int:
+        """How many trials count against the budget for good."""
+        return self.complete + self.pruned + self.failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -463,13 +469,13 @@ def _failures(storage: RDBStorage, study_id: int) -> tuple[str, ...]:
 
 
 def _seconds_left(storage: RDBStorage, study: Study) -> float | None:
-    left, ran = study.budget.total - study.finished, study.finished - study.budget.imported
+    """How long the rest of the budget takes: trials take as long as the last ones did, in the slots that are free."""
+    left = study.budget.total - study.finished
     if left <= 0:
         return 0.0
-    if ran <= 0 or study.first_began is None:
+    seconds = read(storage, lambda connection: durations(connection, study.id, LAST_TRIALS))
+    if not seconds:
         return None
-    # Imported trials have no attempt: they took no time here.
-    query = select(func.max(attempt_rows.c.ended)).join(TrialModel, TrialModel.trial_id == attempt_rows.c.trial_id)
-    finished = (TrialModel.study_id == study.id, attempt_rows.c.outcome == "finished")
-    last = read(storage, lambda connection: connection.execute(query.where(*finished)).scalar())
-    return None if last is None else (last - study.first_began).total_seconds() / ran * left
+    grace = settings.load().grace_seconds
+    slots = sum(slot.study in (study.name, None) and slot.silent_seconds <= grace for slot in workers(storage))
+    return sum(seconds) / len(seconds) * left / max(1, min(slots, left))

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes
 from storage.artifacts import inside
+from storage.ledger import left_waiting_text
 from studies import findings
 from studies.definition import Definition, to_toml
 from studies.statistics import MIN_SEEDS, Interval, seeds_needed
@@ -74,13 +75,15 @@ def head(content: "Content") -> str:
             ("waiting", counts.waiting),
         )
     )
-    progress = "has ended" if counts.finished >= content.budget else f"is {content.state}"
-    return _paragraphs(
-        [
-            escaped(content.definition.description),
-            f"**{counts.finished} of {content.budget} trials** ({by_state}); the study {progress}.",
-        ]
-    )
+    is_spent = counts.finished >= content.budget
+    progress = "has ended" if is_spent else f"is {content.state}"
+    lines = [
+        escaped(content.definition.description),
+        f"**{counts.finished} of {content.budget} trials** ({by_state}); the study {progress}.",
+    ]
+    if is_spent and counts.waiting:
+        lines.append(f"{left_waiting_text(counts.waiting)}.")
+    return _paragraphs(lines)
 
 
 def sections(content: "Content") -> list[Section]:

@@ -147,6 +147,20 @@ def test_a_path_below_the_folder_is_followed() -> None:
     assert artifacts.inside(Path("/folder"), "study/3/model.keras") == Path("/folder/study/3/model.keras")
 
 
+@pytest.mark.parametrize("checkpoint", ["/etc/checkpoint.npz", "../../checkpoint.npz"])
+def test_a_checkpoint_outside_the_folder_is_not_followed(
+    storage: PatientStorage, study: str, me: Owner, checkpoint: str
+) -> None:
+    first = claims.claim(storage, ledger.find(storage, study), me, 60.0)
+    assert first is not None
+    claims.requeue(storage, first, "interrupted", "")
+    with storage.engine.begin() as connection:
+        attempt_table.change(connection, first.trial_id, 1, checkpoint=checkpoint)
+    second = claims.claim(storage, ledger.find(storage, study), me, 60.0)
+    assert second is not None
+    assert second.checkpoints == (str(first.folder / artifacts.CHECKPOINT),)
+
+
 def test_another_program_s_model_does_not_count_as_a_kept_model(storage: PatientStorage, study: str) -> None:
     opened = registry.open(study, storage)
     for model in ("resnet50", 3, "other/0/model.keras"):

@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 
 from storage import claims, database, ledger, owners
 from studies import registry
+from studies.rendering import report
 
 
 def _dump(home: Path) -> list[str]:
@@ -41,7 +42,8 @@ space.dropout = { low = 0.0, high = 0.5 }
         (["run", "digit"], ["'digit' is neither a file nor in the catalog", "did you mean 'digits'?"]),
         (["create", "none.toml"], ["none.toml cannot be read (No such file or directory)"]),
         (["status", "digit"], ["there is no study 'digit'", "did you mean 'digits'?", "it has digits"]),
-        (["best", "nothing"], ["there is no study 'nothing'", "`trialyard create nothing`"]),
+        (["status", "mnist-tiny"], ["there is no study 'mnist-tiny'", "`trialyard create mnist-tiny` creates it"]),
+        (["best", "nothing"], ["there is no study 'nothing'", "`trialyard create FILE` creates one"]),
         (["best", "digits"], ["study 'digits' has no complete trial yet", "`trialyard work digits`"]),
         (["leaderboard", "nothing"], ["there is no study 'nothing'"]),
         (["work", "nothing"], ["there is no study 'nothing'"]),
@@ -85,6 +87,31 @@ def test_an_argument_that_is_not_utf_8_is_one_sentence(trialyard: Call) -> None:
     trialyard("storage", "create")
     code, out, err = trialyard("status", "\udcff")
     assert (code, out, err) == (1, "", "error: '\\udcff' is not text in UTF-8: write it so\n")
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_every_text(
+    home: Path, monkeypatch: pytest.MonkeyPatch, trialyard: Call
+) -> None:
+    (home / "n.toml").write_text(f'description = "größe → ✓"\n{GOOD}', encoding="utf-8")
+    trialyard("create", "n.toml")
+    study = registry.open("n", f"sqlite:///{home}/yard/studies.db")
+    failure = {"kind": "nan", "message": "größe"}
+    study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"failure": failure}))
+    printed = io.BytesIO()
+    for arguments in (["status"], ["report", "n", "--format", "table"], ["status", "größe"]):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+        code, _, err = trialyard(*arguments)
+        assert (code, "UTF-8" in err) == (int("größe" in arguments), False)
+        sys.stdout.flush()
+    assert b"gr\\xf6\\xdfe" in printed.getvalue()
+
+
+def test_trials_that_wait_after_the_end_are_mentioned(finished_study: str, home: Path, trialyard: Call) -> None:
+    registry.open(finished_study, f"sqlite:///{home}/yard/studies.db").enqueue_trial({"dropout": 0.3})
+    sentence = "1 trial waits, and the budget has no room for it: `trialyard create` with more trials makes it"
+    assert f"  {sentence}" in trialyard("status")[1]
+    assert f"{sentence}." in report(finished_study, f"sqlite:///{home}/yard/studies.db", "markdown")
+    assert trialyard("work", finished_study)[1].endswith(", best 0.9000 (trial 1), ended\n")
 
 
 @pytest.mark.parametrize(

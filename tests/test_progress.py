@@ -130,6 +130,18 @@ def test_the_time_left_has_fitting_units(storage: RDBStorage, study: str, second
     assert progress_line(status).endswith(words)
 
 
+def test_pruned_trials_are_counted_and_a_confirmation_has_no_best(storage: RDBStorage, claim: Claim) -> None:
+    claims.finish(storage, claim, TrialState.PRUNED, None, {})
+    status = results.status(claim.study, storage)
+    assert progress_line(status).startswith("trivial: 1 of 5 trials (1 pruned), best none yet, ")
+    output = io.StringIO()
+    lines = Lines(Console(file=output, width=200), lambda name: results.status(name, storage))
+    lines.ended(claim, storage.get_trial(claim.trial_id))
+    assert "; 1 of 5 done (1 pruned), best none yet" in output.getvalue()
+    confirmation = dataclasses.replace(status, protocol="confirmation", pruned=0, complete=1, best=0.9, best_number=0)
+    assert progress_line(confirmation).startswith("trivial: 1 of 5 trials, about")
+
+
 def test_hyperparameters_are_short() -> None:
     assert shown({"depth": 3, "learning_rate": 0.000123456, "optimizer": "adam", "batch_norm": True}) == (
         "depth 3, learning_rate 0.0001235, optimizer adam, batch_norm True"

@@ -1,16 +1,19 @@
 """The best trial is the best complete one; the counts are exact; reading changes nothing."""
 
+import dataclasses
 import json
 import math
+from datetime import timedelta
 from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from search.messages import Epoch
-from storage import claims, ledger
+from storage import attempt_table, claims, ledger, owners
 from storage.owners import Owner
 from studies import registry, results
 from studies.errors import StudyError
@@ -134,6 +137,23 @@ def test_status_counts_exactly(storage: RDBStorage, study: str, me: Owner) -> No
     _end(storage, study, me, (COMPLETE, 0.6))
     status = results.status(study, storage)
     assert (status.ended, status.seconds_left, status.best) == (True, 0.0, 0.8)
+
+
+def test_the_time_left_follows_from_finished_trials_and_free_slots(storage: RDBStorage, study: str, me: Owner) -> None:
+    _end(storage, study, me, (COMPLETE, 0.7), (COMPLETE, 0.8))
+    claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
+    assert claim is not None
+    two_days, minute = timedelta(days=2), timedelta(minutes=1)
+    with storage.engine.begin() as connection:
+        rows, now = attempt_table.table, owners.database_now(connection)
+        # Two trials of a minute, with two days between them, and the third one now.
+        for trial, began in ((0, now - two_days), (1, now - minute)):
+            mine = sqlalchemy.and_(rows.c.trial_id == trial + 1, rows.c.attempt == 1)
+            connection.execute(sqlalchemy.update(rows).where(mine).values(began=began, ended=began + minute))
+    assert results.status(study, storage).seconds_left == 180.0
+    other = dataclasses.replace(me, slot="cpu:1")
+    claims.beat(storage, {me: "a processor", other: "a processor"}, [claim])
+    assert results.status(study, storage).seconds_left == 90.0
 
 
 def test_reading_changes_nothing(storage: RDBStorage, study: str, me: Owner) -> None:

@@ -10,6 +10,7 @@ from conftest import Command, ended, until
 
 import search
 import studies
+from search import worker
 from search.errors import WorkerError
 from storage.errors import StorageError
 from studies.errors import StudyError
@@ -49,6 +50,18 @@ def test_ctrl_c_puts_the_trial_back_and_the_same_call_goes_on(
     assert out == ""
     assert "begins (attempt 2)" in err
     assert studies.attempts("small", 0)[-1].resumed_after is not None
+
+
+def test_a_database_that_was_removed_meanwhile_is_an_error(
+    home: Path, write_small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*arguments: object, **options: object) -> bool:
+        (home / "yard" / "studies.db").unlink()
+        return True
+
+    monkeypatch.setattr(worker, "work", work)
+    with pytest.raises(StorageError, match="was removed or replaced while it was in use"):
+        search.run(write_small(), listeners=[])
 
 
 def test_what_runs_studies_says_in_an_exception_what_is_wrong(home: Path, write_small: Callable[..., Path]) -> None:
