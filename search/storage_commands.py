@@ -56,9 +56,10 @@ def storage_backup(
     """Copy the whole database, as it is at this moment, to a new SQLite file; workers may go on."""
     from search import service
     from search.terminal import say
+    from storage.settings import sqlite_url
 
     trials = service.backup_storage(file, settings_of(storage).url)
-    say(f"{trials} trials are in {file}: `--storage sqlite:///{file}` reads them")
+    say(f"{trials} trials are in {file}: `--storage {sqlite_url(file)}` reads them")
 
 
 @app.command("prune")

@@ -22,15 +22,18 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from storage import attempt_table, attributes, deletions, hits, legacy, slots
 from storage.artifacts import written_atomically
 from storage.errors import StorageError
+from storage.settings import sqlite_url
 from storage.tables import ALL_TABLES
 from storage.transactions import (
     PatientStorage,
     cause_of,
     file_of,
+    has_unquoted_password,
     is_transient,
     lock_file,
     lock_row,
     log_first_failure,
+    missing_privilege,
     read_only_text,
     redact,
     schema_head,
@@ -164,7 +167,7 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
                     # Made under another name: a process killed in the middle leaves no half database.
                     draft = path.with_name(f".{path.name}.new")
                     draft.unlink(missing_ok=True)
-                    _make_tables(_parsed(f"sqlite:///{draft}"))
+                    _make_tables(_parsed(sqlite_url(draft)))
                     draft.replace(path)
         elif _unusable_reason(parsed):
             engine = _engine(parsed)
@@ -178,6 +181,9 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
             with _advisory_lock(parsed):
                 _make_tables(parsed)
     except (OSError, OptunaError, SQLAlchemyError) as error:
+        missing = missing_privilege(error, parsed)
+        if missing is not None:
+            raise StorageError(f"the database {redact(url)} {missing}") from error
         way_out = (
             "choose a folder that you may write with TRIALYARD_HOME, or a URL with --storage"
             if path is not None
@@ -220,7 +226,8 @@ def upgrade(url: str) -> tuple[str, list[str]]:
         _add_ours(storage)
         repaired = write(storage, None, legacy.upgrade)
     except (OptunaError, SQLAlchemyError, RuntimeError) as error:
-        raise StorageError(f"the database {redact(url)} cannot be upgraded ({cause_of(error)})") from error
+        reason = missing_privilege(error, parsed) or f"cannot be upgraded ({cause_of(error)})"
+        raise StorageError(f"the database {redact(url)} {reason}") from error
     return storage.get_current_version(), repaired
 
 
@@ -274,8 +281,12 @@ def _unusable_reason(url: URL) -> str | None:
                 outdated = legacy.outdated(connection)
                 current = attributes.of_studies(connection, ("definition",)) if outdated else []
     except (SQLAlchemyError, sqlite3.Error) as error:
+        missing = missing_privilege(error, url)
+        if missing is not None:
+            raise StorageError(f"the database {redact(str(url))} {missing}") from error
         hint = (
-            "is its server up, and are the user and password right?"
+            "is its server up, and are the user and the password right? In a URL @ : / # ? and % of a password are "
+            "quoted, such as %40 for @"
             if file_of(url) is None
             else "is it a database, and may you write it and its folder?"
         )
@@ -323,6 +334,9 @@ def _storage(url: URL, *, skip_table_creation: bool = True, skip_compatibility_c
             skip_table_creation=skip_table_creation,
         )
     except (OptunaError, SQLAlchemyError, RuntimeError, sqlite3.Error) as error:
+        missing = missing_privilege(error, url)
+        if missing is not None:
+            raise StorageError(f"the database {redact(str(url))} {missing}") from error
         raise StorageError(
             f"the database {redact(str(url))} cannot be opened ({cause_of(error)}): is it an Optuna database of this "
             "version? If it is of an older one, `trialyard storage upgrade` helps"
@@ -332,10 +346,15 @@ def _storage(url: URL, *, skip_table_creation: bool = True, skip_compatibility_c
 def _rendered(url: URL) -> str:
     path = file_of(url)
     # The path is made absolute: a process that changes its folder must not find another database.
-    return f"sqlite:///{path}" if path is not None else url.render_as_string(hide_password=False)
+    return sqlite_url(path) if path is not None else url.render_as_string(hide_password=False)
 
 
 def _parsed(url: str) -> URL:
+    if has_unquoted_password(url):
+        raise StorageError(
+            "the database's URL has more than one @, so its password is not quoted: write @ in it as %40, : as %3A, / "
+            "as %2F, # as %23, ? as %3F and % as %25, or put it into a file that TRIALYARD_STORAGE_PASSWORD_FILE names"
+        )
     try:
         parsed = sqlalchemy.make_url(url)
         backend = parsed.get_backend_name()
@@ -349,10 +368,10 @@ def _parsed(url: str) -> URL:
         raise StorageError(
             f"the database {redact(url)} is of a kind that Trialyard does not know ({backend}): write {KINDS}"
         )
-    if not parsed.database or parsed.database == ":memory:" or parsed.query:
+    if not parsed.database or parsed.database == ":memory:" or "?" in url:
         raise StorageError(
-            f"the database {redact(url)} is no plain file, and workers in several processes must share it: "
-            "write sqlite:///folder/studies.db"
+            f"the database {redact(url)} is not a plain file, and workers in several processes must share it: "
+            "write sqlite:///folder/studies.db, and a ? in a path as %3F"
         )
     return parsed
 
@@ -477,7 +496,7 @@ def _copy_file(storage: RDBStorage, path: Path) -> None:
 
 def _copy_rows(storage: RDBStorage, path: Path) -> None:
     """Every row of Optuna's tables, as of one moment, in an order in which a row follows those that it names."""
-    url = _parsed(f"sqlite:///{path}")
+    url = _parsed(sqlite_url(path))
     _make_tables(url)
     target = _storage(url)
     existing = set(sqlalchemy.inspect(storage.engine).get_table_names())

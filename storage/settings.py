@@ -56,7 +56,7 @@ class Settings(BaseSettings):
         elif self.storage_file is not None:
             url = _read("TRIALYARD_STORAGE_FILE", self.storage_file, "the database's URL")
         else:
-            return f"sqlite:///{self.home.absolute() / 'studies.db'}"
+            return sqlite_url(self.home.absolute() / "studies.db")
         if self.storage_password_file is None:
             return url
         return _with_password(
@@ -90,6 +90,11 @@ class Settings(BaseSettings):
     def log_folder(self) -> Path:
         """The folder of the trainer processes' output."""
         return self.home.absolute() / "logs"
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of a SQLite file. What a path may have and a URL quotes, such as ``?`` and ``%``, is quoted."""
+    return sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
 
 
 def _read(name: str, path: Path, what: str) -> str:

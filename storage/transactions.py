@@ -10,6 +10,7 @@ import functools
 import hashlib
 import logging
 import math
+import re
 import sqlite3
 import threading
 import time
@@ -24,7 +25,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb.storage import _VersionManager
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, Connection, Engine, orm, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from storage.errors import Locked, StorageError
@@ -217,6 +218,8 @@ def _state_of(error: BaseException) -> str | None:
 
 def redact(url: str) -> str:
     """`url` with its password masked, fit to be shown."""
+    if has_unquoted_password(url):
+        return "(a URL whose password is not quoted)"
     try:
         parsed = sqlalchemy.make_url(url)
         hidden = parsed.update_query_dict(dict.fromkeys(_secret_options(parsed), "***"))
@@ -225,8 +228,15 @@ def redact(url: str) -> str:
         return "(a URL that does not parse)"
 
 
+def has_unquoted_password(url: str) -> bool:
+    """Whether a server's `url` has more than one ``@``: then nobody knows where its password ends."""
+    return not url.startswith("sqlite") and url.count("@") > 1
+
+
 def has_password(url: str) -> bool:
     """Whether `url` shows a password, also in a URL that does not parse."""
+    if has_unquoted_password(url):
+        return True
     try:
         parsed = sqlalchemy.make_url(url)
         return bool(parsed.password or _secret_options(parsed))
@@ -244,6 +254,39 @@ def cause_of(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# By what PostgreSQL says is denied: the statement that grants it.
+_GRANTS = {
+    r"permission denied for schema (\S+)": "USAGE, CREATE ON SCHEMA {name}",
+    r"permission denied for table (\S+)": "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public",
+    r"permission denied for sequence (\S+)": "USAGE, SELECT ON ALL SEQUENCES IN SCHEMA public",
+    r"permission denied for database (\S+)": "CONNECT ON DATABASE {name}",
+}
+
+
+def missing_privilege(error: BaseException, url: URL) -> str | None:
+    """What the user of `url` may not do and which statement grants it, in words; None if that is not the `error`."""
+    cause = cause_of(error)
+    for pattern, grant in _GRANTS.items():
+        denied = re.search(pattern, cause)
+        if denied:
+            statement = f'GRANT {grant.format(name=denied[1])} TO "{url.username}"'
+            return f"refuses its user ({denied[0]}): let the owner of the database run `{statement}`"
+    if "must be owner of" in cause:
+        return f"refuses its user ({cause}): run the command as the owner of its tables"
+    return None
+
+
+@contextlib.contextmanager
+def _with_privileges(storage: RDBStorage) -> Iterator[None]:
+    try:
+        yield
+    except ProgrammingError as error:
+        missing = missing_privilege(error, storage.engine.url)
+        if missing is None:
+            raise
+        raise StorageError(f"the database {redact(str(storage.engine.url))} {missing}") from error
 
 
 # --- the lock, and transactions ---------------------------------------------------------------------------
@@ -274,7 +317,7 @@ def write(storage: RDBStorage, study: str | None, work: Callable[[Connection], T
         if path is not None:
             with _study_lock(path, study) if study is not None else contextlib.nullcontext():
                 return _in_sqlite(storage, work)
-        with _timed_out(study), storage.engine.begin() as connection:
+        with _timed_out(study), _with_privileges(storage), storage.engine.begin() as connection:
             lock_row(connection, study)
             return work(connection)
 

