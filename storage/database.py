@@ -19,9 +19,10 @@ from optuna.storages import RDBStorage
 from sqlalchemy import URL, Engine, text
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
-from storage import attempt_table, attributes, deletions, hits, legacy, slots
+from storage import attempt_table, attributes, deletions, hits, legacy, settings, slots
 from storage.artifacts import written_atomically
 from storage.errors import StorageError
+from storage.mounts import network_kind
 from storage.settings import sqlite_url
 from storage.tables import ALL_TABLES
 from storage.transactions import (
@@ -74,6 +75,8 @@ def connect(url: str, patience: float = 0.0) -> PatientStorage:
             f"there is no database at {redact(url)}: `trialyard create digits` makes it with a first study, "
             "or set TRIALYARD_STORAGE to the one you mean"
         )
+    if path is not None:
+        _require_local_disk(path)
     lacking = _unusable_reason(parsed)
     if lacking:
         raise StorageError(f"the database {redact(url)} {lacking}")
@@ -83,6 +86,16 @@ def connect(url: str, patience: float = 0.0) -> PatientStorage:
         storage = _storage(parsed)  # which says what is wrong
     storage.patience = patience
     return storage
+
+
+def _require_local_disk(path: Path) -> None:
+    kind = network_kind(path)
+    if kind is not None and not settings.load().network_sqlite:
+        raise StorageError(
+            f"the database {path} is on a network disk ({kind}), where SQLite's locks do not hold and "
+            "data may be lost: use PostgreSQL or a local disk, or set TRIALYARD_NETWORK_SQLITE=1 if one machine alone "
+            "uses it"
+        )
 
 
 def file_identity(url: str) -> tuple[object, ...]:
@@ -160,6 +173,7 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
     path = file_of(parsed)
     try:
         if path is not None:
+            _require_local_disk(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             # Two first runs at once would each make half of the tables.
             with lock_file(path, "database"):

