@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial
 
 from search.errors import WorkerError
-from storage import database, ledger, retention, settings, slots, transactions
+from storage import database, ledger, promises, retention, settings, slots, transactions
 from storage.ledger import Study
 from storage.retention import UnneededFile
 from storage.settings import Settings
@@ -387,7 +387,7 @@ def upgrade_storage(storage: str | None = None) -> tuple[str, list[str]]:
 def check_storage(storage: str | None = None) -> list[str]:
     """What is wrong with the database and its studies, a sentence each; empty if nothing is. Raises StorageError."""
     opened = database.connect(_settings(storage).url)
-    return database.check(opened) + ledger.check(opened)
+    return database.check(opened) + promises.check(opened)
 
 
 def backup_storage(file: str | Path, storage: str | None = None) -> int:

@@ -172,7 +172,7 @@ def create_study(
         empty = next_number(connection, study_id) == 0
         if stored is None and not empty:
             raise NotOurStudy
-        _require_direction(connection, study_id)
+        require_direction(connection, study_id)
         if stored is None:
             for name, value in {"definition": definition, "data": data}.items():
                 _set_attribute(connection, study_id, name, value)
@@ -182,7 +182,7 @@ def create_study(
             accept(stored, attributes.of_study(connection, study_id, "data") or {})
         if attributes.of_study(connection, study_id, "incarnation") is None:
             _set_attribute(connection, study_id, "incarnation", uuid.uuid4().hex)
-        before = _budget(connection, study_id)
+        before = budget_of(connection, study_id)
         added = _add_imported(connection, study_id, digests)
         actual = set_larger_budget(connection, study_id, budget)
         (created,) = _load(connection, StudyModel.study_id == study_id)
@@ -211,9 +211,9 @@ def raise_budget(storage: RDBStorage, study: Study, budget: Budget) -> Budget:
 
 def set_larger_budget(connection: Connection, study_id: int, budget: Budget) -> Budget:
     """The same in the caller's transaction."""
-    existing = _budget(connection, study_id)
+    existing = budget_of(connection, study_id)
     larger = budget if existing is None else _larger(budget, existing)
-    actual = replace(larger, imported=len(_imported_digests(connection, study_id)))
+    actual = replace(larger, imported=len(imported_digests(connection, study_id)))
     if actual != existing:
         _set_attribute(connection, study_id, "budget", asdict(actual))
     return actual
@@ -265,7 +265,7 @@ def _digest(trial: Imported) -> str:
 
 def _add_imported(connection: Connection, study_id: int, by_digest: Mapping[str, Imported]) -> int:
     """Inserts the trials that are not there yet. Table by table, not trial by trial: the study is locked meanwhile."""
-    existing = _imported_digests(connection, study_id)
+    existing = imported_digests(connection, study_id)
     new = {digest: trial for digest, trial in by_digest.items() if digest not in existing}
     if not new:
         return 0
@@ -305,7 +305,7 @@ def _add_imported(connection: Connection, study_id: int, by_digest: Mapping[str,
     return len(new)
 
 
-def _imported_digests(connection: Connection, study_id: int) -> set[str]:
+def imported_digests(connection: Connection, study_id: int) -> set[str]:
     """The digests of the study's imported trials. What others store under this name does not have their form."""
     digests = attributes.of_all_trials(connection, study_id, IMPORT_KEY)
     return {digest for digest in digests if isinstance(digest, str) and IMPORT_KEY_PATTERN.fullmatch(digest)}
@@ -421,7 +421,7 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
         for study in attributes.of_studies(connection, attributes.SHAPES, *where)
         if _is_readable(study) and {"budget", "definition", "incarnation"} <= study.values.keys()
     ]
-    progress = _progress(connection, [study.study_id for study in complete])
+    progress = progress_of(connection, [study.study_id for study in complete])
     return [
         Study(
             id=study.study_id,
@@ -441,7 +441,7 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
     ]
 
 
-def _progress(connection: Connection, study_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+def progress_of(connection: Connection, study_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
     """For each study its finished, running, outside and waiting trials, when the first one began, and the time now.
 
     Only unfinished trials are counted, which are few. One statement sees one moment, also without a lock: a trial that
@@ -508,10 +508,11 @@ def counts(storage: RDBStorage, study_id: int) -> Counts:
 
 def check_direction(storage: RDBStorage, study: Study) -> None:
     """Raises WrongDirection unless the study maximizes exactly one value."""
-    read(storage, lambda connection: _require_direction(connection, study.id))
+    read(storage, lambda connection: require_direction(connection, study.id))
 
 
-def _require_direction(connection: Connection, study_id: int) -> None:
+def require_direction(connection: Connection, study_id: int) -> None:
+    """Raises WrongDirection unless the study maximizes exactly one value."""
     directions = (
         connection.execute(select(StudyDirectionModel.direction).where(StudyDirectionModel.study_id == study_id))
         .scalars()
@@ -529,12 +530,13 @@ def state_of(connection: Connection, study_id: int) -> State:
     return stored or "open"
 
 
-def _budget(connection: Connection, study_id: int) -> Budget | None:
+def budget_of(connection: Connection, study_id: int) -> Budget | None:
+    """The study's budget; None if it has none, because its creation was cut off."""
     stored = attributes.of_study(connection, study_id, "budget")
     return None if stored is None else Budget(**stored)
 
 
-# --- check ------------------------------------------------------------------------------------------------
+# --- sentences ------------------------------------------------------------------------------------------------
 
 
 def started_outside_text(numbers: Sequence[int]) -> str:
@@ -551,51 +553,3 @@ def left_waiting_text(waiting: int) -> str:
     """A sentence for people about trials that wait in a study whose budget is spent."""
     wait, them = ("trial waits", "it") if waiting == 1 else ("trials wait", "them")
     return f"{waiting} {wait}, and the budget has no room for {them}: `trialyard create` with more trials makes it"
-
-
-def check(storage: RDBStorage) -> list[str]:
-    """Which promises the studies in the database do not keep, a sentence each; empty if they keep all."""
-    return read(storage, _problems)
-
-
-def _problems(connection: Connection) -> list[str]:
-    problems = [
-        f"study {name} is of an older Trialyard, and is left out: run `trialyard storage upgrade`"
-        for name in legacy.outdated(connection).values()
-    ]
-    for study in attributes.of_studies(connection, attributes.SHAPES):
-        problems += [study.problem] if study.problem is not None else _study_problems(connection, study)
-    return problems
-
-
-def _study_problems(connection: Connection, study: attributes.StudyAttributes) -> list[str]:
-    study_id, name = study.study_id, study.name
-    problems: list[str] = []
-    try:
-        _require_direction(connection, study_id)
-    except WrongDirection as wrong:
-        problems.append(
-            f"study {name} {wrong}, and its samplers search for the worst accuracy: `trialyard delete {name}`, and "
-            "create it again"
-        )
-    limit = _budget(connection, study_id)
-    if limit is None:
-        problems.append(f"study {name}: it has no budget: `trialyard create` with its definition completes it")
-    else:
-        progress = _progress(connection, [study_id])[study_id]
-        begun = progress["finished"] + progress["running"]
-        if begun > limit.total:
-            problems.append(f"study {name}: {begun} trials, over its {limit.total}")
-        imported = len(_imported_digests(connection, study_id))
-        if imported != limit.imported:
-            problems.append(f"study {name}: {imported} imported trials, and its budget says {limit.imported}")
-    twice = connection.execute(
-        select(TrialModel.number)
-        .where(TrialModel.study_id == study_id)
-        .group_by(TrialModel.number)
-        .having(func.count() > 1)
-    ).scalars()
-    problems += [f"study {name}: two trials have the number {number}" for number in twice]
-    outside = attempt_table.started_outside(connection, study_id)
-    problems += [f"study {name}: {started_outside_text(outside)}"] if outside else []
-    return problems + legacy.problems(connection, study_id, name)

@@ -8,7 +8,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 import studies
-from storage import claims, database, ledger
+from storage import claims, database, ledger, promises
 from storage.owners import Owner
 from storage.transactions import PatientStorage
 from studies import registry
@@ -62,7 +62,7 @@ def test_the_budget_grows_where_it_has_no_room(either_url: str, trivial: Definit
     assert repeated.system_attrs["fixed_params"] == {"dropout": 0.3}
     assert repeated.user_attrs["retry_of"] == 3
     assert studies.retry("trivial", storage) == [], "each is repeated once"
-    assert ledger.check(storage) == []
+    assert promises.check(storage) == []
     storage.engine.dispose()
 
 

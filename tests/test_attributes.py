@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from storage import artifacts, attempt_table, attributes, claims, database, ledger, legacy, transactions
+from storage import artifacts, attempt_table, attributes, claims, database, ledger, legacy, promises, transactions
 from storage.errors import StudyUnreadable
 from storage.ledger import Budget
 from storage.owners import Owner
@@ -40,7 +40,7 @@ def _readable(storage: PatientStorage, name: str) -> None:
     report(name, storage, "markdown")
     report(name, storage, "html")
     notes.publish(name, storage, Path("nowhere"), optuna.storages.get_storage(storage), last=True)
-    ledger.check(storage)
+    promises.check(storage)
     claims.running_trials(storage, registry.find(name, storage).id)
 
 
@@ -53,7 +53,7 @@ def test_another_program_s_study_with_our_attribute_names_is_ignored(
             other.set_user_attr(name, value)
     assert registry.names(storage) == [study]
     assert [entry.name for entry in ledger.studies(storage)] == [study]
-    assert ledger.check(storage) == []
+    assert promises.check(storage) == []
     assert claims.claim(storage, ledger.find(storage, study), me, 60.0) is not None
 
 
@@ -79,7 +79,7 @@ def test_a_study_whose_attribute_has_a_wrong_shape_is_left_out_with_one_warning(
         assert registry.names(storage) == [study]
     sentence = f"study 'other' is not readable, because Trialyard never writes its attribute trialyard:{name} as "
     assert caplog.text.count(sentence) == 1
-    (problem,) = ledger.check(storage)
+    (problem,) = promises.check(storage)
     assert problem.startswith(sentence + json.dumps(value))
     for read_it in (ledger.find, lambda storage, name: results.status(name, storage)):
         with pytest.raises(StudyUnreadable, match="is not readable"):
@@ -105,7 +105,7 @@ def test_another_program_s_trial_with_our_attribute_names_breaks_nothing(
     opened.enqueue_trial({}, user_attrs=attrs)
     _readable(storage, study)
     assert [holding.number for holding in claims.running_trials(storage, study_id)] == [0]
-    (problem,) = ledger.check(storage)
+    (problem,) = promises.check(storage)
     assert problem == (
         f"study {study}: 1 trial was started outside Trialyard and has not ended: trial 3; "
         "no worker waits for it, and `optuna tell` ends it"

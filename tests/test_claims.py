@@ -28,7 +28,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from search.devices import Slot, cpu
 from search.heartbeat import Heartbeat
-from storage import attempt_table, claims, database, ledger, owners, silence, slots, transactions
+from storage import attempt_table, claims, database, ledger, owners, promises, silence, slots, transactions
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL
 from storage.claims import Claim
 from storage.errors import ClaimLost, StorageError
@@ -107,7 +107,7 @@ def test_a_trial_without_a_finite_score_is_not_complete(
         "kind": "nan",
         "message": f"its score is {value}, which is not a finite number",
     }
-    assert ledger.check(storage) == []
+    assert promises.check(storage) == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -239,19 +239,19 @@ def test_a_running_trial_always_has_an_owner_and_a_heartbeat(storage: PatientSto
     (holding,) = claims.running_trials(storage, claim.study_id)
     assert (holding.number, holding.pid, holding.attempt) == (0, os.getpid(), 1)
     assert holding.silent_seconds < GRACE
-    assert ledger.check(storage) == []
+    assert promises.check(storage) == []
 
 
 def test_check_sees_what_must_not_be(storage: PatientStorage, study: str, me: Owner) -> None:
     optuna_study = registry.open(study, storage)
     optuna_study.ask()  # RUNNING without owner or heartbeat: not by our hand
-    assert ledger.check(storage) == [
+    assert promises.check(storage) == [
         f"study {study}: 1 trial was started outside Trialyard and has not ended: trial 0; "
         "no worker waits for it, and `optuna tell` ends it"
     ]
     for _ in range(6):
         optuna_study.tell(optuna_study.ask(), 0.5)
-    assert f"study {study}: 6 trials, over its 5" in ledger.check(storage)
+    assert f"study {study}: 6 trials, over its 5" in promises.check(storage)
 
 
 def test_a_trial_that_was_asked_for_and_never_told_blocks_nothing(
@@ -658,7 +658,7 @@ def test_many_processes_some_of_them_killed_spend_exactly_the_budget(
     counts = ledger.counts(storage, study_id)
     assert counts.finished == 60
     assert (counts.running, counts.waiting) == (0, 0)
-    assert ledger.check(storage) == []
+    assert promises.check(storage) == []
     assert database.check(storage) == []
     trials = storage.get_all_trials(study_id)
     assert [trial.number for trial in trials] == list(range(60))
@@ -706,7 +706,7 @@ def test_a_crash_at_any_line_of_a_claim_strands_nothing(
     assert result.returncode == -signal.SIGKILL
     if statement < 99:
         assert result.stdout == "", "a claim has fewer changes than this: all are tested"
-    assert ledger.check(storage) == []
+    assert promises.check(storage) == []
     numbers = []
     while (claim := claims.claim(storage, ledger.find(storage, study), me, GRACE)) is not None:
         numbers.append(claim.number)
@@ -849,7 +849,7 @@ def test_imported_trials_stand_beside_the_budget(storage: PatientStorage, study:
     assert numbers == [3, 4, 5, 6]
     assert ledger.find(storage, study).has_ended
     assert ledger.counts(storage, running.study_id).complete == 7
-    assert ledger.check(storage) == []
+    assert promises.check(storage) == []
     ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=6, hours=None))
     assert ledger.find(storage, study).budget == Budget(trials=6, hours=None, imported=2)
     smaller = ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=4, hours=None))
@@ -860,7 +860,7 @@ def test_an_import_whose_answer_was_lost_is_not_done_twice(storage: PatientStora
     assert ledger.import_trials(storage, ledger.find(storage, study), _results(0.8, 0.8, 0.9)) == 3
     assert ledger.import_trials(storage, ledger.find(storage, study), _results(0.8, 0.8, 0.9)) == 0
     assert ledger.counts(storage, registry.find(study, storage).id).complete == 3
-    assert ledger.check(storage) == []
+    assert promises.check(storage) == []
 
 
 def test_optuna_reads_imported_trials_as_its_own(storage: PatientStorage, study: str) -> None:
@@ -893,7 +893,7 @@ def test_a_budget_that_forgot_an_import_is_noticed(storage: PatientStorage, stud
             'UPDATE study_user_attributes SET value_json = \'{"trials": 5, "hours": null}\' '
             "WHERE key = 'trialyard:budget'"
         )
-    assert ledger.check(storage) == [f"study {study}: 1 imported trials, and its budget says 0"]
+    assert promises.check(storage) == [f"study {study}: 1 imported trials, and its budget says 0"]
 
 
 def test_an_unreadable_state_of_one_study_stops_no_heartbeat(

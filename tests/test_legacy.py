@@ -12,7 +12,7 @@ from conftest import TRIVIAL, attempts_at
 from optuna.trial import TrialState
 
 from search import checks
-from storage import attempt_table, attributes, claims, database, ledger, legacy
+from storage import attempt_table, attributes, claims, database, ledger, legacy, promises
 from storage.errors import StorageError
 from storage.owners import Owner
 from storage.tables import TrialHeartbeatModel, TrialValueModel, set_trial_attributes, update_trial, value_row
@@ -67,14 +67,14 @@ def test_a_study_with_a_score_of_nan_is_read_by_optuna(storage: PatientStorage, 
 def test_check_finds_scores_that_are_not_finite_and_upgrade_repairs_them(
     storage: PatientStorage, scores: str, either_url: str
 ) -> None:
-    (problem,) = ledger.check(storage)
+    (problem,) = promises.check(storage)
     assert problem == (
         f"study {scores}: trials 1, 2, 4 are complete without a finite score: `trialyard storage upgrade` marks them "
         "as failed"
     )
     _, repaired = database.upgrade(either_url)
     assert repaired == [f"study {scores}: trials 1, 2, 4 are now marked as failed, without a finite score"]
-    assert ledger.check(storage) == []
+    assert promises.check(storage) == []
     counts = ledger.counts(storage, registry.find(scores, storage).id)
     assert counts == ledger.Counts(complete=2, pruned=0, failed=3, running=0, waiting=0)
     study = registry.open(scores, storage)
@@ -157,7 +157,7 @@ def test_upgrade_gives_the_attributes_of_older_studies_their_prefix(
     assert after["trialyard:software"] == {"keras": "3.15", "trialyard": checks.software()["trialyard"]}
     assert len(after["trialyard:incarnation"]) == 32
     assert registry.names(storage) == [old]
-    assert ledger.check(storage) == []
+    assert promises.check(storage) == []
     assert not registry.create(trivial, storage, DATA).changed
     assert claims.claim(storage, ledger.find(storage, old), me, 60.0) is not None
     assert database.upgrade(either_url)[1] == []
@@ -201,7 +201,7 @@ def test_older_studies_among_current_ones_are_named(
     database.connect(either_url).engine.dispose()
     assert f"left out, as of an older Trialyard: {old}; see `trialyard storage check`" in caplog.text
     assert registry.names(storage) == ["new"]
-    assert ledger.check(storage) == [
+    assert promises.check(storage) == [
         f"study {old} is of an older Trialyard, and is left out: run `trialyard storage upgrade`"
     ]
     with pytest.raises(StorageError, match="of an older Trialyard: run `trialyard storage upgrade`"):

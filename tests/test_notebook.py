@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from storage import claims, ledger
+from storage import claims, ledger, promises
 from storage.owners import Owner
 from storage.transactions import PatientStorage
 from studies import definition as definitions
@@ -36,7 +36,7 @@ def test_it_becomes_a_study_of_finished_trials_only_once(storage: PatientStorage
     assert not notebook.create(storage)
     status = results.status("notebook", storage)
     assert (status.complete, status.budget, status.ended, status.protocol) == (21, 21, True, "test")
-    assert ledger.check(storage) == []
+    assert promises.check(storage) == []
     study = optuna.load_study(study_name="notebook", storage=storage)
     assert [trial.values[0] for trial in study.trials] == CONCLUSION + SWEEP_3 + SWEEP_7
     assert all(trial.state == TrialState.COMPLETE and trial.user_attrs["protocol"] == "test" for trial in study.trials)
@@ -109,7 +109,7 @@ def test_the_budget_grows_with_imported_trials(storage: PatientStorage, digits: 
         ran += 1
     assert ran == 12
     assert results.status(digits, storage).ended
-    assert ledger.check(storage) == []
+    assert promises.check(storage) == []
     # The same definition again changes nothing, and a larger budget is more of our own.
     assert not registry.create(definitions.load("digits"), storage, {"fingerprint": "0"}).changed
     assert registry.create(definitions.load("digits", trials=13), storage, {"fingerprint": "0"}).changed

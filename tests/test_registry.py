@@ -11,7 +11,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from sqlalchemy import Connection, delete
 
-from storage import artifacts, claims, database, ledger
+from storage import artifacts, claims, database, ledger, promises
 from storage.owners import Owner
 from storage.tables import StudyUserAttributeModel
 from storage.transactions import PatientStorage
@@ -222,7 +222,7 @@ def test_another_program_s_empty_study_is_accepted_only_if_it_maximizes(
     ):
         with pytest.raises(StudyError, match="study 'trivial' minimizes its value"):
             refused()
-    (problem,) = ledger.check(storage)
+    (problem,) = promises.check(storage)
     assert problem.startswith("study trivial minimizes its value, and its samplers search for the worst accuracy: ")
     storage.engine.dispose()
 
@@ -245,7 +245,7 @@ def test_a_study_that_is_deleted_while_all_are_read_is_left_out(
     storage = database.create(either_url)
     for name in ("kept", "deleted"):
         registry.create(trivial.model_copy(update={"name": name}), storage, DATA)
-    count = ledger._progress
+    count = ledger.progress_of
 
     def count_after_a_deletion(connection: Connection, study_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
         if len(study_ids) == 2:
@@ -254,7 +254,7 @@ def test_a_study_that_is_deleted_while_all_are_read_is_left_out(
             other.engine.dispose()
         return count(connection, study_ids)
 
-    monkeypatch.setattr(ledger, "_progress", count_after_a_deletion)
+    monkeypatch.setattr(ledger, "progress_of", count_after_a_deletion)
     assert [study.name for study in ledger.studies(storage)] == ["kept"]
     storage.engine.dispose()
 

@@ -24,7 +24,7 @@ from optuna_dashboard._serializer import serialize_frozen_trial
 
 from search import dashboard
 from search.publisher import Publisher
-from storage import claims, database, ledger
+from storage import claims, database, ledger, promises
 from storage.claims import Claim
 from storage.hits import Hits
 from storage.ledger import Imported
@@ -685,7 +685,7 @@ def test_publishing_leaves_trials_and_claims_as_they_are(
     assert (place.get_all_trials(running.study_id), place.get_study_user_attrs(running.study_id)) == before
     assert claims.record_epochs(place, running, {1: 0.5}) == "open"
     claims.finish(place, running, COMPLETE, 0.8, {})
-    assert ledger.check(place) == []
+    assert promises.check(place) == []
     assert publish(trivial.name, place=place)
     assert "2 of 5 trials" in get_note(optuna.load_study(study_name=trivial.name, storage=place))
     place.engine.dispose()

