@@ -152,7 +152,7 @@ def test_a_worker_ends_when_no_slot_is_open(
 ) -> None:
     with pytest.raises(error, match=r"sees no GPUs|cannot be written"):
         fill(3, lambda slot, job, trial: failure, ["trivial"], Listener())
-    assert set(_states(storage)) == {TrialState.WAITING}
+    assert set(_states(storage)) == {TrialState.WAITING}, studies.status("trivial", storage).failures
 
 
 def test_a_worker_in_service_waits_until_the_disk_has_space_again(
