@@ -6,6 +6,7 @@ last line on standard error says what failed.
 
 import contextlib
 import importlib
+import json
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,17 @@ if TYPE_CHECKING:
 FORMATS = {"tflite": "litert", "onnx": "onnx", "savedmodel": "tf_saved_model"}
 
 
-def main(model: str, format: str, target: str, module: str = "") -> None:
+TOLERANCE = 1e-2  # by how much a probability of the written model may differ; bfloat16 has three digits
+
+
+def main(model: str, format: str, target: str, shape: str = "", module: str = "") -> None:
     """Writes the model of the file `model` to `target`, a file or, for a savedmodel, a folder.
 
-    `module`, if given, is imported first: it has the user's own layers.
+    `shape` is that of an image, as JSON such as ``[28, 28, 1]``; if it is empty, the model's own is taken, which a
+    subclassed model does not know. `module`, if given, is imported first: it has the user's own layers. What was
+    written is run once, ONNX only where ONNX Runtime is installed.
+
+    Raises SystemExit if it gives other probabilities than the model.
     """
     import keras
 
@@ -29,13 +37,39 @@ def main(model: str, format: str, target: str, module: str = "") -> None:
         with contextlib.suppress(ImportError):  # a model of Keras's own layers does not need the module
             importlib.import_module(module)
     net = keras.models.load_model(model, compile=False)
-    if getattr(net, "input_shape", None) is None:
-        kind = type(net).__name__
-        sys.exit(f"{kind} is a subclass of keras.Model, and only Sequential and functional models can be converted")
+    if not shape and getattr(net, "input_shape", None) is None:
+        sys.exit(f"{type(net).__name__} is a subclass of keras.Model, and the shape of its images is not recorded")
     if format != "savedmodel" and any(layer.compute_dtype != "float32" for layer in net.layers):
         net = _in_float32(net)
-    net(keras.ops.zeros([size or 1 for size in net.input_shape]))  # some formats need a model that was called
+    import numpy as np
+
+    sizes = [1, *json.loads(shape)] if shape else [size or 1 for size in net.input_shape]
+    images = np.random.default_rng(0).integers(0, 256, sizes).astype(np.float32)
+    wanted = keras.ops.convert_to_numpy(net(images)).astype(np.float32)  # some formats need a model that was called
     net.export(target, format=FORMATS[format], verbose=False)
+    given = _run(format, target, images)
+    if given is not None and not np.allclose(given, wanted, atol=TOLERANCE):
+        raise SystemExit(f"its probabilities differ by up to {np.abs(given - wanted).max():.3g} from the model's")
+
+
+def _run(format: str, target: str, images: Any) -> Any:
+    """What the written model gives for `images`; None where nothing is installed that runs it."""
+    if format == "onnx":
+        try:
+            onnxruntime: Any = importlib.import_module("onnxruntime")
+        except ImportError:
+            return None
+        session = onnxruntime.InferenceSession(target)
+        return session.run(None, {session.get_inputs()[0].name: images})[0]
+    import tensorflow as tf
+
+    if format == "savedmodel":
+        return tf.saved_model.load(target).serve(images).numpy()
+    lite = tf.lite.Interpreter(target)
+    lite.allocate_tensors()
+    lite.set_tensor(lite.get_input_details()[0]["index"], images)
+    lite.invoke()
+    return lite.get_tensor(lite.get_output_details()[0]["index"])
 
 
 def _in_float32(net: "keras.Model") -> "keras.Model":

@@ -1,5 +1,6 @@
 """Exports the best trial: a folder with its model and everything that says how it was made."""
 
+import json
 import os
 import platform
 import shutil
@@ -15,7 +16,6 @@ from optuna.trial import FrozenTrial
 from storage.artifacts import HISTORY, MODEL
 from storage.attributes import encoded
 from storage.errors import nearest
-from storage.ledger import Study
 from storage.settings import environment_without_secrets
 from studies import definition as definitions
 from studies import registry, results
@@ -44,8 +44,8 @@ folder:
 ```python
 import keras
 import numpy as np
-model = keras.models.load_model("model.keras")
-images = np.zeros((1, {shape}))  # yours
+{module}model = keras.models.load_model("model.keras", compile=False)
+images = np.zeros({images})  # yours
 probabilities = model.predict(images)
 print(probabilities.argmax(axis=1))
 ```
@@ -57,7 +57,7 @@ print(probabilities.argmax(axis=1))
 {more}"""
 
 OWN_MODEL = """
-If it has layers of your own, import the module of `{model}` first.
+The module of `{model}`, which may have layers of your own, must be importable: copy it to this folder.
 """
 
 
@@ -85,7 +85,8 @@ def export(
     study = registry.find(name, opened)
     trial = results.best_with_model(study, opened)
     model, history = (results.file_of(study, trial, artifact, opened) for artifact in ("model", "history"))
-    definition = definitions.from_json(study.definition)
+    definition, shape = definitions.from_json(study.definition), study.data.get("image_shape")
+    shape = shape if isinstance(shape, list) else None  # older versions did not record it
     draft = target.with_name(f".{uuid.uuid4().hex}-{target.name}")
     try:
         draft.mkdir(parents=True)
@@ -94,9 +95,9 @@ def export(
         (draft / "definition.toml").write_text(definitions.to_toml(definition), encoding="utf-8")
         record = encoded(_record(name, trial, definition), indent=2)
         (draft / "trial.json").write_text(record + "\n", encoding="utf-8")
-        (draft / "README.md").write_text(_readme(study, trial, definition, format), encoding="utf-8")
+        (draft / "README.md").write_text(_readme(name, trial, definition, format, shape), encoding="utf-8")
         if format is not None:
-            _convert(draft / MODEL, format, draft / FILES[format], definition)
+            _convert(draft / MODEL, format, draft / FILES[format], definition, shape)
         draft.rename(target)
     except OSError as error:
         raise StudyError(
@@ -141,21 +142,25 @@ def _record(name: str, trial: FrozenTrial, definition: Definition) -> dict[str, 
     }
 
 
-def _readme(study: Study, trial: FrozenTrial, definition: Definition, format: Format | None) -> str:
+def _readme(
+    name: str, trial: FrozenTrial, definition: Definition, format: Format | None, shape: list[int] | None
+) -> str:
     more = "" if format is None else f"- `{FILES[format]}`: the same model for {format}\n"
     return README.format(
-        study=study.name,
+        study=name,
         number=trial.number,
-        shape=", ".join(map(str, study.data.get("image_shape", (28, 28, 1)))),
         judged="validation" if trial.user_attrs.get("protocol", "validation") == "validation" else "test",
         value=trial.values[0],
+        module=f"import {definition.model.partition(':')[0]}\n" if ":" in definition.model else "",
+        # A subclassed model does not know the shape of its images.
+        images="(1, *model.input_shape[1:])" if shape is None else str((1, *shape)),
         more=more + (OWN_MODEL.format(model=definition.model) if ":" in definition.model else ""),
     )
 
 
-def _convert(model: Path, format: Format, target: Path, definition: Definition) -> None:
+def _convert(model: Path, format: Format, target: Path, definition: Definition, shape: list[int] | None) -> None:
     module = definition.model.partition(":")[0] if ":" in definition.model else ""
-    arguments = [str(model), format, str(target), *([module] if module else [])]
+    arguments = [str(model), format, str(target), "" if shape is None else json.dumps(shape), module]
     try:
         result = subprocess.run(
             [sys.executable, "-P", "-m", "studies.convert", *arguments],

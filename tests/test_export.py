@@ -1,11 +1,13 @@
 """An export is complete, says how it was made, and is used without Trialyard."""
 
+import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 import studies
 from storage import claims, database, ledger, owners
@@ -107,13 +109,11 @@ class Subclassed(keras.Model):  # type: ignore[misc]
         return {"name": self.name}
 
 
-def test_a_subclass_of_keras_model_is_not_converted(tmp_path: Path) -> None:
+def test_a_subclass_of_keras_model_is_not_converted_without_its_shape(tmp_path: Path) -> None:
     net = Subclassed()
     net(keras.ops.zeros((1, 8, 8, 1)))
     net.save(tmp_path / "model.keras")
-    with pytest.raises(
-        SystemExit, match=r"Subclassed is a subclass of keras\.Model, and only Sequential and functional"
-    ):
+    with pytest.raises(SystemExit, match=r"Subclassed is a subclass of keras\.Model, and the shape of its images"):
         convert.main(str(tmp_path / "model.keras"), "tflite", str(tmp_path / "out"))
 
 
@@ -190,6 +190,47 @@ def test_a_model_in_bfloat16_is_converted_in_float32(finished: RDBStorage, home:
     lite.invoke()
     predictions = lite.get_tensor(lite.get_output_details()[0]["index"])
     np.testing.assert_allclose(predictions, net.predict(images, verbose=0), atol=1e-5)
+
+
+SUBCLASSED = """
+import keras
+from keras import layers, ops
+
+@keras.saving.register_keras_serializable()
+class Sub(keras.Model):
+    def __init__(self, **rest):
+        super().__init__(**rest)
+        self.flat, self.dense = layers.Flatten(), layers.Dense(10, activation="softmax")
+
+    def call(self, images):
+        return self.dense(self.flat(ops.cast(images, "float32") / 255.0))
+"""
+
+
+def test_a_subclassed_model_is_converted_and_the_readme_loads_it(
+    home: Path, write_module: Callable[[str, str], None], trivial: Definition
+) -> None:
+    write_module("mine", SUBCLASSED)
+    sys.path.append(str(home))
+    net = importlib.import_module("mine").Sub()
+    net(np.zeros((1, 8, 8, 1)))
+    net.save(home / "model.keras")
+    own = trivial.model_copy(update={"model": "mine:build"})
+    exports._convert(home / "model.keras", "tflite", home / "model.tflite", own, [8, 8, 1])
+    assert (home / "model.tflite").is_file()
+    readme = exports._readme("own", create_trial(value=0.5), own, None, [8, 8, 1])
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    result = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"\[\d\]", result.stdout.splitlines()[-1])
+
+
+def test_a_written_model_that_gives_other_probabilities_is_refused(
+    saved: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "_run", lambda format, target, images: np.zeros((1, 10)))
+    monkeypatch.setattr(keras.Model, "export", lambda *arguments, **options: None)
+    with pytest.raises(SystemExit, match="its probabilities differ by up to"):
+        convert.main(str(saved), "tflite", str(home / "model.tflite"))
 
 
 @pytest.mark.long
