@@ -48,6 +48,7 @@ class StudyHandle:
     storage: PatientStorage
     cached: BaseStorage  # a `TrialCache` of the same storage, for samplers and pruners
     sources: Mapping[str, str] = field(default_factory=dict)  # see `studies.registry.sources`
+    precision: str | None = None  # Keras's dtype policy that the study began with
 
     def opened(self, number: int) -> optuna.Study:
         """Optuna's study for trial `number`. One for each trial, because it caches what it has read of others."""
@@ -148,6 +149,7 @@ class Attempt:
             trial=f"{self.claim.study} trial {self.claim.number} attempt {self.claim.attempt}",
             checkpoint_seconds=self.settings.checkpoint_seconds,
             sources=self.handle.sources,
+            precision=self.handle.precision,
         )
         outcome = self._run_job(job)
         if not self._may_be_left_over(outcome):

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -55,8 +56,12 @@ class Slot:
         """
         if self.device.kind == "cpu":
             return f"cpu:{self.index}"
-        instance = "" if self.device.instance is None else f".mig{self.device.instance}"
-        return f"gpu:{self.device.index}{instance}" + (f".{self.index}" if self.sharing > 1 else "")
+        return self.gpu + (f".{self.index}" if self.sharing > 1 else "")
+
+    @property
+    def gpu(self) -> str:
+        """The name of its GPU, or of the instance of one."""
+        return f"gpu:{self.device.index}" + ("" if self.device.instance is None else f".mig{self.device.instance}")
 
     @property
     def memory(self) -> int:
@@ -293,10 +298,20 @@ def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:
     return Device(kind="cpu", name=name, flags=flags)
 
 
-def precision_for(device: Device, wanted: Precision) -> tuple[str, str]:
-    """Keras's dtype policy for `device`, and the reason in words."""
+def precision_for(device: Device, wanted: Precision, began: str | None = None) -> tuple[str, str]:
+    """Keras's dtype policy for `device`, and the reason in words. `began` is that of the study's first trials."""
     if wanted != "auto":
         return wanted, "the definition asks for it"
+    own, reason = _precision_of(device)
+    return (own, reason) if began in (None, own) else (str(began), "the study began in it, on another device")
+
+
+def common_precision(slots: Sequence[Slot], wanted: Precision) -> str:
+    """Keras's dtype policy for a study that begins on these `slots`: bfloat16 only if all of them compute in it."""
+    return min(precision_for(slot.device, wanted)[0] for slot in slots)  # float32 comes before mixed_bfloat16
+
+
+def _precision_of(device: Device) -> tuple[str, str]:
     if device.kind == "gpu":
         number = ".".join(map(str, device.capability))
         if device.capability >= BFLOAT16_CAPABILITY:

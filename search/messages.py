@@ -35,6 +35,7 @@ class Job:
     study: str = ""  # the study's incarnation: no other training continues from its checkpoints
     trial: str = ""  # for the log
     checkpoint_seconds: float = 30.0
+    precision: str | None = None  # Keras's dtype policy that the study began with; None: the device's own
     # Digests of the source files of a user's own functions, by function; the trainer refuses to train with others.
     sources: Mapping[str, str] = field(default_factory=dict)
     measure: bool = False  # with a check: also how large the models are, and how fast

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from search.devices import Slot, precision_for
+from search.devices import Slot, common_precision, precision_for
 from search.messages import Epoch
 from search.summary import progress_line, shown, so_far
 from storage import attributes
@@ -232,7 +232,8 @@ def display(
     for study in studies or ():
         with contextlib.suppress(DefinitionError):  # of a later version: the worker says why it leaves this study
             definition = from_json(study.definition)
-            precision, reason = precision_for(slots[0].device, definition.precision)
+            began = study.precision or common_precision(slots, definition.precision)
+            precision, reason = precision_for(slots[0].device, definition.precision, began)
             lines.append(f"{study.name}: {where} in {precision}: {reason}")
     for line in lines:
         shown.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -189,7 +189,7 @@ def _trained(
     from search import checks, data, training_loop
 
     wanted = job.definition
-    precision = precision_for(job.slot.device, wanted.precision)
+    precision = precision_for(job.slot.device, wanted.precision, job.precision)
     sources = _sources(wanted)
     if job.folder is None:
         if job.recipe.confirms:

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +14,7 @@ from types import FrameType
 
 from search import checks
 from search.attempt import Attempt, StudyHandle
-from search.devices import Slot
+from search.devices import Slot, common_precision
 from search.errors import AcceleratorError, DeviceError, MachineError
 from search.heartbeat import Heartbeat
 from search.idle import FIRST_SECONDS, Looks
@@ -25,7 +27,8 @@ from storage.claims import Claim
 from storage.errors import DiskError, StorageError, StudyGone, StudyUnreadable, TrialyardError
 from storage.ledger import Study
 from storage.settings import Settings
-from storage.transactions import PatientStorage
+from storage.slots import present
+from storage.transactions import PatientStorage, read
 from storage.trial_cache import TrialCache
 from studies import definition as definitions
 from studies import registry
@@ -36,6 +39,7 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0  # for how long the list of open studies is not read again
 TICK_SECONDS = 0.2
 LEFT_SECONDS = 300.0  # between two looks at a study that this machine cannot train: somebody may have repaired it
+SILENT_SECONDS = 60.0  # since the last heartbeat of a worker that is taken for living
 LEAVE_SECONDS = 5.0  # beyond the trainers' own time: for the last words to the database, and once more to end
 
 
@@ -63,7 +67,7 @@ def work(
     """
     interrupted = threading.Event()
     errors: list[BaseException] = []
-    open_studies = _OpenStudies(names, storage, settings, leave=leave or names is None)
+    open_studies = _OpenStudies(names, storage, settings, slots, leave=leave or names is None)
     looks = Looks()
     heartbeat = Heartbeat(storage, settings.beat_seconds, slots)
     closed_slots = _ClosedSlots(heartbeat, open_studies, len(slots), forever=names is None)
@@ -77,6 +81,7 @@ def work(
                 errors.append(error)
             interrupted.set()
 
+    _warn_of_shared_gpus(storage, slots)
     with ExitStack() as stack:
         trainers = [stack.enter_context(_trainer(slot, settings)) for slot in slots]
         threads = [
@@ -111,6 +116,20 @@ def work(
     if errors:
         raise errors[0]
     return not interrupted.is_set()
+
+
+def _warn_of_shared_gpus(storage: PatientStorage, slots: Sequence[Slot]) -> None:
+    """Warns if a living process of this machine has slots on the same GPUs: each may take the memory of a whole one."""
+    ours = {slot.gpu for slot in slots if slot.device.kind == "gpu"}
+    for other in read(storage, present):
+        near = other.host == socket.gethostname() and other.silent_seconds <= SILENT_SECONDS
+        gpu = re.match(r"gpu:\d+(\.mig\d+)?", other.slot)
+        if near and other.pid != os.getpid() and gpu is not None and gpu[0] in ours:
+            log.warning(
+                "process %d of this machine has the slot %s on the same GPU: give each worker GPUs of its own with "
+                "--devices, or start one worker with --per-device",
+                *(other.pid, other.slot),
+            )
 
 
 def check_fit(study: Study, storage: PatientStorage, settings: Settings) -> Definition:
@@ -241,9 +260,15 @@ class _OpenStudies:
     """The studies that trials are taken from, oldest first: those that were named, or all that exist."""
 
     def __init__(
-        self, names: Sequence[str] | None, storage: PatientStorage, settings: Settings, *, leave: bool
+        self,
+        names: Sequence[str] | None,
+        storage: PatientStorage,
+        settings: Settings,
+        slots: Sequence[Slot],
+        *,
+        leave: bool,
     ) -> None:
-        self._storage, self._settings = storage, settings
+        self._storage, self._settings, self._slots = storage, settings, slots
         self._names, self._leave = names, leave
         self._lock = threading.Lock()  # the slots' threads look one after another
         self._looked = float("-inf")
@@ -340,6 +365,9 @@ class _OpenStudies:
             storage=self._storage,
             # Read again: a study without trials has taken over this machine's.
             sources=registry.sources(ledger.find(self._storage, study.name)),
+            precision=ledger.record_precision(
+                self._storage, study, common_precision(self._slots, definition.precision)
+            ),
             # One each: Optuna's would give the finished trials of a deleted study that had the same number.
             cached=TrialCache(self._storage),
         )

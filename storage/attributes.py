@@ -121,6 +121,7 @@ SHAPES: Mapping[str, Callable[[Any], bool]] = {
     "definition": _is_definition,
     "data": lambda value: isinstance(value, dict),
     "software": _is_software,
+    "precision": lambda value: isinstance(value, str),
     "test_openings": _is_count,
 }
 

@@ -74,6 +74,7 @@ class Study:
     definition: Mapping[str, Any]  # checked JSON
     data: Mapping[str, Any]  # of its images: fingerprint, sizes
     software: Mapping[str, str] | None  # that it began with; None before its first worker
+    precision: str | None  # Keras's dtype policy that it began with; None before its first worker
     budget: Budget
     state: State
     pause_reason: str | None  # why Trialyard paused it; None: it did not
@@ -326,6 +327,24 @@ def record_software(storage: RDBStorage, study: Study, software: Mapping[str, st
     return write(storage, study.name, work)
 
 
+def record_precision(storage: RDBStorage, study: Study, precision: str) -> str:
+    """The precision that `study` started with: the recorded one, else that of its trials, else this `precision`.
+
+    Under the lock, as `record_software`. Raises StudyGone.
+    """
+
+    def work(connection: Connection) -> str:
+        recorded = current(connection, study).precision
+        if recorded is None:
+            # Studies of older versions recorded it with each trial.
+            of_trials = attributes.of_all_trials(connection, study.id, "precision")
+            recorded = next((each for each in of_trials if isinstance(each, str)), precision)
+            _set_attribute(connection, study.id, "precision", recorded)
+        return recorded
+
+    return write(storage, study.name, work)
+
+
 def set_state(storage: RDBStorage, study: Study, state: State) -> None:
     """Opens, pauses or stops `study`. Its workers see it at their next beat or epoch, and give their trials back.
 
@@ -430,6 +449,7 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
             definition=study.values["definition"],
             data=study.values.get("data") or {},
             software=study.values.get("software"),
+            precision=study.values.get("precision"),
             budget=Budget(**study.values["budget"]),
             state=study.values.get("state") or "open",
             pause_reason=study.values.get("pause_reason"),

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,9 @@ from search.errors import AcceleratorError, DeviceError
 from search.messages import Failed
 from search.progress import Listener
 from search.terminal import print_workers
-from storage import database, ledger
+from storage import claims, database, ledger
 from storage.errors import DiskError, StorageError
+from storage.owners import Owner
 from storage.settings import Settings
 from storage.transactions import PatientStorage
 from studies import definition as definitions
@@ -62,7 +64,7 @@ def fill(
 ) -> Callable[[int, Ends, list[str] | None, Listener], bool]:
     """Runs a worker of so many pretended GPUs."""
     monkeypatch.setattr(worker, "Publisher", lambda *_: Listener())
-    monkeypatch.setattr(worker, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(worker, "FIRST_SECONDS", 0.05)
     # Only a study that was not named is checked: it would import Keras.
     monkeypatch.setattr(worker, "check_fit", lambda study, *_: definitions.from_json(study.definition))
 
@@ -178,3 +180,12 @@ def test_a_database_with_the_earlier_table_of_slots_is_brought_over(storage: Pat
     database.upgrade(sqlite_url)
     assert studies.workers(database.connect(sqlite_url)) == []
     assert "trialyard_workers" not in sqlalchemy.inspect(storage.engine).get_table_names()
+
+
+def test_a_worker_warns_of_another_one_on_its_gpu(storage: PatientStorage, caplog: pytest.LogCaptureFixture) -> None:
+    other = Owner(machine="a container of it", host=socket.gethostname(), pid=1, born=0.0, slot="gpu:1.0")
+    claims.beat(storage, {other: "H100"}, [], {})
+    worker._warn_of_shared_gpus(storage, _slots(1))
+    assert not caplog.text
+    worker._warn_of_shared_gpus(storage, _slots(2))
+    assert "process 1 of this machine has the slot gpu:1.0 on the same GPU: give each worker GPUs of its" in caplog.text

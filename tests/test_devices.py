@@ -46,6 +46,20 @@ def test_a_gpu_trains_in_bfloat16_from_compute_capability_8() -> None:
     assert precision_for(T4, "auto") == ("float32", "T4 has compute capability 7.5, and bfloat16 needs 8.0")
 
 
+def test_a_study_keeps_the_precision_that_it_began_with() -> None:
+    assert precision_for(T4, "auto", "mixed_bfloat16") == (
+        "mixed_bfloat16",
+        "the study began in it, on another device",
+    )
+    assert precision_for(A100, "auto", "mixed_bfloat16")[1].startswith("A100 has compute capability")
+    assert precision_for(A100, "float32", "mixed_bfloat16") == ("float32", "the definition asks for it")
+
+
+def test_mixed_cards_begin_in_the_precision_that_all_of_them_have() -> None:
+    assert devices.common_precision([Slot(device=A100)], "auto") == "mixed_bfloat16"
+    assert devices.common_precision([Slot(device=A100), Slot(device=T4)], "auto") == "float32"
+
+
 def test_the_definition_s_precision_wins() -> None:
     assert precision_for(A100, "float32") == ("float32", "the definition asks for it")
     assert precision_for(T4, "mixed_bfloat16") == ("mixed_bfloat16", "the definition asks for it")

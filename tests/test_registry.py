@@ -138,6 +138,21 @@ def test_other_software_is_refused_and_changes_nothing(
 OWN = {"own:build": "1" * 16}
 
 
+def test_a_study_takes_the_precision_of_its_first_worker(storage: PatientStorage, study: str) -> None:
+    found = registry.find(study, storage)
+    assert ledger.record_precision(storage, found, "float32") == "float32"
+    assert ledger.record_precision(storage, found, "mixed_bfloat16") == "float32"
+    assert registry.find(study, storage).precision == "float32"
+
+
+def test_an_older_study_keeps_the_precision_of_its_trials(storage: PatientStorage, study: str, me: Owner) -> None:
+    found = registry.find(study, storage)
+    claim = claims.claim(storage, found, me, 60.0)
+    assert claim is not None
+    claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {"precision": "mixed_bfloat16"})
+    assert ledger.record_precision(storage, found, "float32") == "mixed_bfloat16"
+
+
 def test_another_file_of_an_own_model_is_refused(storage: PatientStorage, study: str) -> None:
     registry.check_sources(registry.find(study, storage), OWN)  # nothing is recorded
     registry.check_software(registry.find(study, storage), storage, SOFTWARE | OWN)
