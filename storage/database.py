@@ -187,7 +187,7 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
             engine = _engine(parsed)
             tables = set(sqlalchemy.inspect(engine).get_table_names())
             engine.dispose()
-            if slots.OLD_TABLE in tables and attempt_table.table.name not in tables:
+            if {slots.OLD_TABLE, slots.table.name} & tables and attempt_table.table.name not in tables:
                 raise StorageError(
                     f"the database {redact(url)} was made by an older Trialyard: run `trialyard storage upgrade`"
                 )

@@ -1,6 +1,6 @@
-"""Optuna's tables, the keys of optuna-dashboard in them, and statements on single rows that several modules need.
+"""Optuna's tables and cache, the keys of optuna-dashboard in them, and statements on rows that several modules need.
 
-The only module that imports Optuna's table definitions, which are private: look here first when its version is raised.
+The only module that imports these parts of Optuna, which are private: look here first when its version is raised.
 """
 
 import json
@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from optuna.storages._cached_storage import _CachedStorage as CachedStorage
+from optuna.storages._cached_storage import _StudyInfo as StudyInfo
 from optuna.storages._rdb.models import (
     BaseModel,
     StudyDirectionModel,
@@ -29,7 +31,9 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 __all__ = [
     "ALL_TABLES",
     "BaseModel",
+    "CachedStorage",
     "StudyDirectionModel",
+    "StudyInfo",
     "StudyModel",
     "StudySystemAttributeModel",
     "StudyUserAttributeModel",

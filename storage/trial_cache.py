@@ -4,22 +4,21 @@ Optuna reads every unfinished trial anew at each look, which is once an epoch wh
 wait as rows: with 10,000 of them a look took five seconds. No sampler or pruner of ours asks for waiting trials.
 """
 
-from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
 from optuna.trial import TrialState
 from sqlalchemy import select
 
-from storage.tables import TrialModel
+from storage.tables import CachedStorage, StudyInfo, TrialModel
 from storage.transactions import read
 
 NOT_WAITING = tuple(state for state in TrialState if state != TrialState.WAITING)
 
 
-class TrialCache(_CachedStorage):
+class TrialCache(CachedStorage):
     """As Optuna's own. A trial that waits is not among the trials; `get_trial` gives it."""
 
     def _read_trials_from_remote_storage(self, study_id: int) -> None:
         with self._lock:
-            study = self._studies.setdefault(study_id, _StudyInfo())
+            study = self._studies.setdefault(study_id, StudyInfo())
             stored = TrialModel
             ids = select(stored.trial_id).where(stored.study_id == study_id, stored.state == TrialState.WAITING)
             waiting = read(self._backend, lambda connection: set(connection.execute(ids).scalars()))

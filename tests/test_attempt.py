@@ -289,9 +289,9 @@ def test_a_training_that_ended_in_time_is_complete_however_slow_the_database_was
     registry.create(limited, storage, {"fingerprint": "0" * 16})
     record = claims.record_epochs
 
-    def late(*arguments: Any) -> Any:
+    def late(*arguments: Any, **options: Any) -> Any:
         time.sleep(0.4)  # more than the trial's time
-        return record(*arguments)
+        return record(*arguments, **options)
 
     monkeypatch.setattr(claims, "record_epochs", late)
     monkeypatch.setattr(Scripted, "ready", True)
