@@ -391,7 +391,8 @@ def _signals(interrupted: threading.Event) -> Iterator[list[int]]:
         interrupted.set()
 
     # `nohup` has SIGHUP ignored, so that a worker outlives its terminal.
-    heard = [number for number in STOPPING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    outlives = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = [number for number in STOPPING_SIGNALS if number != signal.SIGHUP or not outlives]
     before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield received

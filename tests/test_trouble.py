@@ -93,8 +93,11 @@ def test_who_may_only_read_a_server_reads_at_once_and_is_told_why_he_cannot_writ
     storage = database.connect(limited)
     assert results.status("trivial", storage).waiting == 0
     assert promises.check(storage) == database.check(storage) == []
+    reason = (
+        "may only be read .*: use a user who may write" if role == "reader" else "permission denied .*`GRANT SELECT"
+    )
     for change in (lambda: registry.pause("trivial", storage), lambda: registry.delete("trivial", storage)):
-        with pytest.raises(StorageError, match=r"may only be read \(.*\): use a user who may write"):
+        with pytest.raises(StorageError, match=reason):
             change()
     storage.engine.dispose()
     if role == "reader":  # waiting would not help

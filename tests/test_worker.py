@@ -844,7 +844,7 @@ def test_the_idle_slots_of_a_machine_look_together(
 def test_the_first_error_is_told_though_other_slots_wait_for_the_database(
     storage: PatientStorage, study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill(open_studies: Any, looks: Any, settings: Any, trainer: Any, *_: Any) -> None:
+    def fill(open_studies: Any, settings: Any, trainer: Any, *_: Any) -> None:
         if trainer.slot.name == "cpu:0":
             raise StorageError("the disk is full")
         storage.shutting_down.wait(SECONDS)
