@@ -179,7 +179,10 @@ def test_a_loss_that_takes_logits_may_have_them(check: Callable[..., Any]) -> No
 
 @pytest.mark.parametrize(
     ("function", "unread"),
-    [("good", "units = { low = 1, high = 9 }"), ("sparse", "learning_rate = { low = 0.1, high = 1.0 }")],
+    [
+        ("good", "units = { low = 1, high = 9 }"),
+        pytest.param("sparse", "learning_rate = { low = 0.1, high = 1.0 }", marks=pytest.mark.long),
+    ],
 )
 def test_a_searched_hyperparameter_that_nobody_reads_is_refused(
     check: Callable[..., Any], function: str, unread: str
@@ -188,6 +191,7 @@ def test_a_searched_hyperparameter_that_nobody_reads_is_refused(
         check(function, space=f"batch_size = {{ low = 8, high = 16 }}\n{unread}")
 
 
+@pytest.mark.long
 def test_a_fixed_hyperparameter_that_nobody_reads_is_noted(check: Callable[..., Any]) -> None:
     assert "never reads unit of [fixed]" in check("good", space=FILTERS, more="fixed.unit = 3")[0]
 

@@ -64,6 +64,7 @@ def test_a_database_that_was_removed_meanwhile_is_an_error(
         search.run(write_small(), listeners=[])
 
 
+@pytest.mark.long
 def test_what_runs_studies_says_in_an_exception_what_is_wrong(home: Path, write_small: Callable[..., Path]) -> None:
     file = write_small(trials=2, epochs=1)
     checked = search.check(file, trials=3)

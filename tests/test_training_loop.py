@@ -159,7 +159,7 @@ def test_each_repeat_is_the_training_from_its_seed(dataset: Dataset, tmp_path: P
 
 
 # Killed in the middle of the second repeat, or in its last epoch.
-@pytest.mark.parametrize("killed_in", [5, 7])
+@pytest.mark.parametrize("killed_in", [5, pytest.param(7, marks=pytest.mark.long)])
 def test_resumed_repeats_give_the_numbers_of_uninterrupted_ones(
     dataset: Dataset, tmp_path: Path, killed_in: int
 ) -> None:
@@ -299,7 +299,12 @@ VARIED = {"shift": 0.1, "rotate": 10.0, "zoom": 0.1, "schedule": "one_cycle"}
 
 @pytest.mark.parametrize(
     ("model", "more"),
-    [("mnist_cnn", {}), ("mnist_cnn", VARIED), ("mine:build", {"schedule": "cosine"}), ("mine:subclassed", {})],
+    [
+        ("mnist_cnn", {}),
+        pytest.param("mnist_cnn", VARIED, marks=pytest.mark.long),
+        pytest.param("mine:build", {"schedule": "cosine"}, marks=pytest.mark.long),
+        pytest.param("mine:subclassed", {}, marks=pytest.mark.long),
+    ],
     ids=["ours", "augmented", "own", "subclassed"],
 )
 @pytest.mark.parametrize("end", ["stopped", "killed"])

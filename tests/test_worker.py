@@ -237,6 +237,7 @@ def test_a_killed_trainer_costs_an_attempt_not_a_trial(home: Path, write_small: 
     assert finished.outcome == "finished"
 
 
+@pytest.mark.long
 def test_two_workers_share_one_study_without_a_trial_run_twice(home: Path, write_small: Write, start: Command) -> None:
     file = str(write_small(trials=6, epochs=3))
     ended(start("create", file))
@@ -281,6 +282,7 @@ def test_a_loss_that_is_no_number_fails_its_trial_and_the_study_goes_on(
     assert "best of small: trial 1" in out
 
 
+@pytest.mark.long
 def test_a_trial_that_runs_too_long_is_killed_and_told(home: Path, write_small: Write, start: Command) -> None:
     file = _changed(write_small(trials=1, epochs=100_000), ("trials = 1", "trials = 1\ntrial_minutes = 0.2"))
     _, err = ended(start("run", file), code=1)
@@ -464,6 +466,7 @@ def _when(true: Callable[[], Any], seconds: float = 120.0) -> Any:
     return found
 
 
+@pytest.mark.long
 def test_a_worker_that_waits_takes_what_comes_and_obeys(
     home: Path, write_small: Write, start: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -681,6 +684,7 @@ def _began_elsewhere(storage: RDBStorage, study: str, **software: str) -> None:
     storage.set_study_user_attr(registry.find(study, storage).id, "trialyard:software", checks.software() | software)
 
 
+@pytest.mark.long
 def test_a_study_that_began_with_other_software_is_left_to_others(
     home: Path, write_small: Write, start: Command
 ) -> None:
@@ -724,6 +728,7 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
     ended(start("run", file))  # an ended study is shown, whatever is here
 
 
+@pytest.mark.long
 def test_a_worker_goes_on_with_the_others_when_a_study_is_deleted(
     home: Path, write_small: Write, start: Command
 ) -> None:
