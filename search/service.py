@@ -32,6 +32,7 @@ from studies.statistics import seeds_needed
 
 if TYPE_CHECKING:
     from search.devices import Slot
+    from search.messages import Measured
     from search.progress import Listener
     from search.retraining import Replayed, ReplayedEpoch
 
@@ -89,19 +90,22 @@ def check(
     definition = _definition(source, name, trials, epochs, limit)
     slots = slots_of()
     checked = checks.check(definition, settings.load(), measure_on=slots[0])
-    measured, seconds = checked.measured, None
-    if measured is not None:
-        rounds = math.ceil(definition.trials / len(slots))
-        seconds = rounds * (measured.start_seconds + definition.budget.epochs * measured.epoch_seconds)
+    measured = checked.measured
     return Checked(
         definition=definition,
         data=checked.data,
         space=advice.space_text(definition),
         notes=(*advice.notes(definition), *checked.notes),
         parameters=None if measured is None else measured.parameters,
-        seconds=seconds,
+        seconds=None if measured is None else _estimated_seconds(definition, measured, len(slots)),
         slots=len(slots),
     )
+
+
+def _estimated_seconds(definition: Definition, measured: "Measured", slots: int) -> float:
+    """How long the whole study takes on so many slots, if nothing is pruned."""
+    training = measured.start_seconds + definition.budget.epochs * measured.epoch_seconds
+    return math.ceil(definition.trials / slots) * definition.budget.repeats * training
 
 
 def create(

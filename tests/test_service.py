@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Command, ended, until
+from conftest import TRIVIAL, Command, ended, until
 
 import search
 import studies
-from search import worker
+from search import service, worker
 from search.errors import WorkerError
+from search.messages import Measured
 from storage.errors import StorageError
+from studies.definition import parse
 from studies.errors import StudyError
 
 
@@ -89,3 +91,11 @@ def test_what_runs_studies_says_in_an_exception_what_is_wrong(home: Path, write_
     assert studies.status("other").ended
     assert search.leftovers().files == []
     assert search.prune(search.leftovers()) == 0
+
+
+@pytest.mark.parametrize(("slots", "repeats", "seconds"), [(1, 1, 5 * 7.0), (2, 1, 3 * 7.0), (8, 4, 4 * 7.0)])
+def test_the_time_of_a_study_is_that_of_its_trainings(slots: int, repeats: int, seconds: float) -> None:
+    """Five trials of two epochs."""
+    definition = parse(TRIVIAL.replace("epochs = 2", f"epochs = 2\nrepeats = {repeats}"))
+    measured = Measured(parameters=(1, 2), start_seconds=1.0, epoch_seconds=3.0)
+    assert service._estimated_seconds(definition, measured, slots) == seconds
