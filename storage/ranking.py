@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import ColumnElement, Connection, and_, select, true
+from sqlalchemy import ColumnElement, Connection, and_, select
 
 from storage import attributes
 from storage.artifacts import MODEL
@@ -16,6 +16,8 @@ from storage.tables import (
     TrialUserAttributeModel,
     TrialValueModel,
 )
+
+IDS_IN_CLAUSE = 500  # trials that one statement names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,31 +40,47 @@ def ranked(
     ``study.best_trial``. A trial's rank never rises, because the values of finished trials do not change.
     """
     infeasible = _infeasible(connection, study_id)
-    stored = TrialUserAttributeModel
-    has_model = (
-        select(stored.trial_id)
-        .where(stored.trial_id == TrialModel.trial_id, stored.key == "model")
-        # Others may store anything as `model`, also a path outside the artifacts folder.
-        .where(stored.value_json.endswith(f'/{MODEL}"', autoescape=True))
-        .where(
-            ~stored.value_json.startswith('"/', autoescape=True), ~stored.value_json.contains("../", autoescape=True)
-        )
-        .exists()
-    )
+    limit = None if top is None else top + len(infeasible)
+    while True:
+        best = _best(connection, study_id, limit)
+        found = [trial for trial in best if trial.trial_id not in infeasible]
+        if with_model:
+            having = _with_model(connection, [trial.trial_id for trial in found])
+            found = [trial for trial in found if trial.trial_id in having]
+        if top is None or limit is None or len(found) >= top or len(best) < limit:
+            return found[:top]
+        limit *= 4  # many of them have no model
+
+
+def _best(connection: Connection, study_id: int, limit: int | None) -> list[RankedTrial]:
     rows = connection.execute(
         select(TrialModel.trial_id, TrialModel.number, TrialValueModel.value)
         .join(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
         .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.COMPLETE, TrialValueModel.objective == 0)
-        .where(is_finite(), has_model if with_model else true())
+        .where(is_finite())
         .order_by(TrialValueModel.value.desc(), TrialModel.number)
-        .limit(None if top is None else top + len(infeasible))
+        .limit(limit)
     )
-    feasible = [
-        RankedTrial(trial_id=trial_id, number=number, value=value)
-        for trial_id, number, value in rows
-        if trial_id not in infeasible
-    ]
-    return feasible[:top]
+    return [RankedTrial(trial_id=trial_id, number=number, value=value) for trial_id, number, value in rows]
+
+
+def _with_model(connection: Connection, trial_ids: list[int]) -> set[int]:
+    """Which of these trials have a model.
+
+    A query of its own: as a part of the other, PostgreSQL without statistics compared every trial with every attribute.
+    """
+    stored, found = TrialUserAttributeModel, set[int]()
+    for start in range(0, len(trial_ids), IDS_IN_CLAUSE):
+        rows = connection.execute(
+            select(stored.trial_id)
+            .where(stored.trial_id.in_(trial_ids[start : start + IDS_IN_CLAUSE]), stored.key == "model")
+            # Others may store anything as `model`, also a path outside the artifacts folder.
+            .where(stored.value_json.endswith(f'/{MODEL}"', autoescape=True))
+            .where(~stored.value_json.startswith('"/', autoescape=True))
+            .where(~stored.value_json.contains("../", autoescape=True))
+        )
+        found |= set(rows.scalars())
+    return found
 
 
 def is_scored(trial: FrozenTrial) -> bool:

@@ -22,8 +22,9 @@ from storage.claims import Claim
 from storage.errors import StorageError, StudyGone
 from storage.ledger import Budget
 from storage.owners import Owner
+from storage.ranking import ranked
 from storage.tables import BaseModel, set_trial_attributes
-from storage.transactions import PatientStorage
+from storage.transactions import PatientStorage, read
 from studies import registry, results
 from studies.definition import Definition
 from studies.imported import import_trials
@@ -156,6 +157,27 @@ def test_the_model_of_a_running_trial_is_kept(storage: RDBStorage, study: str, r
     for value in (0.7, 0.8, 0.9):
         _trial(storage, root, study, me, value, keep=1)
     assert _models(root) == {running.number, 3}
+
+
+def test_the_best_with_a_model_are_found_behind_many_without(
+    storage: RDBStorage, trivial: Definition, me: Owner
+) -> None:
+    wanted = trivial.model_copy(update={"budget": trivial.budget.model_copy(update={"trials": 30})})
+    found = registry.create(wanted, storage, {"fingerprint": "0" * 16}).study
+    with_model = {3: 0.1, 7: 0.3, 29: 0.2}
+    for number in range(30):
+        claim = _claim(storage, found.name, me)
+        told = {"model": str(claim.folder / MODEL)} if number in with_model else {}
+        claims.finish(storage, claim, COMPLETE, with_model.get(number, 0.5 + number / 100), told)
+
+    def best(top: int | None, *, with_model: bool) -> list[int]:
+        return [
+            trial.number
+            for trial in read(storage, lambda connection: ranked(connection, found.id, top, with_model=with_model))
+        ]
+
+    assert [best(top, with_model=True) for top in (1, 2, 3, 4, None)] == [[7], [7, 29], *[[7, 29, 3]] * 3]
+    assert best(2, with_model=False) == [28, 27]
 
 
 def test_an_infeasible_trial_s_model_is_removed(storage: RDBStorage, study: str, root: Path, me: Owner) -> None:
