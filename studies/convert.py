@@ -64,7 +64,8 @@ def _run(format: str, target: str, images: Any) -> Any:
     import tensorflow as tf
 
     if format == "savedmodel":
-        return tf.saved_model.load(target).serve(images).numpy()
+        loaded = tf.saved_model.load(target)  # its variables go with the object
+        return loaded.serve(images).numpy()
     lite = tf.lite.Interpreter(target)
     lite.allocate_tensors()
     lite.set_tensor(lite.get_input_details()[0]["index"], images)
