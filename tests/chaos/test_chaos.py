@@ -59,6 +59,7 @@ MODEL = """
 import time
 import keras
 
+@keras.saving.register_keras_serializable()
 class Slow(keras.Sequential):
     def fit(self, *arguments, **options):
         time.sleep(0.2)
