@@ -115,7 +115,7 @@ class Yard:
         pid = self.workers[at].pid
         held = claims.running_trials(self.storage, self.study_id)
         runs = _runs(self.home)
-        mine = [runs[one.number][one.attempt].epochs for one in held if one.pid == pid]
+        mine = [_last_epochs(runs[one.number], one.attempt) for one in held if one.pid == pid]
         if not mine or not all(mine):
             return False
         if self.kills.pop() == "trainer":
@@ -166,7 +166,10 @@ def begin(home: Path, write_npz: Callable[..., Path]) -> Iterator[Callable[[str,
 
 @dataclass
 class Run:
-    """One attempt at a trial, from the trainers' logs."""
+    """A trial in one trainer process, from the trainers' logs.
+
+    An attempt has two of them where a process that had trained other trials died, and a new one went on.
+    """
 
     resumed_after: int = 0
     epochs: tuple[int, ...] = ()
@@ -177,16 +180,19 @@ class Run:
 LINE = re.compile(r"(\S+) chaos trial (\d+) attempt (\d+) (begins|goes on after epoch (\d+)|epoch (\d+) )")
 
 
-def _runs(home: Path) -> dict[int, dict[int, Run]]:
-    """By trial and attempt."""
-    runs: dict[int, dict[int, Run]] = defaultdict(lambda: defaultdict(Run))
+def _runs(home: Path) -> dict[int, dict[tuple[int, int], Run]]:
+    """By trial; by attempt, and the number of the process in it."""
+    runs: dict[int, dict[tuple[int, int], Run]] = defaultdict(lambda: defaultdict(Run))
+    processes: dict[tuple[int, int], int] = defaultdict(int)  # by trial and attempt; all of them have one log
     for log in (home / "yard" / "logs").glob("trainer-*.log"):
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             match = LINE.match(line)
             if match is None:
                 continue
             moment, trial, attempt, what, resumed, epoch = match.groups()
-            run = runs[int(trial)][int(attempt)]
+            key = int(trial), int(attempt)
+            processes[key] += what == "begins"
+            run = runs[key[0]][key[1], processes[key]]
             at = datetime.fromisoformat(moment)
             run.began = at if run.began is datetime.max else min(run.began, at)
             run.last = at if run.last is datetime.min else max(run.last, at)
@@ -194,9 +200,13 @@ def _runs(home: Path) -> dict[int, dict[int, Run]]:
                 run.resumed_after = int(resumed)
             elif epoch:
                 run.epochs += (int(epoch),)
-            else:
-                assert what == "begins"
     return runs
+
+
+def _last_epochs(runs: dict[tuple[int, int], Run], attempt: int) -> tuple[int, ...]:
+    """The epochs of the attempt's last process."""
+    keys = [key for key in runs if key[0] == attempt]
+    return runs[max(keys)].epochs if keys else ()
 
 
 def _assert_nothing_is_lost(yard: Yard) -> None:
