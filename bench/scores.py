@@ -24,7 +24,7 @@ import numpy as np
 from search import averages, data
 from search.averages import LastBatches
 from search.data import Dataset
-from search.images import Array
+from search.images import Array, Images
 from search.model import build
 from storage.settings import load
 from studies.definition import Data
@@ -38,11 +38,11 @@ def accuracy(model: keras.Model, dataset: Dataset) -> float:
     return round(float((predicted == dataset.y_validation).mean()), 4)
 
 
-def measure(model: keras.Model, images: Array) -> None:
+def measure(model: keras.Model, images: Array | Images) -> None:
     """Gives each batch normalisation the mean and the variance of its inputs over all images, the first layer first."""
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            inputs = keras.Model(model.inputs, layer.input).predict(images, batch_size=256, verbose=0)
+            inputs = keras.Model(model.inputs, layer.input).predict(images[:], batch_size=256, verbose=0)
             layer.moving_mean.assign(inputs.mean(axis=(0, 1, 2), dtype=np.float64))
             layer.moving_variance.assign(inputs.var(axis=(0, 1, 2), dtype=np.float64))
 

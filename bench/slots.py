@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
@@ -107,7 +108,7 @@ def main() -> None:
     sizes = arguments.trials, arguments.epochs, arguments.depth
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     cores = devices.cores()
-    arrangements = {
+    arrangements: dict[str, Callable[[], float]] = {
         "the notebook's loop": lambda: notebook(*sizes),
         f"1 slot x {cores} threads": lambda: ours(devices.slots("cpu", workers=1), *sizes),
         f"{cores} slots x 1 thread": lambda: ours(devices.slots("cpu", workers=cores), *sizes),

@@ -16,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -78,9 +79,11 @@ class _Timed(keras.callbacks.Callback):  # type: ignore[misc]
         self.seconds.append(time.perf_counter() - self._began)
 
 
-def compare(hyperparameters: dict[str, float], dataset: Dataset, epochs: int) -> list[tuple[str, float, float, float]]:
+def compare(
+    hyperparameters: Mapping[str, float], dataset: Dataset, epochs: int
+) -> list[tuple[str, float, float, float]]:
     """(name, images/s, seconds of an epoch, accuracy), the plain training first."""
-    x, y = dataset.x_train.astype("float32") / 255, keras.utils.to_categorical(dataset.y_train)
+    x, y = dataset.x_train[:].astype("float32") / 255, keras.utils.to_categorical(dataset.y_train)
     x_test, y_test = dataset.x_validation.astype("float32") / 255, keras.utils.to_categorical(dataset.y_validation)
     precision = devices.precision_for(devices.slots()[0].device, "auto")
     plain: list[keras.Model] = []
@@ -104,7 +107,7 @@ def compare(hyperparameters: dict[str, float], dataset: Dataset, epochs: int) ->
         turns.append(time.perf_counter())
         train(
             model="convnet",
-            hyperparameters=hyperparameters | {"batch_size": BATCH},
+            hyperparameters={**hyperparameters} | {"batch_size": BATCH},
             dataset=dataset,
             epochs=epochs,
             seed=0,
