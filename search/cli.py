@@ -239,10 +239,10 @@ def confirm(
     except service.Interrupted as stop:
         _exit_after(stop)
     if as_json:
-        told = dataclasses.asdict(found)
-        for record, estimate in zip(told["estimates"], found.estimates, strict=True):
+        content = dataclasses.asdict(found)
+        for record, estimate in zip(content["estimates"], found.estimates, strict=True):
             record["shrinkage"] = estimate.shrinkage
-        print_json(told)
+        print_json(content)
     else:
         print_confirmed(found)
 

@@ -155,7 +155,7 @@ def slots(devices: str = "auto", per_device: int | None = None, workers: int | N
     """The slots of this machine.
 
     `devices`: "auto" for all GPUs, or the processor if there is none; "cpu"; or numbers of GPUs such as "0,2". A GPU
-    that is divided stands for all its instances. UUIDs, or how they begin, name a GPU or an instance ("MIG-8f2c").
+    that is divided means all its instances. UUIDs, or how they begin, name a GPU or an instance ("MIG-8f2c").
     With `workers`, so many slots are spread evenly over the devices. With `per_device`, each device has so many. By
     default a GPU has one slot, and the processor has one per core (the best in `bench/slots.py`) if memory allows.
 

@@ -427,7 +427,7 @@ def finish(
         _set_files(connection, claim, files)
         update_trial(connection, claim.trial_id, state=state, _datetime_complete_utc=utc_now())
         if state == TrialState.FAIL:
-            pausing.pause_if_hopeless(connection, claim.study_id)
+            pausing.pause_after_failures(connection, claim.study_id)
 
     write(storage, claim.study, work)
 
@@ -448,7 +448,7 @@ def requeue(
         _require_owner(connection, claim)
         state = _put_back(connection, claim.trial_id, claim.attempt, outcome, reason)
         if state == TrialState.FAIL:
-            pausing.pause_if_hopeless(connection, claim.study_id)
+            pausing.pause_after_failures(connection, claim.study_id)
         if files is not None:
             checkpoint = _set_files(connection, claim, files)
             attempt_table.change(connection, claim.trial_id, claim.attempt, checkpoint=checkpoint)

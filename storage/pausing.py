@@ -17,7 +17,7 @@ _HYPERPARAMETERS = re.compile(r"\{[^{}]*\}")
 _NUMBER = re.compile(r"0x[0-9a-f]+|\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
-def pause_if_hopeless(connection: Connection, study_id: int) -> None:
+def pause_after_failures(connection: Connection, study_id: int) -> None:
     """Pauses the study with the reason, if none of its trials has ended well and the last ones failed alike.
 
     How many have to depends on the kind of failure: see `faults.Fault.pauses_after`. To be called in the transaction

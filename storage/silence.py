@@ -1,8 +1,8 @@
 """How long this process has watched the running attempts of others without a new heartbeat.
 
 A heartbeat is taken as a value that changes, not as a time. So nobody is dead because the database's clock was set, or
-because the machine slept: both stop every heartbeat, and the watcher's own monotonic clock, which stands still while
-the machine sleeps, has counted nothing meanwhile.
+because the machine slept: both stop every heartbeat, and the watcher's own monotonic clock, which stops while the
+machine sleeps, has counted nothing meanwhile.
 """
 
 import threading

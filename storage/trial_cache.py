@@ -1,6 +1,6 @@
 """Optuna's cache of finished trials, for samplers and pruners, without the trials that wait.
 
-Optuna reads every unfinished trial anew at each look, which is once an epoch where there is a pruner. Those of a grid
+Optuna reads every unfinished trial again at each look, which is once an epoch where there is a pruner. Those of a grid
 wait as rows: with 10,000 of them a look took five seconds. No sampler or pruner of ours asks for waiting trials.
 """
 

@@ -323,8 +323,8 @@ def _groups(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
 
 def _group(value: str, trials: Sequence[FrozenTrial]) -> str:
     pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
-    told = f"{len(trials) - pruned} complete" + (f", {pruned} pruned" if pruned else "")
-    return f"{value} {max(map(_reached, trials)):.4f} ({told})"
+    counts = f"{len(trials) - pruned} complete" + (f", {pruned} pruned" if pruned else "")
+    return f"{value} {max(map(_reached, trials)):.4f} ({counts})"
 
 
 def ranges(definition: Definition) -> dict[str, str]:

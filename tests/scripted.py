@@ -12,7 +12,7 @@ Message = Epoch | Repeated | Resumed | Trained | Failed | TrainerDied
 
 
 class Scripted(Trainer):
-    """A trainer without a process: it says what it is given, and remembers what it was told."""
+    """A trainer without a process: it says what it is given, and remembers what it was asked to do."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class Scripted(Trainer):
         slot: Slot | None = None,
     ) -> None:
         super().__init__(slot or Slot(device=cpu()), folder / "log")
-        self.messages, self.told = messages, list[str]()
+        self.messages, self.requests = messages, list[str]()
         self._used = used
 
     @property
@@ -33,7 +33,7 @@ class Scripted(Trainer):
 
     def kill(self) -> None:
         """Remembers it. What follows is a new process."""
-        self.told.append("kill")
+        self.requests.append("kill")
         self._used = False
 
     def submit(self, job: Any) -> None:
@@ -41,7 +41,7 @@ class Scripted(Trainer):
 
     def stop(self, how: Any) -> None:
         """Remembers it."""
-        self.told.append(how)
+        self.requests.append(how)
 
     def receive(self, seconds: float) -> Any:
         """The next message; one that is an error is raised."""

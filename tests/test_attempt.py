@@ -100,7 +100,7 @@ def test_a_trial_at_its_end_is_complete_though_it_was_to_be_pruned(
 ) -> None:
     monkeypatch.setattr(Attempt, "_should_prune", lambda attempt, epoch: epoch == 1)
     trainer = _run(storage, tmp_path, me, epoch(1, 0.5), epoch(2, 0.6), trained(stopped=stopped))
-    assert trainer.told == ["drop"]
+    assert trainer.requests == ["drop"]
     assert (_only(storage).state, _only(storage).values) == (state, [0.6 if stopped else 0.9])
 
 
@@ -131,7 +131,7 @@ def test_the_steps_of_repeats_are_whole_trainings(
     assert trial.intermediate_values == dict(enumerate(values, start=1))
     assert trial.values == [pytest.approx(0.7)]
     assert trial.state == (TrialState.PRUNED if pruned else TrialState.COMPLETE)
-    assert trainer.told == (["drop"] if pruned else [])
+    assert trainer.requests == (["drop"] if pruned else [])
     assert asked == ([1, 2] if pruned else [1, 2, 3, 4]), "not after the last one"
     assert trial.user_attrs["repeats"] == list(values)
     assert trial.user_attrs["deviation"] == pytest.approx(stdev(values), abs=1e-6)
@@ -261,7 +261,7 @@ def test_the_first_failure_in_a_used_process_is_tried_once_in_a_new_one(
     storage: PatientStorage, tmp_path: Path, me: Owner, failure: Failed | TrainerDied
 ) -> None:
     trainer = _run(storage, tmp_path, me, failure, epoch(1, 0.5), trained(stopped=False), used=True)
-    assert trainer.told == ["kill"]
+    assert trainer.requests == ["kill"]
     assert _only(storage).state == TrialState.COMPLETE
     assert [attempt.outcome for attempt in attempts_at(storage, _only(storage)._trial_id)] == ["finished"]
 
@@ -270,8 +270,8 @@ def test_a_failure_in_a_new_process_counts_and_the_process_is_replaced(
     storage: PatientStorage, tmp_path: Path, me: Owner
 ) -> None:
     trainer = _run(storage, tmp_path, me, _failure("error"), _failure("error"), used=True)
-    assert (_only(storage).state, trainer.told) == (TrialState.FAIL, ["kill", "kill"])
-    assert _run(storage, tmp_path, me, _failure("error")).told == ["kill"]
+    assert (_only(storage).state, trainer.requests) == (TrialState.FAIL, ["kill", "kill"])
+    assert _run(storage, tmp_path, me, _failure("error")).requests == ["kill"]
 
 
 @pytest.mark.parametrize("kind", ["nan", "data"])
@@ -279,7 +279,7 @@ def test_a_process_is_kept_after_hyperparameters_that_are_bad(
     storage: PatientStorage, tmp_path: Path, me: Owner, kind: str
 ) -> None:
     trainer = _run(storage, tmp_path, me, _failure(kind), used=True)
-    assert (_only(storage).state, trainer.told) == (TrialState.FAIL, [])
+    assert (_only(storage).state, trainer.requests) == (TrialState.FAIL, [])
 
 
 def test_a_training_that_ended_in_time_is_complete_however_slow_the_database_was(

@@ -167,8 +167,8 @@ def test_the_best_with_a_model_are_found_behind_many_without(
     with_model = {3: 0.1, 7: 0.3, 29: 0.2}
     for number in range(30):
         claim = _claim(storage, found.name, me)
-        told = {"model": str(claim.folder / MODEL)} if number in with_model else {}
-        claims.finish(storage, claim, COMPLETE, with_model.get(number, 0.5 + number / 100), told)
+        attributes = {"model": str(claim.folder / MODEL)} if number in with_model else {}
+        claims.finish(storage, claim, COMPLETE, with_model.get(number, 0.5 + number / 100), attributes)
 
     def best(top: int | None, *, with_model: bool) -> list[int]:
         return [

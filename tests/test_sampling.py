@@ -359,7 +359,7 @@ def _trained(study: Searched, values: list[float]) -> int | None:
     return None
 
 
-GOOD, HOPELESS = 0.9, 0.1
+GOOD, BAD = 0.9, 0.1
 PRUNERS = ["hyperband", "asha", "median"]
 
 
@@ -369,7 +369,7 @@ def test_a_weak_trial_is_pruned_but_not_before_min_epochs(searched: Any, kind: s
     study = searched(_definition(PLAIN, pruner=kind, epochs=10, min_epochs=min_epochs))
     assert [_trained(study, [GOOD] * 10) for _ in range(5)] == [None] * 5
     # Hyperband judges trials of its later brackets later.
-    ends = [_trained(study, [HOPELESS] * 10) for _ in range(3)]
+    ends = [_trained(study, [BAD] * 10) for _ in range(3)]
     assert all(end is not None and min_epochs <= end < 10 for end in ends), ends
     if kind in ("asha", "median"):
         assert ends == [min_epochs] * 3
@@ -396,27 +396,27 @@ def test_wilcoxon_ends_a_configuration_whose_repeats_are_worse(searched: Any) ->
 
 def test_without_a_pruner_nothing_is_pruned(searched: Any) -> None:
     study = searched(_definition(PLAIN, pruner="none", epochs=4))
-    for values in [[GOOD] * 4] * 6 + [[HOPELESS] * 4, [0.0] * 4]:
+    for values in [[GOOD] * 4] * 6 + [[BAD] * 4, [0.0] * 4]:
         assert _trained(study, values) is None
 
 
 @pytest.mark.parametrize("kind", [*PRUNERS, "none"])
 def test_min_epochs_above_the_budget_prune_nothing(searched: Any, kind: str) -> None:
     study = searched(_definition(PLAIN, pruner=kind, epochs=3, min_epochs=50))
-    assert [_trained(study, [value] * 3) for value in [GOOD] * 5 + [HOPELESS] * 2] == [None] * 7
+    assert [_trained(study, [value] * 3) for value in [GOOD] * 5 + [BAD] * 2] == [None] * 7
 
 
 @pytest.mark.parametrize("kind", [*PRUNERS, "none"])
 def test_a_pruner_can_be_made_for_one_epoch(searched: Any, kind: str) -> None:
     study = searched(_definition(PLAIN, pruner=kind, epochs=1))
-    assert [_trained(study, [value]) for value in (GOOD, HOPELESS)] == [None, None]
+    assert [_trained(study, [value]) for value in (GOOD, BAD)] == [None, None]
 
 
 def test_a_bad_start_before_min_epochs_is_not_pruned(searched: Any) -> None:
     for kind in ("asha", "median"):
         study = searched(_definition(PLAIN, pruner=kind, epochs=6, min_epochs=4))
         assert [_trained(study, [GOOD] * 6) for _ in range(5)] == [None] * 5
-        assert _trained(study, [HOPELESS] * 3 + [0.95] * 3) is None
+        assert _trained(study, [BAD] * 3 + [0.95] * 3) is None
 
 
 def test_optuna_reads_what_is_suggested_and_reported(searched: Any) -> None:

@@ -141,12 +141,12 @@ def test_patience_ends_a_training_that_gets_no_better(dataset: Dataset, tmp_path
 
 def test_each_repeat_is_the_training_from_its_seed(dataset: Dataset, tmp_path: Path) -> None:
     alone = [_train(dataset, tmp_path / str(seed), seed=seed) for seed in (1, 2, 3)]
-    told: list[Repeated] = []
-    trained, records = _train(dataset, tmp_path / "all", more_seeds=(2, 3), on_repeat=told.append)
+    repeats: list[Repeated] = []
+    trained, records = _train(dataset, tmp_path / "all", more_seeds=(2, 3), on_repeat=repeats.append)
     assert [record.epoch for record in records] == list(range(1, 10))
     assert _figures(records) == [figures for _, own in alone for figures in _figures(own)]
     values = [one.value for one, _ in alone]
-    assert [(each.repeat, each.value) for each in told] == list(enumerate(values, start=1))
+    assert [(each.repeat, each.value) for each in repeats] == list(enumerate(values, start=1))
     assert trained.repeats == tuple(values)
     assert trained.value == pytest.approx(np.mean(values))
     best = max((one for one, _ in alone), key=lambda one: one.value)
@@ -165,7 +165,7 @@ def test_resumed_repeats_give_the_numbers_of_uninterrupted_ones(
 ) -> None:
     whole, undisturbed = _train(dataset, tmp_path / "whole", more_seeds=(2, 3))
     records: list[Epoch] = []
-    told: list[Repeated] = []
+    repeats: list[Repeated] = []
 
     def dies(record: Epoch) -> None:
         if record.epoch == killed_in:
@@ -175,20 +175,20 @@ def test_resumed_repeats_give_the_numbers_of_uninterrupted_ones(
     arguments: dict[str, Any] = {"more_seeds": (2, 3), "checkpoint_seconds": 0.0}
     with pytest.raises(_Killed):
         _train(dataset, tmp_path / "cut", **arguments, on_epoch=dies)
-    trained, _ = _train(dataset, tmp_path / "cut", **arguments, on_epoch=records.append, on_repeat=told.append)
+    trained, _ = _train(dataset, tmp_path / "cut", **arguments, on_epoch=records.append, on_repeat=repeats.append)
     assert _figures(records) == _figures(undisturbed)
-    assert trained.repeats == whole.repeats == tuple(each.value for each in told)
+    assert trained.repeats == whole.repeats == tuple(each.value for each in repeats)
 
 
 def test_patience_ends_a_repeat_and_not_those_after_it(dataset: Dataset, tmp_path: Path) -> None:
     hyperparameters = HYPERPARAMETERS | {"optimizer": "sgd", "learning_rate": 1e-9, "patience_epochs": 2}
-    told: list[Repeated] = []
+    repeats: list[Repeated] = []
     trained, records = _train(
-        dataset, tmp_path, epochs=50, hyperparameters=hyperparameters, more_seeds=(2,), on_repeat=told.append
+        dataset, tmp_path, epochs=50, hyperparameters=hyperparameters, more_seeds=(2,), on_repeat=repeats.append
     )
     second = next(at for at, record in enumerate(records) if record.epoch == 51)
     assert second < 50
-    assert [each.repeat for each in told] == [1, 2]
+    assert [each.repeat for each in repeats] == [1, 2]
     assert trained.epochs == len(records) < 100
 
 

@@ -380,7 +380,7 @@ def test_an_own_model_that_does_not_import_changes_nothing(home: Path, write_sma
     assert not (home / "yard").exists()
 
 
-def test_a_hopeless_trial_is_pruned_and_leaves_its_history(home: Path, write_small: Write, start: Command) -> None:
+def test_a_weak_trial_is_pruned_and_leaves_its_history(home: Path, write_small: Write, start: Command) -> None:
     good = "".join(f"[[points]]\ndropout = {rate}\n" for rate in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25))
     file = _changed(
         write_small(epochs=4),
@@ -619,7 +619,7 @@ def test_a_machine_that_breaks_while_it_works_gives_its_trial_back_and_looks_aga
         until(process, "trial 0 epoch")
         (home / "broken").touch()
         (trainer,) = psutil.Process(process.pid).children()
-        trainer.kill()  # the next one imports the module anew
+        trainer.kill()  # the next one imports the module again
 
     named = start("work", "small")
     break_down(named)

@@ -1,7 +1,7 @@
 """A study of 30 small real trainings, 4 slots in 2 worker processes, under a killer: at the end nothing is lost.
 
 The killer sends SIGKILL to trainers and to whole workers, by a seed, and starts the workers again. What every trainer
-did stands in its log, a line an epoch; the tests read there what was trained, by whom and when.
+did is in its log, a line an epoch; the tests read there what was trained, by whom and when.
 """
 
 import os
