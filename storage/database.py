@@ -412,7 +412,7 @@ def _open_read_only(path: str) -> sqlite3.Connection:
     """A connection to a file on a read-only mount, or in another user's folder."""
     uri = f"file:{urllib.parse.quote(path)}?mode=ro"
     wal = Path(f"{path}-wal")
-    # SQLite wants to make a log, unless `immutable` says that the file does not change. It does while somebody has a log.
+    # SQLite wants to make a log, unless `immutable` says that the file does not change, as it does while a log exists.
     unchanging = not wal.exists() or wal.stat().st_size == 0
     return sqlite3.connect(
         f"{uri}&immutable=1" if unchanging else uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=False
