@@ -429,7 +429,7 @@ def _settings(url: URL) -> dict[str, Any]:
         "isolation_level": "READ COMMITTED",
         "pool_pre_ping": True,  # a restarted server leaves dead connections in the pool
         "pool_size": 1,  # an idle process holds one connection: servers allow a hundred in all
-        "max_overflow": 9,  # a worker's slots, their beats and the display, for moments
+        "max_overflow": 3,  # for moments: one transaction waits for the study's lock, beside epochs, beats and reads
         "connect_args": {
             "connect_timeout": 10,
             "prepare_threshold": None,  # prepared statements do not pass a transaction-pooling proxy

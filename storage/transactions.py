@@ -10,11 +10,13 @@ import functools
 import hashlib
 import logging
 import math
+import os
 import re
 import sqlite3
 import threading
 import time
 import urllib.parse
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -317,7 +319,12 @@ def write(storage: RDBStorage, study: str | None, work: Callable[[Connection], T
         if path is not None:
             with _study_lock(path, study) if study is not None else contextlib.nullcontext():
                 return _in_sqlite(storage, work)
-        with _timed_out(study), _with_privileges(storage), storage.engine.begin() as connection:
+        with (
+            _one_at_a_time(storage, study),
+            _timed_out(study),
+            _with_privileges(storage),
+            storage.engine.begin() as connection,
+        ):
             lock_row(connection, study)
             return work(connection)
 
@@ -371,6 +378,31 @@ def lock_row(connection: Connection, study: str | None) -> None:
     if study is not None:
         key = int.from_bytes(hashlib.sha256(f"trialyard:{study}".encode()).digest()[:8], "big", signed=True)
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+_study_locks: dict[tuple[URL, str], threading.Lock] = defaultdict(threading.Lock)
+os.register_at_fork(after_in_child=_study_locks.clear)  # a thread that holds one does not exist in the child
+
+
+@contextlib.contextmanager
+def _one_at_a_time(storage: RDBStorage, study: str | None) -> Iterator[None]:
+    """The threads of this process wait for a study's lock one after another.
+
+    They would wait in the server otherwise, with a connection each: a hundred workers of eight slots, 800 connections.
+    """
+    if study is None:
+        yield
+        return
+    lock = _study_locks[storage.engine.url, study]
+    if not lock.acquire(timeout=LOCK_SECONDS):
+        raise Locked(
+            f"study {study!r} has been locked for {LOCK_SECONDS:.0f} s by this process: see what hangs in its log, end "
+            "it, and run the command again"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

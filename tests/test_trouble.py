@@ -231,6 +231,30 @@ def test_an_idle_process_holds_one_connection(server: PatientStorage) -> None:
         assert connection.execute(mine).scalar_one() == 0
 
 
+def test_slots_that_wait_for_a_study_s_lock_hold_one_connection(server: PatientStorage) -> None:
+    waiting = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    done: list[int] = []
+    slots = [
+        threading.Thread(target=transactions.write, args=(server, "trivial", lambda connection: done.append(1)))
+        for _ in range(8)
+    ]
+    other = database.connect(server.engine.url.render_as_string(hide_password=False))
+    with other.engine.begin() as connection:
+        transactions.lock_row(connection, "trivial")
+        for slot in slots:
+            slot.start()
+        # A second one would wait by the time that the first one has been seen so often.
+        seen = [transactions.read(other, lambda look: look.execute(waiting).scalar_one()) for _ in range(200)]
+        assert max(seen) == 1
+        assert not done
+    for slot in slots:
+        slot.join()
+    assert len(done) == 8
+    other.engine.dispose()
+
+
 def test_trials_that_optuna_adds_beside_workers_get_numbers_of_their_own(server: PatientStorage) -> None:
     """`study.ask` and `study.enqueue_trial` take Optuna's lock, a claim and an import ours: each takes both."""
 
