@@ -32,7 +32,7 @@ from sqlalchemy import delete as delete_rows
 from storage import artifacts, attempt_table, deletions, faults, ledger, pausing
 from storage import hits as hit_rows
 from storage import slots as slot_rows
-from storage.attempt_table import Attempt
+from storage.attempt_table import Attempt, Outcome
 from storage.errors import ClaimLost, StorageError, StudyUnreadable
 from storage.hits import Hits
 from storage.ledger import State, Study
@@ -414,9 +414,8 @@ def finish(
         state, values = TrialState.FAIL, values | {"failure": failure}
 
     def work(connection: Connection) -> None:
-        attempt = _require_owner(connection, claim, or_finished=True)
-        if attempt.outcome is not None:
-            return  # done already: the commit succeeded, but its answer was lost
+        if _has_ended(connection, claim, "finished"):
+            return
         attempt_table.end(connection, claim.trial_id, claim.attempt, "finished", checkpoint=None)
         if values:
             set_trial_attributes(connection, claim.trial_id, values)
@@ -445,7 +444,8 @@ def requeue(
     """
 
     def work(connection: Connection) -> None:
-        _require_owner(connection, claim)
+        if _has_ended(connection, claim, outcome):
+            return
         state = _put_back(connection, claim.trial_id, claim.attempt, outcome, reason)
         if state == TrialState.FAIL:
             pausing.pause_after_failures(connection, claim.study_id)
@@ -496,15 +496,13 @@ def running_trials(storage: RDBStorage, study_id: int) -> list[RunningTrial]:
 # --- statements -------------------------------------------------------------------------------------------
 
 
-def _require_owner(connection: Connection, claim: Claim, *, or_finished: bool = False) -> Attempt:
-    """Locks the trial's row; returns the claim's attempt. Raises ClaimLost unless it is the last one, and runs."""
+def _require_owner(connection: Connection, claim: Claim) -> None:
+    """Locks the trial's row. Raises ClaimLost unless the claim's attempt is its last one, and runs."""
     found = attempt_table.locked(connection, claim.trial_id)
     if found is not None:
         state, attempt = found
-        ours = attempt.attempt == claim.attempt and attempt.owner == claim.owner
-        runs = attempt.ended is None and state == TrialState.RUNNING
-        if ours and (runs or (or_finished and attempt.outcome == "finished")):
-            return attempt
+        if _is_of(claim, attempt) and attempt.ended is None and state == TrialState.RUNNING:
+            return
     raise lost(claim)
 
 
@@ -514,6 +512,24 @@ def _owns(connection: Connection, claim: Claim) -> bool:
     except ClaimLost:
         return False
     return True
+
+
+def _has_ended(connection: Connection, claim: Claim, outcome: Outcome) -> bool:
+    """Whether the claim's attempt has ended so already: its commit succeeded, but the answer was lost.
+
+    Locks the trial's row. Raises ClaimLost if the attempt does not run and has not ended so. Somebody else may have
+    claimed the trial meanwhile.
+    """
+    if _owns(connection, claim):
+        return False
+    attempts = attempt_table.of_trial(connection, claim.trial_id)
+    if any(_is_of(claim, attempt) and attempt.outcome == outcome for attempt in attempts):
+        return True
+    raise lost(claim)
+
+
+def _is_of(claim: Claim, attempt: Attempt) -> bool:
+    return (attempt.attempt, attempt.owner) == (claim.attempt, claim.owner)
 
 
 def _set_files(connection: Connection, claim: Claim, names: Sequence[str]) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from multiprocessing.synchronize import Event
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import psutil
@@ -760,6 +760,23 @@ def test_a_finish_that_came_through_unheard_is_done_once(storage: PatientStorage
         claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {"epochs": 2})
     trial = storage.get_trial(claim.trial_id)
     assert (trial.state, trial.values, trial.user_attrs["epochs"]) == (TrialState.COMPLETE, [0.5], 2)
+
+
+@pytest.mark.parametrize("outcome", ["interrupted", "crashed"])
+def test_a_requeue_that_came_through_unheard_is_done_once(
+    storage: PatientStorage, study: str, me: Owner, elsewhere: Owner, outcome: Literal["interrupted", "crashed"]
+) -> None:
+    claim = _claim(storage, study, me)
+    claims.requeue(storage, claim, outcome, "the reason")
+    claims.requeue(storage, claim, outcome, "the reason")
+    (attempt,) = attempts_at(storage, claim.trial_id)
+    assert (attempt.outcome, storage.get_trial(claim.trial_id).state) == (outcome, TrialState.WAITING)
+    other = _claim(storage, study, elsewhere)
+    claims.requeue(storage, claim, outcome, "the reason")
+    assert storage.get_trial(claim.trial_id).state == TrialState.RUNNING, "the trial is another worker's by now"
+    assert _beat(storage, other) == "open"
+    with pytest.raises(ClaimLost):
+        claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})
 
 
 # --- the workers that are there ---------------------------------------------------------------------------
