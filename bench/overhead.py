@@ -69,6 +69,7 @@ class Instant(Trainer):
             value=value,
             repeats=(value,),
             best_epoch=1,
+            val_loss=1.0,
             train_accuracy=value,
             epochs=1,
             stopped=False,

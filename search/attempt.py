@@ -24,7 +24,7 @@ from search.messages import Epoch, Failed, Job, Repeated, Resumed, Trained
 from search.progress import Listener
 from search.proposal import SamplerFailed, SpaceExhausted, hyperparameters_of, is_of_the_database
 from search.trainer import START_SECONDS, Trainer, TrainerDied
-from storage import artifacts, claims, faults, ledger, retention
+from storage import artifacts, claims, faults, ledger, ranking, retention
 from storage.claims import Claim
 from storage.errors import ClaimLost, DiskError, StudyGone
 from storage.faults import Fault
@@ -306,6 +306,7 @@ class Attempt:
             "device": slot.device.name,
             "slot": slot.name,
             "threads": slot.threads,
+            ranking.LOSS: trained.val_loss,
             "precision": trained.precision,
             "precision_reason": trained.precision_reason,
             "versions": trained.versions,

@@ -39,7 +39,7 @@ from search.guard import guarded, is_loopback
 from storage import artifacts, claims
 from storage.attempt_table import of_trial
 from storage.attributes import decoded, of_study
-from storage.ranking import is_feasible, is_scored
+from storage.ranking import is_feasible, is_scored, rank_key
 from storage.tables import (
     StudyDirectionModel,
     StudyModel,
@@ -381,9 +381,10 @@ class StudyDetail:
 
 def _best(trials: list[FrozenTrial], direction: StudyDirection) -> list[FrozenTrial]:
     """The best complete and feasible trial as in `studies.best_trial`; empty if there is none."""
-    sign = 1 if direction == StudyDirection.MAXIMIZE else -1
     complete = [trial for trial in trials if is_scored(trial) and is_feasible(trial)]
-    return [max(complete, key=lambda trial: (sign * trial.values[0], -trial.number))] if complete else []
+    # Ours maximize; another program's may not.
+    key = rank_key if direction == StudyDirection.MAXIMIZE else lambda trial: (trial.values[0], trial.number)
+    return [min(complete, key=key)] if complete else []
 
 
 def _compressed(body: bytes) -> bytes:

@@ -135,6 +135,7 @@ class Trained:
     value: float  # validation accuracy of the best epoch; in a confirmation the test accuracy of the last one
     repeats: tuple[float, ...]  # that of each whole repeat; with several, `value` is their mean
     best_epoch: int  # of the model that is kept, from 1 in each repeat; in a confirmation the last one
+    val_loss: float | None  # of that epoch, with several repeats their mean; None if no epoch ended
     train_accuracy: float  # in that epoch, while the weights still changed
     epochs: int  # that were trained whole, in all repeats
     stopped: bool  # asked to, before the last epoch's end

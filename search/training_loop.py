@@ -184,9 +184,11 @@ def train(
         kept = _kept(net, kept_weights, model, hyperparameters, dataset)
         unsaved = _save(kept, folder / MODEL)
         hits = None if more_seeds else _hits(kept, dataset, _evaluation_batch(batch_size))
-    values = repeats.values(history)
+    bests = repeats.bests(history)
+    values = [epoch.val_accuracy for epoch in bests]
     value = float(np.mean(values)) if values else best.val_accuracy if best else 0.0
     kept_epoch = history[-1] if confirms and history else best
+    losses = [epoch.val_loss for epoch in ([kept_epoch] if confirms or not bests else bests) if epoch is not None]
     if confirms and not stop.stopped:
         if hits is None:
             raise MetricError(
@@ -199,6 +201,7 @@ def train(
         value=value,
         repeats=tuple(values),
         best_epoch=repeats.place(kept_epoch.epoch)[1] if kept_epoch else 0,
+        val_loss=float(np.mean(losses)) if losses else None,
         train_accuracy=kept_epoch.accuracy if kept_epoch else 0.0,
         epochs=len(history),
         stopped=stop.stopped,
@@ -265,8 +268,8 @@ class _Repeats:
         best = best_epoch(own)
         return self._patience is not None and len(own) - (own.index(best) + 1 if best else 0) >= self._patience
 
-    def values(self, history: Sequence[Epoch]) -> list[float]:
-        """The best validation accuracy of each whole repeat. Raises NotANumber if no epoch of one has a finite one."""
+    def bests(self, history: Sequence[Epoch]) -> list[Epoch]:
+        """The best epoch of each whole repeat. Raises NotANumber if no epoch of one has a finite one."""
         found = []
         for repeat in range(1, self.place(history[-1].epoch)[0] + 1 if history else 1):
             own = self._of(history, repeat)
@@ -278,15 +281,15 @@ class _Repeats:
                 raise NotANumber(
                     f"the validation accuracy was {last.val_accuracy} in epoch {last.epoch}, and finite in no epoch"
                 )
-            found.append(best.val_accuracy)
+            found.append(best)
         return found
 
     def notify(self, history: Sequence[Epoch]) -> None:
         """Tells of each repeat that has ended since the last call."""
-        values = self.values(history)
-        for index in range(self._notified, len(values)):
-            self._on_repeat(Repeated(repeat=index + 1, value=values[index]))
-        self._notified = len(values)
+        bests = self.bests(history)
+        for index in range(self._notified, len(bests)):
+            self._on_repeat(Repeated(repeat=index + 1, value=bests[index].val_accuracy))
+        self._notified = len(bests)
 
     def _of(self, history: Sequence[Epoch], repeat: int) -> list[Epoch]:
         return [record for record in history if self.place(record.epoch)[0] == repeat]

@@ -6,6 +6,7 @@ not: a trial that another program added may have a ``failure`` or a ``model`` of
 
 import json
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -138,8 +139,9 @@ def failure(value: Any) -> dict[str, str]:
 
 def number(value: Any) -> int | float | None:
     """`value` if it is a finite number, else None."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if is_number else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Compared, because a whole number of hundreds of digits cannot become a float.
+    return value if is_number and abs(value) <= sys.float_info.max else None
 
 
 def numbers(value: Any) -> list[float]:

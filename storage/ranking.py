@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import ColumnElement, Connection, and_, select
+from sqlalchemy import ColumnElement, Connection, Double, ScalarSelect, and_, case, cast, func, select
 
 from storage import attributes
 from storage.artifacts import MODEL
@@ -18,6 +18,8 @@ from storage.tables import (
 )
 
 IDS_IN_CLAUSE = 500  # trials that one statement names
+LOSS = "val_loss"  # the user attribute with the validation loss of the best epoch
+_NUMBER = r"^-?\d{1,20}(\.\d{1,30})?([eE][+-]?\d{1,2})?$"  # as JSON, and in the range of a double
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +34,14 @@ class RankedTrial:
 def ranked(
     connection: Connection, study_id: int, top: int | None = None, *, with_model: bool = False
 ) -> list[RankedTrial]:
-    """The study's complete trials, highest value first and equal ones by number; only the first `top` if it is given.
+    """The study's complete trials, best first; only the first `top` if it is given.
 
+    The highest value is the best; of equal ones that with the lowest validation loss, and then with the lowest number.
+    Trials of older versions and of other programs have no loss: they follow those that have one.
     `with_model` leaves out trials that have no model, such as imported ones.
     Trials whose value is not finite are left out: older versions stored them, and PostgreSQL would sort NaN first.
     Trials that violate a constraint (`optuna.Trial.set_constraint`: more than 0) are left out, as in Optuna's own
-    ``study.best_trial``. A trial's rank never rises, because the values of finished trials do not change.
+    ``study.best_trial``. A trial's rank never rises, because values and losses of finished trials do not change.
     """
     infeasible = _infeasible(connection, study_id)
     limit = None if top is None else top + len(infeasible)
@@ -53,15 +57,28 @@ def ranked(
 
 
 def _best(connection: Connection, study_id: int, limit: int | None) -> list[RankedTrial]:
-    rows = connection.execute(
-        select(TrialModel.trial_id, TrialModel.number, TrialValueModel.value)
+    value = TrialValueModel.value
+    scored = (
+        select(TrialModel.trial_id, TrialModel.number, value)
         .join(TrialValueModel, TrialValueModel.trial_id == TrialModel.trial_id)
         .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.COMPLETE, TrialValueModel.objective == 0)
         .where(is_finite())
-        .order_by(TrialValueModel.value.desc(), TrialModel.number)
-        .limit(limit)
+    )
+    if limit is not None:
+        # The losses of the others need not be read.
+        last = scored.with_only_columns(value).order_by(value.desc()).offset(limit - 1).limit(1).scalar_subquery()
+        scored = scored.where(value >= func.coalesce(last, -sys.float_info.max))
+    rows = connection.execute(
+        scored.order_by(value.desc(), _loss_of_trial().nulls_last(), TrialModel.number).limit(limit)
     )
     return [RankedTrial(trial_id=trial_id, number=number, value=value) for trial_id, number, value in rows]
+
+
+def _loss_of_trial() -> ScalarSelect[Any]:
+    """The validation loss of a trial's best epoch; NULL if it has none, or another program stored something else."""
+    stored = TrialUserAttributeModel
+    loss = case((stored.value_json.regexp_match(_NUMBER), cast(stored.value_json, Double)))
+    return select(loss).where(stored.trial_id == TrialModel.trial_id, stored.key == LOSS).scalar_subquery()
 
 
 def _with_model(connection: Connection, trial_ids: list[int]) -> set[int]:
@@ -81,6 +98,12 @@ def _with_model(connection: Connection, trial_ids: list[int]) -> set[int]:
         )
         found |= set(rows.scalars())
     return found
+
+
+def rank_key(trial: FrozenTrial) -> tuple[float, float, int]:
+    """What to sort scored trials by, so that they have the order of `ranked`: the best has the smallest."""
+    loss = attributes.number(trial.user_attrs.get(LOSS))
+    return -trial.values[0], math.inf if loss is None else loss, trial.number
 
 
 def is_scored(trial: FrozenTrial) -> bool:

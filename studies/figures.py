@@ -14,7 +14,8 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 from plotly.subplots import make_subplots
 
-from storage.ranking import is_scored
+from storage.errors import many
+from storage.ranking import is_scored, rank_key
 from studies import notebook
 from studies.definition import Definition
 from studies.results import Curve
@@ -303,7 +304,7 @@ def _row(result: notebook.Result) -> str:
 def pareto(trials: Sequence[FrozenTrial], cost: Callable[[FrozenTrial], float]) -> list[FrozenTrial]:
     """The Pareto front: complete trials, cheapest first, each more accurate than all cheaper ones."""
     front: list[FrozenTrial] = []
-    for trial in sorted(trials, key=lambda trial: (cost(trial), -trial.values[0], trial.number)):
+    for trial in sorted(trials, key=lambda trial: (cost(trial), *rank_key(trial))):
         if not front or trial.values[0] > front[-1].values[0]:
             front.append(trial)
     return front

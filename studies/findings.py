@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes
 from storage.hits import Hits
-from storage.ranking import is_feasible, is_scored
+from storage.ranking import is_feasible, is_scored, rank_key
 from studies import importance, model_rules, notebook, statistics
 from studies.definition import Definition
 from studies.model_rules import Number
@@ -91,9 +91,9 @@ def findings(
 
 
 def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The complete and feasible trials, best first and equal ones by number, as in `storage.ranking`."""
+    """The complete and feasible trials, best first, as in `storage.ranking`."""
     complete = [trial for trial in trials if is_scored(trial) and is_feasible(trial)]
-    return sorted(complete, key=lambda trial: (-float(trial.values[0]), trial.number))
+    return sorted(complete, key=rank_key)
 
 
 def _noise(

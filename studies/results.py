@@ -23,7 +23,7 @@ from storage.artifacts import inside
 from storage.attempt_table import Attempt, durations, of_trial, started_outside
 from storage.claims import RunningTrial
 from storage.ledger import Study
-from storage.ranking import is_scored, ranked
+from storage.ranking import is_scored, rank_key, ranked
 from storage.slots import SlotStatus, present
 from storage.tables import TrialModel, TrialParamModel, TrialUserAttributeModel
 from storage.transactions import read
@@ -407,10 +407,7 @@ def curves(
 
 def curves_of(trials: Sequence[FrozenTrial], artifacts: Path, top: int | None = None) -> list[Curve]:
     """The learning curves of `trials`: complete ones, best first, then pruned ones; `top` limits how many."""
-    complete = sorted(
-        (trial for trial in trials if is_scored(trial)),
-        key=lambda trial: (-float(trial.values[0]), trial.number),
-    )
+    complete = sorted((trial for trial in trials if is_scored(trial)), key=rank_key)
     pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
     return [_curve(trial, artifacts) for trial in [*complete, *pruned][:top]]
 

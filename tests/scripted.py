@@ -71,6 +71,7 @@ def trained(*, stopped: bool) -> Trained:
         value=0.9,
         repeats=(0.9,),
         best_epoch=3,
+        val_loss=0.2,
         train_accuracy=0.95,
         epochs=3,
         stopped=stopped,

@@ -5,17 +5,20 @@ import json
 import math
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 import sqlalchemy
+from conftest import TRIVIAL
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from search.messages import Epoch
-from storage import attempt_table, claims, ledger, owners
+from storage import attempt_table, claims, database, ledger, owners
 from storage.owners import Owner
-from studies import registry, results
+from studies import findings, registry, results
+from studies.definition import parse
 from studies.errors import StudyError
 
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
@@ -39,6 +42,23 @@ def test_the_best_is_the_first_of_the_highest_complete_ones(storage: RDBStorage,
         (2, 4, 0.9, 2),
         (3, 0, 0.7, 2),
     ]
+
+
+def test_of_equally_accurate_trials_that_with_the_lowest_loss_is_the_best(either_url: str) -> None:
+    storage = database.create(either_url)
+    registry.create(parse(TRIVIAL), storage, {"fingerprint": "0" * 16})
+    opened = registry.open("trivial", storage)
+    # What an older version stored, what other programs may store, and what our trainer does.
+    losses: list[Any] = [None, "low", True, math.nan, [0.0], 10**400, 0.25, 1e-05, 0.5, 0.25, 3]
+    for value, loss in [*((0.9, loss) for loss in losses), (0.8, 0.1), (0.95, 0.9)]:
+        attrs = {} if loss is None else {"val_loss": loss}
+        opened.add_trial(optuna.trial.create_trial(value=value, user_attrs=attrs))
+    expected = [12, 7, 6, 9, 8, 10, 0, 1, 2, 3, 4, 5, 11]
+    for top in (1, 2, 3, 5, 8, 12, None):
+        assert [row.number for row in results.leaderboard("trivial", storage, top=top)] == expected[:top]
+    assert [trial.number for trial in findings.ranked(opened.trials)] == expected
+    assert [curve.number for curve in results.curves_of(opened.trials, Path())] == expected
+    storage.engine.dispose()
 
 
 def test_without_a_complete_trial_there_is_no_best(storage: RDBStorage, study: str, me: Owner) -> None:
