@@ -23,6 +23,7 @@ from search.heartbeat import Pulse
 from search.messages import Epoch, Failed, Job, Repeated, Resumed, Trained
 from search.progress import Listener
 from search.proposal import SamplerFailed, SpaceExhausted, hyperparameters_of, is_of_the_database
+from search.stall import Stall
 from search.trainer import START_SECONDS, Trainer, TrainerDied
 from storage import artifacts, claims, faults, ledger, ranking, retention
 from storage.claims import Claim
@@ -183,11 +184,14 @@ class Attempt:
         pruned, reason, last = False, "", None
         repeats = self._recipe.repeats
         steps = repeats if repeats > 1 else self._recipe.epochs
+        stall = Stall(self.settings.stall_seconds)
         whole: list[float] = []  # the values of the repeats that have ended
         listed: list[str] = []
         while True:
+            began = time.monotonic()
             message = trainer.receive(POLL_SECONDS)
             received = time.monotonic()
+            stall.looked(received - began, message)
             if self._pulse.lost:
                 raise claims.lost(self.claim)
             state = self._pulse.state
@@ -225,7 +229,9 @@ class Attempt:
             if budget.trial_minutes and kill_at == float("inf") and trainer.ready:
                 kill_at = now + budget.trial_minutes * 60
             if now > start_by and not trainer.ready:
-                raise trainer.hung()
+                raise trainer.hung_at_start()
+            if stall.is_over:
+                raise trainer.hung(f"was silent for {stall.limit:.0f} s in a training", ready=True)
             if stop_by == float("inf") and (self._interrupted.is_set() or state != "open"):
                 reason = "the worker was told to stop" if self._interrupted.is_set() else f"the study was {state}"
                 stop_by = now + self.settings.stop_seconds
@@ -300,13 +306,13 @@ class Attempt:
             "epochs": trained.epochs,
             "best_epoch": trained.best_epoch,
             **(_spread(trained.repeats) if self._recipe.repeats > 1 else {}),
+            ranking.LOSS: trained.val_loss,
             "train_accuracy": round(trained.train_accuracy, 6),
             "seconds": round(trained.seconds, 3),
             "images_per_second": round(trained.images_per_second, 1),
             "device": slot.device.name,
             "slot": slot.name,
             "threads": slot.threads,
-            ranking.LOSS: trained.val_loss,
             "precision": trained.precision,
             "precision_reason": trained.precision_reason,
             "versions": trained.versions,

@@ -211,4 +211,4 @@ def _train(
                 kinds = {"model": ModelError, "load": DataError, "data": DataError}
                 raise kinds.get(message.kind, MachineError)(message.message)
             if time.monotonic() > start_by and not trainer.ready:
-                raise MachineError(f"{trainer.hung()}: repair Keras or its backend")
+                raise MachineError(f"{trainer.hung_at_start()}: repair Keras or its backend")

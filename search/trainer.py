@@ -91,18 +91,19 @@ class Trainer:
             if isinstance(message, Failed):
                 return message
             if time.monotonic() > start_by:
-                raise self.hung()
+                raise self.hung_at_start()
         return None
 
-    def hung(self) -> TrainerDied:
+    def hung_at_start(self) -> TrainerDied:
         """Kills a process that has not imported Keras within START_SECONDS, and returns what to raise."""
+        return self.hung(f"did not import Keras within {START_SECONDS:.0f} s", ready=False)
+
+    def hung(self, how: str, *, ready: bool) -> TrainerDied:
+        """Kills a process that hangs, and returns what to raise: `how` is shown, as what the process did."""
         pid = self.pid
         self.kill()
         return TrainerDied(
-            f"the trainer process {pid} did not import Keras within {START_SECONDS:.0f} s and was killed",
-            self.log_file,
-            out_of_memory=False,
-            ready=False,
+            f"the trainer process {pid} {how} and was killed", self.log_file, out_of_memory=False, ready=ready
         )
 
     def submit(self, job: Job) -> None:

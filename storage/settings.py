@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     checkpoint_seconds: float = Field(default=30.0, ge=0)  # the shortest time between two checkpoints of a trial
     # How long a stopped worker may take to finish its batches. With what follows, less than a scheduler's 30 seconds.
     stop_seconds: float = Field(default=20.0, gt=0)
+    # A training is silent for so long, and for 20 of its longest epochs, before it is taken for one that hangs.
+    stall_seconds: float = Field(default=600.0, gt=0)
     patience_seconds: float = Field(default=600.0, ge=0)  # how long a worker waits for a database that is away
     memory_growth: float = Field(default=0.15, gt=0)  # share by which a trainer may grow before it is replaced
     dashboard_password: SecretStr | None = None  # without it the dashboard serves only this machine

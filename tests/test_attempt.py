@@ -21,6 +21,7 @@ from search.devices import Slot, cpu
 from search.errors import DeviceError, MachineError
 from search.heartbeat import Pulse
 from search.messages import Failed, Repeated, Resumed
+from search.stall import Stall
 from search.trainer import Trainer, TrainerDied
 from storage import attempt_table, claims, faults, ledger, owners, transactions
 from storage.errors import DiskError, TrialyardError
@@ -298,6 +299,48 @@ def test_a_training_that_ended_in_time_is_complete_however_slow_the_database_was
     _run(storage, tmp_path, me, epoch(1, 0.5), epoch(2, 0.6), trained(stopped=False), study="limited")
     (trial,) = storage.get_all_trials(storage.get_study_id_from_name("limited"))
     assert (trial.state, trial.user_attrs.get("failure")) == (TrialState.COMPLETE, None)
+
+
+def _silence(seconds: float) -> Callable[[], Any]:
+    return lambda: time.sleep(seconds)
+
+
+def test_a_training_that_hangs_is_killed_and_its_trial_waits_again(
+    storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIALYARD_STALL_SECONDS", "0.05")
+    first, second = (replace(epoch(number, 0.5), seconds=0.001) for number in (1, 2))
+    trainer = _run(storage, tmp_path, me, first, _silence(0.06), second, *[_silence(0.03)] * 50)
+    assert "kill" in trainer.requests
+    trial = _only(storage)
+    (attempt,) = attempts_at(storage, trial._trial_id)
+    assert (trial.state, attempt.outcome, attempt.epoch) == (TrialState.WAITING, "crashed", 2)
+    assert "s in a training and was killed" in str(attempt.reason)
+
+
+def test_the_time_that_a_training_may_be_silent_follows_from_its_own_epochs() -> None:
+    stall = Stall(600.0)
+
+    def be_silent(seconds: float) -> bool:
+        for _ in range(round(seconds)):
+            stall.looked(1.0, None)
+        return stall.is_over
+
+    assert not be_silent(23 * 3600), "the first epoch also loads and compiles"
+    stall.looked(0.2, epoch(1, 0.5))
+    assert not be_silent(100)
+    stall.looked(0.2, epoch(2, 0.5))
+    assert stall.limit == pytest.approx(20 * 100.2)
+    stall.looked(1000.0, None)  # the worker was stopped, or the machine slept
+    assert not be_silent(2000)
+    assert be_silent(5)
+
+
+def test_a_short_epoch_does_not_make_a_short_silence_a_hang() -> None:
+    stall = Stall(600.0)
+    for number in range(1, 10):
+        stall.looked(0.2, epoch(number, 0.5))
+    assert stall.limit == 600.0
 
 
 def test_a_file_that_cannot_be_removed_ends_no_worker(
