@@ -22,7 +22,7 @@ from storage import database, ledger, promises, retention, settings, slots, tran
 from storage.ledger import Study
 from storage.retention import UnneededFile
 from storage.settings import Settings
-from storage.transactions import PatientStorage
+from storage.transactions import PatientStorage, require_same_file
 from studies import advice, confirmation, registry, results
 from studies import definition as definitions
 from studies.confirmation import Confirmed
@@ -226,9 +226,8 @@ def _fill(
     if names == []:
         return
     shown = progress.display(found, opened, places) if listeners is None else listeners
-    identity = database.file_identity(here.url)
     is_done = worker.work(names, opened, here, places, shown, leave=leave)
-    database.require_same_file(here.url, identity)
+    require_same_file(opened)
     if not is_done:
         raise Interrupted(requeued=not opened.shutting_down.is_set())
 

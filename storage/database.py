@@ -28,6 +28,7 @@ from storage.tables import ALL_TABLES
 from storage.transactions import (
     PatientStorage,
     cause_of,
+    file_identity,
     file_of,
     has_unquoted_password,
     is_transient,
@@ -85,6 +86,7 @@ def connect(url: str, patience: float = 0.0) -> PatientStorage:
     else:
         storage = _storage(parsed)  # which says what is wrong
     storage.patience = patience
+    storage.identity = file_identity(path)
     return storage
 
 
@@ -98,28 +100,9 @@ def _require_local_disk(path: Path) -> None:
         )
 
 
-def file_identity(url: str) -> tuple[object, ...]:
-    """What tells a SQLite file from another one at the same URL: its path, and the file itself. Empty for a server."""
-    path = file_of(_parsed(url))
-    if path is None:
-        return ()
-    try:
-        status = path.stat()
-    except OSError:
-        return (path,)
-    return path, status.st_dev, status.st_ino
-
-
-def require_same_file(url: str, identity: tuple[object, ...]) -> None:
-    """Raises StorageError unless the SQLite file at `url` is the one of `identity` (see `file_identity`).
-
-    A file that is removed stays readable and writable for those who have it open, and is lost when they end.
-    """
-    if file_identity(url) != identity:
-        raise StorageError(
-            f"the database {redact(url)} was removed or replaced while it was in use, so what was recorded since then "
-            "is lost: restore a backup, or run the same command again"
-        )
+def file_at(url: str) -> Path | None:
+    """The SQLite file that `url` names; None for a server's. Raises StorageError if it does not parse."""
+    return file_of(_parsed(url))
 
 
 def connect_with_retries(url: str, patience: float) -> PatientStorage:
@@ -246,6 +229,9 @@ def upgrade(url: str) -> tuple[str, list[str]]:
 
 
 def _make_tables(url: URL) -> None:
+    path = file_of(url)
+    if path is not None:
+        path.touch()  # `_open` makes no file: where one was removed, it would be an empty database
     made = _storage(url, skip_table_creation=False)
     _add_ours(made)
     made.engine.dispose()
@@ -399,7 +385,9 @@ def _open(path: str) -> sqlite3.Connection:
     file = Path(path)
     if file.exists() and not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
         return _open_read_only(path)
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
+    connection = sqlite3.connect(
+        f"file:{urllib.parse.quote(path)}?mode=rw", uri=True, timeout=BUSY_SECONDS, check_same_thread=False
+    )
     connection.execute("PRAGMA journal_mode = WAL")
     # With WAL this is safe against a killed process; a power cut may undo the last moments, never damage the
     # file, and what it undoes is a trial that runs again.

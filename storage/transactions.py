@@ -56,8 +56,11 @@ class PatientStorage(RDBStorage):
     """Optuna's storage, each of whose calls is tried again while the database is away.
 
     `patience` is for how many seconds; 0 tries once. Setting `shutting_down` ends all waiting. A call that still fails
-    after that ends in StorageError. `last_away` is when a call last failed so, by the monotonic clock.
+    after that ends in StorageError. `last_away` is when a call last failed so, by the monotonic clock. `identity` is
+    the SQLite file that was opened (see `file_identity`); None for a server.
     """
+
+    identity: tuple[int, int] | None = None
 
     def __init__(self, url: str, *, patience: float, **options: Any) -> None:
         self.patience, self.shutting_down, self.last_away = patience, threading.Event(), float("-inf")
@@ -353,6 +356,7 @@ def read_only_text(url: URL, cause: str) -> str:
 
 
 def _in_sqlite(storage: RDBStorage, work: Callable[[Connection], T]) -> T:
+    require_same_file(storage)
     with storage.engine.connect() as connection:
         # Before anything is read: a transaction that begins to read and then writes is refused, not made to wait,
         # where another one wrote meanwhile.
@@ -467,6 +471,28 @@ def lock_file(path: Path, name: str) -> "filelock.BaseFileLock":
 
 def sqlite_file(storage: RDBStorage) -> Path | None:
     return file_of(storage.engine.url)
+
+
+def file_identity(path: Path | None) -> tuple[int, int] | None:
+    """What tells a SQLite file from a later one at the same path: device and inode. None for a server, or no file."""
+    try:
+        status = None if path is None else path.stat()
+    except OSError:
+        return None
+    return None if status is None else (status.st_dev, status.st_ino)
+
+
+def require_same_file(storage: RDBStorage) -> None:
+    """Raises StorageError unless the SQLite file is still the one that was opened.
+
+    A file that is removed stays readable and writable for those who have it open, and is lost when they end.
+    """
+    opened = storage.identity if isinstance(storage, PatientStorage) else None
+    if opened is not None and file_identity(sqlite_file(storage)) != opened:
+        raise StorageError(
+            f"the database {redact(str(storage.engine.url))} was removed or replaced while it was in use, so what was "
+            "recorded since then is lost: restore a backup, or run the same command again"
+        )
 
 
 def forbid_writing(storage: RDBStorage) -> None:

@@ -13,6 +13,7 @@ from optuna.storages import RDBStorage
 
 from storage import claims, database, ledger, retention, settings, transactions
 from storage.errors import NotOurStudy, StudyGone, WrongDirection, nearest
+from storage.transactions import file_identity
 from studies import definition as definitions
 from studies import sampling
 from studies.definition import Definition
@@ -29,11 +30,11 @@ def storage_of(storage: StorageLike) -> RDBStorage:
     if isinstance(storage, RDBStorage):
         return storage
     url = storage or settings.load().url
-    return _connected(url, database.file_identity(url))
+    return _connected(url, file_identity(database.file_at(url)))
 
 
 @cache
-def _connected(url: str, identity: tuple[object, ...]) -> RDBStorage:
+def _connected(url: str, identity: tuple[int, int] | None) -> RDBStorage:
     return database.connect(url)
 
 

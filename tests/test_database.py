@@ -311,6 +311,23 @@ def test_a_lock_that_is_never_freed_ends_in_a_sentence(both: PatientStorage, mon
     thread.join()
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_removed_is_noticed_at_the_next_write(tmp_path: Path, replaced: bool) -> None:
+    file = tmp_path / "studies.db"
+    storage = database.create(f"sqlite:///{file}")
+    transactions.write(storage, None, lambda connection: None)
+    file.rename(tmp_path / "old.db")
+    if replaced:
+        database.create(f"sqlite:///{file}").engine.dispose()
+    with pytest.raises(StorageError, match=r"was removed or replaced while it was in use.*: restore a backup, or run"):
+        transactions.write(storage, None, lambda connection: None)
+    storage.engine.dispose()
+    if not replaced:
+        with pytest.raises(SQLAlchemyError, match="unable to open database file"):
+            transactions.read(storage, lambda connection: None)
+    assert file.exists() == replaced, "an empty database would hide the loss"
+
+
 def test_check_finds_a_damaged_file(storage: RDBStorage, tmp_path: Path) -> None:
     assert database.check(storage) == []
     storage.create_new_study([StudyDirection.MAXIMIZE], "study")
