@@ -315,14 +315,20 @@ def imported_digests(connection: Connection, study_id: int) -> set[str]:
 def record_software(storage: RDBStorage, study: Study, software: Mapping[str, str]) -> Mapping[str, str]:
     """The software that `study` started with. If none is recorded yet, `software` is, and is returned.
 
-    Under the lock, so that of two first workers with different software one sees the other's. Raises StudyGone.
+    What a study of an older version has not recorded, such as the digests of the user's own files, is recorded by the
+    first machine whose other software is the same. Under the lock, so that of two first workers with different software
+    one sees the other's. Raises StudyGone.
     """
 
     def work(connection: Connection) -> Mapping[str, str]:
         recorded = current(connection, study).software
-        if recorded is None:
-            _set_attribute(connection, study.id, "software", dict(software))
-        return recorded or dict(software)
+        known = recorded or {}
+        whole = {**software, **known}
+        is_same = all(software.get(part, value) == value for part, value in known.items())
+        if not is_same or whole == recorded:
+            return known
+        _set_attribute(connection, study.id, "software", whole)
+        return whole
 
     return write(storage, study.name, work)
 

@@ -168,6 +168,18 @@ def test_another_file_of_an_own_model_is_refused(storage: PatientStorage, study:
     assert registry.sources(registry.find(study, storage)) == OWN
 
 
+def test_a_study_without_a_recorded_file_takes_that_of_the_first_machine_with_its_software(
+    storage: PatientStorage, study: str
+) -> None:
+    registry.check_software(registry.find(study, storage), storage, SOFTWARE)  # as an older version recorded it
+    with pytest.raises(StudyError, match=r"keras 3\.16"):
+        registry.check_software(registry.find(study, storage), storage, SOFTWARE | OWN | {"keras": "3.16"})
+    assert registry.sources(registry.find(study, storage)) == {}
+    registry.check_software(registry.find(study, storage), storage, SOFTWARE | OWN)
+    with pytest.raises(StudyError, match="another file of own:build"):
+        registry.check_software(registry.find(study, storage), storage, SOFTWARE | {"own:build": "2" * 16})
+
+
 def test_software_that_only_one_side_tells_of_is_not_compared(storage: PatientStorage, study: str) -> None:
     registry.check_software(registry.find(study, storage), storage, SOFTWARE)
     registry.check_software(registry.find(study, storage), storage, SOFTWARE | {"more": "1"})
