@@ -206,7 +206,7 @@ def load(name_or_file: str, **overrides: Any) -> Definition:
         return parse(text, source=name_or_file, **overrides)
     path, shown_path = Path(name_or_file), one_line(name_or_file, 300)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors start a file with a byte order mark
     except UnicodeDecodeError:
         raise DefinitionError(f"{shown_path} is not text in UTF-8: a definition is a TOML file") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte

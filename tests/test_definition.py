@@ -546,6 +546,12 @@ class TestFiles:
         with pytest.raises(DefinitionError, match=r"latin\.toml is not text in UTF-8"):
             load(str(path))
 
+    @pytest.mark.parametrize("name", ["windows.toml", "a b%20c:d?.toml"])
+    def test_an_editor_of_windows_and_odd_names_are_fine(self, tmp_path: Path, name: str) -> None:
+        path = tmp_path / name
+        path.write_bytes(b"\xef\xbb\xbf" + _text().replace("\n", "\r\n").encode())
+        assert load(str(path)) == parse(_text())
+
     @pytest.mark.parametrize(
         ("name", "sentence"),
         [
