@@ -24,6 +24,8 @@ from studies.definition import Data
 
 DOWNLOAD_SECONDS = 600
 DARK = 0.1  # images whose largest value is a smaller share of white are noted
+COLORS = (1, 3, 4)  # channels of an image
+REAL = "iuf"  # NumPy's kinds of integers and floats: complex numbers and times are "numbers" to it, too
 RENUMBER = "number them with numpy.searchsorted(numpy.unique(y_train), y), for y_train and y_test alike"
 
 
@@ -328,21 +330,28 @@ def _is_binary(x: Array) -> bool:
     """Whether the training images have only the values 0 and 1, as whole numbers: they mean black and white."""
     if x.dtype == np.bool_:
         return True
-    return bool(np.issubdtype(x.dtype, np.integer) and x.max() == 1 and x.min() >= 0)
+    return bool(x.dtype.kind in "iu" and x.max() == 1 and x.min() >= 0)
 
 
 def _notes(scaled: Array, what: str, dtype: np.dtype[Any], binary: bool) -> tuple[str, ...]:
-    if binary:
-        return (f"{what} has only the values 0 and 1 (type {dtype}), which are taken for 0 and 255",)
+    notes = []
     share = float(scaled.max()) / 255.0
-    if 0.0 < share < DARK:
-        return (f"{what} is very dark: its largest value is {100 * share:.2g} % of white. Is its scale right?",)
-    return ()
+    if binary:
+        notes.append(f"{what} has only the values 0 and 1 (type {dtype}), which are taken for 0 and 255")
+    elif 0.0 < share < DARK:
+        notes.append(f"{what} is very dark: its largest value is {100 * share:.2g} % of white. Is its scale right?")
+    _, height, width, channels = scaled.shape
+    if height in COLORS and channels not in COLORS:
+        notes.append(
+            f"{what} has images of {height}x{width} with {channels} channels: if the file has the channels first, "
+            "write numpy.moveaxis(x, 1, -1)"
+        )
+    return tuple(notes)
 
 
 def _scaled(x: Array, what: str, binary: bool) -> Array:
     """Images on the scale 0 to 255. `binary` says that the training images have only the values 0 and 1."""
-    if x.dtype == np.bool_ or (binary and np.issubdtype(x.dtype, np.integer)):
+    if x.dtype == np.bool_ or (binary and x.dtype.kind in "iu"):
         if x.max() > 1 or x.min() < 0:
             raise DataError(
                 f"{what} has values from {x.min()} to {x.max()}, and x_train only 0 and 1: give both the same scale"
@@ -350,7 +359,7 @@ def _scaled(x: Array, what: str, binary: bool) -> Array:
         return x.astype(np.uint8) * np.uint8(255)
     if x.dtype == np.uint8:
         return x
-    if not (np.issubdtype(x.dtype, np.floating) or np.issubdtype(x.dtype, np.integer)):
+    if x.dtype.kind not in REAL:
         raise DataError(f"{what} is of type {x.dtype}, and images must be numbers: convert it to uint8")
     if not np.isfinite(x).all():
         raise DataError(f"{what} has NaN or infinite values: replace them")
@@ -377,10 +386,11 @@ def _float_advice(low: float, high: float) -> str:
 def _labels(y: Array, what: str) -> Array:
     if y.dtype == np.bool_:
         return y.astype(np.int64)
-    if not np.issubdtype(y.dtype, np.number) or not np.isfinite(y).all() or (y != np.floor(y)).any():
+    if y.dtype.kind not in REAL or not np.isfinite(y).all() or (y != np.floor(y)).any():
         raise DataError(f"{what} has labels that are not whole numbers: give class numbers from 0")
-    if y.min() < 0:
-        raise DataError(f"{what} has the label {y.min()}, and classes are numbered from 0: {RENUMBER}")
+    low, high = y.min(), y.max()
+    if low < 0 or high > np.iinfo(np.int32).max:
+        raise DataError(f"{what} has the label {low if low < 0 else high}, and classes are numbered from 0: {RENUMBER}")
     return y.astype(np.int64)
 
 

@@ -112,6 +112,16 @@ def test_test_images_have_the_scale_of_the_training_images(write_npz: Write) -> 
     assert nearly_black.x_validation.max() == 1, "by itself it would look like an image of 0 and 1"
 
 
+@pytest.mark.parametrize(
+    ("shape", "noted"), [((3, 8, 8), True), ((1, 8, 8), True), ((8, 8, 3), False), ((8, 8), False), ((1, 64), False)]
+)
+def test_channels_that_come_first_are_noted(write_npz: Write, shape: tuple[int, ...], noted: bool) -> None:
+    images = np.full((300, *shape), 255, dtype=np.uint8)
+    notes = data.load(str(write_npz("first.npz", x_train=images)), Data(), []).notes
+    assert len(notes) == noted
+    assert all("write numpy.moveaxis(x, 1, -1)" in note for note in notes)
+
+
 @pytest.mark.parametrize(("white", "noted"), [(255, False), (16, True), (1 / 255, True), (1.0, False)])
 def test_very_dark_images_are_noted(write_npz: Write, white: float, noted: bool) -> None:
     with np.load(write_npz()) as arrays:
@@ -182,6 +192,10 @@ def _nan() -> Any:
             r"2 different labels from 20250000 to 20250001, but no image of",
         ),
         ({"y_train": np.full(300, "cat")}, r"labels that are not whole numbers"),
+        ({"y_train": np.ones(300, dtype=complex)}, r"labels that are not whole numbers"),
+        ({"y_train": np.ones(300, dtype="m8[s]")}, r"labels that are not whole numbers"),
+        ({"y_train": np.full(300, 2**63, dtype=np.uint64)}, r"has the label 9223372036854775808, and classes are"),
+        ({"x_train": np.ones((300, 8, 8), dtype="m8[s]")}, r"is of type timedelta64\[s\], and images must be numbers"),
         ({"y_train": np.arange(300)}, r"data.validation = 0.1 cannot split 300 images of 300 classes"),
         ({"x_train": np.array([{}] * 300)}, r"the array x_train in .* cannot be read .* without pickling"),
     ],
