@@ -153,10 +153,14 @@ def test_a_question_mark_in_a_sqlite_url_is_refused() -> None:
         database.create("sqlite:///a?b.db")
 
 
-def test_a_missing_privilege_is_named_with_the_statement_that_grants_it(postgresql_url: str) -> None:
-    owner = sqlalchemy.create_engine(postgresql_url, isolation_level="AUTOCOMMIT")
+def test_a_missing_privilege_is_named_with_the_statement_that_grants_it(empty_postgresql_url: str) -> None:
+    owner = sqlalchemy.create_engine(empty_postgresql_url, isolation_level="AUTOCOMMIT")
     role = f"role_{os.urandom(4).hex()}"
-    url = sqlalchemy.make_url(postgresql_url).set(username=role, password="tiger").render_as_string(hide_password=False)
+    url = (
+        sqlalchemy.make_url(empty_postgresql_url)
+        .set(username=role, password="tiger")
+        .render_as_string(hide_password=False)
+    )
 
     def granted_after(call: Callable[[], object], denied: str) -> None:
         with pytest.raises(StorageError, match=denied) as error:
@@ -250,16 +254,16 @@ def _create(url: str, failures: "multiprocessing.Queue[str]") -> None:
         raise
 
 
-def test_processes_that_create_at_once_make_one_whole_database(either_url: str) -> None:
+def test_processes_that_create_at_once_make_one_whole_database(either_empty_url: str) -> None:
     context = multiprocessing.get_context("spawn")
     failures: multiprocessing.Queue[str] = context.Queue()
-    processes = [context.Process(target=_create, args=(either_url, failures)) for _ in range(4)]
+    processes = [context.Process(target=_create, args=(either_empty_url, failures)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4, failures.get(timeout=1)
-    storage = database.connect(either_url)
+    storage = database.connect(either_empty_url)
     assert database.check(storage) == []
     storage.engine.dispose()
 
@@ -367,14 +371,14 @@ def test_a_backup_is_a_database_of_its_own(both: PatientStorage, tmp_path: Path)
         database.backup(both, path)
 
 
-def test_a_database_of_plain_optuna_is_upgraded(either_url: str) -> None:
-    url = either_url.replace("postgresql://", "postgresql+psycopg://")
+def test_a_database_of_plain_optuna_is_upgraded(either_empty_url: str) -> None:
+    url = either_empty_url.replace("postgresql://", "postgresql+psycopg://")
     plain = optuna.create_study(study_name="plain", storage=url)
     plain.tell(plain.ask(), 1.0)
     with pytest.raises(StorageError, match=r"older Trialyard or by plain Optuna: run `trialyard storage upgrade`"):
-        database.connect(either_url)
-    database.upgrade(either_url)
-    storage = database.connect(either_url)
+        database.connect(either_empty_url)
+    database.upgrade(either_empty_url)
+    storage = database.connect(either_empty_url)
     assert len(storage.get_all_trials(storage.get_study_id_from_name("plain"))) == 1
     assert database.check(storage) == []
     storage.engine.dispose()
@@ -392,9 +396,9 @@ def test_a_server_that_is_not_there_is_one_sentence_without_its_password() -> No
         assert "tiger" not in str(caught.value)
 
 
-def test_an_empty_database_says_how_it_is_made(postgresql_url: str) -> None:
+def test_an_empty_database_says_how_it_is_made(empty_postgresql_url: str) -> None:
     with pytest.raises(StorageError, match="has no studies' tables: `trialyard storage create` makes them"):
-        database.connect(postgresql_url)
+        database.connect(empty_postgresql_url)
 
 
 def _cut_off(storage: PatientStorage) -> None:
