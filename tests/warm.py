@@ -2,8 +2,9 @@
 
 Keras needs seven seconds of a processor to be imported, and a test of what happens to processes starts many. Each is
 still a process of its own, with the program's own code, folder, environment and signals; only the imports are not
-repeated, and a trainer is a fork of its command. What an import decides must be tested with a new process instead:
-`search.trainer` starts them, `COMMAND` of conftest.py is one, and `Warm.fits` says which environments need one.
+repeated, and a trainer is a fork of its command, or of the same process if a test starts it. What an import decides
+must be tested with a new process instead: `search.trainer` starts them, `COMMAND` of conftest.py is one, and
+`Warm.fits` says which environments need one.
 """
 
 import atexit
@@ -43,6 +44,7 @@ class Warm:
         )
         theirs.close()
         self._socket, self._connection = ours, Connection(os.dup(ours.fileno()))
+        self._asking = threading.Lock()  # a test may have several slots, each with its thread
 
     def fits(self, variables: Mapping[str, str]) -> bool:
         """Whether a command with this environment may be a fork: nothing differs that imports read."""
@@ -51,18 +53,28 @@ class Warm:
     def start(self, arguments: Sequence[str], folder: Path, variables: Mapping[str, str]) -> "Forked":
         """Starts ``trialyard`` with these arguments; with ``-c TEXT`` Python with this program."""
         out, err = os.pipe(), os.pipe()
-        self._connection.send(("start", [*arguments], str(folder), dict(variables)))
-        socket.send_fds(self._socket, [b"."], [out[1], err[1]])
+        pid = self._fork([*arguments], folder, variables, out[1], err[1])
         os.close(out[1])
         os.close(err[1])
-        pid: int = self._connection.recv()
         return Forked(pid, out[0], err[0], self)
 
+    def start_trainer(self, folder: Path, variables: Mapping[str, str], descriptor: int, output: int) -> "Child":
+        """Starts a trainer process that talks over the socket `descriptor` and prints to `output`."""
+        return Child(self._fork(None, folder, variables, descriptor, output), self)
+
+    def _fork(self, arguments: list[str] | None, folder: Path, variables: Mapping[str, str], *descriptors: int) -> int:
+        with self._asking:
+            self._connection.send(("start", arguments, str(folder), dict(variables)))
+            socket.send_fds(self._socket, [b"."], descriptors)
+            pid: int = self._connection.recv()
+            return pid
+
     def code(self, pid: int) -> int:
-        """The exit code of a command that has ended, negative for a signal."""
-        self._connection.send(("code", pid))
-        code: int = self._connection.recv()
-        return code
+        """The exit code of a process that has ended, negative for a signal."""
+        with self._asking:
+            self._connection.send(("code", pid))
+            code: int = self._connection.recv()
+            return code
 
     def close(self) -> None:
         """Ends the process; commands that still run go on."""
@@ -71,16 +83,13 @@ class Warm:
         self._process.wait(timeout=60)
 
 
-class Forked:
-    """A running command, with those methods of `subprocess.Popen` that tests use."""
+class Child:
+    """A process that was forked, with those methods of `subprocess.Popen` that tests use."""
 
-    def __init__(self, pid: int, out: int, err: int, parent: Warm) -> None:
-        self.pid, self.returncode = pid, None
-        self.stdout: IO[str] = os.fdopen(out, encoding="utf-8")
-        self.stderr: IO[str] = os.fdopen(err, encoding="utf-8")
+    def __init__(self, pid: int, parent: Warm) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
         self._parent, self._end = parent, os.pidfd_open(pid)
-
-    returncode: int | None
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
@@ -98,6 +107,24 @@ class Forked:
             self.returncode = self._parent.code(self.pid)
             os.close(self._end)
         return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal, unless it has ended."""
+        if self.poll() is None:
+            signal.pidfd_send_signal(self._end, number)
+
+    def kill(self) -> None:
+        """Sends SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+class Forked(Child):
+    """A running command, with its outputs."""
+
+    def __init__(self, pid: int, out: int, err: int, parent: Warm) -> None:
+        super().__init__(pid, parent)
+        self.stdout: IO[str] = os.fdopen(out, encoding="utf-8")
+        self.stderr: IO[str] = os.fdopen(err, encoding="utf-8")
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """All that it still writes to its two outputs, at its end. Raises subprocess.TimeoutExpired."""
@@ -118,15 +145,6 @@ class Forked:
         for thread in threads:
             thread.join(timeout)
         return read["out"], read["err"]
-
-    def send_signal(self, number: int) -> None:
-        """Sends a signal, unless it has ended."""
-        if self.poll() is None:
-            signal.pidfd_send_signal(self._end, number)
-
-    def kill(self) -> None:
-        """Sends SIGKILL."""
-        self.send_signal(signal.SIGKILL)
 
 
 # --- in the process that has imported everything --------------------------------------------------------------
@@ -158,6 +176,9 @@ def _serve(descriptor: int) -> list[str]:
         if pid == 0:
             connection.close()
             incoming.close()
+            if arguments is None:
+                os.chdir(folder)
+                _train(*descriptors, variables)
             _become(folder, variables, *descriptors)
             return [str(argument) for argument in arguments]
         for one in descriptors:
@@ -217,7 +238,7 @@ class ForkedTrainer:
 
 
 def _train(descriptor: int, output: int, variables: Mapping[str, str]) -> NoReturn:
-    """What ``python -P -m search.trainer_process`` does after its imports, in a fork of a command with threads."""
+    """What ``python -P -m search.trainer_process`` does after its imports, in a fork of a process with threads."""
     code = 1
     try:
         gc.freeze()  # what the command left behind is never collected here, its open database included
