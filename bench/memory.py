@@ -17,7 +17,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 from search.devices import Slot, cpu
-from search.messages import Epoch, Job
+from search.messages import Batches, Epoch, Job
 from search.trainer import MEMORY_GROWTH, Trainer
 from studies import recipe
 from studies.definition import parse
@@ -67,7 +67,7 @@ def main() -> None:
                     folder=folder / "trials" / str(number),
                 )
             )
-            while (message := trainer.receive(60)) is None or isinstance(message, Epoch):
+            while (message := trainer.receive(60)) is None or isinstance(message, (Batches, Epoch)):
                 pass
             resident.append(trainer.resident() or 0)
             pids.append(trainer.pid)

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 
 from search.errors import AcceleratorError, DeviceError, MachineError
 from search.heartbeat import Pulse
-from search.messages import Epoch, Failed, Job, Repeated, Resumed, Trained
+from search.messages import Batches, Epoch, Failed, Job, Repeated, Resumed, Trained
 from search.progress import Listener
 from search.proposal import SamplerFailed, SpaceExhausted, hyperparameters_of, is_of_the_database
 from search.stall import Stall
@@ -199,6 +199,8 @@ class Attempt:
                 return _failed(message)
             if isinstance(message, Trained):
                 return _trained(message, pruned, last, reason)
+            if isinstance(message, Batches):
+                self._notify_batches(message)
             step: int | None = None  # that has ended: an epoch, or a repeat where there are several
             if isinstance(message, Resumed):
                 values = {} if repeats > 1 else {epoch.epoch: epoch.val_accuracy for epoch in message.history}
@@ -334,6 +336,10 @@ class Attempt:
         """The names of the attempt's existing files, of those that the dashboard offers."""
         folder: Path = self.settings.artifact_folder / self.claim.folder
         return [name for name in artifacts.DOWNLOADABLE if (folder / name).is_file()]
+
+    def _notify_batches(self, batches: Batches) -> None:
+        for listener in self._listeners:
+            listener.batches(self.claim, batches)
 
     def _notify_epoch(self, record: Epoch) -> None:
         for listener in self._listeners:

@@ -76,6 +76,15 @@ class Checked:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Batches:
+    """How far the running epoch is, at most once a second. For people to see: nothing is recorded of it."""
+
+    epoch: int  # from 1, through all repeats
+    done: int  # batches of this epoch
+    total: int  # batches of an epoch
+
+
+@dataclass(frozen=True, kw_only=True)
 class Failed:
     """The end of a job in an error that it would meet again."""
 
@@ -165,3 +174,6 @@ class Resumed:
     """A training that goes on from a checkpoint: the epochs that it has already."""
 
     history: tuple[Epoch, ...]
+
+
+Message = Batches | Epoch | Repeated | Resumed | Trained | Checked | Failed  # about a job

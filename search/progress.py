@@ -10,14 +10,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from search.devices import Slot, common_precision, precision_for
-from search.messages import Epoch
-from search.summary import progress_line, shown, so_far
+from search.messages import Batches, Epoch
+from search.pace import Mark, Running, study_seconds_left
+from search.summary import clock, duration, progress_line, shown, so_far
 from storage import attributes
 from storage.claims import Claim
 from storage.ledger import Study
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.2
 LEAVE_SECONDS = 2.0
 STATUS_SECONDS = 2.0  # how often the live table asks the database
+BAR_COLUMNS = 10  # of the bar inside an epoch
+WIDE_COLUMNS = 100  # from here on there is room for the speed
 
 
 class Listener:
@@ -46,8 +50,11 @@ class Listener:
     def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
         """A trial has started, or started again."""
 
+    def batches(self, claim: Claim, batches: Batches) -> None:
+        """Its running epoch is so far; at most once a second."""
+
     def epoch(self, claim: Claim, record: Epoch) -> None:
-        """One of its epochs has ended."""
+        """One of its epochs has ended, or it goes on after this one."""
 
     def ended(self, claim: Claim, trial: FrozenTrial) -> None:
         """It is over, or back in the queue."""
@@ -99,8 +106,37 @@ class Lines(Listener):
 class _Slot:
     claim: Claim
     point: dict[str, Any]
-    epochs: int
-    record: Epoch | None = None
+    running: Running
+    began: float  # by the monotonic clock
+    record: Epoch | None = None  # of the last whole epoch
+    batches: Batches | None = None  # of the epoch that runs; None between two epochs
+
+    def moved(self, position: float) -> None:
+        """Notes where the training is, in epochs."""
+        self.running = self.running.moved(Mark(moment=time.monotonic(), position=position))
+
+    def cells(self, wide: bool) -> list[RenderableType]:
+        """What the table has in the slot's row after its name; a `wide` one also has the speed."""
+        now, record, batches = time.monotonic(), self.record, self.batches
+        seconds_left = self.running.seconds_left(now)
+        speed = [f"{record.images_per_second:,.0f}" if record else ""] if wide else []
+        return [
+            str(self.claim.number),
+            f"{self._epoch()}/{self.running.epochs}",
+            ProgressBar(total=batches.total, completed=batches.done, width=BAR_COLUMNS) if batches else "",
+            f"{record.val_accuracy:.4f}" if record else "" if batches else "starting",
+            *speed,
+            clock(now - self.began),
+            "" if seconds_left is None else clock(seconds_left),
+            shown(self.point),
+        ]
+
+    def _epoch(self) -> str:
+        if self.batches is not None:
+            return str(self.batches.epoch)
+        if self.record is not None:
+            return str(self.record.epoch)
+        return "0" if self.claim.attempt == 1 else "?"  # it may go on from a checkpoint
 
 
 class LiveTable(Listener):
@@ -136,14 +172,24 @@ class LiveTable(Listener):
     def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
         """Shows the trial in its slot's row."""
         with self._lock:
-            self._slots[claim.owner.slot] = _Slot(claim, point, epochs)
+            self._slots[claim.owner.slot] = _Slot(claim, point, Running(epochs=epochs), time.monotonic())
+
+    def batches(self, claim: Claim, batches: Batches) -> None:
+        """Moves the bar in its slot's row."""
+        with self._lock:
+            slot = self._slots[claim.owner.slot]
+            if slot is not None:
+                slot.batches = batches
+                slot.moved(batches.epoch - 1 + batches.done / batches.total)
 
     def epoch(self, claim: Claim, record: Epoch) -> None:
         """Shows the epoch in its slot's row."""
         with self._lock:
             slot = self._slots[claim.owner.slot]
             if slot is not None:
-                slot.record = record
+                slot.record, slot.batches = record, None
+                if slot.running.first is not None:  # else it goes on from a checkpoint
+                    slot.moved(record.epoch)
 
     def ended(self, claim: Claim, trial: FrozenTrial) -> None:
         """Leaves a line above the table, and empties the slot's row."""
@@ -185,25 +231,23 @@ class LiveTable(Listener):
             self._statuses, self._asked = statuses, time.monotonic()
 
     def _drawn(self) -> Group:
+        wide = self._console.width >= WIDE_COLUMNS
+        titles = ["slot", "trial", "epoch", "", "validation", *(["images/s"] if wide else []), "time", "left"]
         with self._lock:
-            lines = [Text(progress_line(status), style="bold") for status in self._statuses.values()]
+            lines = [Text(self._progress(status), style="bold") for status in self._statuses.values()]
             table = Table(box=None, padding=(0, 2, 0, 0))
-            for title in ("slot", "trial", "epoch", "validation", "images/s", "hyperparameters"):
-                table.add_column(title, header_style="dim", no_wrap=title != "hyperparameters")
+            for title in titles:
+                table.add_column(title, header_style="dim", no_wrap=True)
+            table.add_column("hyperparameters", header_style="dim")
             for name, slot in self._slots.items():
-                if slot is None:
-                    table.add_row(name, "-", "", "", "", "")
-                    continue
-                record = slot.record
-                table.add_row(
-                    name,
-                    str(slot.claim.number),
-                    f"{record.epoch if record else 0}/{slot.epochs}",
-                    f"{record.val_accuracy:.4f}" if record else "starting",
-                    f"{record.images_per_second:,.0f}" if record else "",
-                    shown(slot.point),
-                )
+                table.add_row(name, *(["-"] if slot is None else slot.cells(wide)))
         return Group(*lines, table)
+
+    def _progress(self, status: Status) -> str:
+        own = [slot.running for slot in self._slots.values() if slot is not None and slot.claim.study == status.study]
+        # Other machines may work on the study, too.
+        slots = max(len(self._slots), status.running)
+        return progress_line(status, study_seconds_left(status, own, slots, time.monotonic()))
 
 
 def ending(trial: FrozenTrial) -> str:
@@ -211,7 +255,8 @@ def ending(trial: FrozenTrial) -> str:
     if trial.state == TrialState.COMPLETE:
         return f"complete: {trial.values[0]:.4f}"
     if trial.state == TrialState.PRUNED:
-        return f"pruned after {attributes.last_step_text(trial)}"
+        score = "" if trial.last_step is None else f": {trial.intermediate_values[trial.last_step]:.4f}"
+        return f"pruned after {attributes.last_step_text(trial)}{score}"
     if trial.state == TrialState.FAIL:
         failure = attributes.failure(trial.user_attrs.get("failure"))
         return f"failed ({failure['kind']}): {failure['message']}"
@@ -223,7 +268,7 @@ def display(
 ) -> list[Listener]:
     """The usual display, on standard error unless another `console` is given; None: of studies that are to come.
 
-    Says first in which precision each study trains here, and why.
+    Says first in which precision each study trains here, and why; and how long it takes, where that is known.
     """
     shown = console or Console(stderr=True)
     threads = f" of {slots[0].threads} threads" if slots[0].threads > 1 else ""
@@ -235,13 +280,26 @@ def display(
             began = study.precision or common_precision(slots, definition.precision)
             precision, reason = precision_for(slots[0].device, definition.precision, began)
             lines.append(f"{study.name}: {where} in {precision}: {reason}")
-    for line in lines:
-        shown.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def ask(name: str) -> Status:
         return status(name, storage)
+
+    for study in studies or ():
+        lines += _estimate(ask(study.name), len(slots))
+    for line in lines:
+        shown.print(line, markup=False, highlight=False, soft_wrap=True)
 
     if not shown.is_terminal:
         return [Lines(shown, ask)]
     names = None if studies is None else [study.name for study in studies]
     return [LiveTable(shown, names, [slot.name for slot in slots], ask)]
+
+
+def _estimate(status: Status, slots: int) -> list[str]:
+    """How long a study still takes, in one line; none before one of its trials has finished."""
+    seconds = study_seconds_left(status, (), slots, time.monotonic())
+    if seconds is None or status.ended:
+        return []
+    where = "this slot" if slots == 1 else f"these {slots} slots"
+    left = status.budget - status.finished
+    return [f"{status.study}: about {duration(seconds)} on {where}, for {left} more trials"]

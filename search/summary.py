@@ -6,9 +6,13 @@ if TYPE_CHECKING:
     from studies.results import Status
 
 
-def progress_line(status: "Status") -> str:
-    """One line: trials done of the budget, the best so far, the time left."""
-    left = "ended" if status.ended else _left(status.seconds_left)
+def progress_line(status: "Status", seconds_left: float | None = None) -> str:
+    """One line: trials done of the budget, the best so far, the time left.
+
+    `seconds_left` is given by who knows it better than the database does.
+    """
+    seconds = status.seconds_left if seconds_left is None else seconds_left
+    left = "ended" if status.ended else "time left unknown" if seconds is None else f"about {duration(seconds)} left"
     return f"{status.study}: {status.finished} of {status.budget} trials{so_far(status)}, {left}"
 
 
@@ -24,14 +28,22 @@ def so_far(status: "Status") -> str:
     return f"{pruned}, best {best}"
 
 
-def _left(seconds: float | None) -> str:
-    if seconds is None:
-        return "time left unknown"
+def duration(seconds: float) -> str:
+    """A rough duration, such as "40 s", "12 min" or "2 h 10 min"."""
     if seconds < 90:
-        return f"about {seconds:.0f} s left"
-    if seconds < 5400:
-        return f"about {seconds / 60:.0f} min left"
-    return f"about {seconds / 3600:.1f} h left"
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours / 24:.0f} days"
+
+
+def clock(seconds: float) -> str:
+    """A duration as a clock shows it: 0:42, 12:05, 2:10:00."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def shown(point: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from search.summary import progress_line, shown
+from search.summary import duration, progress_line, shown
 from storage import artifacts, attributes
 
 if TYPE_CHECKING:
@@ -59,14 +59,6 @@ def print_check(checked: "Checked") -> None:
         say(f"time: about {duration(checked.seconds)} on this machine{at_once}, if no trial is pruned")
     for note in checked.notes:
         say(f"note: {note}")
-
-
-def duration(seconds: float) -> str:
-    """A rough duration in words, such as "40 minutes"."""
-    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(1, round(seconds))} seconds"
 
 
 def record(study: str, trial: "FrozenTrial", settings: "Settings") -> dict[str, Any]:

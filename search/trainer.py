@@ -19,7 +19,7 @@ from typing import IO, Any
 import psutil
 
 from search.devices import Slot
-from search.messages import Checked, Epoch, Failed, Job, Ready, Repeated, Resumed, Stop, StopMode, Trained
+from search.messages import Failed, Job, Message, Ready, Stop, StopMode
 from storage.errors import DiskError
 from storage.settings import environment_without_secrets
 
@@ -123,7 +123,7 @@ class Trainer:
         """
         self._send(Stop(mode=how))
 
-    def receive(self, seconds: float) -> Epoch | Repeated | Resumed | Trained | Checked | Failed | None:
+    def receive(self, seconds: float) -> Message | None:
         """The next message, or None if none came within `seconds`. Raises TrainerDied."""
         deadline = time.monotonic() + seconds
         message = self._next(seconds)
@@ -131,7 +131,7 @@ class Trainer:
             message = self._next(max(0.0, deadline - time.monotonic()))
         return message
 
-    def _next(self, seconds: float) -> Ready | Epoch | Repeated | Resumed | Trained | Checked | Failed | None:
+    def _next(self, seconds: float) -> Ready | Message | None:
         assert self._connection is not None
         try:
             message = self._connection.recv() if self._connection.poll(seconds) else None

@@ -1,8 +1,9 @@
 """The trainer process of one slot: imports Keras, and trains one job after another. Started by `search.trainer`.
 
-It talks to the worker over one socket (`search.messages`): the slot, jobs and stops come in; one message an epoch and
-one for the end of a job go out. It never waits for the worker between epochs, opens no database, and ends at once when
-the worker is gone. Keras and what needs it is imported in functions, after the device is pinned.
+It talks to the worker over one socket (`search.messages`): the slot, jobs and stops come in; one message an epoch, one
+for the end of a job, and at most one a second about its batches go out. It never waits for the worker between epochs,
+opens no database, and ends at once when the worker is gone. Keras and what needs it is imported in functions, after the
+device is pinned.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import gc
 import hashlib
 import os
 import queue
+import select
 import signal
 import sys
 import threading
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from search import device_errors, devices
 from search.devices import Slot, precision_for
 from search.interruption import STOPPING_SIGNALS
-from search.messages import Checked, Epoch, Failed, Job, Measured, Ready, Resumed, StopMode, Trained
+from search.messages import Batches, Checked, Epoch, Failed, Job, Measured, Ready, Resumed, StopMode, Trained
 from storage.errors import DiskError, TrialyardError
 from studies.definition import Definition
 from studies.wording import SAME_SOURCE
@@ -224,11 +226,21 @@ def _trained(
         checkpoints=job.checkpoints,
         identity={"study": job.study, "sources": sources},
         on_epoch=on_epoch,
+        on_batches=lambda batches: send_if_read(connection, batches),
         on_resume=on_resume,
         on_repeat=connection.send,
         checkpoint_seconds=job.checkpoint_seconds,
         stopping=lambda: stops[0] if stops else None,
     )
+
+
+def send_if_read(connection: "Connection[Any, Any]", batches: Batches) -> None:
+    """Sends how far the epoch is, unless earlier messages are unread.
+
+    A worker that waits for its database does not read. A training must not wait for it only to be watched.
+    """
+    if select.select([], [connection], [], 0)[1]:
+        connection.send(batches)
 
 
 def _measured(definition: Definition, dataset: "Dataset", policy: str, notes: list[str]) -> Measured | None:

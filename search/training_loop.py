@@ -18,13 +18,15 @@ from search.data import Dataset
 from search.device_errors import is_of_the_disk
 from search.errors import DataError, MetricError
 from search.images import Array
-from search.messages import Epoch, Repeated, StopMode, Trained, best_epoch, versions
+from search.messages import Batches, Epoch, Repeated, StopMode, Trained, best_epoch, versions
 from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary, targets
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, stored
 from storage.errors import StorageError
 from storage.hits import Hits
 
 log = logging.getLogger(__name__)
+
+BATCHES_SECONDS = 1.0  # the shortest time between two messages about batches
 
 
 class NotANumber(Exception):  # noqa: N818 - named like the `failure.kind`
@@ -48,6 +50,7 @@ def train(
     more_seeds: Sequence[int] = (),
     on_resume: Callable[[list[Epoch]], None] = lambda history: None,
     on_repeat: Callable[[Repeated], None] = lambda repeated: None,
+    on_batches: Callable[[Batches], None] = lambda batches: None,
     checkpoint_seconds: float = 30.0,
 ) -> Trained:
     """Builds `model` and trains it; writes to `folder` its history, its summary and the model of the best epoch.
@@ -67,9 +70,10 @@ def train(
     its end. Epochs are numbered through all repeats. Their mean is the result, and the model of the best epoch of all
     is kept.
 
-    `precision` is Keras's dtype policy and the reason for it. `on_epoch` gets each epoch at its end. When `stopping`
-    returns a mode, the training ends after the running batch and writes no model: "keep" writes a checkpoint of the
-    last complete epoch, "drop" does not. The same arguments give the same numbers on the same kind of processor with
+    `precision` is Keras's dtype policy and the reason for it. `on_epoch` gets each epoch at its end, and
+    `on_batches` how far the running one is, at most every BATCHES_SECONDS. When `stopping` returns a mode, the training
+    ends after the running batch and writes no model: "keep" writes a checkpoint of the last complete epoch, "drop" does
+    not. The same arguments give the same numbers on the same kind of processor with
     the same software, interrupted or not. An epoch whose validation accuracy is not finite stays in the history, but is
     never the best.
 
@@ -95,6 +99,7 @@ def train(
     y_train, y_validation = (targets(net, y, dataset.classes) for y in (dataset.y_train, dataset.y_validation))
     moving_averages = _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
     stop = _StopAtBatch(stopping)
+    watch = _WatchBatches(on_batches, batches_per_epoch)
     confirms = dataset.x_test is not None
     # How a model is judged is not one of its hyperparameters, and models without moving averages are judged alike.
     judged = {"batch_norm_averages": "last batches"} if moving_averages else {}
@@ -140,7 +145,8 @@ def train(
             batch_size=batch_size,
             trained=(epoch - 1) * batches_per_epoch,
         )
-        fit_result = net.fit(**images, shuffle=False, verbose=0, callbacks=[stop, last_batches])
+        watch.epoch = number
+        fit_result = net.fit(**images, shuffle=False, verbose=0, callbacks=[stop, last_batches, watch])
         seconds = time.perf_counter() - began
         if stop.stopped:
             break
@@ -368,3 +374,19 @@ class _StopAtBatch(keras.callbacks.Callback):  # type: ignore[misc]
         if self._stopping() is not None:
             self.stopped = True
             self.model.stop_training = True
+
+
+class _WatchBatches(keras.callbacks.Callback):  # type: ignore[misc]
+    """Tells `on_batches` how far an epoch is. `epoch` is its number."""
+
+    def __init__(self, on_batches: Callable[[Batches], None], total: int) -> None:
+        super().__init__()
+        self._on_batches, self._total = on_batches, total
+        self._next = 0.0  # when the next message may be sent
+        self.epoch = 0
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + BATCHES_SECONDS
+            self._on_batches(Batches(epoch=self.epoch, done=batch + 1, total=self._total))

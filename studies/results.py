@@ -75,8 +75,8 @@ class Status:
     ended: bool
     best: float | None  # the best value so far
     best_number: int | None
-    # Estimated from the last finished trials and the slots that are free for it; None before one has finished.
-    seconds_left: float | None
+    trial_seconds: float | None  # the mean time of the last finished trials; None before one has finished
+    seconds_left: float | None  # estimated from it and the slots that are free for the study
     workers: tuple[RunningTrial, ...]
     outside: tuple[int, ...]  # numbers of RUNNING trials that no worker started, but for example a `study.ask()`
     failures: tuple[str, ...]  # why trials failed, as "kind: message", each reason once
@@ -345,6 +345,8 @@ def status_of(study: Study, storage: RDBStorage) -> Status:
     """As `status`, for a study that has been read already."""
     counts = ledger.counts(storage, study.id)
     best = read(storage, lambda connection: ranked(connection, study.id, top=1))
+    seconds = read(storage, lambda connection: durations(connection, study.id, LAST_TRIALS))
+    trial_seconds = sum(seconds) / len(seconds) if seconds else None
     return Status(
         study=study.name,
         description=study.definition["description"],
@@ -360,7 +362,8 @@ def status_of(study: Study, storage: RDBStorage) -> Status:
         ended=study.has_ended,
         best=best[0].value if best else None,
         best_number=best[0].number if best else None,
-        seconds_left=_seconds_left(storage, study),
+        trial_seconds=trial_seconds,
+        seconds_left=_seconds_left(storage, study, trial_seconds),
         workers=tuple(claims.running_trials(storage, study.id)) if counts.running else (),
         outside=_outside(storage, study) if study.outside else (),
         failures=_failures(storage, study.id) if counts.failed else (),
@@ -465,14 +468,13 @@ def _failures(storage: RDBStorage, study_id: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{failure['kind']}: {failure['message']}" for failure in failures))
 
 
-def _seconds_left(storage: RDBStorage, study: Study) -> float | None:
+def _seconds_left(storage: RDBStorage, study: Study, trial_seconds: float | None) -> float | None:
     """How long the rest of the budget takes: trials take as long as the last ones did, in the slots that are free."""
     left = study.budget.total - study.finished
     if left <= 0:
         return 0.0
-    seconds = read(storage, lambda connection: durations(connection, study.id, LAST_TRIALS))
-    if not seconds:
+    if trial_seconds is None:
         return None
     grace = settings.load().grace_seconds
     slots = sum(slot.study in (study.name, None) and slot.silent_seconds <= grace for slot in workers(storage))
-    return sum(seconds) / len(seconds) * left / max(1, min(slots, left))
+    return trial_seconds * left / max(1, min(slots, left))

@@ -465,11 +465,12 @@ def start(home: Path, warm: Warm) -> Iterator[Command]:
         program: Sequence[str] | None = None,
         folder: Path = home,
         variables: Mapping[str, str] | None = None,
+        terminal: bool = False,
     ) -> Process:
         environment = {"TRIALYARD_WORKERS": "1"} | dict(os.environ if variables is None else variables)
         process: Process
         if program is None and warm.fits(environment):
-            process = warm.start(arguments, folder, environment)
+            process = warm.start(arguments, folder, environment, terminal=terminal)
         else:
             process = subprocess.Popen(
                 [*(program or COMMAND), *arguments],

@@ -1,17 +1,28 @@
 """The progress display of a worker: a live table in a terminal."""
 
+import contextlib
 import dataclasses
 import io
+import itertools
+import os
+import re
+import signal
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
+from conftest import SMALL, Command
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
+from sklearn.datasets import load_digits
 
 from search import progress
-from search.messages import Epoch
+from search.messages import Batches, Epoch
+from search.pace import Mark, Running, study_seconds_left
 from search.progress import Lines, LiveTable, ending
 from search.summary import progress_line, shown
 from storage import claims, ledger
@@ -22,6 +33,28 @@ from studies import results
 RECORD = Epoch(
     epoch=2, loss=0.5, accuracy=0.81, val_loss=0.4, val_accuracy=0.8725, seconds=2.0, images_per_second=1234.5
 )
+
+
+def _running(half: float) -> Running:
+    """A trial that is at its half at 1000 s, and needs `half` seconds for the other one."""
+    return Running(epochs=8).moved(Mark(moment=1000.0 - half, position=0)).moved(Mark(moment=1000.0, position=4))
+
+
+class Clock:
+    """A monotonic clock that a test moves."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the display."""
+    moved = Clock()
+    monkeypatch.setattr(progress, "time", moved)
+    return moved
 
 
 @pytest.fixture
@@ -46,9 +79,9 @@ def test_the_live_table_shows_progress_and_each_slot(storage: RDBStorage, claim:
     assert first.startswith("trivial: 0 of 5 trials, best none yet, time left unknown")
     assert used.split() == ["cpu:0", "-"]
     table.began(claim, {"dropout": 0.123456}, epochs=8)
-    assert drawn()[2].split() == ["cpu:0", "0", "0/8", "starting", "dropout", "0.1235"]
+    assert drawn()[2].split() == ["cpu:0", "0", "0/8", "starting", "0:00", "dropout", "0.1235"]
     table.epoch(claim, RECORD)
-    assert drawn()[2].split() == ["cpu:0", "0", "2/8", "0.8725", "1,234", "dropout", "0.1235"]
+    assert drawn()[2].split() == ["cpu:0", "0", "2/8", "0.8725", "1,234", "0:00", "dropout", "0.1235"]
     assert free.split() == ["cpu:1", "-"]
     claims.finish(storage, claim, TrialState.COMPLETE, 0.8725, {})
     table.ended(claim, storage.get_trial(claim.trial_id))
@@ -57,6 +90,124 @@ def test_the_live_table_shows_progress_and_each_slot(storage: RDBStorage, claim:
     first, _, used, _ = drawn()
     assert first.startswith("trivial: 1 of 5 trials, best 0.8725 (trial 0), about")
     assert used.split() == ["cpu:0", "-"]
+
+
+def test_the_live_table_shows_how_far_the_epoch_is_and_how_long_the_rest_takes(
+    storage: RDBStorage, claim: Claim, clock: Clock
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=110, color_system=None)
+    table = LiveTable(console, [claim.study], ["cpu:0"], lambda name: results.status(name, storage))
+    table._refresh()
+
+    def drawn() -> tuple[str, list[str]]:
+        with console.capture() as capture:
+            console.print(table._drawn())
+        first, _, row = capture.get().splitlines()
+        return first, row.split()
+
+    table.began(claim, {"dropout": 0.25}, epochs=8)
+    clock.now += 20.0  # to start, which is no part of its pace
+    table.batches(claim, Batches(epoch=1, done=0, total=10))
+    assert drawn()[0].endswith("time left unknown")
+    clock.now += 3.0
+    table.batches(claim, Batches(epoch=1, done=5, total=10))  # so an epoch takes 6 s
+    first, row = drawn()
+    assert first.endswith("about 4 min left")  # 45 s of this trial, and 4 more of 48 s
+    assert row == ["cpu:0", "0", "1/8", "━━━━━", "0:23", "0:45", "dropout", "0.25"]
+    clock.now += 2.0
+    assert drawn()[1][4:6] == ["0:25", "0:43"]
+
+
+def test_a_trial_that_goes_on_starts_where_it_is(storage: RDBStorage, claim: Claim, clock: Clock) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=110, color_system=None)
+    table = LiveTable(console, [claim.study], ["cpu:0"], lambda name: results.status(name, storage))
+    again = dataclasses.replace(claim, attempt=2)
+
+    def row() -> list[str]:
+        with console.capture() as capture:
+            console.print(table._drawn())
+        return capture.get().splitlines()[1].split()
+
+    table.began(again, {}, epochs=8)
+    assert row()[:4] == ["cpu:0", "0", "?/8", "starting"]
+    table.epoch(again, dataclasses.replace(RECORD, epoch=4))
+    assert row()[:4] == ["cpu:0", "0", "4/8", "0.8725"]
+    table.batches(again, Batches(epoch=5, done=0, total=10))
+    clock.now += 4.0
+    table.epoch(again, dataclasses.replace(RECORD, epoch=5))
+    assert row()[-1] == "0:12"  # three more of 4 s: the first four were another attempt's
+
+
+@pytest.mark.parametrize(
+    ("trial_seconds", "running", "slots", "expected"),
+    [
+        (None, [], 2, None),
+        (None, [Running(epochs=8)], 2, None),  # nothing is measured
+        (100.0, [], 2, 400.0),  # 8 trials in 2 slots
+        (100.0, [], 16, 100.0),  # more slots than trials
+        (100.0, [Running(epochs=8)] * 2, 2, 400.0),
+        (100.0, [_running(half=20.0)] * 2, 2, 320.0),  # 20 s of each of the two, 6 more of 100 s
+        (None, [_running(half=50.0)], 1, 750.0),
+        (10.0, [_running(half=500.0)], 8, 500.0),  # the longest one decides
+    ],
+)
+def test_the_time_left_follows_from_the_pace(
+    storage: RDBStorage,
+    study: str,
+    trial_seconds: float | None,
+    running: list[Running],
+    slots: int,
+    expected: float | None,
+) -> None:
+    status = dataclasses.replace(results.status(study, storage), budget=10, complete=2, trial_seconds=trial_seconds)
+    assert study_seconds_left(status, running, slots, now=1000.0) == expected
+    assert study_seconds_left(dataclasses.replace(status, budget=2), running, slots, now=1000.0) == 0.0
+
+
+def test_an_estimate_comes_first_where_earlier_trials_give_one(storage: RDBStorage, claim: Claim) -> None:
+    status = dataclasses.replace(results.status(claim.study, storage), trial_seconds=3900.0)
+    assert progress._estimate(status, 2) == ["trivial: about 2 h 42 min on these 2 slots, for 5 more trials"]
+    assert progress._estimate(dataclasses.replace(status, trial_seconds=None), 2) == []
+
+
+ROW = re.compile(r"cpu:0 .*")
+CONTROL = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
+
+
+def _until_silent(terminal: int) -> Iterator[tuple[float, str]]:
+    """What comes from the terminal, with the moment, until nobody writes to it any more."""
+    with contextlib.suppress(OSError):
+        while chunk := os.read(terminal, 65536):
+            yield time.monotonic(), chunk.decode(errors="replace")
+
+
+@pytest.mark.long
+def test_something_moves_at_least_every_two_seconds_while_a_trial_trains(
+    start: Command, write_small: Callable[..., Path], write_npz: Callable[..., Path]
+) -> None:
+    images, labels = load_digits(return_X_y=True)
+    images = np.tile(images.reshape(-1, 8, 8).astype(np.uint8) * 15, (20, 1, 1))
+    text = SMALL.replace("batch_size = 20", "batch_size = 2")  # an epoch of more than 10 s
+    file = write_small(1, 1, text)
+    write_npz(x_train=images, y_train=np.tile(labels, 20))
+    shown = os.environ | {"TERM": "xterm-256color", "COLUMNS": "110"}
+    process = start("run", str(file), "--devices", "cpu", variables=shown, terminal=True)
+    rows: list[tuple[float, str]] = []
+    bars_since = None
+    for moment, chunk in _until_silent(process.stderr.fileno()):
+        for row in ROW.findall(CONTROL.sub("", chunk)):
+            if " 1/1 " not in row:
+                continue
+            bars_since = bars_since or moment
+            if not rows or rows[-1][1] != row:
+                rows.append((moment, row))
+        if bars_since is not None and moment > bars_since + 6.0:
+            process.send_signal(signal.SIGINT)
+    process.stderr.close()
+    assert process.wait(60) == 130
+    moments = [moment for moment, _ in rows if moment <= rows[0][0] + 6.0]
+    assert moments[-1] - moments[0] > 4.0, rows
+    assert max(later - earlier for earlier, later in itertools.pairwise(moments)) <= 2.0, rows
 
 
 def test_an_error_of_one_look_does_not_end_the_display(
@@ -114,7 +265,7 @@ def test_every_outcome_has_its_text() -> None:
 
     failure = {"failure": {"kind": "nan", "message": "the loss became nan"}}
     assert trial(TrialState.COMPLETE, value=0.98765) == "complete: 0.9877"
-    assert trial(TrialState.PRUNED, intermediate_values={1: 0.1, 2: 0.2}) == "pruned after epoch 2"
+    assert trial(TrialState.PRUNED, intermediate_values={1: 0.1, 2: 0.2}) == "pruned after epoch 2: 0.2000"
     assert trial(TrialState.FAIL, user_attrs=failure) == "failed (nan): the loss became nan"
     assert trial(TrialState.FAIL) == "failed (unknown): no reason was stored"
     assert trial(TrialState.WAITING) == "is back in the queue"
@@ -123,7 +274,13 @@ def test_every_outcome_has_its_text() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(None, "time left unknown"), (61.4, "about 61 s left"), (600, "about 10 min left"), (9000, "about 2.5 h left")],
+    [
+        (None, "time left unknown"),
+        (61.4, "about 61 s left"),
+        (600, "about 10 min left"),
+        (7800, "about 2 h 10 min left"),
+        (260_000, "about 3 days left"),
+    ],
 )
 def test_the_time_left_has_fitting_units(storage: RDBStorage, study: str, seconds: float | None, words: str) -> None:
     status = dataclasses.replace(results.status(study, storage), seconds_left=seconds)

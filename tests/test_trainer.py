@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import pytest
 
 from search import trainer as trainers
 from search.devices import Device, Slot, cpu
-from search.messages import Checked, Epoch, Failed, Job, Resumed, Trained
+from search.messages import Batches, Checked, Epoch, Failed, Job, Resumed, Trained
 from search.trainer import Trainer, TrainerDied
+from search.trainer_process import send_if_read
 from storage.artifacts import CHECKPOINT
 from studies import definition as definitions
 from studies.recipe import Recipe
@@ -62,13 +64,19 @@ def job(write_small: Callable[..., Path], home: Path) -> Make:
     return make
 
 
+def _next(trainer: Trainer) -> Any:
+    """The next message that is recorded."""
+    while isinstance(message := trainer.receive(240), Batches):
+        assert 0 < message.done <= message.total
+    assert message is not None, "the trainer is silent"
+    return message
+
+
 def _messages(trainer: Trainer) -> list[Any]:
-    """All messages of a job, up to its end."""
+    """All messages of a job that are recorded, up to its end."""
     messages: list[Any] = []
     while not messages or isinstance(messages[-1], Epoch):
-        message = trainer.receive(240)
-        assert message is not None, "the trainer is silent"
-        messages.append(message)
+        messages.append(_next(trainer))
     return messages
 
 
@@ -101,7 +109,7 @@ def test_a_process_is_kept_over_jobs_and_each_gives_its_numbers(trainer: Trainer
 
 def test_a_stop_reaches_it_within_the_epoch_and_not_the_next_job(trainer: Trainer, job: Make) -> None:
     trainer.submit(job(epochs=100_000))
-    assert isinstance(trainer.receive(240), Epoch)
+    assert isinstance(_next(trainer), Epoch)
     trainer.stop("drop")
     end = _messages(trainer)[-1]
     assert isinstance(end, Trained)
@@ -115,7 +123,7 @@ def test_a_stop_reaches_it_within_the_epoch_and_not_the_next_job(trainer: Traine
 
 def test_a_killed_trainer_is_reported_and_replaced(trainer: Trainer, job: Make) -> None:
     trainer.submit(job(epochs=100_000))
-    assert isinstance(trainer.receive(240), Epoch)
+    assert isinstance(_next(trainer), Epoch)
     first = trainer.pid
     assert first is not None
     os.kill(first, signal.SIGKILL)
@@ -443,7 +451,7 @@ def test_a_death_for_lack_of_memory_is_recognised(
     monkeypatch.setattr(trainers, "_memory_kills", partial(trainers._memory_kills, (tmp_path / "none", events)))
     for killed_by_kernel in (False, True):
         trainer.submit(job(epochs=100_000))
-        assert isinstance(trainer.receive(240), Epoch)
+        assert isinstance(_next(trainer), Epoch)
         if killed_by_kernel:
             events.write_text("low 0\noom 4\noom_kill 4\n", encoding="ascii")
         assert trainer.pid is not None
@@ -456,14 +464,14 @@ def test_a_death_for_lack_of_memory_is_recognised(
 def test_a_stop_that_keeps_leaves_a_checkpoint_to_continue_from(trainer: Trainer, job: Make, home: Path) -> None:
     trainer.submit(job(epochs=100_000))
     for _ in range(2):
-        assert isinstance(trainer.receive(240), Epoch)
+        assert isinstance(_next(trainer), Epoch)
     trainer.stop("keep")
     assert isinstance(_messages(trainer)[-1], Trained)
     trainer.submit(job(epochs=100_000, folder=home / "next", checkpoints=(home / "trial" / CHECKPOINT,)))
-    resumed = trainer.receive(240)
+    resumed = _next(trainer)
     assert isinstance(resumed, Resumed)
     assert [epoch.epoch for epoch in resumed.history] == list(range(1, len(resumed.history) + 1))
-    following = trainer.receive(240)
+    following = _next(trainer)
     assert isinstance(following, Epoch)
     assert following.epoch == len(resumed.history) + 1
 
@@ -486,7 +494,7 @@ def test_a_checkpoint_of_an_own_model_is_taken_in_another_process(
     checkpoints = (home / "trial" / CHECKPOINT,)
     with Trainer(Slot(device=cpu()), tmp_path / "log") as first:
         first.submit(own())
-        assert isinstance(first.receive(240), Epoch)
+        assert isinstance(_next(first), Epoch)
         first.stop("keep")
         assert isinstance(_messages(first)[-1], Trained)
     for changed in (False, True):
@@ -494,4 +502,20 @@ def test_a_checkpoint_of_an_own_model_is_taken_in_another_process(
             (home / "mine.py").write_text(text + "# changed\n", encoding="utf-8")
         with Trainer(Slot(device=cpu()), tmp_path / "log") as second:
             second.submit(own(folder=home / "next", checkpoints=checkpoints))
-            assert isinstance(second.receive(240), Epoch if changed else Resumed)
+            assert isinstance(_next(second), Epoch if changed else Resumed)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_does_not_read_stops_no_training() -> None:
+    """As while its database is away: what is only to be seen is left out, and room for what is recorded remains."""
+    worker, trainer_end = Pipe()
+    batches = [Batches(epoch=1, done=number + 1, total=10_000) for number in range(10_000)]
+    for each in batches:
+        send_if_read(trainer_end, each)
+    trainer_end.send(Resumed(history=()))
+    received = []
+    while worker.poll(0):
+        received.append(worker.recv())
+    assert received[-1] == Resumed(history=())
+    assert received[:-1] == batches[: len(received) - 1]
+    assert 10 < len(received) < len(batches)

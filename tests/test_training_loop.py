@@ -19,7 +19,7 @@ import search.training_loop
 from search import data
 from search.data import Dataset
 from search.errors import DataError, ModelError
-from search.messages import Epoch, Repeated, Trained
+from search.messages import Batches, Epoch, Repeated, Trained
 from search.training_loop import NotANumber, train
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
 from studies.definition import Data
@@ -62,6 +62,21 @@ def test_the_same_arguments_give_the_same_numbers(dataset: Dataset, tmp_path: Pa
     )
     assert _figures(one) == _figures(same)
     assert _figures(one) != _figures(other)
+
+
+def test_watching_the_batches_changes_no_number(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[Batches] = []
+    _, plain = _train(dataset, tmp_path / "plain")
+    monkeypatch.setattr(search.training_loop, "BATCHES_SECONDS", 0.0)
+    _, watched = _train(dataset, tmp_path / "watched", on_batches=batches.append)
+    assert _figures(watched) == _figures(plain)
+    assert batches == [Batches(epoch=epoch, done=batch, total=12) for epoch in (1, 2, 3) for batch in range(1, 13)]
+    monkeypatch.setattr(search.training_loop, "BATCHES_SECONDS", 1000.0)
+    batches.clear()
+    _train(dataset, tmp_path / "seldom", on_batches=batches.append)
+    assert batches == [Batches(epoch=1, done=1, total=12)]
 
 
 def test_it_learns(dataset: Dataset, tmp_path: Path) -> None:

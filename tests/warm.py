@@ -12,6 +12,7 @@ import contextlib
 import gc
 import io
 import os
+import pty
 import select
 import signal
 import socket
@@ -50,9 +51,14 @@ class Warm:
         """Whether a command with this environment may be a fork: nothing differs that imports read."""
         return _read_at_import(variables) == self._imported_with
 
-    def start(self, arguments: Sequence[str], folder: Path, variables: Mapping[str, str]) -> "Forked":
-        """Starts ``trialyard`` with these arguments; with ``-c TEXT`` Python with this program."""
-        out, err = os.pipe(), os.pipe()
+    def start(
+        self, arguments: Sequence[str], folder: Path, variables: Mapping[str, str], *, terminal: bool = False
+    ) -> "Forked":
+        """Starts ``trialyard`` with these arguments; with ``-c TEXT`` Python with this program.
+
+        With `terminal` its standard error is a terminal.
+        """
+        out, err = os.pipe(), pty.openpty() if terminal else os.pipe()
         pid = self._fork([*arguments], folder, variables, out[1], err[1])
         os.close(out[1])
         os.close(err[1])
