@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from search import interruption, storage_commands, study_commands
+from search import interruption, look_commands, storage_commands, study_commands
 from search.options import (
     DevicesOption,
     EpochsOption,
@@ -149,7 +149,7 @@ def run(
 ) -> None:
     """Create the study if needed, run it here, print the result."""
     from search import service
-    from search.terminal import out, print_best, print_json, print_rows, record
+    from search.terminal import out, print_best, print_end, print_json, print_not_shown, print_rows, record
     from studies import definition as definitions
     from studies import results
     from studies.errors import StudyError
@@ -169,9 +169,12 @@ def run(
     if as_json:
         print_json(record(definition.name, trial, here))
         return
-    print_rows(results.leaderboard(definition.name, here.url))
+    rows = results.leaderboard(definition.name, here.url)
+    print_rows(rows)
+    print_not_shown(results.status(definition.name, here.url), len(rows))
     out.print()
-    print_best(definition.name, trial, here)
+    print_best(definition.name, trial, here, results.as_good_as_best(definition.name, here.url))
+    print_end(definition.name, here.url)
 
 
 @app.command()
@@ -338,6 +341,8 @@ def stop(study: StudyArgument, storage: StorageOption = None) -> None:
 
 app.command()(study_commands.enqueue)
 app.command()(study_commands.retry)
+for command in look_commands.COMMANDS:
+    app.command()(command)
 
 
 @app.command("import")
@@ -458,31 +463,6 @@ def delete(study: StudyArgument, storage: StorageOption = None, yes: YesOption =
 
 
 @app.command()
-def status(
-    study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="Default: all of them.")] = None,
-    storage: StorageOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Counts, best so far, who is running what, time left."""
-    from search.terminal import print_json, print_status, print_workers, say
-    from studies import results
-
-    url = settings_of(storage).url
-    statuses = [results.status(study, url)] if study else results.statuses(url)
-    workers = [] if study else results.workers(url)
-    if as_json:
-        records = [dataclasses.asdict(each) for each in statuses]
-        everything = {"studies": records, "workers": [dataclasses.asdict(slot) for slot in workers]}
-        print_json(records[0] if study else everything)
-        return
-    for each in statuses:
-        print_status(each)
-    if not statuses:
-        say("there is no study yet: `trialyard create digits` makes one")
-    print_workers(workers)
-
-
-@app.command()
 def alive(storage: StorageOption = None) -> None:
     """Check that a worker of this machine works. For health checks: if none does, exit code 1 and the reason."""
     from search import service
@@ -490,38 +470,6 @@ def alive(storage: StorageOption = None) -> None:
 
     silent = service.alive(settings_of(storage).url)
     say(f"a worker of this machine gave its last sign {silent:.0f} s ago")
-
-
-@app.command()
-def best(study: StudyArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
-    """The best trial: its value, its hyperparameters, and where its model is."""
-    from search.terminal import print_best, print_json, record
-    from studies import results
-
-    here = settings_of(storage)
-    trial = results.best_trial(study, here.url)
-    if as_json:
-        print_json(record(study, trial, here))
-    else:
-        print_best(study, trial, here)
-
-
-@app.command()
-def leaderboard(
-    study: StudyArgument,
-    storage: StorageOption = None,
-    top: Annotated[int | None, typer.Option("--top", min=1, help="Only so many.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Trials as a table, best first."""
-    from search.terminal import print_json, print_rows
-    from studies import results
-
-    rows = results.leaderboard(study, settings_of(storage).url, top)
-    if as_json:
-        print_json([dataclasses.asdict(row) for row in rows])
-    else:
-        print_rows(rows)
 
 
 # --- what several commands do -----------------------------------------------------------------------------

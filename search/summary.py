@@ -28,6 +28,19 @@ def so_far(status: "Status") -> str:
     return f"{pruned}, best {best}"
 
 
+def not_shown(status: "Status", shown_rows: int) -> str | None:
+    """Which trials a leaderboard with so many rows does not have, and what shows them; None if it has all."""
+    counts = {
+        "complete": max(0, status.complete - shown_rows),
+        "pruned": status.pruned,
+        "failed": status.failed,
+        "running": status.running,
+        "waiting": status.waiting,
+    }
+    rest = [f"{count} {state}" for state, count in counts.items() if count]
+    return f"not shown: {', '.join(rest)}; `trialyard trials {status.study}` has every trial" if rest else None
+
+
 def duration(seconds: float) -> str:
     """A rough duration, such as "40 s", "12 min" or "2 h 10 min"."""
     if seconds < 90:

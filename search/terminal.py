@@ -1,28 +1,36 @@
 """What commands print: results on standard output, questions and progress on standard error."""
 
+import csv
+import math
 import sys
-from datetime import datetime
+from collections.abc import Container, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
-from search.summary import duration, progress_line, shown
+from search.sparkline import sparkline
+from search.summary import duration, not_shown, progress_line, shown
 from storage import artifacts, attributes
+from storage.errors import trials_text
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from search.retraining import Replayed, ReplayedEpoch
     from search.service import Checked
+    from storage.attempt_table import Attempt
     from storage.settings import Settings
     from storage.slots import SlotStatus
     from studies.comparison import NotebookRow, StudyComparison
     from studies.confirmation import Confirmed
     from studies.content import Content
     from studies.results import Row, Status
+    from studies.trial_records import TrialDetails, TrialRecord
 
+REASON_COLUMNS = 80  # of a trial's reason in a table; `show` has all of it
 WIDE = 160  # columns of a report that goes to a file or a pipe
 
 out = Console(soft_wrap=True, highlight=False)
@@ -92,11 +100,25 @@ def print_json(value: Any) -> None:
     sys.stdout.write(attributes.encoded(value, indent=2) + "\n")
 
 
-def print_best(study: str, trial: "FrozenTrial", settings: "Settings") -> None:
+def print_end(study: str, storage: str) -> None:
+    """Prints how the best score grew over a finished search, and what to do next."""
+    from studies import trial_records
+
+    best_so_far = trial_records.best_so_far(study, storage)
+    if len(best_so_far) > 1:
+        growth = f"{best_so_far[0]:.4f} to {best_so_far[-1]:.4f}, in {len(best_so_far)} complete trials"
+        say(f"  best so far      {sparkline(best_so_far, out.encoding)}  {growth}")
+    warn(f"next: `trialyard report {study}`, `trialyard confirm {study}`, `trialyard export {study} {study}-model`")
+
+
+def print_best(study: str, trial: "FrozenTrial", settings: "Settings", others: Sequence[int] = ()) -> None:
+    """Prints the best trial. The trials `others` have the same score."""
     attrs = trial.user_attrs
     judged_on = {"test": "test (the notebook's protocol)", "confirmation": "test"}
     judged = judged_on.get(str(attrs.get("protocol")), "validation")
     out.print(f"best of {study}: trial {trial.number}, {judged} accuracy {trial.values[0]:.4f}", markup=False)
+    if others:
+        out.print(f"  the same score   {trials_text(others)}", markup=False)
     out.print(f"  hyperparameters  {shown(trial.params)}", markup=False)
     repeats = attributes.numbers(attrs.get("repeats"))
     if repeats:
@@ -126,11 +148,105 @@ def print_rows(rows: "list[Row]") -> None:
         out.print("no trial is complete yet", markup=False)
         return
     titles, cells = text.table(rows)
+    _print_table(titles, cells)
+
+
+def _print_table(titles: list[str], cells: list[list[str]], left: Container[str] = ()) -> None:
+    """Prints columns that are aligned on the right, or on the left for the titles `left`."""
+    aligned = [str.ljust if title in left else str.rjust for title in titles]
     widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
-    head, *lines = ("  ".join(map(str.rjust, line, widths)) for line in (titles, *cells))
+    head, *lines = (
+        "  ".join(align(cell, width) for align, cell, width in zip(aligned, line, widths, strict=True)).rstrip()
+        for line in (titles, *cells)
+    )
     out.print(head, style="bold", markup=False)
     # Not as a table of rich's, which takes a millisecond a row.
     out.file.writelines(f"{line}\n" for line in lines)
+
+
+def print_not_shown(status: "Status", shown_rows: int) -> None:
+    line = not_shown(status, shown_rows)
+    if line is not None:
+        warn(line)
+
+
+def print_trials(records: "list[TrialRecord]", state: str | None) -> None:
+    from studies.findings import value_text
+    from studies.wording import one_line
+
+    if not records:
+        say("there is no trial yet" if state is None else f"no trial is {state}")
+        return
+    names = list(dict.fromkeys(name for record in records for name in record.params))
+    titles = ["trial", "state", "score", "epochs", "seconds", *names, "reason"]
+    cells = [
+        [
+            str(record.number),
+            record.state,
+            record.score_text,
+            "" if record.epochs is None else str(record.epochs),
+            "" if record.seconds is None else f"{record.seconds:.1f}",
+            *(value_text(record.params[name]) if name in record.params else "" for name in names),
+            one_line(record.reason or "", REASON_COLUMNS),
+        ]
+        for record in records
+    ]
+    known = [column for column in range(len(titles)) if any(row[column] for row in cells)]
+    cells = [[row[column] for column in known] for row in cells]
+    _print_table([titles[column] for column in known], cells, left=("state", "reason"))
+
+
+def print_csv(rows: list[dict[str, Any]]) -> None:
+    """Prints rows as comma-separated values, with a line of titles."""
+    writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def print_trial(details: "TrialDetails") -> None:
+    record, attrs = details.record, details.attributes
+    reason = f" ({record.reason})" if record.reason else ""
+    score = f", score {record.score_text}" if record.score is not None else ""
+    say(f"trial {record.number} of {details.study}: {record.state}{reason}{score}")
+    say(f"  hyperparameters  {shown(record.params) or 'none'}")
+    parameters, speed = (attributes.number(attrs.get(key)) for key in ("parameters", "images_per_second"))
+    if None not in (record.seconds, parameters, speed):
+        say(
+            f"  training         {record.epochs} epochs, {parameters:,} weights, {record.seconds:.1f} s, {speed:,.0f} "
+            f"images/s in {attrs.get('precision')} on {attrs.get('device')}"
+        )
+    for title, values, best in (
+        ("accuracy", details.curve.val_accuracy, max),
+        ("loss", details.curve.val_loss, min),
+    ):
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            say(
+                f"  {title:<15}  {sparkline(values, out.encoding)}  {values[0]:.4f} to {values[-1]:.4f}, the best "
+                f"{best(finite):.4f} in {_step(details)} {values.index(best(finite)) + 1}"
+            )
+    for attempt in details.attempts:
+        say(f"  {f'attempt {attempt.attempt}':<15}  {_attempt_text(attempt)}")
+    for path in details.files:
+        say(f"  {'file':<15}  {path}, {size_text(path.stat().st_size)}")
+    for at, line in enumerate(details.log):
+        say(f"  {'' if at else 'end of its log':<15}  {line}")
+
+
+def _step(details: "TrialDetails") -> str:
+    return "repeat" if "repeats" in details.attributes and not details.curve.val_loss else "epoch"
+
+
+def _attempt_text(attempt: "Attempt") -> str:
+    owner = attempt.owner
+    began, ended = (
+        moment and moment.replace(tzinfo=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        for moment in (attempt.began, attempt.ended)
+    )
+    resumed = "" if attempt.resumed_after is None else f", went on after epoch {attempt.resumed_after}"
+    reason = f" ({' '.join(attempt.reason.split())})" if attempt.reason else ""
+    end = "runs" if attempt.outcome is None else f"{attempt.outcome} at {ended}{reason}"
+    return f"{owner.slot} of {owner.host}, from {began}{resumed}, epoch {attempt.epoch}, {end}"
 
 
 def print_workers(workers: "list[SlotStatus]") -> None:

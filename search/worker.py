@@ -147,8 +147,7 @@ def check_fit(study: Study, storage: PatientStorage, settings: Settings) -> Defi
 
 
 def _trainer(slot: Slot, settings: Settings) -> Trainer:
-    log_file = settings.log_folder / f"trainer-{slot.name.replace(':', '-')}-{os.getpid()}.log"
-    return Trainer(slot, log_file, settings.memory_growth)
+    return Trainer(slot, settings.trainer_log(slot.name, os.getpid()), settings.memory_growth)
 
 
 def _fill(

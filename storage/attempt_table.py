@@ -105,6 +105,18 @@ def running(connection: Connection, study_id: int) -> list[tuple[int, int, Attem
     return [(row["trial_id"], row["number"], _attempt(row)) for row in rows.mappings()]
 
 
+def last_of_unfinished(connection: Connection, study_id: int) -> dict[int, Attempt]:
+    """The last attempt at each RUNNING or WAITING trial of a study, by the trial's id; none at one that never ran."""
+    unfinished = TrialModel.state.in_((TrialState.RUNNING, TrialState.WAITING))
+    rows = connection.execute(
+        select(table)
+        .join(TrialModel, TrialModel.trial_id == table.c.trial_id)
+        .where(TrialModel.study_id == study_id, unfinished)
+        .order_by(table.c.attempt)
+    )
+    return {row["trial_id"]: _attempt(row) for row in rows.mappings()}
+
+
 def started_outside(connection: Connection, study_id: int) -> list[int]:
     """The numbers of the RUNNING trials that none of our workers started: somebody called `study.ask()`."""
     rows = connection.execute(

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,17 @@ class RankedTrial:
     trial_id: int  # unique in the database
     number: int
     value: float
+    rank: int  # from 1; equal values share it (1, 1, 3)
+
+
+def ranks(values: Sequence[float]) -> list[int]:
+    """The rank of each of these values, which are sorted, the best first. Equal values share it: 1, 1, 3.
+
+    >>> ranks([0.9, 0.9, 0.8])
+    [1, 1, 3]
+    """
+    first: dict[float, int] = {}
+    return [first.setdefault(value, at) for at, value in enumerate(values, start=1)]
 
 
 def ranked(
@@ -47,7 +59,11 @@ def ranked(
     limit = None if top is None else top + len(infeasible)
     while True:
         best = _best(connection, study_id, limit)
-        found = [trial for trial in best if trial.trial_id not in infeasible]
+        feasible = [row for row in best if row[0] not in infeasible]
+        found = [
+            RankedTrial(trial_id=trial_id, number=number, value=value, rank=rank)
+            for (trial_id, number, value), rank in zip(feasible, ranks([row[2] for row in feasible]), strict=True)
+        ]
         if with_model:
             having = _with_model(connection, [trial.trial_id for trial in found])
             found = [trial for trial in found if trial.trial_id in having]
@@ -56,7 +72,8 @@ def ranked(
         limit *= 4  # many of them have no model
 
 
-def _best(connection: Connection, study_id: int, limit: int | None) -> list[RankedTrial]:
+def _best(connection: Connection, study_id: int, limit: int | None) -> list[tuple[int, int, float]]:
+    """The id, the number and the value of complete trials, the best first."""
     value = TrialValueModel.value
     scored = (
         select(TrialModel.trial_id, TrialModel.number, value)
@@ -71,7 +88,7 @@ def _best(connection: Connection, study_id: int, limit: int | None) -> list[Rank
     rows = connection.execute(
         scored.order_by(value.desc(), _loss_of_trial().nulls_last(), TrialModel.number).limit(limit)
     )
-    return [RankedTrial(trial_id=trial_id, number=number, value=value) for trial_id, number, value in rows]
+    return [(trial_id, number, value) for trial_id, number, value in rows]
 
 
 def _loss_of_trial() -> ScalarSelect[Any]:

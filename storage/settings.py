@@ -1,6 +1,7 @@
 """TRIALYARD_* environment variables: where this machine keeps its files, and how its workers behave."""
 
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,6 +94,10 @@ class Settings(BaseSettings):
     def log_folder(self) -> Path:
         """The folder of the trainer processes' output."""
         return self.home.absolute() / "logs"
+
+    def trainer_log(self, slot: str, pid: int) -> Path:
+        """The file with what the trainer processes of a `slot` print, of the worker with this process id."""
+        return self.log_folder / f"trainer-{re.sub('[:/]', '-', slot)}-{pid}.log"
 
 
 def sqlite_url(path: Path) -> str:

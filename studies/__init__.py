@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         statuses,
         workers,
     )
+    from studies.trial_records import TrialDetails, TrialRecord, dataframe, trial, trials
 
 __all__ = [
     "Comparison",
@@ -43,6 +44,8 @@ __all__ = [
     "Row",
     "Status",
     "StudyComparison",
+    "TrialDetails",
+    "TrialRecord",
     "attempts",
     "best_model",
     "best_trial",
@@ -50,6 +53,7 @@ __all__ = [
     "compare_notebook",
     "confirmed",
     "curves",
+    "dataframe",
     "delete",
     "enqueue",
     "export",
@@ -64,6 +68,8 @@ __all__ = [
     "status",
     "statuses",
     "stop",
+    "trial",
+    "trials",
     "workers",
 ]
 
@@ -105,6 +111,13 @@ _MODULES = {
         "status",
         "statuses",
         "workers",
+    ),
+    "studies.trial_records": (
+        "TrialDetails",
+        "TrialRecord",
+        "dataframe",
+        "trial",
+        "trials",
     ),
 }
 

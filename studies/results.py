@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 LAST_TRIALS = 50  # whose durations the time left is estimated from
 MAX_IDS_IN_CLAUSE = 500  # trials that one statement names
+SHOWN_TIES = 10  # trials that are as good as the best one
 LEADERBOARD_ATTRIBUTES = ("deviation", "epochs", "parameters", "seconds")  # user attributes that a leaderboard shows
 
 
@@ -46,7 +47,7 @@ LEADERBOARD_ATTRIBUTES = ("deviation", "epochs", "parameters", "seconds")  # use
 class Row:
     """One finished trial of a leaderboard."""
 
-    rank: int  # from 1; trials of equal value are in the order of their numbers
+    rank: int  # from 1; trials of equal value share it (1, 1, 3), and are in the order of their numbers
     number: int
     value: float  # validation accuracy of its best epoch, 0 to 1; with repeats their mean
     deviation: float | None  # the sample standard deviation of the repeats; None: it was trained once
@@ -96,7 +97,7 @@ class Curve:
     """
 
     number: int
-    state: str  # complete or pruned
+    state: str  # Optuna's own, in small letters
     value: float | None
     params: dict[str, Any]
     loss: tuple[float, ...]
@@ -129,6 +130,17 @@ def best_trial_of(study: Study, storage: RDBStorage) -> FrozenTrial:
     if not best:
         raise StudyError(why_no_best(study, storage))
     return storage.get_trial(best[0].trial_id)
+
+
+def as_good_as_best(name: str, storage: StorageLike = None) -> list[int]:
+    """The numbers of the trials of study `name` whose value equals that of its best trial; it is not among them.
+
+    Raises StudyError if there is no such study.
+    """
+    opened = registry.storage_of(storage)
+    study = registry.find(name, opened)
+    first = read(opened, lambda connection: ranked(connection, study.id, top=SHOWN_TIES + 1))
+    return [trial.number for trial in first[1:] if trial.rank == 1]
 
 
 def best_with_model(study: Study, storage: RDBStorage) -> FrozenTrial:
@@ -244,11 +256,16 @@ def attempts(name: str, number: int, storage: StorageLike = None) -> list[Attemp
     """
     opened = registry.storage_of(storage)
     study = registry.find(name, opened)
+    trial_id = trial_of(study, number, opened)._trial_id
+    return read(opened, lambda connection: of_trial(connection, trial_id))
+
+
+def trial_of(study: Study, number: int, storage: RDBStorage) -> FrozenTrial:
+    """Trial `number` of a study. Raises StudyError if it has none."""
     try:
-        trial_id = opened.get_trial_id_from_study_id_trial_number(study.id, number)
+        return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study.id, number))
     except KeyError:
         raise StudyError(no_trial_text(study, number)) from None
-    return read(opened, lambda connection: of_trial(connection, trial_id))
 
 
 def no_trial_text(study: Study, number: int) -> str:
@@ -302,14 +319,14 @@ def _rows(connection: Connection, study_id: int, top: int | None) -> list[Row]:
     }
     return [
         Row(
-            rank=rank,
+            rank=trial.rank,
             number=trial.number,
             value=trial.value,
             params=params[trial.trial_id],
             imported=stored_values[trial.trial_id].get("imported") is True,
             **numbers[trial.trial_id],
         )
-        for rank, trial in enumerate(trials, start=1)
+        for trial in trials
     ]
 
 
@@ -412,10 +429,11 @@ def curves_of(trials: Sequence[FrozenTrial], artifacts: Path, top: int | None = 
     """The learning curves of `trials`: complete ones, best first, then pruned ones; `top` limits how many."""
     complete = sorted((trial for trial in trials if is_scored(trial)), key=rank_key)
     pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
-    return [_curve(trial, artifacts) for trial in [*complete, *pruned][:top]]
+    return [curve_of(trial, artifacts) for trial in [*complete, *pruned][:top]]
 
 
-def _curve(trial: FrozenTrial, artifacts: Path) -> Curve:
+def curve_of(trial: FrozenTrial, artifacts: Path) -> Curve:
+    """The learning curve of one trial, in whatever state it is."""
     records = history_of(trial, artifacts)
 
     def column(key: str) -> tuple[float, ...]:

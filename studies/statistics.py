@@ -6,6 +6,7 @@ A training's *hits* say for each of the same images whether the model got it rig
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,12 @@ def wilson(right: int, images: int) -> Interval:
 
     found = stats.binomtest(right, images).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(low=float(found.low), high=float(found.high))
+
+
+def sampling_error(accuracy: float, images: int) -> float:
+    """Half the width of `wilson`'s interval, for an accuracy from 0 to 1 on so many `images`; without scipy."""
+    z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
+    return math.sqrt(z2 * (accuracy * (1 - accuracy) / images + z2 / (4 * images**2))) / (1 + z2 / images)
 
 
 def of_mean(values: Sequence[float]) -> Interval | None:

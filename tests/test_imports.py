@@ -107,6 +107,8 @@ def test_a_command_without_figures_imports_no_plotly(home: Path) -> None:
         ["status"],
         ["status", "digits", "--json"],
         ["leaderboard", "digits"],
+        ["trials", "digits"],
+        ["show", "digits", "0"],
         ["enqueue", "digits", "depth=5", "dropout=0.3"],
         ["retry", "digits"],
         ["import", "notebook"],

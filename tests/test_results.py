@@ -39,7 +39,7 @@ def test_the_best_is_the_first_of_the_highest_complete_ones(storage: RDBStorage,
     rows = results.leaderboard(study, storage)
     assert [(row.rank, row.number, row.value, row.epochs) for row in rows] == [
         (1, 2, 0.9, 2),
-        (2, 4, 0.9, 2),
+        (1, 4, 0.9, 2),
         (3, 0, 0.7, 2),
     ]
 
