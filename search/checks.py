@@ -26,6 +26,7 @@ from storage.settings import Settings
 from studies import model_rules, recipe, sampling
 from studies.definition import Definition
 from studies.recipe import Recipe
+from studies.sources import is_function
 from studies.space import Choice, low_point
 
 BATCH_SIZE = 128  # the default, as in search.model, which this process must not import
@@ -42,11 +43,11 @@ def check(definition: Definition, settings: Settings, measure_on: Slot | None = 
     Raises DataError, ModelError, MachineError or DefinitionError.
     """
     sampling.check_installed(definition)
-    if ":" not in definition.dataset and ":" not in definition.model:
+    if not is_function(definition.dataset) and ":" not in definition.model:
         # In this process, so that a mistake is known before Keras is imported.
         dataset = data.load(definition.dataset, definition.data, settings.data_folders)
         if definition.confirm is not None:
-            data.require_test(definition.dataset, settings.data_folders)
+            data.require_test(definition.dataset, definition.data, settings.data_folders)
         _check_fit(definition, dataset)
         if measure_on is None:
             check_keras(backend())
@@ -183,7 +184,7 @@ def _check_in_trainer(definition: Definition, settings: Settings, measure_on: Sl
         except TrainerDied as died:
             if not died.ready:
                 raise _import_error(died, trainer) from None
-            own = " or ".join(name for name in (definition.model, definition.dataset) if ":" in name)
+            own = " or ".join(name for name in (definition.model, definition.dataset) if is_function(name))
             if not own:
                 raise ModelError(
                     f"a training of {definition.model} ended its process ({died.how}{_last_line(trainer)}): does the "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from search import interruption, look_commands, storage_commands, study_commands
+from search import interruption, look_commands, start_commands, storage_commands, study_commands
 from search.options import (
     DevicesOption,
     EpochsOption,
@@ -23,6 +23,7 @@ from search.options import (
     LimitOption,
     NameOption,
     PerDeviceOption,
+    SkipBadOption,
     SourceArgument,
     StorageOption,
     StudyArgument,
@@ -85,30 +86,22 @@ def options(
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-@app.command()
-def catalog(as_json: JsonOption = False) -> None:
-    """List the ready definitions, one line each."""
-    from search.terminal import print_json, say
-    from studies import definition as definitions
-
-    ready = definitions.catalog()
-    if as_json:
-        print_json([{"name": name, "description": ready[name].description} for name in ready])
-        return
-    width = max(map(len, ready))
-    for name, definition in ready.items():
-        say(f"{name:<{width}}  {definition.description}")
+app.command()(start_commands.catalog)
 
 
 @app.command()
 def check(
-    file: SourceArgument, trials: TrialsOption = None, epochs: EpochsOption = None, limit: LimitOption = None
+    file: SourceArgument,
+    trials: TrialsOption = None,
+    epochs: EpochsOption = None,
+    limit: LimitOption = None,
+    skip_bad: SkipBadOption = False,
 ) -> None:
     """Check that a definition is right, and that its data and model fit."""
     from search import service
     from search.terminal import print_check
 
-    print_check(service.check(file, trials=trials, epochs=epochs, limit=limit))
+    print_check(service.check(file, trials=trials, epochs=epochs, limit=limit, skip_bad=skip_bad))
 
 
 @app.command()
@@ -119,13 +112,16 @@ def create(
     trials: TrialsOption = None,
     epochs: EpochsOption = None,
     limit: LimitOption = None,
+    skip_bad: SkipBadOption = False,
 ) -> None:
     """Put a study into the database, for workers to come."""
     from search import service
     from search.terminal import say
 
     url = settings_of(storage).url
-    creation = service.create(source, name=name, trials=trials, epochs=epochs, limit=limit, storage=url)
+    creation = service.create(
+        source, name=name, trials=trials, epochs=epochs, limit=limit, skip_bad=skip_bad, storage=url
+    )
     study, budget = creation.study.name, creation.study.budget
     say(
         f"study {study}: {budget.trials} trials; `trialyard work {study}` runs them"
@@ -142,6 +138,7 @@ def run(
     trials: TrialsOption = None,
     epochs: EpochsOption = None,
     limit: LimitOption = None,
+    skip_bad: SkipBadOption = False,
     chosen_devices: DevicesOption = "auto",
     per_device: PerDeviceOption = None,
     workers: WorkersOption = None,
@@ -155,7 +152,8 @@ def run(
     from studies.errors import StudyError
 
     here = settings_of(storage)
-    definition = definitions.load(source, name=name, trials=trials, epochs=epochs, limit=limit)
+    changes = {"name": name, "trials": trials, "epochs": epochs, "limit": limit, "skip_bad": skip_bad or None}
+    definition = definitions.load(source, **changes)
     try:
         trial = service.run(
             definition, storage=here.url, devices=chosen_devices, per_device=per_device, workers=workers

@@ -18,11 +18,24 @@ from typing import Any, Literal
 
 import numpy as np
 
+from search import idx, image_folder
 from search.errors import DataError, MachineError
 from search.images import Array, Images, chosen, mapped
 from studies.definition import Data
+from studies.sources import is_folder, is_function
 
 DOWNLOAD_SECONDS = 600
+# In the order of the labels, as their authors list them.
+CLASS_NAMES = {
+    "fashion_mnist": (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+    "cifar10": (
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    ),
+}
 DARK = 0.1  # images whose largest value is a smaller share of white are noted
 COLORS = (1, 3, 4)  # channels of an image
 REAL = "iuf"  # NumPy's kinds of integers and floats: complex numbers and times are "numbers" to it, too
@@ -48,6 +61,7 @@ class Dataset:
     x_test: Array | None = None
     y_test: Array | None = None
     notes: tuple[str, ...] = ()  # how the source was understood where that may be wrong, a sentence each
+    class_names: tuple[str, ...] | None = None  # if the source has them
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -70,13 +84,14 @@ class Dataset:
 
     def summary(self) -> dict[str, Any]:
         """What a study records about its data: counts and the fingerprint."""
-        return {
+        counts = {
             "fingerprint": self.fingerprint,
             "train": len(self.y_train),
             self.validated_on: len(self.y_validation),
             "image_shape": list(self.image_shape),
             "classes": self.classes,
         }
+        return counts if self.class_names is None else {**counts, "class_names": list(self.class_names)}
 
 
 def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) -> Dataset:
@@ -86,7 +101,8 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
     Files are searched in `folders`; mnist and fashion_mnist are downloaded to the last folder if no folder has them.
     Raises DataError, and MachineError if a function cannot be imported.
     """
-    arrays = _source(name, folders)
+    source = _source(name, data, folders)
+    arrays = source.arrays
     share = None if data.validation == "test" else data.validation
     keys = ("x_train", "y_train") + (("x_test", "y_test") if share is None or test else ())
     raw = {key: _array(arrays, key, name) for key in keys}
@@ -94,7 +110,7 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
     _require_all_classes(y, f"{name}: y_train")
     binary, dtype = _is_binary(x), x.dtype
     x = _scaled(x, f"{name}: x_train", binary)
-    notes = _notes(x, f"{name}: x_train", dtype, binary)
+    notes = (*source.notes, *_notes(x, f"{name}: x_train", dtype, binary))
     fingerprint = _fingerprint(x, y)
     classes = int(y.max()) + 1
     train = np.arange(len(y))
@@ -131,6 +147,7 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
         x_test=x_test if test else None,
         y_test=y_test if test else None,
         notes=notes,
+        class_names=_class_names(arrays, classes, name),
     )
 
 
@@ -141,9 +158,9 @@ def _limited(indices: Array, y: Array, data: Data, name: str) -> Array:
     return _split(indices, y, rest, data.seed, f"data.limit = {data.limit}", name)[0]
 
 
-def require_test(name: str, folders: Sequence[Path]) -> None:
+def require_test(name: str, data: Data, folders: Sequence[Path]) -> None:
     """Raises DataError if the dataset has no test images. None of them is read."""
-    arrays = _source(name, folders)
+    arrays = _source(name, data, folders).arrays
     for key in ("x_test", "y_test"):
         _require(arrays, key, name)
 
@@ -153,26 +170,55 @@ def require_test(name: str, folders: Sequence[Path]) -> None:
 _Arrays = Mapping[str, Callable[[], Array]]  # read only when called, so that test arrays stay unread
 
 
-def _source(name: str, folders: Sequence[Path]) -> _Arrays:
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    arrays: _Arrays
+    notes: tuple[str, ...] = ()
+
+
+def _source(name: str, data: Data, folders: Sequence[Path]) -> _Source:
+    if is_function(name):
+        return _Source(arrays=_from_function(name))
+    if is_folder(name):
+        return _from_folder(name, data, folders)
     if name == "digits":
-        return _digits()
-    if ":" in name:
-        return _from_function(name)
+        return _Source(arrays=_digits())
     if name.endswith(".npz"):
-        path = Path(name)
-        # Its folder may have been moved since the study was created: then it is usually the current one.
-        existing_path = path if path.is_file() else _find(path.name, [Path(), *folders])
-        if existing_path is None:
-            raise DataError(
-                f"the data file {name} does not exist, and neither this folder nor {', '.join(map(str, folders))} has "
-                "a file of its name: correct dataset, or add its folder to TRIALYARD_DATA"
-            )
-        return _from_file(existing_path)
-    return _from_file(_find(f"{name}.npz", folders) or _download(name, folders[-1]))
+        return _Source(arrays=_from_file(_existing(name, folders)))
+    arrays = _from_file(_find(f"{name}.npz", folders) or _download(name, folders[-1]))
+    names = CLASS_NAMES.get(name)
+    return _Source(arrays=arrays if names is None else {**arrays, "class_names": lambda: np.array(names)})
+
+
+def _existing(name: str, folders: Sequence[Path]) -> Path:
+    """The data file or folder `name`. Raises DataError if there is none."""
+    path = Path(name)
+    # Its folder may have been moved since the study was created: then it is usually the current one.
+    existing_path = path if path.exists() else _find(path.name, [Path(), *folders])
+    what = "folder" if is_folder(name) else "file"
+    if existing_path is None or existing_path.is_dir() != is_folder(name):
+        raise DataError(
+            f"the data {what} {name} does not exist, and neither this folder nor {', '.join(map(str, folders))} has "
+            f"a {what} of its name: correct dataset, or add its folder to TRIALYARD_DATA"
+        )
+    return existing_path
+
+
+def _from_folder(name: str, data: Data, folders: Sequence[Path]) -> _Source:
+    folder = _existing(name, folders).absolute()
+    try:
+        digits = idx.files(folder)
+        if digits:
+            return _Source(arrays=idx.arrays(digits))
+        listed = image_folder.listing(folder, data)
+    except OSError as error:
+        raise DataError(f"the data folder {name} cannot be read ({error.strerror or error}): check it") from None
+    arrays = _from_file(image_folder.converted(listed, data, folders[-1]))
+    return _Source(arrays=arrays, notes=image_folder.notes_of(listed, arrays["skipped"]))
 
 
 def _find(file: str, folders: Sequence[Path]) -> Path | None:
-    return next((folder / file for folder in folders if (folder / file).is_file()), None)
+    return next((folder / file for folder in folders if (folder / file).exists()), None)
 
 
 def _digits() -> _Arrays:
@@ -296,6 +342,11 @@ def _array(arrays: _Arrays, key: str, name: str) -> Array:
 
 
 def _require(arrays: _Arrays, key: str, name: str) -> None:
+    if key not in arrays and is_folder(name):
+        raise DataError(
+            f"{name} has no test images: put them into test/ beside train/, or keep a share of the images for them, "
+            "such as test = 0.2 under [data]"
+        )
     if key not in arrays:
         raise DataError(
             f"{name} has no array {key!r}, it has {', '.join(arrays) or 'none'}: add x_train and y_train, and x_test "
@@ -324,6 +375,17 @@ def _pair(x: Array, y: Array, name: str, x_name: str, y_name: str) -> tuple[Arra
             f"{name}: {x_name} has {len(x)} images and {y_name} {len(y)} labels: there must be one label per image"
         )
     return x, _labels(y, f"{name}: {y_name}")
+
+
+def _class_names(arrays: _Arrays, classes: int, name: str) -> tuple[str, ...] | None:
+    if "class_names" not in arrays:
+        return None
+    names = arrays["class_names"]()
+    if names.ndim != 1 or len(names) != classes:
+        raise DataError(
+            f"{name}: class_names has the shape {names.shape}, and there are {classes} classes: give one name per class"
+        )
+    return tuple(map(str, names))
 
 
 def _is_binary(x: Array) -> bool:

@@ -24,6 +24,7 @@ EpochsOption = Annotated[
 LimitOption = Annotated[
     int | None, typer.Option("--limit", min=1, envvar="TRIALYARD_LIMIT", help="Use only so many training images.")
 ]
+SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out image files that cannot be read.")]
 DevicesOption = Annotated[
     str,
     typer.Option(

@@ -76,18 +76,20 @@ def check(
     trials: int | None = None,
     epochs: int | None = None,
     limit: int | None = None,
+    skip_bad: bool = False,
 ) -> Checked:
     """Checks that a definition obeys the rules, that its data load here, and that models can be built and trained.
 
     A few models of the space are built, and trained for a few batches to estimate the time. `name`, `trials`, `epochs`
-    and `limit` (training images) replace what the definition says. Nothing is written.
+    and `limit` (training images) replace what the definition says; `skip_bad` leaves out image files that cannot be
+    read. Nothing is written but downloaded or converted images.
 
     Raises DefinitionError, DataError, ModelError, and MachineError where Keras cannot be imported.
     """
     from search import checks
     from search.devices import slots as slots_of
 
-    definition = _definition(source, name, trials, epochs, limit)
+    definition = _definition(source, name, trials, epochs, limit, skip_bad)
     slots = slots_of()
     checked = checks.check(definition, settings.load(), measure_on=slots[0])
     measured = checked.measured
@@ -115,6 +117,7 @@ def create(
     trials: int | None = None,
     epochs: int | None = None,
     limit: int | None = None,
+    skip_bad: bool = False,
     storage: str | None = None,
     patience: float = 0.0,
 ) -> ledger.Creation:
@@ -125,7 +128,7 @@ def create(
 
     Raises what `check` raises; StudyError if a study of this name has another definition; StorageError.
     """
-    creation, _, _ = _create(_definition(source, name, trials, epochs, limit), _settings(storage), patience)
+    creation, _, _ = _create(_definition(source, name, trials, epochs, limit, skip_bad), _settings(storage), patience)
     return creation
 
 
@@ -150,6 +153,7 @@ def run(
     trials: int | None = None,
     epochs: int | None = None,
     limit: int | None = None,
+    skip_bad: bool = False,
     storage: str | None = None,
     devices: str = "auto",
     per_device: int | None = None,
@@ -166,7 +170,7 @@ def run(
 
     here = _settings(storage)
     places = slots_of(devices, per_device, workers)
-    definition = _definition(source, name, trials, epochs, limit)
+    definition = _definition(source, name, trials, epochs, limit, skip_bad)
     creation, opened, software = _create(definition, here, here.patience_seconds)
     if not creation.study.has_ended:
         registry.check_software(creation.study, opened, software)
@@ -429,9 +433,10 @@ def prune(found: Leftovers, storage: str | None = None) -> int:
 
 
 def _definition(
-    source: Source, name: str | None, trials: int | None, epochs: int | None, limit: int | None
+    source: Source, name: str | None, trials: int | None, epochs: int | None, limit: int | None, skip_bad: bool
 ) -> Definition:
     changes: dict[str, Any] = {"name": name, "trials": trials, "epochs": epochs, "limit": limit}
+    changes["skip_bad"] = skip_bad or None
     if not isinstance(source, Definition):
         definition = definitions.load(str(source), **changes)
     elif all(change is None for change in changes.values()):

@@ -15,6 +15,7 @@ from search.sparkline import sparkline
 from search.summary import duration, not_shown, progress_line, shown
 from storage import artifacts, attributes
 from storage.errors import trials_text
+from studies.wording import names_text
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -55,6 +56,8 @@ def print_check(checked: "Checked") -> None:
         say(f"  {name}: {text}")
     judged, shape = definition.judged_on, "x".join(map(str, data["image_shape"]))
     say(f"images: {data['train']} to train with, {data[judged]} {judged} images; {shape} in {data['classes']} classes")
+    if data.get("class_names"):
+        say(f"classes: {names_text(data['class_names'])}")
     if checked.parameters is not None:
         smallest, largest = checked.parameters
         say(
@@ -70,8 +73,11 @@ def print_check(checked: "Checked") -> None:
 
 
 def record(study: str, trial: "FrozenTrial", settings: "Settings") -> dict[str, Any]:
+    from studies import results
+
     return {
         "study": study,
+        "class_names": results.class_names(study, settings.url),
         "number": trial.number,
         "value": trial.values[0],
         "params": trial.params,

@@ -30,6 +30,7 @@ from search.interruption import STOPPING_SIGNALS
 from search.messages import Batches, Checked, Epoch, Failed, Job, Measured, Ready, Resumed, StopMode, Trained
 from storage.errors import DiskError, TrialyardError
 from studies.definition import Definition
+from studies.sources import is_function
 from studies.wording import SAME_SOURCE
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def _trained(
     sources = _sources(wanted)
     if job.folder is None:
         if job.recipe.confirms:
-            data.require_test(wanted.dataset, job.data_folders)
+            data.require_test(wanted.dataset, wanted.data, job.data_folders)
         notes = [*dataset.notes, *checks.check_with_keras(wanted, dataset, precision[0])]
         measured = _measured(wanted, dataset, precision[0], notes) if job.measure else None
         return Checked(data=dataset.summary(), notes=tuple(notes), sources=sources, measured=measured)
@@ -257,7 +258,7 @@ def _measured(definition: Definition, dataset: "Dataset", policy: str, notes: li
 
 def _sources(definition: Definition) -> dict[str, str]:
     """A digest of the source file of each of a user's own functions: a changed one makes another training."""
-    return {name: _digest(name) for name in (definition.model, definition.dataset) if ":" in name}
+    return {name: _digest(name) for name in (definition.model, definition.dataset) if is_function(name)}
 
 
 def _require_same_sources(sources: dict[str, str], expected: Mapping[str, str]) -> None:

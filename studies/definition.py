@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from storage.errors import nearest
 from studies import model_rules
 from studies.errors import DefinitionError
+from studies.sources import DATASETS, FUNCTION, is_dataset, is_folder, is_function, resolved, without_folder
 from studies.space import (
     Choice,
     Finite,
@@ -36,14 +38,15 @@ from studies.space import (
 )
 from studies.wording import one_line, sentence, shown
 
-DATASETS = ("mnist", "fashion_mnist", "digits")
-FUNCTION = "package.module:function"
 # The Wilcoxon test of Optuna's pruner (p < 0.1, one-sided) can tell two configurations apart after 4 repeats.
 LEAST_REPEATS = 5
 
 Precision = Literal["auto", "float32", "mixed_bfloat16"]
 SamplerKind = Literal["tpe", "gp", "random", "qmc", "cmaes", "nsga2", "grid", "points"]
 PrunerKind = Literal["hyperband", "asha", "median", "wilcoxon", "none"]
+
+
+_Pixels = Annotated[Whole, Field(ge=1, le=4096)]
 
 
 class _Table(BaseModel):
@@ -60,6 +63,10 @@ class Data(_Table):
     # As in version 0.1: the validation images are a share of those that the limit keeps. For studies that began so.
     limit_includes_validation: bool = False
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0  # decides which images the limit keeps, and the split
+    # The others are for a folder of images.
+    size: tuple[_Pixels, _Pixels] | None = None  # height and width that its images are resized to
+    skip_bad: bool = False  # leave out files that cannot be read
+    test: Annotated[Finite, Field(gt=0, lt=1)] | None = None  # the share kept for a confirmation, if there is no test/
 
 
 class Budget(_Table):
@@ -187,23 +194,36 @@ class Definition(_Table):
         return {name: float(value) if isinstance(self.space[name], Float) else value for name, value in point.items()}
 
 
+def _catalog_files() -> dict[str, Traversable]:
+    folder = resources.files("studies") / "catalog"
+    files = {file.name.removesuffix(".toml"): file for file in folder.iterdir() if file.name.endswith(".toml")}
+    return dict(sorted(files.items()))
+
+
 def catalog() -> dict[str, "Definition"]:
     """The ready definitions, by name."""
-    folder = resources.files("studies") / "catalog"
-    names = sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
-    return {name: parse((folder / f"{name}.toml").read_text(encoding="utf-8"), source=name) for name in names}
+    files = _catalog_files()
+    return {name: parse(file.read_text(encoding="utf-8"), source=name) for name, file in files.items()}
+
+
+def catalog_text(name: str) -> str:
+    """The ready definition `name` as TOML text with its comments. Raises DefinitionError if there is none."""
+    files = _catalog_files()
+    if name not in files:
+        raise DefinitionError(
+            f"{shown(name)} is not in the catalog ({', '.join(files)}){nearest(name, files)}: choose one of these"
+        )
+    return files[name].read_text(encoding="utf-8")
 
 
 def load(name_or_file: str, **overrides: Any) -> Definition:
     """The definition with this name in the catalog, or of the TOML file at this path.
 
-    `overrides` (name, trials, epochs, limit) that are not None replace its values. Raises DefinitionError.
+    `overrides` (name, trials, epochs, limit, skip_bad) that are not None replace its values. Raises DefinitionError.
     """
-    folder = resources.files("studies") / "catalog"
-    names = sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+    names = list(_catalog_files())
     if name_or_file in names:
-        text = (folder / f"{name_or_file}.toml").read_text(encoding="utf-8")
-        return parse(text, source=name_or_file, **overrides)
+        return parse(catalog_text(name_or_file), source=name_or_file, **overrides)
     path, shown_path = Path(name_or_file), one_line(name_or_file, 300)
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors start a file with a byte order mark
@@ -223,17 +243,15 @@ def load(name_or_file: str, **overrides: Any) -> Definition:
 def parse(text: str, *, source: str = "the definition", folder: Path | None = None, **overrides: Any) -> Definition:
     """The definition in `text` (TOML).
 
-    A relative data file is searched in `folder`, the definition's folder, too. Raises DefinitionError.
+    A relative data file or folder is searched in `folder`, the definition's folder, too. Raises DefinitionError.
     """
     try:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise DefinitionError(f"{source} is not valid TOML ({reason}): correct it") from None
-    if folder is not None and isinstance(raw.get("dataset"), str) and raw["dataset"].endswith(".npz"):
-        data_file = (folder / raw["dataset"]).absolute()
-        if "\0" not in raw["dataset"] and data_file.is_file():
-            raw["dataset"] = str(data_file)
+    if folder is not None and isinstance(raw.get("dataset"), str):
+        raw["dataset"] = resolved(raw["dataset"], folder)
     _override(raw, overrides)
     definition = _checked(raw, source)
     # Not of stored definitions: those of version 0.1 may have `wilcoxon` without repeats, and stay readable.
@@ -261,7 +279,7 @@ def differences(stored: Definition, other: Definition) -> list[str]:
     elsewhere.
     """
     may_differ = {"description", "budget.trials", "budget.hours", "budget.trial_minutes"}
-    left, right = ({**_flat(each.to_json()), "dataset": _without_folder(each.dataset)} for each in (stored, other))
+    left, right = ({**_flat(each.to_json()), "dataset": without_folder(each.dataset)} for each in (stored, other))
     return [
         f"{key} = {json.dumps(left.get(key))} in the database and {json.dumps(right.get(key))} in this definition"
         for key in [*left, *(key for key in right if key not in left)]
@@ -270,12 +288,8 @@ def differences(stored: Definition, other: Definition) -> list[str]:
     ]
 
 
-def _without_folder(dataset: str) -> str:
-    return Path(dataset).name if dataset.endswith(".npz") else dataset
-
-
 def _override(raw: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    tables = {"name": None, "trials": "budget", "epochs": "budget", "limit": "data"}
+    tables = {"name": None, "trials": "budget", "epochs": "budget", "limit": "data", "skip_bad": "data"}
     for key, value in overrides.items():
         table = tables[key]
         if value is None:
@@ -324,12 +338,17 @@ def _checked(raw: Mapping[str, Any], source: str) -> Definition:
 
 def _check_source(definition: Definition) -> str | None:
     dataset, model = definition.dataset, definition.model
-    if not (dataset in DATASETS or dataset.endswith(".npz") or _is_function(dataset)):
+    if not is_dataset(dataset):
         return (
-            f"dataset = {shown(dataset)} must be one of {', '.join(DATASETS)}, the path of an .npz file, or "
-            f'"{FUNCTION}"{nearest(dataset, DATASETS)}'
+            f"dataset = {shown(dataset)} must be one of {', '.join(DATASETS)}, the path of an .npz file, a folder such "
+            f'as "photos/", or "{FUNCTION}"{nearest(dataset, DATASETS)}'
         )
-    if not (model in model_rules.NAMES or _is_function(model)):
+    if not is_folder(dataset):
+        for key in ("size", "skip_bad", "test"):
+            value = getattr(definition.data, key)
+            if value not in (None, False):
+                return f"data.{key} = {json.dumps(value)} is for a folder of images, not for {dataset}: leave it out"
+    if not (model in model_rules.NAMES or is_function(model)):
         return (
             f'model = {shown(model)} must be one of {", ".join(model_rules.NAMES)}, or "{FUNCTION}"'
             f"{nearest(model, model_rules.NAMES)}"
@@ -337,11 +356,6 @@ def _check_source(definition: Definition) -> str | None:
     if "\0" in dataset:
         return f"dataset = {shown(dataset)} is not a path: remove the zero byte"
     return None
-
-
-def _is_function(name: str) -> bool:
-    module, colon, function = name.partition(":")
-    return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 def _check_names(definition: Definition) -> str | None:
@@ -552,6 +566,7 @@ __all__ = [
     "Sampler",
     "Space",
     "catalog",
+    "catalog_text",
     "differences",
     "from_json",
     "load",

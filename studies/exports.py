@@ -16,12 +16,14 @@ from optuna.trial import FrozenTrial
 from storage.artifacts import HISTORY, MODEL
 from storage.attributes import encoded
 from storage.errors import nearest
+from storage.ledger import Study
 from storage.settings import environment_without_secrets
 from studies import definition as definitions
 from studies import registry, results
 from studies.definition import Definition
 from studies.errors import StudyError
 from studies.registry import StorageLike
+from studies.sources import is_folder
 
 Format = Literal["tflite", "onnx", "savedmodel"]
 
@@ -43,11 +45,11 @@ folder:
 
 ```python
 import keras
-import numpy as np
+import {library}
 {module}model = keras.models.load_model("model.keras", compile=False)
-images = np.zeros({images})  # yours
+{images}
 probabilities = model.predict(images)
-print(probabilities.argmax(axis=1))
+{answer}
 ```
 
 - `model.keras`: the model, with the weights of its best epoch
@@ -93,9 +95,10 @@ def export(
         shutil.copyfile(model, draft / MODEL)
         shutil.copyfile(history, draft / HISTORY)
         (draft / "definition.toml").write_text(definitions.to_toml(definition), encoding="utf-8")
-        record = encoded(_record(name, trial, definition), indent=2)
+        record = encoded(_record(study, trial, definition), indent=2)
         (draft / "trial.json").write_text(record + "\n", encoding="utf-8")
-        (draft / "README.md").write_text(_readme(name, trial, definition, format, shape), encoding="utf-8")
+        readme = _readme(study, trial, definition, format, shape)
+        (draft / "README.md").write_text(readme, encoding="utf-8")
         if format is not None:
             _convert(draft / MODEL, format, draft / FILES[format], definition, shape)
         draft.rename(target)
@@ -116,18 +119,19 @@ def format_of(name: str) -> Format:
     raise StudyError(f"format = {name!r} must be one of {', '.join(FILES)}{nearest(name, FILES)}")
 
 
-def _record(name: str, trial: FrozenTrial, definition: Definition) -> dict[str, Any]:
+def _record(study: Study, trial: FrozenTrial, definition: Definition) -> dict[str, Any]:
     attributes = trial.user_attrs
     moments = {"began": trial.datetime_start, "ended": trial.datetime_complete}
     return {
-        "study": name,
+        "study": study.name,
         "number": trial.number,
         "protocol": attributes.get("protocol"),
         "hyperparameters": {**definition.fixed, **trial.params},
         "searched": list(trial.params),
         "metrics": {"val_accuracy": trial.values[0]} | {key: attributes.get(key) for key in METRICS},
         "seed": attributes.get("seed"),
-        "data": {"dataset": definition.dataset, "fingerprint": attributes.get("data_fingerprint")},
+        "data": {"dataset": definition.dataset, "fingerprint": attributes.get("data_fingerprint")}
+        | {key: study.data[key] for key in ("class_names",) if key in study.data},
         "precision": attributes.get("precision"),
         "precision_reason": attributes.get("precision_reason"),
         "device": attributes.get("device"),
@@ -143,19 +147,40 @@ def _record(name: str, trial: FrozenTrial, definition: Definition) -> dict[str, 
 
 
 def _readme(
-    name: str, trial: FrozenTrial, definition: Definition, format: Format | None, shape: list[int] | None
+    study: Study, trial: FrozenTrial, definition: Definition, format: Format | None, shape: list[int] | None
 ) -> str:
     more = "" if format is None else f"- `{FILES[format]}`: the same model for {format}\n"
+    from_files = shape is not None and is_folder(definition.dataset)
+    # A subclassed model does not know the shape of its images.
+    zeros = "(1, *model.input_shape[1:])" if shape is None else str((1, *shape))
     return README.format(
-        study=name,
+        study=study.name,
         number=trial.number,
         judged="validation" if trial.user_attrs.get("protocol", "validation") == "validation" else "test",
         value=trial.values[0],
         module=f"import {definition.model.partition(':')[0]}\n" if ":" in definition.model else "",
-        # A subclassed model does not know the shape of its images.
-        images="(1, *model.input_shape[1:])" if shape is None else str((1, *shape)),
+        library="tensorflow as tf" if from_files else "numpy as np",
+        images=_images(definition, shape) if from_files else f"images = np.zeros({zeros})  # yours",
+        answer=_answer(study.data.get("class_names")),
         more=more + (OWN_MODEL.format(model=definition.model) if ":" in definition.model else ""),
     )
+
+
+def _images(definition: Definition, shape: list[int] | None) -> str:
+    """A program that reads an image file as `search.image_conversion` does."""
+    assert shape is not None
+    height, width, channels = shape
+    read = f'image = tf.io.decode_image(tf.io.read_file("yours.jpg"), channels={channels}, expand_animations=False)'
+    if definition.data.size is None:
+        return f"{read}\nimages = image[None]"
+    return f"{read}\nimages = tf.round(tf.image.resize(image[None], ({height}, {width}), antialias=True))"
+
+
+def _answer(class_names: Any) -> str:
+    """The end of the README's program, which prints the most probable class of each image."""
+    if not isinstance(class_names, list):
+        return "print(probabilities.argmax(axis=1))"
+    return f"classes = {class_names!r}\nprint([classes[index] for index in probabilities.argmax(axis=1)])"
 
 
 def _convert(model: Path, format: Format, target: Path, definition: Definition, shape: list[int] | None) -> None:

@@ -221,6 +221,18 @@ def best_model(name: str, storage: StorageLike = None) -> "keras.Model":
         ) from error
 
 
+def class_names(name: str, storage: StorageLike = None) -> list[str] | None:
+    """The names of the classes of study `name`, in the order of the model's outputs; None if its data have none.
+
+    >>> studies.class_names("digits") is None
+    True
+
+    Raises StudyError if there is no such study.
+    """
+    names = registry.find(name, registry.storage_of(storage)).data.get("class_names")
+    return [str(each) for each in names] if isinstance(names, list) else None
+
+
 def file_of(study: Study, trial: FrozenTrial, artifact: Literal["model", "history"], storage: RDBStorage) -> Path:
     """The path of the trial's `artifact`. Raises StudyError if this machine does not have the file."""
     path = inside(settings.load().artifact_folder, trial.user_attrs.get(artifact))

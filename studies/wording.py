@@ -1,7 +1,7 @@
 """What is wrong with a definition, in one sentence: from pydantic's errors."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -95,6 +95,12 @@ def key_text(parts: Iterable[Any]) -> str:
     for part in parts:
         text += f"[{part + 1}]" if isinstance(part, int) else f".{one_line(part)}" if text else one_line(part)
     return text or "the definition"
+
+
+def names_text(names: Sequence[str], limit: int = 20) -> str:
+    """The first `limit` names on one line, with the number of the others."""
+    rest = len(names) - limit
+    return ", ".join(map(one_line, names[:limit])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def one_line(name: object, limit: int = 80) -> str:

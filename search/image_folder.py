@@ -1,0 +1,190 @@
+"""Images in a folder: which files belong to which class, and the file of arrays that they are converted to once.
+
+Imports no Keras. Another process (`search.image_conversion`) decodes the files, so that no trainer does it again.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from search.errors import DataError
+from search.images import Array
+from storage.settings import environment_without_secrets
+from studies.definition import Data
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")  # those of keras.utils.image_dataset_from_directory
+FORMAT = 1  # of the converted file: another number makes it again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The image files of a folder. Files are relative to it, each with the number of its class."""
+
+    folder: Path
+    classes: tuple[str, ...]  # the names of the sub-folders, sorted
+    train: tuple[tuple[str, int], ...]
+    test: tuple[tuple[str, int], ...]
+    notes: tuple[str, ...] = ()  # what is not read, a sentence each
+
+
+def listing(folder: Path, data: Data) -> Listing:
+    """The images of a folder with one sub-folder a class, or with ``train/`` and perhaps ``test/`` of such folders.
+
+    Without ``test/``, the share `data.test` of each class is kept as test images, chosen by `data.seed`. Raises
+    DataError if there are no images, or only those of one class.
+    """
+    parts = {part: folder / part for part in ("train", "test") if (folder / part).is_dir()}
+    base = parts.get("train", folder)
+    by_class = _by_class(base, folder)
+    if not by_class:
+        raise DataError(
+            f"{base}/ has no images ({', '.join(SUFFIXES)}) in sub-folders: put the images of each class into a "
+            "sub-folder of their own, which has the name of the class"
+        )
+    classes = tuple(by_class)
+    if len(classes) < 2:
+        raise DataError(f"{base}/ has images of only the class {classes[0]!r}: add a sub-folder of another class")
+    notes = [*_other_files(base)]
+    if "train" not in parts:
+        train, test = _kept_for_test(by_class, data)
+        return Listing(folder=folder, classes=classes, train=train, test=test, notes=tuple(notes))
+    notes += [
+        f"{path}/ is not read, only train/ and test/ are"
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and path.name not in parts and not path.name.startswith(".")
+    ]
+    tests = _by_class(parts["test"], folder) if "test" in parts else {}
+    unknown = sorted(tests.keys() - by_class.keys())
+    if unknown:
+        raise DataError(
+            f"{parts['test']}/ has the class {unknown[0]!r}, and {base}/ has only {', '.join(classes)}: give both the "
+            "same sub-folders"
+        )
+    if "test" in parts and data.test is not None:
+        raise DataError(f"data.test = {data.test:g} is for folders without test/, and {folder}/ has one: leave it out")
+    numbers = {name: number for number, name in enumerate(classes)}
+    if "test" in parts:
+        train = tuple((file, numbers[name]) for name, files in by_class.items() for file in files)
+        test = tuple((file, numbers[name]) for name, files in tests.items() for file in files)
+    else:
+        train, test = _kept_for_test(by_class, data)
+    return Listing(folder=folder, classes=classes, train=train, test=test, notes=tuple(notes))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below `folder` in a fixed order, without hidden ones."""
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root) / name for name in sorted(files) if not name.startswith("."))
+
+
+def _by_class(base: Path, folder: Path) -> dict[str, list[str]]:
+    """The image files of each sub-folder of `base` that has any, relative to `folder`."""
+    found = {}
+    for path in sorted(base.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            files = [file.relative_to(folder).as_posix() for file in _files(path) if file.suffix.lower() in SUFFIXES]
+            if files:
+                found[path.name] = files
+    return found
+
+
+def _other_files(base: Path) -> Iterator[str]:
+    others = Counter(path.suffix.lower() or path.name for path in _files(base) if path.suffix.lower() not in SUFFIXES)
+    loose = sum(path.suffix.lower() in SUFFIXES for path in base.iterdir() if path.is_file())
+    if others:
+        kinds = ", ".join(kind for kind, _ in others.most_common(5))
+        yield f"{base}/ has {sum(others.values())} files that are not read, because of their type: {kinds}"
+    if loose:
+        yield f"{base}/ has {loose} images outside its sub-folders, which are not read, because they have no class"
+
+
+_Files = tuple[tuple[str, int], ...]
+
+
+def _kept_for_test(by_class: Mapping[str, list[str]], data: Data) -> tuple[_Files, _Files]:
+    random = np.random.default_rng(data.seed)
+    train: list[tuple[str, int]] = []
+    test: list[tuple[str, int]] = []
+    for number, files in enumerate(by_class.values()):
+        count = round(len(files) * (data.test or 0.0))
+        kept = set(random.permutation(len(files))[:count].tolist())
+        for index, file in enumerate(files):
+            (test if index in kept else train).append((file, number))
+    return tuple(train), tuple(test)
+
+
+def converted(listed: Listing, data: Data, cache: Path) -> Path:
+    """The uncompressed .npz file in the folder `cache` with the images of `listed`; made if it does not exist yet.
+
+    It has x_train, y_train, class_names and skipped (the files that were left out), and x_test and y_test if there are
+    test images. A file that was changed, by its size or its time, makes another one. Raises DataError.
+    """
+    file = cache / f"{listed.folder.name}-{_digest(listed, data)}.npz"
+    if file.is_file():
+        return file
+    order = {
+        "folder": str(listed.folder),
+        "classes": listed.classes,
+        "train": listed.train,
+        "test": listed.test,
+        "size": data.size,
+        "skip_bad": data.skip_bad,
+        "file": str(file),
+    }
+    problem = run_conversion(order)
+    if problem is not None:
+        raise DataError(problem)
+    return file
+
+
+def run_conversion(order: Mapping[str, Any]) -> str | None:
+    """Has another process do what `search.image_conversion.main` says; returns what is wrong, as one sentence."""
+    result = subprocess.run(
+        [sys.executable, "-P", "-m", "search.image_conversion"],
+        input=json.dumps(order),
+        # The processor is enough, and a GPU's memory belongs to the trainers.
+        env=environment_without_secrets() | {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode == 0:
+        return None
+    reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
+    return result.stdout.strip() or (
+        f"the images of {order['folder']}/ cannot be converted ({reason}): can TensorFlow be imported, and is there "
+        "memory and disk?"
+    )
+
+
+def _digest(listed: Listing, data: Data) -> str:
+    digest = hashlib.sha256(repr((FORMAT, data.size, data.skip_bad, listed.classes)).encode())
+    for part in (listed.train, listed.test):
+        for name, number in part:
+            try:
+                status = (listed.folder / name).stat()
+                digest.update(repr((name, number, status.st_size, status.st_mtime_ns)).encode())
+            except OSError:  # a broken link: the conversion says so
+                digest.update(repr((name, number)).encode())
+        digest.update(b"|")
+    return digest.hexdigest()[:16]
+
+
+def notes_of(listed: Listing, read: Callable[[], Array]) -> tuple[str, ...]:
+    """What is not read of a folder, a sentence each; `read` gives the array `skipped` of its converted file."""
+    skipped = [str(name) for name in read()]
+    if not skipped:
+        return listed.notes
+    names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
+    files = "1 file is" if len(skipped) == 1 else f"{len(skipped)} files are"
+    return (*listed.notes, f"{files} left out, because they cannot be read as images: {names}")
