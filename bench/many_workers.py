@@ -142,6 +142,7 @@ class Simulated(Trainer):
             data_fingerprint="0" * 16,
             versions={},
             hits=None,
+            val_loss=0.1,
         )
 
 
