@@ -216,13 +216,15 @@ def upgrade(url: str) -> tuple[str, list[str]]:
     if path is not None and not path.exists():
         raise StorageError(f"there is no database at {redact(url)} to be upgraded: `trialyard storage create` makes it")
     try:
-        storage = _storage(parsed, skip_compatibility_check=True)
-        storage.upgrade()
-        with storage.engine.begin() as connection:
-            connection.execute(text(f"DROP TABLE IF EXISTS {slots.OLD_TABLE}"))  # workers fill the new one
-        _add_ours(storage)
-        repaired = write(storage, None, legacy.upgrade)
-    except (OptunaError, SQLAlchemyError, RuntimeError) as error:
+        # Two upgrades at once would each make half of a table.
+        with lock_file(path, "database") if path is not None else _advisory_lock(parsed):
+            storage = _storage(parsed, skip_compatibility_check=True)
+            storage.upgrade()
+            with storage.engine.begin() as connection:
+                connection.execute(text(f"DROP TABLE IF EXISTS {slots.OLD_TABLE}"))  # workers fill the new one
+            _add_ours(storage)
+            repaired = write(storage, None, legacy.upgrade)
+    except (OSError, OptunaError, SQLAlchemyError, RuntimeError) as error:
         reason = missing_privilege(error, parsed) or f"cannot be upgraded ({cause_of(error)})"
         raise StorageError(f"the database {redact(url)} {reason}") from error
     return storage.get_current_version(), repaired
@@ -242,6 +244,8 @@ def _advisory_lock(url: URL) -> Iterator[None]:
     engine = _engine(url)
     with engine.begin() as connection:
         lock_row(connection, "")
+        # A large database takes its time, and this connection does nothing meanwhile.
+        connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
         yield
     engine.dispose()
 
@@ -284,13 +288,9 @@ def _unusable_reason(url: URL) -> str | None:
         missing = missing_privilege(error, url)
         if missing is not None:
             raise StorageError(f"the database {redact(str(url))} {missing}") from error
-        hint = (
-            "is its server up, and are the user and the password right? In a URL @ : / # ? and % of a password are "
-            "quoted, such as %40 for @"
-            if file_of(url) is None
-            else "is it a database, and may you write it and its folder?"
-        )
-        raise StorageError(f"the database {redact(str(url))} does not answer ({cause_of(error)}): {hint}") from error
+        raise StorageError(
+            f"the database {redact(str(url))} does not answer ({cause_of(error)}): {_hint(url, error)}"
+        ) from error
     finally:
         engine.dispose()
     if "studies" not in tables:
@@ -304,6 +304,22 @@ def _unusable_reason(url: URL) -> str | None:
             "left out, as of an older Trialyard: %s; see `trialyard storage check`", ", ".join(outdated.values())
         )
     return None
+
+
+def _hint(url: URL, error: BaseException) -> str:
+    """What to do where the database at `url` does not answer."""
+    if file_of(url) is None:
+        return (
+            "is its server up, and are the user and the password right? In a URL @ : / # ? and % of a password are "
+            "quoted, such as %40 for @"
+        )
+    if _is_damaged(error):
+        return "the file is damaged, or of another program: restore a backup, or choose another file with --storage"
+    return "may you write it and its folder?"
+
+
+def _is_damaged(error: BaseException) -> bool:
+    return any(words in cause_of(error) for words in ("is not a database", "is malformed"))
 
 
 def _revision(url: URL) -> str | None:
@@ -337,10 +353,12 @@ def _storage(url: URL, *, skip_table_creation: bool = True, skip_compatibility_c
         missing = missing_privilege(error, url)
         if missing is not None:
             raise StorageError(f"the database {redact(str(url))} {missing}") from error
-        raise StorageError(
-            f"the database {redact(str(url))} cannot be opened ({cause_of(error)}): is it an Optuna database of this "
-            "version? If it is of an older one, `trialyard storage upgrade` helps"
-        ) from error
+        hint = (
+            _hint(url, error)
+            if _is_damaged(error)
+            else "is it an Optuna database of this version? If it is of an older one, `trialyard storage upgrade` helps"
+        )
+        raise StorageError(f"the database {redact(str(url))} cannot be opened ({cause_of(error)}): {hint}") from error
 
 
 def _rendered(url: URL) -> str:

@@ -315,6 +315,20 @@ def test_a_lock_that_is_never_freed_ends_in_a_sentence(both: PatientStorage, mon
     thread.join()
 
 
+@pytest.mark.parametrize("content", [b"Not a database" * 500, None], ids=["another file", "cut off"])
+def test_a_damaged_file_is_named_and_no_upgrade_is_proposed(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "studies.db"
+    if content is None:
+        storage = database.create(f"sqlite:///{file}")
+        storage.create_new_study([StudyDirection.MAXIMIZE], "study")
+        storage.engine.dispose()
+        content = file.read_bytes()[:20_000]
+    file.write_bytes(content)
+    for call in (database.connect, database.create, database.upgrade):
+        with pytest.raises(StorageError, match=r"the file is damaged, .*: restore a backup, or choose another file"):
+            call(f"sqlite:///{file}")
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_file_that_was_removed_is_noticed_at_the_next_write(tmp_path: Path, replaced: bool) -> None:
     file = tmp_path / "studies.db"
@@ -369,6 +383,29 @@ def test_a_backup_is_a_database_of_its_own(both: PatientStorage, tmp_path: Path)
     copy.engine.dispose()
     with pytest.raises(StorageError, match="exists already"):
         database.backup(both, path)
+
+
+def test_two_upgrades_at_once_take_turns(either_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    database.create(either_url).engine.dispose()
+    path = database.file_at(either_url)
+    lock = transactions.lock_file(path, "database") if path else database._advisory_lock(database._parsed(either_url))
+    upgrading, done = threading.Event(), threading.Event()
+
+    def upgrade() -> None:
+        with lock:
+            upgrading.set()
+            done.wait(60)
+
+    other = threading.Thread(target=upgrade)
+    other.start()
+    assert upgrading.wait(60)
+    with monkeypatch.context() as patched:
+        patched.setattr(transactions, "LOCK_SECONDS", 1.0)
+        with pytest.raises(StorageError, match="cannot be upgraded"):
+            database.upgrade(either_url)
+    done.set()
+    other.join()
+    database.upgrade(either_url)
 
 
 def test_a_database_of_plain_optuna_is_upgraded(either_empty_url: str) -> None:
