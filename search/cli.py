@@ -32,7 +32,7 @@ from search.options import (
     YesOption,
     settings_of,
 )
-from storage.errors import TrialyardError
+from storage.errors import TrialyardError, many
 
 if TYPE_CHECKING:
     from search.service import Interrupted
@@ -124,7 +124,7 @@ def create(
     )
     study, budget = creation.study.name, creation.study.budget
     say(
-        f"study {study}: {budget.trials} trials; `trialyard work {study}` runs them"
+        f"study {study}: {many(budget.trials, 'trial')}; `trialyard work {study}` runs them"
         if creation.changed
         else f"study {study} exists already, and nothing was changed"
     )
@@ -359,7 +359,8 @@ def import_results(
     url = settings_of(storage).url
     if file is not None:
         added = service.import_results(study, file, storage=url)
-        line = f"study {study}: {added} trials were imported{'' if added else '; all of them existed already'}"
+        already = "" if added else "; all of them existed already"
+        line = f"study {study}: {many(added, 'trial was', 'trials were')} imported{already}"
     elif study == notebook.NAME:
         new = service.import_notebook(storage=url)
         content = "has the notebook's 21 results" if new else "exists already, and nothing was added"

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from search.options import StorageOption, YesOption, settings_of
-from storage.errors import StorageError
+from storage.errors import StorageError, many
 
 app = typer.Typer(help="The database itself.", no_args_is_help=True)
 
@@ -45,8 +45,8 @@ def storage_check(storage: StorageOption = None) -> None:
     url = settings_of(storage).url
     problems = service.check_storage(url)
     if problems:
-        raise StorageError(f"{len(problems)} problems in {redact(url)}: {'; '.join(problems)}")
-    say(f"the database {redact(url)} is whole, with {len(registry.names(url))} studies")
+        raise StorageError(f"{many(len(problems), 'problem')} in {redact(url)}: {'; '.join(problems)}")
+    say(f"the database {redact(url)} is whole, with {many(len(registry.names(url)), 'study', 'studies')}")
 
 
 @app.command("backup")
@@ -59,7 +59,7 @@ def storage_backup(
     from storage.settings import sqlite_url
 
     trials = service.backup_storage(file, settings_of(storage).url)
-    say(f"{trials} trials are in {file}: `--storage {sqlite_url(file)}` reads them")
+    say(f"{many(trials, 'trial is', 'trials are')} in {file}: `--storage {sqlite_url(file)}` reads them")
 
 
 @app.command("prune")
@@ -75,5 +75,6 @@ def storage_prune(storage: StorageOption = None, yes: YesOption = False) -> None
     for file in found.files:
         warn(f"{file.path}: {size_text(file.size)}, {file.why}")
     if found.files:
-        ask(f"Remove these {len(found.files)} files, {size_text(sum(file.size for file in found.files))}?", yes)
+        files = "this file" if len(found.files) == 1 else f"these {len(found.files)} files"
+        ask(f"Remove {files}, {size_text(sum(file.size for file in found.files))}?", yes)
     say(f"{size_text(service.prune(found, here.url))} are free, below {here.artifact_folder}")

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from storage.errors import many
+
 if TYPE_CHECKING:
     from studies.results import Status
 
@@ -13,7 +15,7 @@ def progress_line(status: "Status", seconds_left: float | None = None) -> str:
     """
     seconds = status.seconds_left if seconds_left is None else seconds_left
     left = "ended" if status.ended else "time left unknown" if seconds is None else f"about {duration(seconds)} left"
-    return f"{status.study}: {status.finished} of {status.budget} trials{so_far(status)}, {left}"
+    return f"{status.study}: {status.finished} of {many(status.budget, 'trial')}{so_far(status)}, {left}"
 
 
 def so_far(status: "Status") -> str:

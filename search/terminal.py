@@ -14,7 +14,7 @@ from rich.console import Console
 from search.sparkline import sparkline
 from search.summary import duration, not_shown, progress_line, shown
 from storage import artifacts, attributes
-from storage.errors import trials_text
+from storage.errors import many, trials_text
 from studies.wording import names_text
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def warn(line: str) -> None:
 def print_check(checked: "Checked") -> None:
     """Prints what `check` found out: the space, the data, the models, the time and what one may not expect."""
     definition, data = checked.definition, checked.data
-    say(f"{definition.name} is right: {definition.trials} trials of {definition.budget.epochs} epochs")
+    say(f"{definition.name} is right: {many(definition.trials, 'trial')} of {many(definition.budget.epochs, 'epoch')}")
     for name, text in checked.space.items():
         say(f"  {name}: {text}")
     judged, shape = definition.judged_on, "x".join(map(str, data["image_shape"]))
@@ -346,7 +346,8 @@ def print_replayed(found: "Replayed") -> None:
     what = f"trial {found.trial} of {found.study}: {found.replayed_value:.4f}, and {found.recorded_value:.4f} recorded"
     again = "" if found.attempts <= 1 else f", though the recorded training took {found.attempts} attempts"
     if found.is_exact:
-        verdict = f"the same in all {len(found.epochs)} epochs, to the last bit{again}"
+        epochs = "its epoch" if len(found.epochs) == 1 else f"all {len(found.epochs)} epochs"
+        verdict = f"the same in {epochs}, to the last bit{again}"
     elif found.tolerance == 0.0:
         first = next((epoch.epoch for epoch in found.epochs if not epoch.is_equal), len(found.epochs))
         verdict = f"not the same from epoch {first} on, and it should be"

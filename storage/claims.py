@@ -33,7 +33,7 @@ from storage import artifacts, attempt_table, deletions, faults, ledger, pausing
 from storage import hits as hit_rows
 from storage import slots as slot_rows
 from storage.attempt_table import Attempt, Outcome
-from storage.errors import ClaimLost, StorageError, StudyUnreadable
+from storage.errors import ClaimLost, StorageError, StudyUnreadable, many
 from storage.hits import Hits
 from storage.ledger import State, Study
 from storage.owners import Owner, database_now
@@ -89,8 +89,8 @@ def delete(storage: RDBStorage, study: Study, grace_seconds: float) -> None:
         current = _after_taking_back(storage, connection, study, grace_seconds)
         if current.state != "stopped" and current.running:
             raise StorageError(
-                f"study {study.name!r} has {current.running} running trials: `trialyard stop {study.name}` first, "
-                "then delete it"
+                f"study {study.name!r} has {many(current.running, 'running trial')}: "
+                f"`trialyard stop {study.name}` first, then delete it"
             )
         # A heartbeat or an epoch, which do not take the study's lock, must not wait for this, and this for it.
         attempt_table.lock_study(connection, study.id)

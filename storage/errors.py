@@ -66,6 +66,11 @@ class ClaimLost(TrialyardError):  # noqa: N818 - it is an event, not a mistake
     """The trial was taken over by another worker while this one was silent."""
 
 
+def many(number: int, noun: str, plural: str | None = None) -> str:
+    """``1 trial``, ``2 trials``, ``1,200 trials``; `plural` is for a noun that needs more than an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def trials_text(numbers: Sequence[int]) -> str:
     """``trial 3`` or ``trials 3, 5``; at most ten numbers are named."""
     more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""

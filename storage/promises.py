@@ -4,7 +4,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy import Connection, func, select
 
 from storage import attempt_table, attributes, ledger, legacy
-from storage.errors import WrongDirection
+from storage.errors import WrongDirection, many
 from storage.tables import TrialModel
 from storage.transactions import read
 
@@ -41,10 +41,10 @@ def _study_problems(connection: Connection, study: attributes.StudyAttributes) -
         progress = ledger.progress_of(connection, [study_id])[study_id]
         begun = progress["finished"] + progress["running"]
         if begun > limit.total:
-            problems.append(f"study {name}: {begun} trials, over its {limit.total}")
+            problems.append(f"study {name}: {many(begun, 'trial')}, over its {limit.total}")
         imported = len(ledger.imported_digests(connection, study_id))
         if imported != limit.imported:
-            problems.append(f"study {name}: {imported} imported trials, and its budget says {limit.imported}")
+            problems.append(f"study {name}: {many(imported, 'imported trial')}, and its budget says {limit.imported}")
     twice = connection.execute(
         select(TrialModel.number)
         .where(TrialModel.study_id == study_id)

@@ -1,5 +1,6 @@
 """What `check` says about a definition that is right: the space as it was understood, and what one may not expect."""
 
+from storage.errors import many
 from studies import sampling
 from studies.definition import Definition
 from studies.space import Choice, Int, Parameter, values_text
@@ -46,7 +47,9 @@ def _few_points(definition: Definition) -> list[str]:
     wanted, points = definition.budget.trials, definition.size
     if definition.confirm is not None or wanted is None or points is None or points >= wanted:
         return []
-    return [f"the space has only {points} points, so the study ends after {points} trials, not {wanted}"]
+    return [
+        f"the space has only {many(points, 'point')}, so the study ends after {many(points, 'trial')}, not {wanted}"
+    ]
 
 
 def _drawn_at_random(definition: Definition) -> list[str]:

@@ -17,6 +17,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes, hits, ledger
+from storage.errors import many
 from storage.hits import Hits
 from storage.ledger import Study
 from storage.ranking import is_scored
@@ -151,7 +152,7 @@ def definition_of(study: Study, storage: RDBStorage, top: int | None, seeds: int
         )
     if top is not None and top > len(found):
         raise StudyError(
-            f"study {study.name!r} has {len(found)} different complete configurations, and {top} candidates were "
+            f"study {study.name!r} has {many(len(found), 'complete configuration')}, and {many(top, 'candidate')} were "
             "asked for: ask for fewer with --top, or search further"
         )
     chosen = found[: top or TOP]
@@ -190,8 +191,8 @@ def _check(study: Study, definition: Definition, top: int | None, seeds: int) ->
         )
     if not study.has_ended:
         raise StudyError(
-            f"study {name!r} has not ended ({study.finished} of {study.budget.total} trials): `trialyard work {name}` "
-            f"finishes it, or `trialyard stop {name}` ends it now"
+            f"study {name!r} has not ended ({study.finished} of {many(study.budget.total, 'trial')}): "
+            f"`trialyard work {name}` finishes it, or `trialyard stop {name}` ends it now"
         )
 
 

@@ -10,6 +10,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes, hits
+from storage.errors import many
 from storage.ledger import Counts, State, Study
 from storage.transactions import read
 from studies import confirmation, findings, notebook, registry, results
@@ -108,4 +109,4 @@ def _with_counts(values: Iterable[Any]) -> str:
     counted = Counter(map(str, values))
     if len(counted) <= 1:
         return next(iter(counted), "")
-    return ", ".join(f"{value} ({count} trials)" for value, count in counted.most_common())
+    return ", ".join(f"{value} ({many(count, 'trial')})" for value, count in counted.most_common())

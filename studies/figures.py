@@ -433,7 +433,7 @@ def _images(kind: str, definition: Definition) -> str:
 
 def _size(definition: Definition) -> str:
     images = f"{definition.data.limit:,}" if definition.data.limit is not None else "60,000"
-    return f"{definition.budget.epochs} epochs of {images} images"
+    return f"{many(definition.budget.epochs, 'epoch')} of {images} images"
 
 
 def _figure(

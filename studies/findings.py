@@ -10,6 +10,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes
+from storage.errors import many
 from storage.hits import Hits
 from storage.ranking import is_feasible, is_scored, rank_key
 from studies import importance, model_rules, notebook, statistics
@@ -59,7 +60,7 @@ def findings(
     best = complete[0]
     point = f"with {params_text(best.params)}" if best.params else "with the fixed hyperparameters"
     sentences = [
-        f"The best of {_many(len(complete), 'complete trial')} is trial {best.number}, {point}: {judged} accuracy "
+        f"The best of {many(len(complete), 'complete trial')} is trial {best.number}, {point}: {judged} accuracy "
         f"{best.values[0]:.4f}."
     ]
     images = data.get(judged)
@@ -113,7 +114,7 @@ def _noise(
         return sentence, []
     which = f"{len(complete) - 1} others" if len(others) == len(complete) - 1 else f"{NEAR} next ones"
     caution = (
-        f"{images:,} {judged} images do not tell the best from {_many(len(near), 'trial')} of the {which}, such as "
+        f"{images:,} {judged} images do not tell the best from {many(len(near), 'trial')} of the {which}, such as "
         f"trial {near[0].number} ({near[0].values[0]:.4f})."
     )
     return sentence, [caution]
@@ -207,7 +208,7 @@ def _by_state(trials: Sequence[FrozenTrial], definition: Definition) -> list[str
     sentences = []
     if states[TrialState.PRUNED]:
         sentences.append(
-            f"Pruned: {_many(states[TrialState.PRUNED], 'trial')} of {len(trials)}. It is not known what accuracy they "
+            f"Pruned: {many(states[TrialState.PRUNED], 'trial')} of {len(trials)}. It is not known what accuracy they "
             "would have reached."
         )
     failed = [attributes.failure(trial.user_attrs.get("failure")) for trial in trials if trial.state == TrialState.FAIL]
@@ -216,13 +217,13 @@ def _by_state(trials: Sequence[FrozenTrial], definition: Definition) -> list[str
     if failed:
         kinds = Counter(failure["kind"] for failure in failed)
         why = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
-        sentences.append(f"Failed: {_many(len(failed), 'trial')} ({why}). That part of the space was not measured.")
+        sentences.append(f"Failed: {many(len(failed), 'trial')} ({why}). That part of the space was not measured.")
     left = states[TrialState.RUNNING] + states[TrialState.WAITING]
     if left:
-        sentences.append(f"Still running or waiting: {_many(left, 'trial')}. The result may change.")
+        sentences.append(f"Still running or waiting: {many(left, 'trial')}. The result may change.")
     imported = sum(bool(trial.user_attrs.get("imported")) for trial in trials)
     if imported:
-        sentences.append(f"Imported, not run here: {_many(imported, 'trial')}. Their results were not checked.")
+        sentences.append(f"Imported, not run here: {many(imported, 'trial')}. Their results were not checked.")
     complete = ranked(trials)
     once = not complete or sum(trial.params == complete[0].params for trial in complete) == 1
     if (
@@ -356,7 +357,3 @@ def value_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _many(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -22,6 +22,7 @@ from storage import attributes, claims, ledger, settings
 from storage.artifacts import inside
 from storage.attempt_table import Attempt, durations, of_trial, started_outside
 from storage.claims import RunningTrial
+from storage.errors import many
 from storage.ledger import Study
 from storage.ranking import is_scored, rank_key, ranked
 from storage.slots import SlotStatus, present
@@ -158,7 +159,7 @@ def why_no_best(study: Study, storage: RDBStorage) -> str:
     name, counts = study.name, ledger.counts(storage, study.id)
     if counts.complete:
         return (
-            f"all {counts.complete} complete trials of study {name!r} violate a constraint, so none is the best: "
+            f"study {name!r} has {many(counts.complete, 'complete trial')}, and none satisfies its constraints: "
             "loosen the constraints, or search further"
         )
     if study.state == "stopped":
@@ -282,7 +283,9 @@ def trial_of(study: Study, number: int, storage: RDBStorage) -> FrozenTrial:
 
 def no_trial_text(study: Study, number: int) -> str:
     """A sentence for people: the study has no trial of this number."""
-    return f"study {study.name!r} has no trial {number}: its {study.size} trials are numbered from 0"
+    return (
+        f"study {study.name!r} has no trial {number}: its {many(study.size, 'trial is', 'trials are')} numbered from 0"
+    )
 
 
 def leaderboard(name: str, storage: StorageLike = None, top: int | None = None) -> list[Row]:

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes
 from storage.artifacts import inside
+from storage.errors import many
 from storage.ledger import left_waiting_text
 from studies import findings
 from studies.definition import Definition, to_toml
@@ -79,7 +80,7 @@ def head(content: "Content") -> str:
     progress = "has ended" if is_spent else f"is {content.state}"
     lines = [
         escaped(content.definition.description),
-        f"**{counts.finished} of {content.budget} trials** ({by_state}); the study {progress}.",
+        f"**{counts.finished} of {many(content.budget, 'trial')}** ({by_state}); the study {progress}.",
     ]
     if is_spent and counts.waiting:
         lines.append(f"{left_waiting_text(counts.waiting)}.")
@@ -150,8 +151,8 @@ def confirmed(found: "Confirmed") -> str:
     images = "" if found.images is None else f" on {found.images:,} test images"
     parts = [
         escaped(
-            f"Accuracies{images} of {found.seeds} trainings each, with {found.seeds} seeds; the search's own was "
-            "measured on validation images:"
+            f"Accuracies{images} of {many(found.seeds, 'training')} each, with {many(found.seeds, 'seed')}; the "
+            "search's own was measured on validation images:"
         ),
         _rows(titles, accuracies, right=True),
         "The 95 % intervals:",
@@ -164,8 +165,7 @@ def confirmed(found: "Confirmed") -> str:
 def _confirmed_sentences(found: "Confirmed") -> list[str]:
     sentences = []
     for each in found.estimates:
-        epochs = f"{each.epochs} epoch{'' if each.epochs == 1 else 's'}"
-        what = f"Trial {each.trial} ({findings.params_text(each.hyperparameters)}; {epochs})"
+        what = f"Trial {each.trial} ({findings.params_text(each.hyperparameters)}; {many(each.epochs, 'epoch')})"
         if each.shrinkage is not None:
             more = "less" if each.shrinkage >= 0 else "more"
             sentences.append(f"{what}: {abs(each.shrinkage):.4f} {more} than the search promised.")
@@ -182,8 +182,8 @@ def _confirmed_sentences(found: "Confirmed") -> list[str]:
     if found.comparisons and paired < MIN_SEEDS:
         smallest = 2 / 2**paired
         sentences.append(
-            f"No test is made: with {paired} seeds its smallest possible p is 2 / 2^{paired} = {smallest:.3g}, and not "
-            f"below 0.05. {needed} seeds are needed."
+            f"No test is made: with {many(paired, 'seed')} its smallest possible p is 2 / 2^{paired} = "
+            f"{smallest:.3g}, and not below 0.05. {needed} seeds are needed."
         )
     elif found.comparisons and paired < needed:
         sentences.append(
@@ -273,7 +273,8 @@ def compared_with_notebook(rows: "Sequence[NotebookRow]") -> str:
     ]
     epochs = sorted({row.epochs for row in rows if row.epochs is not None} - {20})
     if epochs:
-        sentences.append(f"Trials with {' or '.join(map(str, epochs))} epochs: the notebook trained for 20.")
+        noun = "epoch" if epochs == [1] else "epochs"
+        sentences.append(f"Trials with {' or '.join(map(str, epochs))} {noun}: the notebook trained for 20.")
     return _paragraphs([_rows(titles, cells), _bullets(sentences)])
 
 

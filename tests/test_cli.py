@@ -140,7 +140,7 @@ def test_storage_check_fails_where_a_promise_is_broken(home: Path, trialyard: Ca
     registry.open("digits", f"sqlite:///{home}/yard/studies.db").ask()  # 3 points are waiting: it takes the first
     code, out, err = trialyard("storage", "check")
     assert (code, out) == (1, "")
-    assert "1 problems in sqlite:///" in err
+    assert "1 problem in sqlite:///" in err
     sentence = (
         "1 trial was started outside Trialyard and has not ended: trial 0; no worker waits for it, and `optuna tell` "
         "ends it\n"

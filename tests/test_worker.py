@@ -724,7 +724,7 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
     ended(start("create", file, "--name", "last"))
     out, err = ended(start("work"))
     assert "study old is left to other workers" in err
-    assert "last: 1 of 1 trials" in out
+    assert "last: 1 of 1 trial," in out
     ended(start("run", file))  # an ended study is shown, whatever is here
 
 
