@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from search import interruption, look_commands, start_commands, storage_commands, study_commands
+from search.completion import study_names
+from search.help import DATABASE, HELP_OPTIONS, LOOK, OPERATE, START, TAKE_AWAY, Commands
 from search.options import (
     DevicesOption,
     EpochsOption,
@@ -45,11 +47,12 @@ app = typer.Typer(
     name="trialyard",
     help="Hyperparameter search for Keras image classifiers, on Optuna.",
     no_args_is_help=True,
-    add_completion=False,
+    cls=Commands,
+    context_settings=HELP_OPTIONS,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(storage_commands.app, name="storage")
+app.add_typer(storage_commands.app, name="storage", rich_help_panel=DATABASE)
 
 
 def _print_version(wanted: bool) -> None:
@@ -62,12 +65,21 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _log_more(wanted: bool) -> None:
+    if wanted:
+        logging.getLogger().setLevel(logging.DEBUG)
+
+
 @app.callback()
 def options(
     show_version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and leave.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more on standard error.")] = False,
+    # Its callback does it: every command has this option, too (`search.help.Commands`).
+    verbose: Annotated[
+        bool,
+        typer.Option("-v", "--verbose", expose_value=False, callback=_log_more, help="Say more on standard error."),
+    ] = False,
 ) -> None:
     """Hyperparameter search for Keras image classifiers, on Optuna."""
     import optuna
@@ -81,15 +93,18 @@ def options(
         from rich.logging import RichHandler
 
         handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S")
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler], format="%(message)s")
+    logging.basicConfig(handlers=[handler], format="%(message)s")  # from warnings on, unless `_log_more` was asked
     for noisy in ("filelock", "alembic", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-app.command()(start_commands.catalog)
+for look_command in look_commands.COMMANDS:
+    app.command(rich_help_panel=LOOK)(look_command)
+
+app.command(rich_help_panel=START)(start_commands.catalog)
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def check(
     file: SourceArgument,
     trials: TrialsOption = None,
@@ -97,14 +112,14 @@ def check(
     limit: LimitOption = None,
     skip_bad: SkipBadOption = False,
 ) -> None:
-    """Check that a definition is right, and that its data and model fit."""
+    """Check a definition, its data and its model on this machine."""
     from search import service
     from search.terminal import print_check
 
     print_check(service.check(file, trials=trials, epochs=epochs, limit=limit, skip_bad=skip_bad))
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def create(
     source: SourceArgument,
     storage: StorageOption = None,
@@ -130,7 +145,7 @@ def create(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def run(
     source: SourceArgument,
     storage: StorageOption = None,
@@ -175,16 +190,22 @@ def run(
     print_end(definition.name, here.url)
 
 
-@app.command()
+@app.command(rich_help_panel=OPERATE)
 def work(
-    studies: Annotated[list[str] | None, typer.Argument(metavar="[STUDY ...]", help="Default: all of them.")] = None,
+    studies: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="STUDY ...", help="Default: all of them.", autocompletion=study_names),
+    ] = None,
     storage: StorageOption = None,
     chosen_devices: DevicesOption = "auto",
     per_device: PerDeviceOption = None,
     workers: WorkersOption = None,
     forever: Annotated[bool, typer.Option("--forever", help="Wait for studies to come, until told to stop.")] = False,
 ) -> None:
-    """Be a worker machine: fill every slot with trials, the oldest study first, until nothing is left."""
+    """Fill every slot of this machine with trials.
+
+    Of all studies, the oldest first, until nothing is left.
+    """
     from search import service
     from search.summary import progress_line
     from search.terminal import say
@@ -212,7 +233,7 @@ def work(
         say("there is no study to work on: `trialyard create digits` makes one")
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def confirm(
     study: StudyArgument,
     top: Annotated[int | None, typer.Option("--top", help="So many of the best configurations. Default: 3.")] = None,
@@ -248,7 +269,7 @@ def confirm(
         print_confirmed(found)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def replay(
     study: StudyArgument,
     number: Annotated[int, typer.Argument(metavar="NUMBER", min=0, help="A complete trial.")],
@@ -279,11 +300,14 @@ def replay(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def compare(
     study: StudyArgument,
     other: Annotated[
-        str | None, typer.Argument(metavar="[OTHER]", help="Another study. Default: the notebook's results.")
+        str | None,
+        typer.Argument(
+            metavar="OTHER", help="Another study. Default: the notebook's results.", autocompletion=study_names
+        ),
     ] = None,
     storage: StorageOption = None,
     as_json: JsonOption = False,
@@ -307,9 +331,9 @@ def compare(
         print_notebook_rows(rows)
 
 
-@app.command()
+@app.command(rich_help_panel=OPERATE)
 def pause(study: StudyArgument, storage: StorageOption = None) -> None:
-    """Have all workers put a study's trials back into the queue, and start no more."""
+    """Put a study's trials back into the queue, and start no more."""
     from search.terminal import say
     from studies import registry
 
@@ -317,9 +341,9 @@ def pause(study: StudyArgument, storage: StorageOption = None) -> None:
     say(f"study {study} is paused: `trialyard resume {study}` lets its workers go on")
 
 
-@app.command()
+@app.command(rich_help_panel=OPERATE)
 def resume(study: StudyArgument, storage: StorageOption = None) -> None:
-    """Let the workers go on with a study that was paused or stopped."""
+    """Go on with a study that was paused or stopped."""
     from search.terminal import say
     from studies import registry
 
@@ -327,9 +351,12 @@ def resume(study: StudyArgument, storage: StorageOption = None) -> None:
     say(f"study {study} is open: `trialyard work {study}` works on it where no worker waits")
 
 
-@app.command()
+@app.command(rich_help_panel=OPERATE)
 def stop(study: StudyArgument, storage: StorageOption = None) -> None:
-    """End a study with the trials that it has; those that run go back to the queue and stay there."""
+    """End a study with the trials that it has.
+
+    Those that run go back to the queue and stay there.
+    """
     from search.terminal import say
     from studies import registry
 
@@ -337,21 +364,22 @@ def stop(study: StudyArgument, storage: StorageOption = None) -> None:
     say(f"study {study} is stopped: `trialyard leaderboard {study}` shows its results")
 
 
-app.command()(study_commands.enqueue)
-app.command()(study_commands.retry)
-for command in look_commands.COMMANDS:
-    app.command()(command)
+app.command(rich_help_panel=OPERATE)(study_commands.enqueue)
+app.command(rich_help_panel=OPERATE)(study_commands.retry)
 
 
-@app.command("import")
+@app.command("import", rich_help_panel=OPERATE)
 def import_results(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="A study in the database, or `notebook`.")],
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE.csv]", help="A column a hyperparameter, and `accuracy`.")
+        Path | None, typer.Argument(metavar="FILE.csv", help="A column a hyperparameter, and `accuracy`.")
     ] = None,
     storage: StorageOption = None,
 ) -> None:
-    """Import results obtained elsewhere; `import notebook` creates a study of the notebook's own."""
+    """Import results obtained elsewhere.
+
+    `import notebook` creates a study of the notebook's own.
+    """
     from search import service
     from search.terminal import say
     from studies import notebook
@@ -370,7 +398,7 @@ def import_results(
     say(line)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def report(
     study: StudyArgument,
     storage: StorageOption = None,
@@ -379,7 +407,7 @@ def report(
         Path | None, typer.Option("--output", metavar="FILE", help="Default: STUDY-report.html or .md, here.")
     ] = None,
 ) -> None:
-    """What was found, what made the difference, and what cannot be concluded, in one file."""
+    """What was found, and what cannot be concluded, in one file."""
     from search.terminal import print_report, say
     from storage import artifacts
     from studies.content import collect
@@ -403,7 +431,7 @@ def report(
     say(f"the report of {study} is in {file}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def dashboard(
     storage: StorageOption = None,
     host: Annotated[
@@ -412,7 +440,7 @@ def dashboard(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8080,
     read_only: Annotated[bool, typer.Option("--read-only", help="Refuse whatever would change something.")] = False,
 ) -> None:
-    """Serve optuna-dashboard for a browser, until Ctrl-C or SIGTERM."""
+    """Serve optuna-dashboard for a browser, until Ctrl-C."""
     from search import service
     from search.terminal import warn
     from storage.transactions import redact
@@ -429,7 +457,7 @@ def dashboard(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=TAKE_AWAY)
 def export(
     study: StudyArgument,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist yet.")],
@@ -439,7 +467,10 @@ def export(
     ] = None,
     storage: StorageOption = None,
 ) -> None:
-    """Take the best model away: its model, history and definition, and a README that uses them."""
+    """Copy the best model and what belongs to it to a folder.
+
+    Its history and definition, and a README that uses them.
+    """
     from search.terminal import say
     from studies import exports
 
@@ -448,9 +479,9 @@ def export(
     say(f"the best model of {study} is in {target}")
 
 
-@app.command()
+@app.command(rich_help_panel=OPERATE)
 def delete(study: StudyArgument, storage: StorageOption = None, yes: YesOption = False) -> None:
-    """Remove a study with all its trials, models and histories; asks first."""
+    """Remove a study with its trials and files; asks first."""
     from search.terminal import ask, say, size_text
     from studies import registry, results
 
@@ -461,9 +492,12 @@ def delete(study: StudyArgument, storage: StorageOption = None, yes: YesOption =
     say(f"study {study} is gone, and {size_text(freed)} are free")
 
 
-@app.command()
+@app.command(rich_help_panel=OPERATE)
 def alive(storage: StorageOption = None) -> None:
-    """Check that a worker of this machine works. For health checks: if none does, exit code 1 and the reason."""
+    """Check that a worker of this machine works.
+
+    For health checks: if none does, exit code 1 and the reason.
+    """
     from search import service
     from search.terminal import say
 

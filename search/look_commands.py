@@ -5,11 +5,14 @@ from typing import Annotated, get_args
 
 import typer
 
+from search.completion import study_names
 from search.options import JsonOption, StorageOption, StudyArgument, settings_of
 
 
 def status(
-    study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="Default: all of them.")] = None,
+    study: Annotated[
+        str | None, typer.Argument(metavar="STUDY", help="Default: all of them.", autocompletion=study_names)
+    ] = None,
     storage: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -33,7 +36,7 @@ def status(
 
 
 def best(study: StudyArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
-    """The best trial: its value, its hyperparameters, and where its model is."""
+    """The best trial: its value, hyperparameters and model."""
     from search.terminal import print_best, print_json, record
     from studies import results
 
@@ -72,7 +75,7 @@ def trials(
     as_csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values on standard output.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Every trial as a table, also those that were pruned or failed."""
+    """Every trial, also those that were pruned or failed."""
     from search.terminal import print_csv, print_json, print_trials
     from studies import trial_records
 

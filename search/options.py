@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from search.completion import study_names
 from storage.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ WorkersOption = Annotated[
 ]
 Form = Literal["html", "markdown", "table"]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study in the database.")]
+StudyArgument = Annotated[
+    str, typer.Argument(metavar="STUDY", help="A study in the database.", autocompletion=study_names)
+]
 SourceArgument = Annotated[
     str, typer.Argument(metavar="NAME|FILE", help="A ready definition (see `trialyard catalog`), or a TOML file.")
 ]

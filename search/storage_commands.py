@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
+from search.help import Commands
 from search.options import StorageOption, YesOption, settings_of
 from storage.errors import StorageError, many
 
-app = typer.Typer(help="The database itself.", no_args_is_help=True)
+app = typer.Typer(help="Create, check, upgrade, copy or tidy up the database.", no_args_is_help=True, cls=Commands)
 
 
 @app.command("create")
@@ -22,7 +23,10 @@ def storage_create(storage: StorageOption = None) -> None:
 
 @app.command("upgrade")
 def storage_upgrade(storage: StorageOption = None) -> None:
-    """Bring the database of an older version up to this one, with no worker running; make a backup before."""
+    """Bring the database of an older version up to this one.
+
+    No worker may run meanwhile. Make a backup before.
+    """
     from search import service
     from search.terminal import say
     from storage.transactions import redact
@@ -36,7 +40,7 @@ def storage_upgrade(storage: StorageOption = None) -> None:
 
 @app.command("check")
 def storage_check(storage: StorageOption = None) -> None:
-    """Check that the database is whole, and that each study keeps its promises."""
+    """Check the database, and what each study promises."""
     from search import service
     from search.terminal import say
     from storage.transactions import redact
@@ -53,7 +57,10 @@ def storage_check(storage: StorageOption = None) -> None:
 def storage_backup(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file.")], storage: StorageOption = None
 ) -> None:
-    """Copy the whole database, as it is at this moment, to a new SQLite file; workers may go on."""
+    """Copy the whole database to a new SQLite file.
+
+    As it is at this moment; workers may go on.
+    """
     from search import service
     from search.terminal import say
     from storage.settings import sqlite_url
@@ -64,7 +71,7 @@ def storage_backup(
 
 @app.command("prune")
 def storage_prune(storage: StorageOption = None, yes: YesOption = False) -> None:
-    """Remove files that no trial of this database needs; lists them, and asks first."""
+    """Remove files that no trial of this database needs; asks first."""
     from search import service
     from search.terminal import ask, say, size_text, warn
 

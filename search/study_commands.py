@@ -13,7 +13,10 @@ def enqueue(
     values: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="Such as depth=5 dropout=0.1")],
     storage: StorageOption = None,
 ) -> None:
-    """Add a trial with these hyperparameters; the sampler gives those that are left out."""
+    """Add a trial with these hyperparameters.
+
+    The sampler gives those that are left out.
+    """
     from search.terminal import say
     from studies import additions
 
@@ -22,7 +25,10 @@ def enqueue(
 
 
 def retry(study: StudyArgument, storage: StorageOption = None) -> None:
-    """Add a trial for each failed one, with the same hyperparameters; the budget grows by them."""
+    """Repeat each failed trial with the same hyperparameters.
+
+    The budget grows by them.
+    """
     from search.terminal import say
     from storage.errors import trials_text
     from studies import additions

@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 from plotly.subplots import make_subplots
 
+from storage.errors import many
 from storage.ranking import is_scored, rank_key
 from studies import notebook
 from studies.definition import Definition
