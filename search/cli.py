@@ -465,6 +465,7 @@ def export(
         str | None,
         typer.Option("--format", metavar="tflite|onnx|savedmodel", help="The model in this format, too."),
     ] = None,
+    trial: Annotated[int | None, typer.Option("--trial", min=0, help="This trial. Default: the best.")] = None,
     storage: StorageOption = None,
 ) -> None:
     """Copy the best model and what belongs to it to a folder.
@@ -475,8 +476,8 @@ def export(
     from studies import exports
 
     chosen = None if form is None else exports.format_of(form)
-    target = exports.export(study, folder, chosen, settings_of(storage).url)
-    say(f"the best model of {study} is in {target}")
+    target = exports.export(study, folder, chosen, settings_of(storage).url, trial=trial)
+    say(f"the {'best model' if trial is None else f'model of trial {trial}'} of {study} is in {target}")
 
 
 @app.command(rich_help_panel=OPERATE)

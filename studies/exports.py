@@ -37,7 +37,7 @@ CONVERT_SECONDS = 600
 METRICS = ("best_epoch", "epochs", "parameters", "seconds", "images_per_second")
 
 README = """\
-# The best model of the study {study}
+# A model of the study {study}
 
 Trial {number}: {judged} accuracy {value:.4f}. It takes images of (n, height, width, channels) on the scale 0 to 255
 (multiply values from 0 to 1 by 255), and gives class probabilities. Keras loads it; Trialyard is not needed. In this
@@ -64,9 +64,16 @@ The module of `{model}`, which may have layers of your own, must be importable: 
 
 
 def export(
-    name: str, folder: str | os.PathLike[str], format: Format | None = None, storage: StorageLike = None
+    name: str,
+    folder: str | os.PathLike[str],
+    format: Format | None = None,
+    storage: StorageLike = None,
+    *,
+    trial: int | None = None,
 ) -> Path:
     """Writes the best trial of study `name` that has a model to `folder`, which must not exist yet; returns its path.
+
+    With `trial` it is the trial with this number.
 
     The folder has `model.keras`, `history.json`, `definition.toml`, `trial.json`, and a README.md that loads and uses
     the model. With `format` (tflite, onnx or savedmodel) it also has the model in that format. The folder appears
@@ -85,8 +92,8 @@ def export(
     if os.path.lexists(target):
         raise StudyError(f"{target} exists already: name a folder that does not exist yet")
     study = registry.find(name, opened)
-    trial = results.best_with_model(study, opened)
-    model, history = (results.file_of(study, trial, artifact, opened) for artifact in ("model", "history"))
+    chosen = results.with_model(study, opened, trial)
+    model, history = (results.file_of(study, chosen, artifact, opened) for artifact in ("model", "history"))
     definition, shape = definitions.from_json(study.definition), study.data.get("image_shape")
     shape = shape if isinstance(shape, list) else None  # older versions did not record it
     draft = target.with_name(f".{uuid.uuid4().hex}-{target.name}")
@@ -95,9 +102,9 @@ def export(
         shutil.copyfile(model, draft / MODEL)
         shutil.copyfile(history, draft / HISTORY)
         (draft / "definition.toml").write_text(definitions.to_toml(definition), encoding="utf-8")
-        record = encoded(_record(study, trial, definition), indent=2)
+        record = encoded(_record(study, chosen, definition), indent=2)
         (draft / "trial.json").write_text(record + "\n", encoding="utf-8")
-        readme = _readme(study, trial, definition, format, shape)
+        readme = _readme(study, chosen, definition, format, shape)
         (draft / "README.md").write_text(readme, encoding="utf-8")
         if format is not None:
             _convert(draft / MODEL, format, draft / FILES[format], definition, shape)

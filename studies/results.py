@@ -22,7 +22,7 @@ from storage import attributes, claims, ledger, settings
 from storage.artifacts import inside
 from storage.attempt_table import Attempt, durations, of_trial, started_outside
 from storage.claims import RunningTrial
-from storage.errors import many
+from storage.errors import many, trials_text
 from storage.ledger import Study
 from storage.ranking import is_scored, rank_key, ranked
 from storage.slots import SlotStatus, present
@@ -154,6 +154,30 @@ def best_with_model(study: Study, storage: RDBStorage) -> FrozenTrial:
     return storage.get_trial(best[0].trial_id) if best else best_trial_of(study, storage)
 
 
+def with_model(study: Study, storage: RDBStorage, number: int | None = None) -> FrozenTrial:
+    """Trial `number` of a study, which must have its model on this machine; None: the best trial that has a model.
+
+    Raises StudyError if there is none; for a `number` it names the trials that have a model here.
+    """
+    if number is None:
+        return best_with_model(study, storage)
+    trial, folder = trial_of(study, number, storage), settings.load().artifact_folder
+    if _has_model(trial, folder):
+        return trial
+    complete = storage.get_all_trials(study.id, deepcopy=False, states=(TrialState.COMPLETE,))
+    numbers = [other.number for other in complete if _has_model(other, folder)]
+    have = "no trial has one" if not numbers else f"{trials_text(numbers)} {'has' if len(numbers) == 1 else 'have'} one"
+    raise StudyError(
+        f"trial {number} of study {study.name!r} has no model on this machine, and {have}: complete trials keep one "
+        "while they are among the best"
+    )
+
+
+def _has_model(trial: FrozenTrial, folder: Path) -> bool:
+    path = inside(folder, trial.user_attrs.get("model"))
+    return path is not None and path.is_file()
+
+
 def why_no_best(study: Study, storage: RDBStorage) -> str:
     """A sentence for people: why the study has no best trial, and what to do."""
     name, counts = study.name, ledger.counts(storage, study.id)
@@ -183,10 +207,11 @@ def why_no_best(study: Study, storage: RDBStorage) -> str:
     )
 
 
-def best_model(name: str, storage: StorageLike = None) -> "keras.Model":
+def best_model(name: str, storage: StorageLike = None, *, trial: int | None = None) -> "keras.Model":
     """The trained model of the best trial, with the weights of its best epoch, ready to predict.
 
-    A trial without a model, such as an imported one, is passed over.
+    A trial without a model, such as an imported one, is passed over. With `trial` it is the model of the trial with
+    this number.
 
     It takes images of (n, height, width, channels) on the scale 0 to 255, and gives class probabilities of
     (n, classes), float32. On a processor they are the same, to the bit, as at the end of the training. The model is not
@@ -199,12 +224,13 @@ def best_model(name: str, storage: StorageLike = None) -> "keras.Model":
     It imports Keras. If the study's model is a user's own function, the function's module is imported first, so that
     Keras knows the layers that the module registers.
 
-    Raises StudyError as `best_trial` does, and if the file is not on this machine or Keras cannot load it.
+    Raises StudyError as `best_trial` does, and if there is no such trial, the file is not on this machine, or Keras
+    cannot load it.
     """
     opened = registry.storage_of(storage)
     study = registry.find(name, opened)
-    trial = best_with_model(study, opened)
-    path = file_of(study, trial, "model", opened)
+    chosen = with_model(study, opened, trial)
+    path = file_of(study, chosen, "model", opened)
     import keras
 
     function = str(study.definition["model"])
@@ -215,7 +241,7 @@ def best_model(name: str, storage: StorageLike = None) -> "keras.Model":
         return keras.models.load_model(path, compile=False)
     except (TypeError, ValueError, OSError, ImportError, AttributeError, KeyError, zipfile.BadZipFile) as error:
         raise StudyError(
-            f"the model of trial {trial.number} of study {name!r}, {path}, cannot be loaded "
+            f"the model of trial {chosen.number} of study {name!r}, {path}, cannot be loaded "
             f"({' '.join(str(error).split())[:300]}): if it has layers of your own, decorate each with "
             "@keras.saving.register_keras_serializable() and import their module first, or call "
             "keras.models.load_model(file, custom_objects={...}) yourself"

@@ -94,6 +94,24 @@ def test_an_export_has_all_and_its_readme_is_true(finished: RDBStorage, home: Pa
     assert re.fullmatch(r"\[\d\]", result.stdout.splitlines()[-1])
 
 
+def test_any_trial_that_has_its_model_can_be_taken(finished: RDBStorage, home: Path) -> None:
+    folder = studies.export("trivial", home / "other", storage=finished, trial=0)
+    assert json.loads((folder / "trial.json").read_text(encoding="utf-8"))["number"] == 0
+    assert "Trial 0: validation accuracy 0.7000." in (folder / "README.md").read_text(encoding="utf-8")
+    assert studies.best_model("trivial", finished, trial=0).output_shape == (None, 10)
+    next((home / "yard" / "artifacts").glob("*/0/1/model.keras")).unlink()
+    wanted = "trial 0 of study 'trivial' has no model on this machine, and trial 1 has one: complete trials keep one"
+    for take in (
+        studies.best_model,
+        lambda *given, **more: studies.export(given[0], "third", storage=given[1], **more),
+    ):
+        with pytest.raises(StudyError, match=wanted):
+            take("trivial", finished, trial=0)
+        with pytest.raises(StudyError, match=r"has no trial 2: its 2 trials are numbered from 0"):
+            take("trivial", finished, trial=2)
+    assert not (home / "third").exists()
+
+
 @keras.saving.register_keras_serializable()
 class Subclassed(keras.Model):  # type: ignore[misc]
     """A model without a symbolic input."""
