@@ -49,7 +49,7 @@ def check(definition: Definition, settings: Settings, measure_on: Slot | None = 
         if definition.confirm is not None:
             data.require_test(definition.dataset, definition.data, settings.data_folders)
         _check_fit(definition, dataset)
-        if measure_on is None:
+        if measure_on is None and definition.model != "backbone":
             check_keras(backend())
             return Checked(data=dataset.summary(), notes=dataset.notes)
     try:
@@ -82,8 +82,15 @@ def backend() -> str:
 
 
 def check_with_keras(definition: Definition, dataset: Dataset, policy: str) -> tuple[str, ...]:
-    """The same where Keras may be imported; tries a user's own model. Returns notes, a sentence each."""
+    """The same where Keras may be imported; tries a user's own model, and a backbone's weights.
+
+    Returns notes, a sentence each.
+    """
     _check_fit(definition, dataset)
+    if definition.model == "backbone":
+        from search import backbone
+
+        backbone.check(definition, dataset.image_shape)
     if ":" not in definition.model:
         return ()
     from search import own_model
@@ -212,7 +219,11 @@ def _check_fit(definition: Definition, dataset: Dataset) -> None:
         )
     if definition.model not in model_rules.NAMES:
         return
-    height, width, _ = dataset.image_shape
+    height, width, channels = dataset.image_shape
+    if definition.model == "backbone" and channels not in (1, 3):
+        raise DataError(
+            f"{definition.dataset} has images of {channels} channels, and a backbone takes 1 or 3: choose those"
+        )
     for depth in definition.values_of("depth") or (None,):
         smallest = model_rules.smallest_image(definition.model, depth)
         if min(height, width) < smallest:

@@ -7,12 +7,13 @@ With the notebook's hyperparameters the models have as many parameters as the no
 (5), 2,980,682 (7), 1,199,882 (mnist_cnn).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 from keras import layers
 
+from search import backbone, resnet
 from search.data import import_function
 from search.errors import MachineError, MetricError, ModelError
 from search.images import Array
@@ -52,20 +53,23 @@ def build(
     if ":" in name:
         return _own(name, hyperparameters, image_shape, classes, steps)
     batch_norm, dropout = (layers.BatchNormalization, layers.Dropout) if plain else (BatchNormalization, Dropout)
-    body = _convnet if name == "convnet" else _mnist_cnn
-    stack = body(hyperparameters, batch_norm, dropout)
+    augmentation = [] if plain else _augmentation(hyperparameters)
+    # Probabilities in bfloat16 would have three digits.
+    head = [layers.Dense(classes), layers.Activation("softmax", dtype="float32")]
     try:
-        model = keras.Sequential(
-            [
-                keras.Input(image_shape, name="images"),
-                layers.Rescaling(1.0 / 255.0),
-                *([] if plain else _augmentation(hyperparameters)),
-                *stack,
-                layers.Dense(classes),
-                # Probabilities in bfloat16 would have three digits.
-                layers.Activation("softmax", dtype="float32"),
-            ]
-        )
+        if name == "resnet":
+            inputs, x = _applied(image_shape, [layers.Rescaling(1.0 / 255.0), *augmentation])
+            outputs = _chained(resnet.features(x, hyperparameters, batch_norm, dropout), head)
+            model = keras.Model(inputs, outputs)
+        elif name == "backbone":
+            inputs, x = _applied(image_shape, augmentation)
+            outputs = _chained(backbone.features(x, hyperparameters, dropout, plain=plain), head)
+            model = keras.Model(inputs, outputs)
+        else:
+            body = _convnet if name == "convnet" else _mnist_cnn
+            stack = body(hyperparameters, batch_norm, dropout)
+            first = [keras.Input(image_shape, name="images"), layers.Rescaling(1.0 / 255.0)]
+            model = keras.Sequential([*first, *augmentation, *stack, *head])
     except ValueError as error:
         raise ModelError(
             f"{name} cannot be built for images of {image_shape[0]}x{image_shape[1]} "
@@ -74,6 +78,18 @@ def build(
     if not plain:
         _compile(model, hyperparameters, steps)
     return model
+
+
+def _applied(image_shape: tuple[int, int, int], stack: Sequence[layers.Layer]) -> tuple[Any, Any]:
+    """The symbolic images, and what comes out of these layers."""
+    images = keras.Input(image_shape, name="images")
+    return images, _chained(images, stack)
+
+
+def _chained(x: Any, stack: Sequence[layers.Layer]) -> Any:
+    for layer in stack:
+        x = layer(x)
+    return x
 
 
 def accuracy_of(measured: Mapping[str, Any], name: str) -> Any:
@@ -177,6 +193,8 @@ def _augmentation(h: Hyperparameters) -> list[layers.Layer]:
     made: list[layers.Layer] = []
     # In float32: in bfloat16 a pixel's place in a large image would be off by a pixel.
     options: dict[str, Any] = {"fill_mode": "constant", "fill_value": 0.0, "dtype": "float32"}
+    if h.get("flip", False):
+        made.append(layers.RandomFlip("horizontal", dtype="float32"))
     if h.get("rotate", 0.0):
         made.append(layers.RandomRotation(h["rotate"] / 360.0, **options))  # Keras takes shares of a full turn
     if h.get("zoom", 0.0):

@@ -252,6 +252,9 @@ def parse(text: str, *, source: str = "the definition", folder: Path | None = No
         raise DefinitionError(f"{source} is not valid TOML ({reason}): correct it") from None
     if folder is not None and isinstance(raw.get("dataset"), str):
         raw["dataset"] = resolved(raw["dataset"], folder)
+    fixed = raw.get("fixed")
+    if folder is not None and isinstance(fixed, dict) and isinstance(fixed.get("weights"), str):
+        fixed["weights"] = resolved(fixed["weights"], folder)
     _override(raw, overrides)
     definition = _checked(raw, source)
     # Not of stored definitions: those of version 0.1 may have `wilcoxon` without repeats, and stay readable.
@@ -373,11 +376,14 @@ def _check_names(definition: Definition) -> str | None:
                         f"{table}.{name}: the model {definition.model} has no hyperparameter {name!r}; it has "
                         f"{', '.join(rules)}{nearest(name, rules)}"
                     )
-        if "depth" in rules and "depth" not in (*definition.space, *definition.fixed):
-            return f"depth is missing: give it in [space] or [fixed], one of {', '.join(map(str, model_rules.DEPTHS))}"
-        depth = definition.space.get("depth")
-        if depth is not None and depth.when:
-            return f"space.depth.when = {shown(depth.when)}: a convnet always needs its depth: leave `when` out"
+        required = model_rules.REQUIRED.get(definition.model, "")
+        rule = rules.get(required)
+        if isinstance(rule, model_rules.OneOf) and required not in (*definition.space, *definition.fixed):
+            return f"{required} is missing: give it in [space] or [fixed], one of {', '.join(map(str, rule.values))}"
+        searched = definition.space.get(required)
+        if searched is not None and searched.when:
+            always = f"a {definition.model} always needs its {required}"
+            return f"space.{required}.when = {shown(searched.when)}: {always}: leave `when` out"
     return None
 
 

@@ -14,6 +14,11 @@ SCHEDULES = ("constant", "cosine", "one_cycle")  # of the learning rate
 WITH_WARMUP = ("constant", "cosine")  # the schedules that take `warmup_epochs`; one_cycle has a warm-up of its own
 AVERAGES = ("corrected", "keras")  # which moving averages of batch normalisation a model is judged with
 DEPTHS = (3, 5, 7)
+# Networks of keras.applications that bring their preprocessing, or take images from -1 to 1.
+BACKBONES = (
+    *("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"),
+    *("efficientnet_v2_b0", "efficientnet_v2_s", "resnet50_v2"),
+)
 TOO_MUCH_MOMENTUM = 1.0 - 1e-4  # of batch normalisation, from here on: its averages follow too slowly
 
 
@@ -55,7 +60,21 @@ class OneOf:
         return f"must be one of {values_text(self.values)}"
 
 
-Rule = Number | OneOf
+@dataclass(frozen=True, kw_only=True)
+class WordOrFile:
+    """One of a few words, or the path of a file with a certain ending."""
+
+    words: tuple[str, ...]
+    ending: str
+
+    def broken_by(self, value: Scalar) -> str | None:
+        """The rule that `value` breaks, in words; None if it is allowed."""
+        if isinstance(value, str) and (value in self.words or value.endswith(self.ending)):
+            return None
+        return f"must be one of {values_text(self.words)}, or the path of a file that ends in {self.ending}"
+
+
+Rule = Number | OneOf | WordOrFile
 
 _RATE = Number(low=0.0, high=1.0, open_high=True)
 _SWITCH = OneOf(values=(True, False))
@@ -79,6 +98,7 @@ _AUGMENTATION: Mapping[str, Rule] = {
     "shift": Number(low=0.0, high=0.5),  # share of the height and width
     "rotate": Number(low=0.0, high=180.0),  # degrees
     "zoom": Number(low=0.0, high=0.5),  # share of the size
+    "flip": _SWITCH,  # left to right
 }
 
 _ARCHITECTURE: Mapping[str, Mapping[str, Rule]] = {
@@ -102,7 +122,26 @@ _ARCHITECTURE: Mapping[str, Mapping[str, Rule]] = {
         "width": Number(low=0.0, open_low=True, high=16.0),
         **_AUGMENTATION,
     },
+    "resnet": {
+        "depth": Number(low=1, high=100, whole=True),  # blocks in each stage
+        "stages": Number(low=1, high=6, whole=True),
+        "dropout": _RATE,
+        "conv_dropout": _RATE,
+        "batch_norm": _SWITCH,
+        "batch_norm_momentum": _RATE,
+        "width": Number(low=0.0, open_low=True, high=16.0),
+        **_AUGMENTATION,
+    },
+    "backbone": {
+        "backbone": OneOf(values=BACKBONES),
+        "weights": WordOrFile(words=("none", "imagenet"), ending=".h5"),
+        "frozen": _SWITCH,
+        "dropout": _RATE,
+        **_AUGMENTATION,
+    },
 }
+# Hyperparameters without which a model cannot be built.
+REQUIRED = {"convnet": "depth", "backbone": "backbone"}
 
 NAMES = tuple(_ARCHITECTURE)
 
@@ -119,10 +158,15 @@ def rules(model: str) -> Mapping[str, Rule] | None:
 
 
 def smallest_image(model: str, depth: Scalar | None) -> int:
-    """The smallest height and width, in pixels, for which every convolution has an output.
+    """The smallest height and width, in pixels, that the model takes.
 
-    Every convolution is `valid`: a kernel of size k removes k - 1 pixels. A pooling layer halves the image.
+    Every convolution of `convnet` and `mnist_cnn` is `valid`: a kernel of size k removes k - 1 pixels. A pooling layer
+    halves the image. keras.applications has limits of its own.
     """
+    if model == "resnet":
+        return 1
+    if model == "backbone":
+        return 32
     if model == "mnist_cnn":
         return 6
     return {3: 20, 5: 24, 7: 16}[int(depth or DEPTHS[0])]

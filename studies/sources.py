@@ -27,7 +27,7 @@ def resolved(dataset: str, folder: Path) -> str:
     if "\0" in dataset:
         return dataset
     path = (folder / dataset).absolute()
-    if dataset.endswith(".npz") and path.is_file():
+    if dataset.endswith((".npz", ".h5")) and path.is_file():
         return str(path)
     if is_folder(dataset) and path.is_dir():
         return f"{path}/"

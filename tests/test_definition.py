@@ -410,7 +410,7 @@ BAD = {
     ),
     "unknown model": (
         _text(head=HEAD.replace('"convnet"', '"convent"')),
-        r'model = "convent" must be one of convnet, mnist_cnn, or .*; did you mean \'convnet\'\?$',
+        r'model = "convent" must be one of convnet, mnist_cnn, .*; did you mean \'convnet\'\?$',
     ),
     "no dataset": (_text(head=HEAD.replace('dataset = "digits"', "")), r"dataset is missing: add it$"),
     "empty dataset": (_text(head=HEAD.replace('"digits"', '""')), r'dataset = "" must not be empty$'),

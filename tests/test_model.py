@@ -147,6 +147,7 @@ def test_every_hyperparameter_that_a_definition_may_name_is_used() -> None:
         "shift": 0.1,
         "rotate": 10.0,
         "zoom": 0.1,
+        "flip": True,
     }
     base = {"depth": 3, "dropout": 0.1, "optimizer": "sgd"}
 
