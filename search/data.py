@@ -12,13 +12,13 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from search import idx, image_folder
+from search import idx, image_folder, streams
 from search.errors import DataError, MachineError
 from search.images import Array, Images, chosen, mapped
 from studies.definition import Data
@@ -209,6 +209,9 @@ def _from_folder(name: str, data: Data, folders: Sequence[Path]) -> _Source:
     try:
         digits = idx.files(folder)
         if digits:
+            for key in ("size", "test"):
+                if getattr(data, key) is not None:
+                    raise DataError(f"{name} has IDX files, and data.{key} is for image files: leave it out")
             return _Source(arrays=idx.arrays(digits))
         listed = image_folder.listing(folder, data)
     except OSError as error:
@@ -277,15 +280,21 @@ def _from_file(path: Path) -> _Arrays:
 
 
 def _from_function(name: str) -> _Arrays:
-    """The arrays that ``package.module:function`` returns, in the form of `keras.datasets.*.load_data`."""
+    """The arrays that ``package.module:function`` returns: in the form of `keras.datasets.*.load_data`, or as a
+    ``tf.data.Dataset`` of training images, or one of these and one of test images.
+    """
     function = import_function(name)
     try:
-        (x_train, y_train), (x_test, y_test) = function()
+        returned = function()
+        first, *others = returned if isinstance(returned, tuple) else (returned,)
+        if streams.is_stream(first):
+            return _from_streams(name, first, *others)
+        (x_train, y_train), (x_test, y_test) = returned
     except DataError:
         raise
     except Exception as error:  # a user's own code may raise anything
         raise DataError(
-            f"{name} must return ((x_train, y_train), (x_test, y_test)), and ended in "
+            f"{name} must return ((x_train, y_train), (x_test, y_test)) or a tf.data.Dataset, and ended in "
             f"{type(error).__name__}: {' '.join(str(error).split())}; correct the function"
         ) from error
     return {
@@ -294,6 +303,17 @@ def _from_function(name: str) -> _Arrays:
         "x_test": lambda: np.asarray(x_test),
         "y_test": lambda: np.asarray(y_test),
     }
+
+
+def _from_streams(name: str, train: Any, test: Any = None) -> _Arrays:
+    x_train, y_train = streams.arrays(train, f"{name}: the training data")
+    read = {"x_train": lambda: x_train, "y_train": lambda: y_train}
+    if test is not None:
+        # Read only for a confirmation, and then once.
+        pair = cache(lambda: streams.arrays(test, f"{name}: the test data"))
+        read |= {"x_test": lambda: pair()[0], "y_test": lambda: pair()[1]}
+    names = getattr(train, "class_names", None)
+    return read if names is None else {**read, "class_names": lambda: np.array(names)}
 
 
 def import_function(name: str) -> Callable[..., Any]:
