@@ -101,7 +101,8 @@ def options(
 for look_command in look_commands.COMMANDS:
     app.command(rich_help_panel=LOOK)(look_command)
 
-app.command(rich_help_panel=START)(start_commands.catalog)
+for start_command in (start_commands.init, start_commands.catalog):
+    app.command(rich_help_panel=START)(start_command)
 
 
 @app.command(rich_help_panel=START)

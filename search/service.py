@@ -23,7 +23,7 @@ from storage.ledger import Study
 from storage.retention import UnneededFile
 from storage.settings import Settings
 from storage.transactions import PatientStorage, require_same_file
-from studies import advice, confirmation, registry, results
+from studies import advice, confirmation, draft, registry, results
 from studies import definition as definitions
 from studies.confirmation import Confirmed
 from studies.definition import Definition
@@ -51,6 +51,46 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, *, requeued: bool) -> None:
         super().__init__("the work was interrupted")
         self.requeued = requeued
+
+
+# --- definitions ------------------------------------------------------------------------------------------
+
+
+def init(
+    data: str,
+    file: str | Path | None = None,
+    *,
+    model: str | None = None,
+    name: str | None = None,
+    trials: int = 20,
+    epochs: int = 10,
+    from_script: str | Path | None = None,
+) -> list[Path]:
+    """Writes a definition with comments to start from, and a model file where `model` is "own"; returns their paths.
+
+    The arguments are those of `studies.draft.draft`. No file is overwritten. Raises DefinitionError.
+    """
+    texts = draft.draft(
+        data,
+        None if file is None else Path(file),
+        model=model,
+        name=name,
+        trials=trials,
+        epochs=epochs,
+        from_script=None if from_script is None else Path(from_script),
+    )
+    draft.write(texts)
+    return list(texts)
+
+
+def catalog() -> dict[str, str]:
+    """The names of the ready definitions, each with its description."""
+    return {name: definition.description for name, definition in definitions.catalog().items()}
+
+
+def catalog_text(name: str) -> str:
+    """The ready definition `name` as TOML text with its comments. Raises DefinitionError if there is none."""
+    return definitions.catalog_text(name)
 
 
 # --- studies ----------------------------------------------------------------------------------------------

@@ -1,0 +1,225 @@
+"""Writes the first definition of a study, with comments, and a model file where one is wanted."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from storage.errors import nearest
+from studies import definition as definitions
+from studies import model_rules, script
+from studies.errors import DefinitionError
+from studies.sources import is_folder
+
+OWN = "own"
+MODELS = (*model_rules.NAMES, OWN)
+SMALL_GREY = ("mnist", "fashion_mnist", "digits")  # what the notebook's convnets were made for
+
+SPACES = {
+    "convnet": """\
+depth = { choices = [3, 5, 7] }                              # layers with weights
+dropout = { low = 0.0, high = 0.6 }
+learning_rate = { low = 1e-4, high = 1e-2, log = true }
+""",
+    "mnist_cnn": """\
+conv_dropout = { low = 0.0, high = 0.6 }
+dense_dropout = { low = 0.0, high = 0.6 }
+learning_rate = { low = 1e-4, high = 1e-2, log = true }
+""",
+    "resnet": """\
+depth = { low = 1, high = 3 }                                # blocks in each of the 3 stages
+width = { choices = [0.5, 1.0, 2.0] }                        # times the filters of a ResNet for CIFAR-10
+dropout = { low = 0.0, high = 0.5 }
+learning_rate = { low = 1e-4, high = 1e-2, log = true }
+""",
+    "backbone": """\
+frozen = { choices = [true, false] }                         # true: only the last layer learns
+dropout = { low = 0.0, high = 0.5 }
+learning_rate = { low = 1e-4, high = 1e-2, log = true }
+""",
+    OWN: """\
+filters = { choices = [16, 32, 64] }
+dropout = { low = 0.0, high = 0.6 }
+learning_rate = { low = 1e-4, high = 1e-2, log = true }
+""",
+}
+FIXED = {
+    "resnet": "flip = false                                                 # true: mirror half of the images\n",
+    "backbone": """\
+backbone = "mobilenet_v3_small"
+weights = "imagenet"                                         # downloaded by Keras; or "none", or the path of a file
+""",
+}
+
+MODULE = '''\
+"""The model of the study {name}. `build` is called for each trial."""
+
+import keras
+from keras import layers
+
+
+def build(hyperparameters: dict, image_shape: tuple, classes: int) -> keras.Model:
+    """A model from images on the scale 0 to 255 to the probabilities of the classes.
+
+    It is compiled afterwards, with the learning rate of the trial.
+    """
+    filters = hyperparameters["filters"]
+    return keras.Sequential(
+        [
+            keras.Input(image_shape),
+            layers.Rescaling(1 / 255),
+            layers.Conv2D(filters, 3, padding="same", activation="relu"),
+            layers.MaxPooling2D(padding="same"),
+            layers.Conv2D(2 * filters, 3, padding="same", activation="relu"),
+            layers.GlobalMaxPooling2D(),
+            layers.Dropout(hyperparameters["dropout"]),
+            # float32, because probabilities in bfloat16 would have three digits.
+            layers.Dense(classes, activation="softmax", dtype="float32"),
+        ]
+    )
+'''
+ADAPTER = '''\
+"""Calls `build` of {module}.py with the hyperparameters of each trial."""
+
+from {module} import build as build_of_script
+
+
+def build(hyperparameters, image_shape, classes):
+    """The model of {module}.py for images of this shape."""
+    return build_of_script(
+{arguments}    )
+'''
+
+
+def draft(
+    data: str,
+    file: Path | None = None,
+    *,
+    model: str | None = None,
+    name: str | None = None,
+    trials: int = 20,
+    epochs: int = 10,
+    from_script: Path | None = None,
+) -> dict[Path, str]:
+    """A definition of a search over `data`, with the built-in `model`, or "own" for a model file beside it.
+
+    `data` and `model` are as in a definition; a folder needs no slash at its end. `model` is by default `convnet` for
+    small grey images, else `resnet`. With `from_script` the model is the function `build` of that Keras script, which
+    is read and not run. `name` is by default that of the `file`, else of the data.
+
+    Returns the texts of the files by their paths, the definition first. Raises DefinitionError.
+    """
+    if Path(data).is_dir() and not is_folder(data):
+        data = f"{data}/"
+    name = name or _name(Path(data).stem if file is None else file.stem)
+    file = file or Path(f"{name}.toml")
+    if model is not None and from_script is not None:
+        raise DefinitionError(f"model = {model!r} and a script exclude each other: leave one out")
+    if model is None:
+        model = "convnet" if data in SMALL_GREY else "resnet"
+    if model not in MODELS and ":" not in model:
+        raise DefinitionError(f"model = {model!r} must be one of {', '.join(MODELS)}{nearest(model, MODELS)}")
+    module = f"{_identifier(file.stem)}_model"
+    files: dict[Path, str] = {}
+    if from_script is not None:
+        found = script.read(from_script)
+        space, fixed = _of_script(found.hyperparameters)
+        model = f"{found.module if found.adapter is None else module}:build"
+        if found.adapter is not None:
+            arguments = [f"{name}={value}" for name, value in found.adapter.items()]
+            arguments += [f'{name}=hyperparameters["{name}"]' for name in found.hyperparameters]
+            lines = "".join(f"        {argument},\n" for argument in arguments)
+            files[file.with_name(f"{module}.py")] = ADAPTER.format(module=found.module, arguments=lines)
+    elif model == OWN:
+        space, fixed, model = SPACES[OWN], "", f"{module}:build"
+        files[file.with_name(f"{module}.py")] = MODULE.format(name=name)
+    else:
+        space, fixed = SPACES.get(model, SPACES[OWN]), FIXED.get(model, "")
+    text = _text(name, data, model, file, trials, epochs, space, fixed)
+    definitions.parse(text, source=str(file), folder=file.parent)  # so that a mistake in an argument is said
+    return {file: text, **files}
+
+
+def write(texts: Mapping[Path, str]) -> None:
+    """Writes the files with these texts. Raises DefinitionError, before anything is written, if one of them exists."""
+    for path in texts:
+        if path.exists() or path.is_symlink():
+            raise DefinitionError(f"{path} exists already, and is not overwritten: name another file")
+    for path, text in texts.items():
+        try:
+            with path.open("x", encoding="utf-8") as opened:
+                opened.write(text)
+        except OSError as error:
+            raise DefinitionError(f"{path} cannot be written ({error.strerror or error}): name another file") from None
+
+
+def _text(name: str, data: str, model: str, file: Path, trials: int, epochs: int, space: str, fixed: str) -> str:
+    parts = [
+        f"# `trialyard check {file}` says what is wrong with this file, `trialyard run {file}` runs the search.\n"
+        "# docs/definition.md of Trialyard explains every key.\n"
+        f"name = {json.dumps(name)}\ndataset = {json.dumps(data)}\nmodel = {json.dumps(model)}\n",
+        _data_table(data),
+        f"[budget]\ntrials = {trials}\n{_line(f'epochs = {epochs}', 'of each trial')}",
+        f"[space]\n{space}",
+        f"[fixed]\n{fixed}" if fixed else "",
+    ]
+    if epochs >= 9:  # else hyperband has one bracket
+        parts.append("[pruner]\n" + _line('kind = "hyperband"', "ends weak trials early") + "min_epochs = 3\n")
+    return "\n".join(part for part in parts if part)
+
+
+def _data_table(data: str) -> str:
+    folder = Path(data)
+    if not is_folder(data) or any("-idx3-" in path.name for path in _entries(folder)):
+        return ""
+    lines = _line("size = [64, 64]", "height and width that every image is resized to")
+    if not (folder / "test").is_dir():
+        lines += _line("test = 0.2", "the share of the images kept for `trialyard confirm`")
+    return f"[data]\n{lines}"
+
+
+def _line(text: str, comment: str) -> str:
+    return f"{text:<60} # {comment}\n"
+
+
+def _entries(folder: Path) -> Iterable[Path]:
+    return folder.iterdir() if folder.is_dir() else ()
+
+
+def _of_script(hyperparameters: Mapping[str, Any]) -> tuple[str, str]:
+    """The lines of [space] and [fixed]: numbers and switches are searched around their defaults."""
+    space = "".join(
+        _line(line, f"{json.dumps(value)} in the script")
+        for name, value in hyperparameters.items()
+        if (line := _range(name, value))
+    )
+    texts = [f"{name} = {json.dumps(value)}\n" for name, value in hyperparameters.items() if isinstance(value, str)]
+    return space, "".join(texts)
+
+
+def _range(name: str, value: Any) -> str | None:
+    if isinstance(value, str):
+        return None
+    if isinstance(value, bool):
+        return f"{name} = {{ choices = [true, false] }}"
+    if isinstance(value, int):
+        low, high = (max(1, value // 2), max(2, 2 * value)) if value > 0 else (2 * value, 2)
+        return f"{name} = {{ low = {low}, high = {high} }}"
+    if "drop" in name or value == 0.0:
+        return f"{name} = {{ low = 0.0, high = 0.6 }}"
+    if value < 0.0:
+        return f"{name} = {{ low = {2 * value!r}, high = 0.0 }}"
+    high = min(10 * value, 0.99) if value < 0.99 else 10 * value
+    return f"{name} = {{ low = {value / 10!r}, high = {high!r}, log = true }}"
+
+
+def _name(text: str) -> str:
+    """`text` as a study may be called."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip("._-")[:100] or "my-search"
+
+
+def _identifier(text: str) -> str:
+    """`text` as a Python module may be called."""
+    word = re.sub(r"\W", "_", text, flags=re.ASCII)
+    return word if word[:1].isalpha() else f"study_{word}"

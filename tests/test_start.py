@@ -1,0 +1,192 @@
+"""The way from images or a script to a definition: `trialyard init` and `trialyard catalog`."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from image_files import write_digits
+
+import search
+from search import checks, data
+from studies import definition as definitions
+from studies import draft, model_rules
+from studies.errors import DefinitionError
+
+SCRIPT = """
+import keras
+
+def build(input_shape, units=64, dropout=0.3, lr=1e-3, num_classes=10, act="relu", norm=False, seed=0, pool=(2, 2)):
+    return keras.Sequential(
+        [
+            keras.Input(input_shape),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Flatten(),
+            keras.layers.Dense(units, activation=act),
+            keras.layers.Dropout(dropout),
+            keras.layers.Dense(num_classes, activation="softmax", dtype="float32"),
+        ]
+    )
+
+if __name__ == "__main__":
+    build((8, 8, 1)).fit()
+"""
+
+
+def _trains(source: Path) -> tuple[str, ...]:
+    """Tries the model of a definition as `trialyard check` does."""
+    definition = definitions.load(str(source))
+    dataset = data.load(definition.dataset, definition.data, [Path()])
+    return checks.check_with_keras(definition, dataset, "float32")
+
+
+@pytest.mark.parametrize("model", [None, *draft.MODELS])
+def test_every_draft_is_a_definition_that_check_accepts(home: Path, model: str | None) -> None:
+    file, *_ = search.init("digits", model=model)
+    assert file == Path("digits.toml")
+    definition = definitions.load(str(file))
+    assert (definition.name, definition.trials, definition.budget.epochs) == ("digits", 20, 10)
+    assert definition.model == {None: "convnet", "own": "digits_model:build"}.get(model, model)
+    rules = model_rules.rules(definition.model)
+    assert rules is None or definition.space.keys() <= rules.keys()
+
+
+def test_a_folder_of_images_gets_a_size_and_test_images(home: Path) -> None:
+    write_digits(home / "my photos", 20)
+    file, *_ = search.init("my photos", trials=3, epochs=2)
+    definition = definitions.load(str(file))
+    assert (definition.name, definition.model, definition.trials) == ("my-photos", "resnet", 3)
+    assert definition.dataset == f"{home}/my photos/"
+    assert (definition.data.size, definition.data.test) == ((64, 64), 0.2)
+    (home / "split" / "train").mkdir(parents=True)
+    (home / "split" / "test").mkdir()
+    assert definitions.load(str(search.init("split/")[0])).data.test is None
+
+
+def test_the_model_file_of_a_draft_can_be_trained(home: Path, write_module: Callable[[str, str], None]) -> None:
+    file, module = search.init("digits", "mine.toml", model="own")
+    write_module(module.stem, module.read_text(encoding="utf-8"))
+    assert _trains(file) == ()
+
+
+def test_a_script_s_function_becomes_a_model_and_its_defaults_a_space(
+    home: Path, write_module: Callable[[str, str], None]
+) -> None:
+    write_module("train", SCRIPT)
+    file, module = search.init("digits", "mine.toml", from_script="train.py")
+    write_module(module.stem, module.read_text(encoding="utf-8"))
+    definition = definitions.load(str(file))
+    assert definition.model == "mine_model:build"
+    assert set(definition.space) == {"units", "dropout", "lr", "norm"}
+    assert definition.fixed == {"act": "relu"}
+    low, high = definition.space["units"], definition.space["lr"]
+    assert (low.low, low.high, high.low, high.high, high.log) == (32, 128, 1e-4, 1e-2, True)  # type: ignore[union-attr]
+    assert _trains(file) == ()
+    assert import_module("train").build is not None
+
+
+def test_a_function_for_trialyard_is_named_directly(home: Path) -> None:
+    text = "def build(h, image_shape, classes):\n    return make(h.get('units', 64), h.get('act', 'relu'))\n"
+    (home / "net.py").write_text(text)
+    (file,) = search.init("digits", from_script="net.py")
+    definition = definitions.load(str(file))
+    assert definition.model == "net:build"
+    assert set(definition.space) == {"units"}
+
+
+def test_a_script_is_read_and_not_run(home: Path) -> None:
+    (home / "train.py").write_text("raise SystemExit('it ran')\ndef build(units=3):\n    pass\n")
+    assert len(search.init("digits", from_script="train.py")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("model = 1", r"^train.py has no function `build`, no function at all: put the lines that make the model into"),
+        ("def make(): pass", r"^train.py has no function `build`, only make: put"),
+        ("def build(units): pass", r"the parameter units of build in train.py has no default.*such as units=32$"),
+        ("def build(*, units): pass", r"the parameter units of build in train.py has no default"),
+        ("def build(act='relu'): pass", r"has no hyperparameter to search: give it parameters with numbers"),
+        (
+            "def build(u=1): pass\nm = build()\nm.fit(x)",
+            r"^train.py trains when it is imported \(line 3\): put that under",
+        ),
+        ("def build(:", r"^train.py is not valid Python \("),
+    ],
+)
+def test_a_script_that_cannot_be_used_is_refused(home: Path, text: str, problem: str) -> None:
+    (home / "train.py").write_text(text)
+    with pytest.raises(DefinitionError, match=problem):
+        search.init("digits", from_script="train.py")
+    assert [path.name for path in home.iterdir()] == ["train.py"], "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"data": "photo"}, r'dataset = "photo" must be one of .* a folder such as "photos/"'),
+        ({"data": "digits", "model": "resnett"}, r"model = 'resnett' must be one of .*; did you mean 'resnet'\?"),
+        ({"data": "digits", "name": "a b"}, r'name = "a b" must be letters, digits'),
+        ({"data": "digits", "from_script": "no.py"}, r"^no.py cannot be read \(No such file"),
+        ({"data": "digits", "from_script": "my-net.py"}, r"whose name can be imported, such as train.py: rename it"),
+        ({"data": "digits", "model": "own", "from_script": "train.py"}, r"a script exclude each other"),
+    ],
+)
+def test_a_wrong_argument_is_refused(home: Path, arguments: dict[str, Any], problem: str) -> None:
+    with pytest.raises(DefinitionError, match=problem):
+        search.init(**arguments)
+    assert list(home.iterdir()) == []
+
+
+def test_no_file_is_overwritten(home: Path) -> None:
+    (home / "digits_model.py").write_text("mine")
+    with pytest.raises(DefinitionError, match=r"^digits_model.py exists already, and is not overwritten: name another"):
+        search.init("digits", model="own")
+    assert [path.read_text() for path in home.iterdir()] == ["mine"]
+
+
+def test_a_range_has_its_default_in_it() -> None:
+    random = np.random.default_rng(0)
+    values = [0, 1, -3, 10**6, True, 0.0, 0.5, 0.999, 1.0, 1e-9, -0.5, *random.lognormal(0, 5, 20).tolist()]
+    for value in values:
+        line = draft._range("x", value)
+        text = f'name = "x"\ndataset = "digits"\nmodel = "m:f"\n[budget]\ntrials = 1\n[space]\n{line}\n'
+        parameter = definitions.parse(text).space["x"]
+        if isinstance(value, bool):
+            assert value in parameter.choices  # type: ignore[union-attr]
+        else:
+            assert parameter.low <= value <= parameter.high, value  # type: ignore[union-attr]
+
+
+def test_a_ready_definition_can_be_printed_and_used(home: Path) -> None:
+    for name in search.catalog():
+        (home / "mine.toml").write_text(search.catalog_text(name), encoding="utf-8")
+        assert definitions.load("mine.toml") == definitions.load(name)
+    with pytest.raises(DefinitionError, match=r'^"digit" is not in the catalog \(.*; did you mean \'digits\'\?'):
+        search.catalog_text("digit")
+
+
+def test_the_commands_write_and_print(trialyard: Callable[..., Any]) -> None:
+    code, out, _ = trialyard("init", "--data", "digits", "--trials", "3", "--model", "own")
+    assert (code, out) == (
+        0,
+        "digits.toml and digits_model.py are written: `trialyard check digits.toml` tries it\n",
+    )
+    assert definitions.load("digits.toml").trials == 3
+    code, _, problem = trialyard("init")
+    assert code == 1
+    assert problem == "error: the images are missing: name them with --data, such as --data photos/ or --data digits\n"
+    assert 'dataset = "digits"' in trialyard("catalog", "digits")[1]
+
+
+def test_in_a_terminal_init_asks(home: Path) -> None:
+    program = "import pty, sys; pty.spawn([sys.executable, '-m', 'search.program', 'init'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], input="\nresnet\n", capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "Your images" in done.stdout
+    assert definitions.load("digits.toml").model == "resnet"
