@@ -27,13 +27,14 @@ from search.stall import Stall
 from search.trainer import START_SECONDS, Trainer, TrainerDied
 from storage import artifacts, claims, faults, ledger, ranking, retention
 from storage.claims import Claim
-from storage.errors import ClaimLost, DiskError, StudyGone
+from storage.errors import ClaimLost, DiskError, StorageError, StudyGone
 from storage.faults import Fault
 from storage.settings import Settings
 from storage.transactions import PatientStorage
-from studies import recipe, sampling
+from studies import pictures, recipe, sampling
 from studies.definition import Definition
 from studies.lessons import WithLessons
+from studies.predictions import class_names
 
 log = logging.getLogger(__name__)
 
@@ -288,7 +289,8 @@ class Attempt:
         state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[outcome.kind]
         trained = outcome.trained
         hits = trained.hits if trained is not None and outcome.kind == "complete" else None
-        claims.finish(storage, claim, state, outcome.value, self._attributes(outcome), _files_left(trained), hits)
+        files = [*_files_left(trained), *self._draw(trained)]
+        claims.finish(storage, claim, state, outcome.value, self._attributes(outcome), files, hits)
         with _ignore_leftover_file(claim):
             # Only now: if the database had stayed away, the trial would have resumed from its checkpoint.
             retention.remove_attempts(claim, self.settings.artifact_folder)
@@ -328,9 +330,22 @@ class Attempt:
     def _model_attributes(self, trained: Trained) -> dict[str, str]:
         if trained.stopped:
             return {}
+        predictions = str(self.claim.folder / artifacts.PREDICTIONS)
+        seen = {"predictions": predictions} if trained.has_predictions else {}
         if trained.unsaved is not None:
-            return {"model_unsaved": trained.unsaved}
-        return {"model": str(self.claim.folder / artifacts.MODEL)}
+            return seen | {"model_unsaved": trained.unsaved}
+        return seen | {"model": str(self.claim.folder / artifacts.MODEL)}
+
+    def _draw(self, trained: Trained | None) -> list[str]:
+        """Draws the pictures of the trial's page; returns their names. A trial without pictures is still a result."""
+        if trained is None:
+            return []
+        folder: Path = self.settings.artifact_folder / self.claim.folder
+        try:
+            return pictures.write(folder, class_names(self.handle.study.data))
+        except (OSError, ValueError, StorageError) as error:
+            log.warning("study %s: trial %d has no pictures: %s", self.claim.study, self.claim.number, error)
+            return []
 
     def _files(self) -> list[str]:
         """The names of the attempt's existing files, of those that the dashboard offers."""

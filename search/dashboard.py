@@ -364,7 +364,8 @@ class StudyDetail:
         serialized: dict[str, Any] = serialize_frozen_trial(study._study_id, trial, attributes)
         model = self._offered_model(trial, serialized)
         if model is not None and not model.is_file():
-            others = [artifact for artifact in serialized["artifacts"] if artifact["filename"] != artifacts.MODEL]
+            removed = (artifacts.MODEL, *artifacts.WITH_MODEL)
+            others = [artifact for artifact in serialized["artifacts"] if artifact["filename"] not in removed]
             serialized["artifacts"] = others
             model = None
         line = json.dumps(serialized).encode()

@@ -158,6 +158,7 @@ class Trained:
     # Of the model that is kept. None if it was stopped, gives something else than classes, or is the best of several
     # repeats, which says too much.
     hits: Hits | None
+    has_predictions: bool = False  # whether the file of `studies.predictions` was written
     unsaved: str | None = None  # why the model cannot be saved
 
 

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from search import averages, checkpoint
+from search.answers import Answers
 from search.batches import batches
 from search.data import Dataset
 from search.device_errors import is_of_the_disk
@@ -20,9 +21,8 @@ from search.errors import DataError, MetricError
 from search.images import Array
 from search.messages import Batches, Epoch, Repeated, StopMode, Trained, best_epoch, versions
 from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary, targets
-from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY, stored
+from storage.artifacts import CHECKPOINT, HISTORY, MODEL, PREDICTIONS, SUMMARY, stored
 from storage.errors import StorageError
-from storage.hits import Hits
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ def train(
     checkpoint_seconds: float = 30.0,
 ) -> Trained:
     """Builds `model` and trains it; writes to `folder` its history, its summary and the model of the best epoch.
+
+    Also what that model answers to the images that judge it (`studies.predictions`).
 
     With test images in the `dataset` it is a confirmation: the number of epochs was chosen before, so the model of the
     last epoch is kept, and judged by these images once.
@@ -185,23 +187,26 @@ def train(
     _write_history(folder / HISTORY, history)
     with stored(folder / SUMMARY) as temporary:
         temporary.write_text(summary(net), encoding="utf-8")
-    hits = unsaved = None
+    answers = unsaved = None
     if not stop.stopped:
         kept = _kept(net, kept_weights, model, hyperparameters, dataset)
         unsaved = _save(kept, folder / MODEL)
-        hits = None if more_seeds else _hits(kept, dataset, _evaluation_batch(batch_size))
+        answers = None if more_seeds else Answers.of(kept, dataset, _evaluation_batch(batch_size))
+    predictions = answers.predictions if answers is not None else None
+    if predictions is not None:
+        predictions.write(folder / PREDICTIONS)
     bests = repeats.bests(history)
     values = [epoch.val_accuracy for epoch in bests]
     value = float(np.mean(values)) if values else best.val_accuracy if best else 0.0
     kept_epoch = history[-1] if confirms and history else best
     losses = [epoch.val_loss for epoch in ([kept_epoch] if confirms or not bests else bests) if epoch is not None]
     if confirms and not stop.stopped:
-        if hits is None:
+        if answers is None:
             raise MetricError(
                 f"{model} gives something else than one number for each of the {dataset.classes} classes, so its "
                 "answers to the test images cannot be counted: return one output of (n, classes)"
             )
-        value = float(hits.array().mean())
+        value = float(answers.hits.array().mean())
     speeds = [record.images_per_second for record in history[1:] or history]
     return Trained(
         value=value,
@@ -218,7 +223,8 @@ def train(
         precision_reason=precision[1],
         data_fingerprint=dataset.fingerprint,
         versions=versions(keras.backend.backend()),
-        hits=hits,
+        hits=answers.hits if answers is not None else None,
+        has_predictions=predictions is not None,
         unsaved=unsaved,
     )
 
@@ -344,22 +350,6 @@ def _kept(net: keras.Model, weights: list[Array], model: str, h: Hyperparameters
         net = build(model, h, dataset.image_shape, dataset.classes, plain=True)
     net.set_weights(weights)
     return net
-
-
-def _hits(net: keras.Model, dataset: Dataset, batch_size: int) -> Hits | None:
-    """Which of the images that judge it `net` gets right: the test images of a confirmation, else the validation's.
-
-    None if it does not give one number for each class and image.
-    """
-    judged_on, x, y = dataset.judged
-    right = []
-    for start in range(0, len(y), batch_size):
-        # Without `predict`, which compiles for a second or more.
-        scores = keras.ops.convert_to_numpy(net(x[start : start + batch_size], training=False))
-        if scores.shape != (len(y[start : start + batch_size]), dataset.classes):
-            return None
-        right.append(scores.argmax(axis=1) == y[start : start + batch_size])
-    return Hits.of(np.concatenate(right), judged_on, dataset.judged_fingerprint)
 
 
 class _StopAtBatch(keras.callbacks.Callback):  # type: ignore[misc]

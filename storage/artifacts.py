@@ -1,4 +1,4 @@
-"""A trial's files (model, history, summary, checkpoint), on a disk, written whole or not at all."""
+"""A trial's files (model, history, pictures, checkpoint ...), on a disk, written whole or not at all."""
 
 import json
 import mimetypes
@@ -15,7 +15,14 @@ MODEL = "model.keras"
 HISTORY = "history.json"
 SUMMARY = "summary.txt"  # the model's layers
 CHECKPOINT = "checkpoint.npz"
-DOWNLOADABLE = (MODEL, HISTORY, CHECKPOINT)  # optuna-dashboard offers these while they exist
+PREDICTIONS = "predictions.npz"  # see `studies.predictions`
+CURVES_PICTURE, CONFUSION_PICTURE, MISTAKES_PICTURE = "curves.svg", "confusion.svg", "mistakes.svg"
+# These are kept as long as the model of their trial, or as its history.
+WITH_MODEL = (PREDICTIONS, CONFUSION_PICTURE, MISTAKES_PICTURE)
+WITH_HISTORY = (SUMMARY, CURVES_PICTURE)
+ALL = (MODEL, HISTORY, CHECKPOINT, *WITH_MODEL, *WITH_HISTORY)
+# optuna-dashboard offers these while they exist, and shows the pictures.
+DOWNLOADABLE = (MODEL, HISTORY, CHECKPOINT, CURVES_PICTURE, CONFUSION_PICTURE, MISTAKES_PICTURE)
 
 ID_LENGTH = 12  # hexadecimal digits of a study's incarnation, in the name of its folder
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")

@@ -23,10 +23,10 @@ from optuna.trial import TrialState
 from sqlalchemy import Connection, delete, select
 
 from storage import artifacts, attributes, deletions
-from storage.artifacts import CHECKPOINT, HISTORY, ID_LENGTH, MODEL, SUMMARY
+from storage.artifacts import CHECKPOINT, ID_LENGTH, MODEL, WITH_HISTORY, WITH_MODEL
 from storage.claims import Claim
 from storage.deletions import has_old_folder
-from storage.ranking import RankedTrial, ranked
+from storage.ranking import IDS_IN_CLAUSE, RankedTrial, ranked
 from storage.tables import StudyModel, TrialModel, TrialSystemAttributeModel, TrialUserAttributeModel
 from storage.transactions import read, write
 
@@ -39,7 +39,7 @@ DELETE_BATCH = 100  # files that are removed under one hold of the lock
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 _STUDY = re.compile(rf"(.+)-([0-9a-f]{{{ID_LENGTH}}})")
 # No other file is ever touched, wherever the settings point.
-_OURS = re.compile(rf"(\.[0-9a-f]{{32}}-)?({'|'.join(map(re.escape, (MODEL, HISTORY, SUMMARY, CHECKPOINT)))})")
+_OURS = re.compile(rf"(\.[0-9a-f]{{32}}-)?({'|'.join(map(re.escape, artifacts.ALL))})")
 STUDY_GONE = "its study is gone"
 
 
@@ -82,9 +82,11 @@ def trim(storage: RDBStorage, claim: Claim, root: Path, keep: int) -> None:
         return sorted(path for path in paths if (root / path).exists())
 
     def remove_all(connection: Connection) -> None:
-        for path in beyond(connection):
-            artifacts.remove(root / path)
-            _withdraw(connection, PurePosixPath(path))
+        for path in map(PurePosixPath, beyond(connection)):
+            # The model last: while it exists, the next trial's end looks at this folder again.
+            for file in (*map(path.with_name, WITH_MODEL), path):
+                artifacts.remove(root / file)
+                _withdraw(connection, file)
 
     # Most often there is nothing to do, and the lock is others' to have.
     if read(storage, beyond):
@@ -96,7 +98,7 @@ def remove_attempts(claim: Claim, root: Path) -> None:
     artifacts.remove(root / claim.folder / CHECKPOINT)
     for checkpoint in claim.checkpoints:
         folder = root / PurePosixPath(checkpoint).parent
-        for name in (CHECKPOINT, HISTORY, SUMMARY, MODEL):
+        for name in artifacts.ALL:
             artifacts.remove(folder / name)
         _remove_empty(folder)
 
@@ -216,17 +218,33 @@ def _reason(file: File, states: dict[int, TrialState], models: set[str], keep: i
         return None
     if file.path.name == CHECKPOINT:
         return "the checkpoint of a finished trial"
-    return f"not among the best {keep}" if str(file.path) in models else "of an attempt that does not count"
+    model = file.path.with_name(MODEL) if file.path.name in WITH_MODEL else file.path
+    return f"not among the best {keep}" if str(model) in models else "of an attempt that does not count"
 
 
 def _named(connection: Connection, keep: int) -> set[str]:
     """The paths that trials of any study name, but for models beyond the best `keep`. A study may have been copied."""
     histories = _paths(connection, "history", None)
-    named = histories | {str(PurePosixPath(history).with_name(SUMMARY)) for history in histories}
+    best = set[str]()
     for study_id in connection.execute(select(StudyModel.study_id)).scalars().all():
-        best: list[RankedTrial] = ranked(connection, study_id, keep, with_model=True)
-        named |= _paths(connection, "model", [trial.trial_id for trial in best])
-    return named
+        trials: list[RankedTrial] = ranked(connection, study_id, keep, with_model=True)
+        best |= _paths(connection, "model", [trial.trial_id for trial in trials])
+    return _with(histories, WITH_HISTORY) | _with(best, WITH_MODEL) | _without_model(connection)
+
+
+def _with(paths: Collection[str], names: Collection[str]) -> set[str]:
+    """The `paths`, and the files of these names in the same folders."""
+    return {*paths, *(str(PurePosixPath(path).with_name(name)) for path in paths for name in names)}
+
+
+def _without_model(connection: Connection) -> set[str]:
+    """The predictions and pictures of models that could not be saved: no rank removes them."""
+    unsaved = TrialUserAttributeModel
+    ids = connection.execute(select(unsaved.trial_id).where(unsaved.key == "model_unsaved")).scalars().all()
+    found = set[str]()
+    for start in range(0, len(ids), IDS_IN_CLAUSE):
+        found |= _paths(connection, "predictions", ids[start : start + IDS_IN_CLAUSE])
+    return _with(found, WITH_MODEL)
 
 
 def _withdraw(connection: Connection, path: PurePosixPath) -> None:

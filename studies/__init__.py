@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from studies.comparison import NotebookRow, StudyComparison, compare, compare_notebook
     from studies.confirmation import Comparison, Confirmed, Estimate, confirmed
     from studies.exports import export
+    from studies.figures import figure
     from studies.imported import import_trials
     from studies.registry import delete, names, open, pause, resume, stop
     from studies.rendering import report
@@ -59,6 +60,7 @@ __all__ = [
     "delete",
     "enqueue",
     "export",
+    "figure",
     "import_trials",
     "leaderboard",
     "names",
@@ -91,6 +93,7 @@ _MODULES = {
         "confirmed",
     ),
     "studies.exports": ("export",),
+    "studies.figures": ("figure",),
     "studies.imported": ("import_trials",),
     "studies.registry": (
         "delete",

@@ -17,6 +17,7 @@ from studies import confirmation, findings, notebook, registry, results
 from studies.confirmation import Confirmed
 from studies.definition import Definition, from_json
 from studies.findings import Findings
+from studies.predictions import class_names
 from studies.registry import StorageLike
 from studies.results import Row
 from studies.wording import names_text
@@ -36,6 +37,7 @@ class Content:
     trials: Sequence[FrozenTrial]
     rows: Sequence[Row] = ()  # complete trials, best first; a note has none
     confirmed: Confirmed | None = None  # the last confirmation of the study, or the study itself if it is one
+    class_names: Sequence[str] = ()  # of the images; none if the data have only numbers
     replays: Sequence[notebook.Replay] = ()  # for the study that has the notebook's own results
     made: datetime
 
@@ -72,6 +74,7 @@ def of_trials(study: Study, trials: Sequence[FrozenTrial], storage: RDBStorage) 
         state=study.state,
         findings=findings.findings(trials, definition, study.data, hits_of_best),
         failures=_failures(trials),
+        class_names=class_names(study.data),
         environment=_environment(trials, definition, study.data),
         trials=trials,
         made=datetime.now().astimezone(),

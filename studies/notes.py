@@ -34,8 +34,10 @@ log = logging.getLogger(__name__)
 PAUSE_SECONDS = 10.0  # between two publications of a study by any workers
 SHARE = 0.05  # of the time: how much publishing a large study may take
 BEST_WITH_NOTE, LATEST_WITH_NOTE = 50, 250  # trials
-CURVES = 5  # trials in the figure of learning curves
 
+# The kinds of figures that are published. The dashboard's page asks for all of them every few seconds, and has its own
+# of the hyperparameters.
+FIGURES = ("confirmed", "learning-curves", "confusion", "classes", "dropout", "cost", "progress", "notebook")
 # Databases have this text. Changing it would make the notes of earlier versions look like a user's own.
 MARK = "*Written by Trialyard, and anew as trials end: what you write above this line stays.*"
 STATE = "trialyard:published"  # system attribute: what was published last, and when
@@ -69,8 +71,15 @@ def publish(
     trials = cached.get_all_trials(study.id, deepcopy=False)
     content = replace(of_trials(study, trials, storage), confirmed=confirmation.last_of(study, storage))
     definition = content.definition
-    curves = results.curves_of(trials, artifacts, CURVES)
-    plots = figures.all_figures(trials, definition, curves, notebook.replays(definition, storage))
+    subject = figures.Subject(
+        trials=trials,
+        definition=definition,
+        curves=results.curves_of(trials, artifacts, figures.CURVES),
+        replays=notebook.replays(definition, storage),
+        confirmed=content.confirmed,
+        answered=figures.best_answers(trials, artifacts, content.class_names),
+    )
+    plots = figures.all_figures(subject, FIGURES)
     attributes = {
         **{f"{dashboard_plot_prefix()}{name}:": figure.to_json() for name, figure in plots.items()},
         dashboard_note_prefix(None): text.note(content),
@@ -168,7 +177,7 @@ def _changes(stored: Mapping[str, Any], wanted: Mapping[str, str], keep: Iterabl
 
 def _is_ours(piece: str) -> bool:
     name = piece.removeprefix(dashboard_plot_prefix()).rpartition(":")[0]
-    return name in ("learning-curves", "dropout", "cost", "progress", "notebook")
+    return name in FIGURES
 
 
 def _with_user_text(stored_note: str, note: str) -> str:

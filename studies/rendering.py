@@ -14,17 +14,51 @@ if TYPE_CHECKING:
 
 Format = Literal["html", "markdown"]
 
-CURVES = 5  # trials in the figure of learning curves
-
 # With this policy the browser blocks every request to another host.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
+:root { color-scheme: light dark; --text: #222; --page: #fff; --line: #ddd; --block: #f6f6f6; --caution: #8a3b00; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #ddd; --page: #161616; --line: #444; --block: #242424; --caution: #ffb27a; }
+}
+@media print {
+  :root { color-scheme: light; --text: #000; --page: #fff; --line: #ccc; --block: #f6f6f6; --caution: #8a3b00; }
+  figure, tr, pre { break-inside: avoid; } h2 { break-after: avoid; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1100px;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; overflow-wrap: anywhere; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto; }
-th, td { padding: 0.25rem 0.75rem; border-bottom: 1px solid #eee; text-align: left; }
-pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px; }
-.cautions li { color: #8a3b00; } figure { margin: 1.5rem 0; }
+th, td { padding: 0.25rem 0.75rem; border-bottom: 1px solid var(--line); text-align: left; }
+pre { background: var(--block); padding: 1rem; overflow-x: auto; font-size: 13px; } code { overflow-wrap: anywhere; }
+.cautions li { color: var(--caution); } figure { margin: 1.5rem 0; }
+/* The figures' own grey is for pages whose colours they do not know. */
+.infolayer text, [class$="tick"] text, .textpoint text { fill: var(--text) !important; }
+"""
+# On a phone the panels of a figure are one below the other; on paper a figure is as wide as the page.
+_SCRIPT = """
+const graphs = [...document.querySelectorAll(".js-plotly-plot")];
+if (window.matchMedia("(max-width: 600px)").matches) {
+  for (const graph of graphs) {
+    const axes = Object.keys(graph.layout).filter((key) => /^xaxis\\d*$/.test(key));
+    const legend = graph.querySelector(".legend .bg")?.getBBox().height ?? 0;
+    const below = 55 + legend, change = { "title.font.size": 13, "margin.b": below };
+    if (graph.layout.xaxis.visible !== false) Object.assign(change, { "margin.l": 55, "margin.r": 10 });
+    change.height = axes.length > 1 ? 70 + below + 240 * axes.length : graph.layout.height + legend;
+    graph.style.height = graph.parentElement.style.height = change.height + "px";
+    axes.forEach((axis, at) => {
+      const vertical = axis.replace("x", "y"), share = 1 / axes.length;
+      if (axes.length === 1) return;
+      change[axis + ".domain"] = [0, 1];
+      change[axis + ".showticklabels"] = true;
+      change[vertical + ".showticklabels"] = true;
+      change[vertical + ".domain"] = [1 - (at + 0.65) * share, 1 - at * share];
+    });
+    Plotly.relayout(graph, change);
+  }
+}
+window.addEventListener("beforeprint", () => graphs.forEach((graph) => Plotly.relayout(graph, { width: 680 })));
+window.addEventListener("afterprint", () => graphs.forEach((graph) => Plotly.relayout(graph, { width: null })));
 """
 
 
@@ -43,17 +77,26 @@ def report(name: str, storage: StorageLike = None, format: Format = "html", arti
     if format == "markdown":
         return text.report(content)
     folder = Path(artifacts) if artifacts is not None else settings.load().artifact_folder
-    return _html(content, results.curves_of(content.trials, folder, CURVES))
+    return _html(content, folder)
 
 
-def _html(content: Content, curves: list[results.Curve]) -> str:
+def _html(content: Content, folder: Path) -> str:
     # Importing Plotly takes a moment, and only this function needs it.
     import plotly.offline
     from markdown_it import MarkdownIt
 
     from studies import figures
 
-    plots = figures.all_figures(content.trials, content.definition, curves, content.replays)
+    plots = figures.all_figures(
+        figures.Subject(
+            trials=content.trials,
+            definition=content.definition,
+            curves=results.curves_of(content.trials, folder, figures.CURVES),
+            replays=content.replays,
+            confirmed=content.confirmed,
+            answered=figures.best_answers(content.trials, folder, content.class_names),
+        )
+    )
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     parts = [f"<h1>{html.escape(content.definition.name)}</h1>", markdown.render(text.head(content))]
     for section in text.sections(content):
@@ -73,6 +116,7 @@ def _html(content: Content, curves: list[results.Curve]) -> str:
 </head>
 <body>
 {chr(10).join(parts)}
+{f"<script>{_SCRIPT}</script>" if plots else ""}
 </body>
 </html>
 """
@@ -81,7 +125,7 @@ def _html(content: Content, curves: list[results.Curve]) -> str:
 def _figures(plots: dict[str, "go.Figure"]) -> str:
     import plotly.io
 
-    config = {"displaylogo": False}
+    config = {"displaylogo": False, "responsive": True}
     drawn = "".join(
         f'<figure id="{name}">'
         + plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config=config, div_id=f"figure-{name}")

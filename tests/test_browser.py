@@ -104,10 +104,19 @@ def _shot(page: Page, name: str, whole: bool = False) -> None:
 
 
 FIGURES = (
-    "Loss by epoch, best trials first",
+    "Loss and accuracy by epoch, best trials first",
     "Accuracy against dropout",
     "Accuracy against cost",
     "Best so far",
+)
+# In the report alone.
+MORE_FIGURES = (
+    "Confusion matrix of trial",
+    "Accuracy by class of trial",
+    "The most certain mistakes of trial",
+    "Accuracy against each hyperparameter",
+    "All hyperparameters together",
+    "Images of the data",
 )
 # For each graph of the page: the traces, and of each how many points it has.
 POINTS = """() => [...document.querySelectorAll(".js-plotly-plot")].map(
@@ -164,13 +173,14 @@ def test_the_report_opens_from_a_disk_and_asks_no_host(searched: Path, home: Pat
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.goto(file.as_uri())
     graphs = page.locator(".js-plotly-plot")
-    expect(graphs).to_have_count(len(FIGURES), timeout=PATIENCE)
-    for title in FIGURES:
+    titles = (*FIGURES, *MORE_FIGURES)
+    expect(graphs).to_have_count(len(titles), timeout=PATIENCE)
+    for title in titles:
         expect(page.locator(".js-plotly-plot", has=page.get_by_text(title))).to_have_count(1)
     points = page.evaluate(POINTS)
-    assert len(points) == len(FIGURES)
+    assert len(points) == len(titles)
     assert all(graph and min(graph) > 0 for graph in points), points
-    for index in range(len(FIGURES)):
+    for index in range(len(titles)):
         graphs.nth(index).scroll_into_view_if_needed()
     _shot(page, "report", whole=True)
     assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [file.as_uri()]

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from storage import claims, ledger, owners
 from storage.hits import Hits
 from storage.transactions import PatientStorage
-from studies import comparison, figures, notebook, registry, statistics, text
+from studies import comparison, notebook, notebook_figures, registry, statistics, text
 from studies import definition as definitions
 from studies.definition import Definition, parse
 from studies.errors import StudyError
@@ -103,7 +103,7 @@ def test_conclusions_are_compared_after_the_last_epoch_and_sweeps_at_the_best(st
     assert "epochs: the notebook" not in shown
 
     trials = storage.get_all_trials(conclusion.id)
-    figure = figures.notebook_comparison(trials, definitions.load("notebook-conclusion"))
+    figure = notebook_figures.notebook_comparison(trials, definitions.load("notebook-conclusion"))
     assert figure is not None
     assert list(figure.data[1].y) == [0.9921] * 3
 

@@ -157,16 +157,18 @@ def test_every_figure_of_the_page_has_data(storage: PatientStorage, digits: str)
     assert [one["id"] for tag, one in page.tags if tag == "figure"] == [
         "learning-curves",
         "dropout",
+        "hyperparameters",
+        "parallel",
         "cost",
         "progress",
     ]
-    assert len(drawn) == 4
+    assert len(drawn) == 6
     for script in drawn:
         start = script.index("[", script.index("Plotly.newPlot("))
         traces, _ = json.JSONDecoder().raw_decode(script[start:])
         assert traces
         assert all(len(trace["x"]) == len(trace["y"]) > 0 for trace in traces)
-    (curves,) = [script for script in drawn if "Loss by epoch" in script]
+    (curves,) = [script for script in drawn if "Loss and accuracy by epoch" in script]
     assert "trial 8, training" in curves
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import func, select
 
 import studies
 from storage import artifacts, attempt_table, claims, database, ledger, owners, retention
-from storage.artifacts import CHECKPOINT, HISTORY, MODEL, SUMMARY
+from storage.artifacts import CHECKPOINT, HISTORY, MISTAKES_PICTURE, MODEL, SUMMARY, WITH_MODEL
 from storage.claims import Claim
 from storage.errors import StorageError, StudyGone
 from storage.ledger import Budget
@@ -57,8 +57,9 @@ def _end(storage: RDBStorage, root: Path, claim: Claim, state: TrialState, value
     _write(root, claim.folder, HISTORY)
     if state == COMPLETE:
         told["model"] = str(claim.folder / MODEL)
-        _write(root, claim.folder, MODEL)
-    claims.finish(storage, claim, state, value, told, [MODEL, HISTORY] if state == COMPLETE else [HISTORY])
+        _write(root, claim.folder, MODEL, *WITH_MODEL)
+    files = [MODEL, HISTORY, MISTAKES_PICTURE] if state == COMPLETE else [HISTORY]
+    claims.finish(storage, claim, state, value, told, files)
 
 
 def _trial(storage: RDBStorage, root: Path, study: str, me: Owner, value: float, keep: int = 2) -> Claim:
@@ -101,7 +102,7 @@ def test_only_the_best_models_and_all_histories_are_kept(
         _trial(storage, root, name, me, value, keep)
     best = sorted(range(len(values)), key=lambda number: (-values[number], number))[:keep]
     assert {int(path.parent.parent.name) for path in root.glob(f"{name}-*/*/*/{MODEL}")} == set(best)
-    assert _offered(storage, name, MODEL) == set(best)
+    assert _offered(storage, name, MODEL) == _offered(storage, name, MISTAKES_PICTURE) == set(best)
     assert _offered(storage, name, HISTORY) == set(range(len(values)))
     histories = {int(path.parent.parent.name) for path in root.glob(f"{name}-*/*/*/{HISTORY}")}
     assert histories == set(range(len(values)))
@@ -245,7 +246,7 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
     reasons = {str(file.path.relative_to(root)): file.why for file in listed}
     assert reasons == {
         **{f"{claim.folder}/{CHECKPOINT}": "the checkpoint of a finished trial" for claim in ended},
-        f"{ended[0].folder}/{MODEL}": "not among the best 2",
+        **{f"{ended[0].folder}/{name}": "not among the best 2" for name in (MODEL, *WITH_MODEL)},
         f"{ended[1].folder}/{TEMPORARY}": "an old temporary file",
         **{f"{ended[1].folder.parent}/2/{name}": "of an attempt that does not count" for name in (MODEL, HISTORY)},
         **{f"{deleted}/{name}": "its study is gone" for name in (MODEL, HISTORY, CHECKPOINT)},
@@ -254,7 +255,7 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
     before = set(_files(root))
     assert _offered(storage, study, MODEL) == {0, 1, 2}
     assert retention.remove(storage, root, 2, listed) == 100 * len(listed)
-    assert _offered(storage, study, MODEL) == {1, 2}
+    assert _offered(storage, study, MODEL) == _offered(storage, study, MISTAKES_PICTURE) == {1, 2}
     assert _offered(storage, study, CHECKPOINT) == {running.number, waiting.number}
     assert _offered(storage, study, HISTORY) == {0, 1, 2}
     assert before - set(_files(root)) == set(reasons)
@@ -387,7 +388,7 @@ def test_delete_removes_the_files_too_and_a_crash_before_leaves_only_files(
         claim = _claim(storage, name, me)
         _end(storage, root, claim, COMPLETE, 0.9)
         _write(root, claim.folder, CHECKPOINT, SUMMARY)
-    assert studies.delete("one") == 400
+    assert studies.delete("one") == 700
     assert studies.names() == ["two"]
     assert {path.split("-")[0] for path in _files(root)} == {"two"}
 
@@ -400,7 +401,7 @@ def test_delete_removes_the_files_too_and_a_crash_before_leaves_only_files(
             studies.delete("two")
     assert registry.names(storage) == []
     left = retention.unneeded(storage, root, 5)
-    assert retention.remove(storage, root, 5, left) == 400
+    assert retention.remove(storage, root, 5, left) == 700
     assert _files(root) == []
 
 
