@@ -1,8 +1,8 @@
 """optuna-dashboard's own pages behind our guard, on storage that remembers finished trials.
 
 The guard (`search.guard`) is in front of the whole application. Two answers are ours. The study that a page polls again
-and again: the package's own work for it grows with the notes of all trials. And the importances of hyperparameters:
-the package shows them also where chance alone would give them.
+and again: the package's own work for it grows with the notes of all trials. In ours the study's attributes have titles
+for people. And the importances of hyperparameters: the package shows them also where chance alone would give them.
 """
 
 import gzip
@@ -49,7 +49,8 @@ from storage.tables import (
     TrialSystemAttributeModel,
 )
 from storage.transactions import PatientStorage, forbid_writing, read
-from studies import importance
+from studies import importance, notes
+from studies.attribute_texts import for_people
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ GZIP_FROM = 2**16  # bytes: below this, compressing costs more than it saves
 DETAIL = ("GET", "/api/studies/<study_id:int>")
 RENAME = ("POST", "/api/studies/<study_id:int>/rename")
 IMPORTANCES = ("GET", "/api/studies/<study_id:int>/param_importances")
+NO_IMPORTANCES = "none: chance could give them"
 PREFERENTIAL = "preference:is_preferential"
 
 # The package keeps each trial's note and old artifacts among the study's attributes, under the trial's id.
@@ -147,7 +149,7 @@ def _refuse_rename(study_id: int) -> NoReturn:
 
 
 class Importances:
-    """The importances that a study's page shows: none unless they are more than chance, as in our report.
+    """The importances that a study's page shows if they are more than chance, as in our report.
 
     The package's own leave pruned trials out, and show shares for any two trials.
     """
@@ -167,6 +169,9 @@ class Importances:
         shares = importance.importances(trials) if importance.is_significant(trials) else {}
         kinds = {name: type(kind).__name__ for trial in trials for name, kind in trial.distributions.items()}
         rows = [{"name": name, "importance": share, "distribution": kinds[name]} for name, share in shares.items()]
+        if not rows and kinds:
+            # The page has no room for a reason but the name of a bar, which here has no length.
+            rows = [{"name": NO_IMPORTANCES, "importance": 0.0, "distribution": next(iter(kinds.values()))}]
         return {"param_importances": [rows]}
 
 
@@ -335,7 +340,7 @@ class StudyDetail:
             study_name=name,
             direction=None,
             directions=directions,
-            user_attrs={key: decoded(value) for key, value in user},
+            user_attrs=for_people({key: decoded(value) for key, value in user}, _found(of_study)),
             system_attrs=of_study,
             study_id=study_id,
         )
@@ -378,6 +383,11 @@ class StudyDetail:
         below = trial.user_attrs.get("model")
         offered = any(artifact["filename"] == artifacts.MODEL for artifact in serialized["artifacts"])
         return artifacts.inside(self._folder, below) if offered else None
+
+
+def _found(system_attrs: dict[str, Any]) -> list[str]:
+    sentences = system_attrs.get(notes.FOUND)
+    return [str(sentence) for sentence in sentences] if isinstance(sentences, list) else []
 
 
 def _best(trials: list[FrozenTrial], direction: StudyDirection) -> list[FrozenTrial]:

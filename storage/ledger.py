@@ -24,6 +24,7 @@ from sqlalchemy.exc import IntegrityError
 
 from storage import attempt_table, attributes, legacy
 from storage.errors import NotOurStudy, StorageError, StudyGone, StudyUnreadable, WrongDirection, trials_text
+from storage.metric import name_metric
 from storage.owners import clock
 from storage.tables import (
     StudyDirectionModel,
@@ -181,6 +182,7 @@ def create_study(
                 insert_waiting(connection, study_id, number, point)
         else:
             accept(stored, attributes.of_study(connection, study_id, "data") or {})
+        name_metric(connection, study_id, stored or definition)
         if attributes.of_study(connection, study_id, "incarnation") is None:
             _set_attribute(connection, study_id, "incarnation", uuid.uuid4().hex)
         before = budget_of(connection, study_id)

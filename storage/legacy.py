@@ -14,6 +14,7 @@ from storage import attempt_table
 from storage.artifacts import CHECKPOINT
 from storage.attributes import PREFIX, SHAPES, decoded, number
 from storage.errors import trials_text
+from storage.metric import name_metric
 from storage.ranking import is_finite
 from storage.tables import (
     StudyModel,
@@ -62,6 +63,9 @@ def upgrade(connection: Connection) -> list[str]:
                 )
             else:
                 _continue_with_this_version(connection, study_id)
+        definition = decoded(_attribute(connection, study_id, "definition"))
+        if SHAPES["definition"](definition):
+            name_metric(connection, study_id, definition)
         unscored = _unscored(connection, study_id)
         if unscored:
             _fail(connection, list(unscored))
@@ -236,6 +240,13 @@ def _scored_as_before(definition: dict[str, Any]) -> dict[str, Any]:
         fixed.get("depth") == 3 and not fixed.get("batch_norm") and "batch_norm" not in definition.get("space", {})
     )
     return definition if no_averages else definition | {"fixed": fixed | {"batch_norm_averages": "keras"}}
+
+
+def _attribute(connection: Connection, study_id: int, name: str) -> str | None:
+    stored = StudyUserAttributeModel
+    query = select(stored.value_json).where(stored.study_id == study_id, stored.key == PREFIX + name)
+    value_json: str | None = connection.execute(query).scalar()
+    return value_json
 
 
 def _ours(connection: Connection) -> list[tuple[int, str]]:

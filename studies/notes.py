@@ -40,6 +40,7 @@ BEST_WITH_NOTE, LATEST_WITH_NOTE = 50, 250  # trials
 FIGURES = ("confirmed", "learning-curves", "confusion", "classes", "dropout", "cost", "progress", "notebook")
 # Databases have this text. Changing it would make the notes of earlier versions look like a user's own.
 MARK = "*Written by Trialyard, and anew as trials end: what you write above this line stays.*"
+FOUND = "trialyard:found"  # system attribute: what was found, a sentence each
 STATE = "trialyard:published"  # system attribute: what was published last, and when
 
 
@@ -101,6 +102,7 @@ def publish(
         changes = _changes(stored, wanted, keep=by_note_key)
         now = _published_at(connection)
         spent = round(time.monotonic() - began, 3)
+        changes[FOUND] = [*content.findings.best]
         changes[STATE] = asdict(_Published(at=now, finished=finished, state=study.state, seconds=spent))
         _apply(connection, study.id, changes)
         return True

@@ -24,6 +24,7 @@ from storage.attempt_table import Attempt, durations, of_trial, started_outside
 from storage.claims import RunningTrial
 from storage.errors import many, trials_text
 from storage.ledger import Study
+from storage.metric import judged_on
 from storage.ranking import is_scored, rank_key, ranked
 from storage.slots import SlotStatus, present
 from storage.tables import TrialModel, TrialParamModel, TrialUserAttributeModel
@@ -431,7 +432,7 @@ def status_of(study: Study, storage: RDBStorage) -> Status:
 def _protocol(definition: Mapping[str, Any]) -> str:
     if definition.get("confirm") is not None:
         return "confirmation"
-    return "test" if definition["data"]["validation"] == "test" else "validation"
+    return judged_on(definition)
 
 
 def _outside(storage: RDBStorage, study: Study) -> tuple[int, ...]:

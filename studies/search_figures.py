@@ -36,14 +36,16 @@ def learning_curves(curves: Sequence[Curve], definition: Definition) -> go.Figur
             ("training", "validation"), ("solid", "dash"), losses, accuracies, strict=True
         ):
             name = f"trial {curve.number}, {drawing.images(kind, definition)}"
-            figure.add_trace(drawing.line(curve, name, loss, index, dash), 1, 1)
+            # The title says what a dashed line is: one name for each trial is enough.
+            figure.add_trace(drawing.line(curve, name, loss, index, dash, show=dash == "solid"), 1, 1)
             figure.add_trace(drawing.line(curve, f"{name}, accuracy", accuracy, index, dash, show=False), 1, 2)
     epochs = drawing.count_axis(max(len(curve.loss) for curve in known))
     figure.update_xaxes(title_text="epoch", **epochs)
     figure.update_yaxes(title_text="mean cross-entropy", col=1)
     figure.update_yaxes(title_text="accuracy", col=2)
-    title = "Loss and accuracy by epoch"
-    return drawing.styled(figure, title if len(known) == 1 else f"{title}, best trials first")
+    order = "" if len(known) == 1 else ", best trials first"
+    dashed = f"<br><sup>dashed: {drawing.images('validation', definition)}</sup>"
+    return drawing.styled(figure, f"Loss and accuracy by epoch{order}{dashed}")
 
 
 def _recorded_accuracies(curves: Sequence[Curve], definition: Definition) -> go.Figure | None:

@@ -32,8 +32,8 @@ from storage import artifacts, claims, database, ledger, retention, settings
 from storage.errors import SettingsError, StorageError
 from storage.owners import Owner
 from storage.transactions import PatientStorage
-from studies import registry
-from studies.definition import Definition, parse
+from studies import notes, registry
+from studies.definition import Definition, parse, to_toml
 
 PASSWORD = "trustno1-Grüße"
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH")
@@ -400,6 +400,8 @@ def _same(ours: Answer, stock: Answer) -> dict[str, Any]:
     for answer in (actual, expected):
         for key in ("union_user_attrs", "plotly_graph_objects"):
             answer.get(key, []).sort(key=str)
+    if "user_attrs" in actual:  # see test_the_attributes_of_a_study_are_for_people
+        del actual["user_attrs"], expected["user_attrs"]
     assert actual == expected
     assert isinstance(actual, dict)
     return actual
@@ -437,6 +439,19 @@ def test_a_study_s_page_is_the_package_s_own(home: Path, place: PatientStorage, 
     assert [trial["number"] for trial in answer["best_trials"]] == [5]
     assert [trial["state"] for trial in answer["trials"]] == ["Waiting"]
     compare(7, 0)
+
+
+def test_the_attributes_of_a_study_are_for_people(home: Path, place: PatientStorage, serve: Callable[..., Any]) -> None:
+    place.set_study_user_attr(1, "team", "vision")
+    place.set_study_system_attr(1, notes.FOUND, ["The best is trial 1.", "Its accuracy is 0.9."])
+    answer = Answer(serve(), "GET", "/api/studies/1").json
+    shown = {attribute["key"]: attribute["value"] for attribute in answer["user_attrs"]}
+    assert next(iter(shown.items())) == ("what was found", "The best is trial 1. Its accuracy is 0.9.")
+    assert shown["definition (TOML)"] == to_toml(parse(TRIVIAL))
+    assert shown["budget"] == "5 trials"
+    assert shown["team"] == "vision"
+    assert not any(key.startswith("trialyard:") for key in shown)
+    assert answer["objective_names"] == ["validation accuracy"]
 
 
 def test_a_study_of_another_kind_is_answered_by_the_package(
@@ -703,8 +718,10 @@ def test_importances_are_shown_only_if_they_are_more_than_chance(
             claims.finish(place, claim, state, value, {})
 
     app, path = serve(), f"/api/studies/{study.id}/param_importances"
+    assert Answer(app, "GET", path).json == {"param_importances": [[]]}  # there is no trial
     run(2, 0.0)
-    assert Answer(app, "GET", path).json == {"param_importances": [[]]}
+    ((row,),) = Answer(app, "GET", path).json["param_importances"]
+    assert (row["name"], row["importance"]) == (dashboard.NO_IMPORTANCES, 0.0)
     run(30, 0.5)
     (shares,) = Answer(app, "GET", path).json["param_importances"]
     assert [(share["name"], share["distribution"]) for share in shares] == [("dropout", "FloatDistribution")]
