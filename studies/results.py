@@ -32,6 +32,7 @@ from storage.transactions import read
 from studies import registry
 from studies.errors import StudyError
 from studies.registry import StorageLike
+from studies.rows import Leaderboard
 from studies.wording import one_line
 
 if TYPE_CHECKING:
@@ -215,12 +216,14 @@ def best_model(name: str, storage: StorageLike = None, *, trial: int | None = No
     this number.
 
     It takes images of (n, height, width, channels) on the scale 0 to 255, and gives class probabilities of
-    (n, classes), float32. On a processor they are the same, to the bit, as at the end of the training. The model is not
-    compiled.
+    (n, classes), float32. On a processor they are the same, to the bit, as at the end of the training. The model is
+    compiled, so that ``model.evaluate(images, labels)`` gives its loss and accuracy; the labels are class numbers.
 
     >>> model = studies.best_model("digits")
     >>> model.predict(np.zeros((5, 28, 28, 1)), verbose=0).shape
     (5, 10)
+    >>> len(model.evaluate(np.zeros((5, 28, 28, 1)), np.arange(5), verbose=0))  # loss and accuracy
+    2
 
     It imports Keras. If the study's model is a user's own function, the function's module is imported first, so that
     Keras knows the layers that the module registers.
@@ -239,7 +242,7 @@ def best_model(name: str, storage: StorageLike = None, *, trial: int | None = No
         with contextlib.suppress(ImportError):  # a model of Keras's own layers does not need the module
             importlib.import_module(function.partition(":")[0])
     try:
-        return keras.models.load_model(path, compile=False)
+        return _compiled(keras.models.load_model(path, compile=False), path)
     except (TypeError, ValueError, OSError, ImportError, AttributeError, KeyError, zipfile.BadZipFile) as error:
         raise StudyError(
             f"the model of trial {chosen.number} of study {name!r}, {path}, cannot be loaded "
@@ -259,6 +262,19 @@ def class_names(name: str, storage: StorageLike = None) -> list[str] | None:
     """
     names = registry.find(name, registry.storage_of(storage)).data.get("class_names")
     return [str(each) for each in names] if isinstance(names, list) else None
+
+
+def _compiled(model: "keras.Model", path: Path) -> "keras.Model":
+    """The model of the file `path`, compiled for images and class numbers, as data sets have them."""
+    import keras
+
+    with zipfile.ZipFile(path) as archive:
+        loss = (json.loads(archive.read("config.json")).get("compile_config") or {}).get("loss")
+    options = loss.get("config") if isinstance(loss, dict) else None
+    from_logits = isinstance(options, dict) and options.get("from_logits") is True
+    loss_of_numbers = keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits)
+    model.compile("adam", loss_of_numbers, metrics=["accuracy"])
+    return model
 
 
 def file_of(study: Study, trial: FrozenTrial, artifact: Literal["model", "history"], storage: RDBStorage) -> Path:
@@ -315,7 +331,7 @@ def no_trial_text(study: Study, number: int) -> str:
     )
 
 
-def leaderboard(name: str, storage: StorageLike = None, top: int | None = None) -> list[Row]:
+def leaderboard(name: str, storage: StorageLike = None, top: int | None = None) -> Leaderboard:
     """The complete and feasible trials of study `name`, best first; only the first `top` if it is given.
 
     >>> for row in studies.leaderboard("digits"):
@@ -327,7 +343,7 @@ def leaderboard(name: str, storage: StorageLike = None, top: int | None = None) 
     """
     opened = registry.storage_of(storage)
     study = registry.find(name, opened)
-    return read(opened, lambda connection: _rows(connection, study.id, top))
+    return Leaderboard(read(opened, lambda connection: _rows(connection, study.id, top)))
 
 
 def _rows(connection: Connection, study_id: int, top: int | None) -> list[Row]:

@@ -90,10 +90,9 @@ def head(content: "Content") -> str:
 def sections(content: "Content") -> list[Section]:
     """What follows the head, in its order."""
     definition, found = content.definition, content.findings
-    titles, cells = table(content.rows[:SHOWN_ROWS])
     left_out = len(content.rows) - SHOWN_ROWS
-    leaderboard = [_rows(titles, cells, right=True) if cells else "No trial is complete."]
-    leaderboard += [f"{left_out:,} more are in `trialyard leaderboard`."] if left_out > 0 else []
+    ranking = [leaderboard(content.rows[:SHOWN_ROWS])]
+    ranking += [f"{left_out:,} more are in `trialyard leaderboard`."] if left_out > 0 else []
     searched = [[name, text] for name, text in findings.ranges(definition).items()]
     searched += [[name, f"fixed: {findings.value_text(value)}"] for name, value in definition.fixed.items()]
     environment = [[key, value] for key, value in content.environment.items()]
@@ -115,7 +114,7 @@ def sections(content: "Content") -> list[Section]:
             title="What cannot be concluded",
             body=_bullets(found.cautions) or "There are no cautions.",
         ),
-        Section(name="leaderboard", title="Leaderboard", body=_paragraphs(leaderboard)),
+        Section(name="leaderboard", title="Leaderboard", body=_paragraphs(ranking)),
         Section(name="failures", title="Failures", body=_bullets(content.failures)),
         Section(name="searched", title="Searched and fixed", body=_rows(["hyperparameter", "values"], searched)),
         Section(name="definition", title="Definition", body=fenced(to_toml(definition).rstrip(), "toml")),
@@ -306,6 +305,12 @@ def table(rows: "Sequence[Row]") -> tuple[list[str], list[list[str]]]:
     ]
     known = [column for column in range(len(titles)) if any(row[column] for row in cells)]
     return [titles[column] for column in known], [[row[column] for column in known] for row in cells]
+
+
+def leaderboard(rows: "Sequence[Row]") -> str:
+    """The leaderboard as a Markdown table, or a sentence if it is empty."""
+    titles, cells = table(rows)
+    return _rows(titles, cells, right=True) if cells else "No trial is complete."
 
 
 def trial_note(

@@ -147,6 +147,20 @@ def test_a_user_s_own_layers_are_loaded_from_their_module(
         studies.best_model("mine")
 
 
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_the_model_can_be_evaluated_with_class_numbers(place: RDBStorage, from_logits: bool) -> None:
+    """However its function compiled it, and with the loss that fits its outputs."""
+    folder = _ended(place, "mine", {"model": "model.keras"})
+    folder.mkdir(parents=True)
+    activation = None if from_logits else "softmax"
+    net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, activation)])
+    net.compile("adam", keras.losses.CategoricalCrossentropy(from_logits=from_logits), metrics=["accuracy"])
+    images, labels = np.random.default_rng(0).random((6, 4), np.float32), np.array([0, 1, 2, 0, 1, 2])
+    wanted = net.evaluate(images, np.eye(3)[labels], verbose=0)
+    net.save(folder / "model.keras")
+    assert studies.best_model("mine").evaluate(images, labels, verbose=0) == pytest.approx(wanted, abs=1e-6)
+
+
 def test_a_damaged_file_is_one_sentence(place: RDBStorage) -> None:
     folder = _ended(place, "mine", {"model": "model.keras"})
     folder.mkdir(parents=True)
