@@ -24,7 +24,7 @@ def init(
         Path | None, typer.Option("--from-script", metavar="FILE", help="A Keras script with a function `build`.")
     ] = None,
 ) -> None:
-    """Write a definition to start from; asks for the data and the model in a terminal."""
+    """Write a definition to start from."""
     from search import service
     from search.terminal import say
     from studies.errors import DefinitionError
@@ -47,7 +47,7 @@ def catalog(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one, to start from.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the ready definitions, one line each; or print one of them."""
+    """List the ready definitions, or print one."""
     from search import service
     from search.terminal import print_json, say
     from studies import definition as definitions
