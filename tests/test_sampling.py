@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,13 @@ class Searched:
 
 
 @pytest.fixture
-def searched(tmp_path: Path, me: Owner) -> Iterable[Any]:
+def searched(tmp_path: Path, sqlite_template: Path, me: Owner) -> Iterable[Any]:
     """Makes studies, each in a database of its own."""
     made: list[RDBStorage] = []
 
     def make(definition: Definition) -> Searched:
-        made.append(database.create(f"sqlite:///{tmp_path}/{len(made)}.db"))
+        path = shutil.copy(sqlite_template, tmp_path / f"{len(made)}.db")
+        made.append(database.connect(f"sqlite:///{path}"))
         return Searched(made[-1], definition, me)
 
     yield make
