@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
 
@@ -289,10 +290,17 @@ def display(
     for line in lines:
         shown.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    if not shown.is_terminal:
+    if not _can_redraw(shown):
         return [Lines(shown, ask)]
     names = None if studies is None else [study.name for study in studies]
     return [LiveTable(shown, names, [slot.name for slot in slots], ask)]
+
+
+def _can_redraw(console: Console) -> bool:
+    """Whether rich's live display works there: in a terminal with a cursor, and in Jupyter with its widgets."""
+    if console.is_jupyter:
+        return find_spec("ipywidgets") is not None
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def _estimate(status: Status, slots: int) -> list[str]:

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -21,6 +22,7 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 
 from search import progress
+from search.devices import Slot, cpu
 from search.messages import Batches, Epoch
 from search.pace import Mark, Running, study_seconds_left
 from search.progress import Lines, LiveTable, ending
@@ -162,6 +164,30 @@ def test_the_time_left_follows_from_the_pace(
     status = dataclasses.replace(results.status(study, storage), budget=10, complete=2, trial_seconds=trial_seconds)
     assert study_seconds_left(status, running, slots, now=1000.0) == expected
     assert study_seconds_left(dataclasses.replace(status, budget=2), running, slots, now=1000.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "widgets", "kind"),
+    [
+        ({"force_terminal": True, "_environ": {"TERM": "xterm"}}, False, LiveTable),
+        ({"force_terminal": True, "_environ": {"TERM": "dumb"}}, False, Lines),  # it cannot move its cursor
+        ({"force_terminal": False}, False, Lines),
+        ({"force_jupyter": True}, True, LiveTable),
+        ({"force_jupyter": True}, False, Lines),
+    ],
+)
+def test_who_cannot_redraw_a_table_gets_lines(
+    storage: RDBStorage,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    widgets: bool,
+    kind: type[progress.Listener],
+) -> None:
+    monkeypatch.setattr(progress, "find_spec", lambda name: name if widgets else None)
+    console = Console(file=io.StringIO(), **options)
+    monkeypatch.setattr(console, "print", lambda *given, **more: None)
+    (listener,) = progress.display(None, storage, [Slot(device=cpu())], console)
+    assert type(listener) is kind
 
 
 def test_an_estimate_comes_first_where_earlier_trials_give_one(storage: RDBStorage, claim: Claim) -> None:
