@@ -104,7 +104,7 @@ def export(
         (draft / "definition.toml").write_text(definitions.to_toml(definition), encoding="utf-8")
         record = encoded(_record(study, chosen, definition), indent=2)
         (draft / "trial.json").write_text(record + "\n", encoding="utf-8")
-        readme = _readme(study, chosen, definition, format, shape)
+        readme = _readme(name, chosen, definition, format, shape, study.data.get("class_names"))
         (draft / "README.md").write_text(readme, encoding="utf-8")
         if format is not None:
             _convert(draft / MODEL, format, draft / FILES[format], definition, shape)
@@ -154,21 +154,26 @@ def _record(study: Study, trial: FrozenTrial, definition: Definition) -> dict[st
 
 
 def _readme(
-    study: Study, trial: FrozenTrial, definition: Definition, format: Format | None, shape: list[int] | None
+    name: str,
+    trial: FrozenTrial,
+    definition: Definition,
+    format: Format | None,
+    shape: list[int] | None,
+    class_names: Any = None,
 ) -> str:
     more = "" if format is None else f"- `{FILES[format]}`: the same model for {format}\n"
     from_files = shape is not None and is_folder(definition.dataset)
     # A subclassed model does not know the shape of its images.
     zeros = "(1, *model.input_shape[1:])" if shape is None else str((1, *shape))
     return README.format(
-        study=study.name,
+        study=name,
         number=trial.number,
         judged="validation" if trial.user_attrs.get("protocol", "validation") == "validation" else "test",
         value=trial.values[0],
         module=f"import {definition.model.partition(':')[0]}\n" if ":" in definition.model else "",
         library="tensorflow as tf" if from_files else "numpy as np",
         images=_images(definition, shape) if from_files else f"images = np.zeros({zeros})  # yours",
-        answer=_answer(study.data.get("class_names")),
+        answer=_answer(class_names),
         more=more + (OWN_MODEL.format(model=definition.model) if ":" in definition.model else ""),
     )
 

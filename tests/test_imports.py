@@ -102,6 +102,8 @@ def test_a_command_without_figures_imports_no_plotly(home: Path) -> None:
     "command",
     [
         ["catalog"],
+        ["catalog", "digits"],
+        ["init", "--data", "digits"],
         ["check", "digits"],
         ["create", "digits"],
         ["status"],
