@@ -12,7 +12,7 @@ from conftest import TRIVIAL, attempts_at
 from optuna.trial import TrialState
 
 from search import checks
-from storage import attempt_table, attributes, claims, database, ledger, legacy, promises
+from storage import attempt_table, attributes, claims, database, ledger, legacy, metric, promises
 from storage.errors import StorageError
 from storage.owners import Owner
 from storage.tables import TrialHeartbeatModel, TrialValueModel, set_trial_attributes, update_trial, value_row
@@ -90,8 +90,9 @@ def test_check_finds_scores_that_are_not_finite_and_upgrade_repairs_them(
 
 
 def _make_old(storage: PatientStorage, name: str) -> None:
-    """Names the attributes of a study as the older version did."""
+    """Names the attributes of a study as the older version did, and its metric not at all."""
     with storage.engine.begin() as connection:
+        connection.execute(sqlalchemy.text(f"DELETE FROM study_system_attributes WHERE key = '{metric.KEY}'"))
         connection.execute(
             sqlalchemy.text(
                 "UPDATE study_user_attributes "
@@ -159,6 +160,7 @@ def test_upgrade_gives_the_attributes_of_older_studies_their_prefix(
     assert set(after) - set(kept) == {"trialyard:incarnation", "trialyard:software"}
     assert after["trialyard:software"] == {"keras": "3.15", "trialyard": checks.software()["trialyard"]}
     assert len(after["trialyard:incarnation"]) == 32
+    assert registry.open(old, storage).metric_names == ["validation accuracy"]
     assert registry.names(storage) == [old]
     assert promises.check(storage) == []
     assert not registry.create(trivial, storage, DATA).changed
