@@ -393,6 +393,8 @@ Call = Callable[..., Result]
 Process = subprocess.Popen[str] | Forked
 Command = Callable[..., Any]  # a Process
 COMMAND = [sys.executable, "-m", "search.cli"]
+NEW_TRAINER = trainer.launch
+ENVIRONMENT = dict(os.environ)  # no test has changed it yet
 SECONDS = 240  # that a command may take
 # A command as if on another machine, for `start`: nobody here can see whether its process lives.
 ELSEWHERE = ("-c", "import search.cli, storage.owners as o; o._machine = lambda: 'another'; search.cli.main()")
@@ -401,7 +403,7 @@ ELSEWHERE = ("-c", "import search.cli, storage.owners as o; o._machine = lambda:
 @pytest.fixture(scope="session")
 def warm() -> Iterator[Warm]:
     """A process that has imported Keras, to fork commands from."""
-    process = Warm()
+    process = Warm(ENVIRONMENT)
     yield process
     process.close()
 
@@ -417,23 +419,27 @@ def command(warm: Warm) -> Callable[..., str]:
     return run
 
 
-@pytest.fixture
-def warm_trainers(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def warm_trainers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainer processes that the test itself starts are forks, see `warm`, unless its environment needs new ones."""
-    launch = trainer.launch
 
     def fork(slot: Slot, descriptor: int, output: IO[bytes]) -> Any:
+        warm: Warm = request.getfixturevalue("warm")
         if not warm.fits(os.environ):
-            return launch(slot, descriptor, output)
+            return NEW_TRAINER(slot, descriptor, output)
         return warm.start_trainer(Path.cwd(), trainer.environment(slot), descriptor, output.fileno())
 
     monkeypatch.setattr(trainer, "launch", fork)
 
 
 @pytest.fixture
-def trialyard(
-    home: Path, warm_trainers: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Call]:
+def new_trainers(warm_trainers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer processes are new ones: for tests of what is imported, and with which environment."""
+    monkeypatch.setattr(trainer, "launch", NEW_TRAINER)
+
+
+@pytest.fixture
+def trialyard(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
     """Runs the command here: exit code, standard output, standard error."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -31,8 +31,8 @@ SLOT = Slot(device=cpu(), threads=1)
 
 
 @pytest.fixture
-def trainer(tmp_path: Path, warm_trainers: None) -> Iterator[Trainer]:
-    """A slot's trainer, not yet started. Its process is a fork; a test of imports and pinning needs a new one."""
+def trainer(tmp_path: Path) -> Iterator[Trainer]:
+    """A slot's trainer, not yet started."""
     with Trainer(SLOT, tmp_path / "logs" / "trainer.log") as made:
         yield made
 
@@ -207,6 +207,7 @@ def build(hyperparameters, image_shape, classes):
 """
 
 
+@pytest.mark.usefixtures("new_trainers")
 def test_modules_of_the_working_folder_are_used_but_never_instead_of_ours_or_python_s(
     job: Make, home: Path, tmp_path: Path
 ) -> None:
@@ -250,6 +251,7 @@ def build(hyperparameters, image_shape, classes):
 """
 
 
+@pytest.mark.usefixtures("new_trainers")
 def test_a_trainer_is_pinned_before_its_framework_starts(
     job: Make, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +266,7 @@ def test_a_trainer_is_pinned_before_its_framework_starts(
     assert "seen: (3, 3, '-1', None)" in failed.message
 
 
+@pytest.mark.usefixtures("new_trainers")
 def test_a_gpu_that_the_framework_does_not_see_is_an_error(job: Make, tmp_path: Path) -> None:
     slot = Slot(device=Device(kind="gpu", name="A100", index=77, capability=(8, 0)))  # there is no such card
     with Trainer(slot, tmp_path / "log") as trainer:
@@ -422,7 +425,7 @@ def build(hyperparameters, image_shape, classes):
 
 
 @pytest.mark.long
-def test_a_trainer_that_grows_is_replaced(job: Make, home: Path, tmp_path: Path, warm_trainers: None) -> None:
+def test_a_trainer_that_grows_is_replaced(job: Make, home: Path, tmp_path: Path) -> None:
     (home / "mine.py").write_text(GROWING, encoding="utf-8")
     definition = job(epochs=1).definition.model_copy(update={"model": "mine:build"})
     pids = []
@@ -477,9 +480,7 @@ def test_a_stop_that_keeps_leaves_a_checkpoint_to_continue_from(trainer: Trainer
 
 
 @pytest.mark.long
-def test_a_checkpoint_of_an_own_model_is_taken_in_another_process(
-    job: Make, home: Path, tmp_path: Path, warm_trainers: None
-) -> None:
+def test_a_checkpoint_of_an_own_model_is_taken_in_another_process(job: Make, home: Path, tmp_path: Path) -> None:
     """Its identity has a digest of the module, which a process's first job has not imported yet."""
     text = (
         "import keras\ndef build(hyperparameters, image_shape, classes):\n"

@@ -35,13 +35,13 @@ def _read_at_import(variables: Mapping[str, str]) -> dict[str, str]:
 class Warm:
     """The process that has imported everything; commands are its forks."""
 
-    def __init__(self) -> None:
-        self._imported_with = _read_at_import(os.environ)
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._imported_with = _read_at_import(variables)
         ours, theirs = socket.socketpair()
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": str(Path(__file__).parents[1])},
+            env=dict(variables) | {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": str(Path(__file__).parents[1])},
         )
         theirs.close()
         self._socket, self._connection = ours, Connection(os.dup(ours.fileno()))
