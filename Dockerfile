@@ -33,6 +33,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY storage storage
 COPY studies studies
 COPY search search
+COPY trialyard trialyard
 RUN pip install --no-deps --no-build-isolation .
 USER 1000:1000
 WORKDIR /yard
@@ -42,6 +43,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY storage storage
 COPY studies studies
 COPY search search
+COPY trialyard trialyard
 RUN pip install --no-deps --no-build-isolation .
 USER 1000:1000
 WORKDIR /yard

@@ -22,6 +22,7 @@ from search import idx, image_folder, streams
 from search.errors import DataError, MachineError
 from search.images import Array, Images, chosen, mapped
 from studies.definition import Data
+from studies.model_rules import STORED_FUNCTION
 from studies.sources import is_folder, is_function
 
 DOWNLOAD_SECONDS = 600
@@ -327,12 +328,18 @@ def import_function(name: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module_name), function_name)
     except (Exception, SystemExit) as error:  # importing runs a user's code
         raise MachineError(
-            f"{name} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}): is the module in "
-            "this folder, on PYTHONPATH or installed, and the function in it?"
+            f"{name} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}): "
+            f"{_where_to_look(module_name)}"
         ) from error
     if not callable(function):
         raise MachineError(f"{name} is of type {type(function).__name__}, not a function: give the name of a function")
     return function  # type: ignore[no-any-return]
+
+
+def _where_to_look(module: str) -> str:
+    if module.startswith(STORED_FUNCTION):
+        return "it is a stored function, so copy the folder `functions` of the artifacts folder from where it was made"
+    return "is the module in this folder, on PYTHONPATH or installed, and the function in it?"
 
 
 def _download(name: str, folder: Path) -> Path:

@@ -14,6 +14,7 @@ SCHEDULES = ("constant", "cosine", "one_cycle")  # of the learning rate
 WITH_WARMUP = ("constant", "cosine")  # the schedules that take `warmup_epochs`; one_cycle has a warm-up of its own
 AVERAGES = ("corrected", "keras")  # which moving averages of batch normalisation a model is judged with
 DEPTHS = (3, 5, 7)
+STORED_FUNCTION = "trialyard.functions."  # how the module of a function begins that was stored from a notebook
 # Networks of keras.applications that bring their preprocessing, or take images from -1 to 1.
 BACKBONES = (
     *("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"),

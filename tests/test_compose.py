@@ -162,7 +162,7 @@ def test_a_change_of_the_code_installs_no_package_again(target: str, lock: str) 
     install = steps.index(("RUN", f"pip install --require-hashes --requirement {lock}"))
     assert [sources for at, sources in copies if at < install] == [[lock]]
     after = {source for at, sources in copies if at > install for source in sources}
-    assert after == {"pyproject.toml", "README.md", "LICENSE", "search", "studies", "storage"}
+    assert after == {"pyproject.toml", "README.md", "LICENSE", "trialyard", "search", "studies", "storage"}
 
 
 def test_only_what_is_copied_can_enter_an_image(tmp_path: Path) -> None:

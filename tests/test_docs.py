@@ -160,10 +160,21 @@ def test_every_sampler_and_pruner_is_explained() -> None:
 @pytest.mark.parametrize("text", _blocks("python"))
 def test_python_that_is_shown_uses_what_exists(text: str) -> None:
     import studies
+    import trialyard
 
+    packages = {"studies": studies, "ty": trialyard}
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "studies":
-            assert hasattr(studies, node.attr), node.attr
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in packages:
+            assert hasattr(packages[node.value.id], node.attr), node.attr
+
+
+def test_the_search_from_python_is_explained() -> None:
+    import trialyard
+
+    for name in {"Result", "TrialyardError", "log", "search"} | {
+        name for name in dir(trialyard.Result) if name[0] != "_"
+    }:
+        assert f"`{name}" in PAGES["docs/python.md"] or f"`ty.{name}" in PAGES["docs/python.md"], name
 
 
 def test_every_function_of_the_package_is_explained() -> None:
@@ -260,7 +271,7 @@ def test_the_pictures_screen_shows_what_a_terminal_shows() -> None:
 
 
 # What a code span of a page may name: a file or folder, and perhaps a function, a class or a test in it.
-NAMED = re.compile(r"`((?:search|studies|storage|tests|bench|deploy|docs)/[\w./-]*)(?:::(\w+))?`")
+NAMED = re.compile(r"`((?:trialyard|search|studies|storage|tests|bench|deploy|docs|examples)/[\w./-]*)(?:::(\w+))?`")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of `studies` are correct: each runs with a study that was really trained."""
+"""The examples in the docstrings of `studies` and `trialyard` are correct: each runs with a study that was trained."""
 
 import doctest
 import os
@@ -10,6 +10,7 @@ import pytest
 from conftest import Command
 
 import studies
+import trialyard
 
 FUNCTIONS = [name for name in studies.__all__ if callable(getattr(studies, name)) and name[0].islower()]
 
@@ -25,12 +26,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
 
 
 def _examples(name: str) -> list[doctest.DocTest]:
-    names = {"studies": studies, "np": np, "os": os}
-    target = studies if name == "studies" else getattr(studies, name)
+    names = {"studies": studies, "ty": trialyard, "np": np, "os": os}
+    packages = {"studies": studies, "trialyard": trialyard}
+    target = packages[name] if name in packages else getattr(trialyard, name)
     return doctest.DocTestFinder(recurse=False).find(target, name, module=False, globs=names)
 
 
-@pytest.mark.parametrize("name", ["studies", *FUNCTIONS])
+@pytest.mark.parametrize("name", ["studies", "trialyard", "search", *FUNCTIONS])
 def test_the_example_gives_what_it_says(name: str, trained: Path, home: Path, command: Command) -> None:
     shutil.copytree(trained / "yard", home / "yard")
     if name == "confirmed":

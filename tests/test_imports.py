@@ -1,4 +1,4 @@
-"""search -> studies -> storage: imports go one way, and no command imports Keras."""
+"""trialyard -> search -> studies -> storage: imports go one way, and no command imports Keras."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("search", "studies", "storage")  # each may import those after it
+PACKAGES = ("trialyard", "search", "studies", "storage")  # each may import those after it
 HEAVY = ("tensorflow", "keras", "jax", "torch")
 
 
@@ -82,8 +82,9 @@ def _loaded_by(code: str, folder: Path) -> list[str]:
     return packages
 
 
-def test_importing_studies_imports_no_keras(tmp_path: Path) -> None:
-    assert _loaded_by("import studies", tmp_path) == []
+@pytest.mark.parametrize("module", ["studies", "trialyard"])
+def test_importing_a_package_imports_no_keras(module: str, tmp_path: Path) -> None:
+    assert _loaded_by(f"import {module}", tmp_path) == []
 
 
 def test_a_command_without_figures_imports_no_plotly(home: Path) -> None:

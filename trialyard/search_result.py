@@ -1,0 +1,53 @@
+"""The result of a search: its best trial and model, and what a notebook shows of it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from optuna.trial import FrozenTrial
+
+from studies import content, findings, results, text
+from studies.rows import Leaderboard, html
+
+if TYPE_CHECKING:
+    import keras
+
+SECTIONS = ("found", "difference", "cautions", "failures")  # of the report, that a notebook shows
+ROWS = 10  # of the leaderboard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The result of a study, read from the database whenever it is asked for. A notebook draws it."""
+
+    name: str  # of the study
+    storage: str | None = None  # the database's URL; None: that of the settings
+
+    @property
+    def best_trial(self) -> FrozenTrial:
+        """As `best_trial` of this study. Raises StudyError."""
+        return results.best_trial(self.name, self.storage)
+
+    def best_model(self) -> "keras.Model":
+        """As `best_model` of this study: the trained model, compiled. Raises StudyError."""
+        return results.best_model(self.name, self.storage)
+
+    def leaderboard(self, top: int | None = None) -> Leaderboard:
+        """As `leaderboard` of this study. Raises StudyError."""
+        return results.leaderboard(self.name, self.storage, top)
+
+    def __str__(self) -> str:
+        best, status = self.best_trial, results.status(self.name, self.storage)
+        return (
+            f"{self.name}: {status.finished} of {status.budget} trials, the best is trial {best.number} with the "
+            f"{status.protocol} accuracy {best.values[0]:.4f}: {findings.params_text(best.params)}"
+        )
+
+    def _repr_html_(self) -> str:
+        found = content.collect(self.name, self.storage)
+        parts = [f"### {text.escaped(self.name)}", text.head(found), text.leaderboard(found.rows[:ROWS])]
+        if len(found.rows) > ROWS:
+            parts.append(f"{len(found.rows) - ROWS:,} more are in `leaderboard()`.")
+        for section in text.sections(found):
+            if section.name in SECTIONS:
+                parts += [f"#### {section.title}", section.body]
+        return html("\n\n".join(parts))
