@@ -22,6 +22,7 @@ from studies import definition as definitions
 from studies import registry, results
 from studies.definition import Definition
 from studies.errors import StudyError
+from studies.model_rules import STORED_FUNCTION
 from studies.registry import StorageLike
 from studies.sources import is_folder
 
@@ -60,6 +61,11 @@ probabilities = model.predict(images)
 
 OWN_MODEL = """
 The module of `{model}`, which may have layers of your own, must be importable: copy it to this folder.
+"""
+
+STORED_MODEL = """
+The function that built the model was stored from a notebook or a script. If the model has layers of your own, define
+and register their classes under the same names before you load it.
 """
 
 
@@ -165,16 +171,17 @@ def _readme(
     from_files = shape is not None and is_folder(definition.dataset)
     # A subclassed model does not know the shape of its images.
     zeros = "(1, *model.input_shape[1:])" if shape is None else str((1, *shape))
+    import_line, about_own_model = _about_own_model(definition.model)
     return README.format(
         study=name,
         number=trial.number,
         judged="validation" if trial.user_attrs.get("protocol", "validation") == "validation" else "test",
         value=trial.values[0],
-        module=f"import {definition.model.partition(':')[0]}\n" if ":" in definition.model else "",
+        module=import_line,
         library="tensorflow as tf" if from_files else "numpy as np",
         images=_images(definition, shape) if from_files else f"images = np.zeros({zeros})  # yours",
         answer=_answer(class_names),
-        more=more + (OWN_MODEL.format(model=definition.model) if ":" in definition.model else ""),
+        more=more + about_own_model,
     )
 
 
@@ -193,6 +200,15 @@ def _answer(class_names: Any) -> str:
     if not isinstance(class_names, list):
         return "print(probabilities.argmax(axis=1))"
     return f"classes = {class_names!r}\nprint([classes[index] for index in probabilities.argmax(axis=1)])"
+
+
+def _about_own_model(model: str) -> tuple[str, str]:
+    """What the README says of a user's own function: a line of code that imports its module, and a paragraph."""
+    if ":" not in model:
+        return "", ""
+    if model.startswith(STORED_FUNCTION):
+        return "", STORED_MODEL
+    return f"import {model.partition(':')[0]}\n", OWN_MODEL.format(model=model)
 
 
 def _convert(model: Path, format: Format, target: Path, definition: Definition, shape: list[int] | None) -> None:

@@ -242,6 +242,13 @@ def test_a_subclassed_model_is_converted_and_the_readme_loads_it(
     assert re.fullmatch(r"\[\d\]", result.stdout.splitlines()[-1])
 
 
+def test_the_readme_of_a_notebook_s_model_imports_no_trialyard(trivial: Definition) -> None:
+    stored = trivial.model_copy(update={"model": "trialyard.functions.build_0:build_0"})
+    readme = exports._readme("own", create_trial(value=0.5), stored, None, [8, 8, 1])
+    assert "import trialyard" not in readme
+    assert "define and register their classes under the same names" in " ".join(readme.split())
+
+
 def test_a_written_model_that_gives_other_probabilities_is_refused(
     saved: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
