@@ -307,12 +307,12 @@ def _from_function(name: str) -> _Arrays:
 
 
 def _from_streams(name: str, train: Any, test: Any = None) -> _Arrays:
-    x_train, y_train = streams.arrays(train, f"{name}: the training data")
-    read = {"x_train": lambda: x_train, "y_train": lambda: y_train}
+    # Each is read once, when it is asked for.
+    of_train = cache(lambda: streams.arrays(train, f"{name}: the training data"))
+    read = {"x_train": lambda: of_train()[0], "y_train": lambda: of_train()[1]}
     if test is not None:
-        # Read only for a confirmation, and then once.
-        pair = cache(lambda: streams.arrays(test, f"{name}: the test data"))
-        read |= {"x_test": lambda: pair()[0], "y_test": lambda: pair()[1]}
+        of_test = cache(lambda: streams.arrays(test, f"{name}: the test data"))
+        read |= {"x_test": lambda: of_test()[0], "y_test": lambda: of_test()[1]}
     names = getattr(train, "class_names", None)
     return read if names is None else {**read, "class_names": lambda: np.array(names)}
 

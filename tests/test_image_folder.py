@@ -125,11 +125,11 @@ def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
 
 def test_a_large_image_is_smoothed_before_it_is_made_small(tmp_path: Path) -> None:
     stripes = np.zeros((64, 64, 1), np.uint8)
-    stripes[:, ::2] = 255
+    stripes[:, 3::8] = stripes[:, 4::8] = 255  # the two columns that plain interpolation would take alone
     for name in ("a", "b"):
         write_png(tmp_path / name / "stripes.png", stripes)
     small = _convert(tmp_path, Data(size=(8, 8)))["x_train"]
-    assert abs(small[:, 2:6, 2:6].astype(int) - 128).max() < 8, "neither the black stripes nor the white ones alone"
+    assert 32 < small.min() <= small.max() < 128, "a quarter of the image is white"
 
 
 @pytest.mark.usefixtures("_convert_here")
