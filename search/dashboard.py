@@ -5,6 +5,7 @@ and again: the package's own work for it grows with the notes of all trials. In 
 for people. And the importances of hyperparameters: the package shows them also where chance alone would give them.
 """
 
+import copy
 import gzip
 import json
 import logging
@@ -61,6 +62,8 @@ DETAIL = ("GET", "/api/studies/<study_id:int>")
 RENAME = ("POST", "/api/studies/<study_id:int>/rename")
 IMPORTANCES = ("GET", "/api/studies/<study_id:int>/param_importances")
 NO_IMPORTANCES = "none: chance could give them"
+# What the package raises where a system attribute, which any program may write, has another shape than its own.
+UNREADABLE = (TypeError, ValueError, KeyError, AttributeError)
 PREFERENTIAL = "preference:is_preferential"
 
 # The package keeps each trial's note and old artifacts among the study's attributes, under the trial's id.
@@ -289,17 +292,12 @@ class StudyDetail:
             seen = self._update_seen(study_id, trials)
             lines = [self._line(study, trial, of_trials, seen) for trial in trials[int(after) :]]
             best = [self._line(study, trial, of_trials, seen) for trial in _best(trials, study.directions[0])]
-            detail = serialize_study_detail(
-                study,
-                [],
-                [],
-                seen.space.intersection_search_space,
-                seen.space.union_search_space,
-                seen.space.union_user_attrs,
-                seen.space.has_intermediate_values,
-                get_plotly_graph_objects(study.system_attrs),
-                [],
-            )
+            try:
+                detail = _detail(study, seen)
+            except UNREADABLE as error:
+                _warn_of_attributes(f"study {study.study_name}", error)
+                study.system_attrs = {}
+                detail = _detail(study, seen)
         del detail["trials"], detail["best_trials"]
         rest = json.dumps(detail).encode()
         body = b'{"trials": [%b], "best_trials": [%b], %b' % (b", ".join(lines), b", ".join(best), rest[1:])
@@ -366,7 +364,15 @@ class StudyDetail:
         if known is not None and known[0] is trial and known[1] == own and (known[2] is None or known[2].is_file()):
             return known[3]
         attributes = {key: decoded(value) for key, value in own}
-        serialized: dict[str, Any] = serialize_frozen_trial(study._study_id, trial, attributes)
+        try:
+            serialized: dict[str, Any] = serialize_frozen_trial(study._study_id, trial, attributes)
+        except UNREADABLE as error:
+            _warn_of_attributes(f"study {study.study_name}: trial {trial.number}", error)
+            # A copy: samplers read the fixed parameters of the original.
+            without = copy.copy(trial)
+            without._system_attrs = {}
+            serialized = serialize_frozen_trial(study._study_id, without, {})
+        serialized["artifacts"] = [artifact for artifact in serialized["artifacts"] if _is_file(artifact)]
         model = self._offered_model(trial, serialized)
         if model is not None and not model.is_file():
             removed = (artifacts.MODEL, *artifacts.WITH_MODEL)
@@ -388,6 +394,35 @@ class StudyDetail:
 def _found(system_attrs: dict[str, Any]) -> list[str]:
     sentences = system_attrs.get(notes.FOUND)
     return [str(sentence) for sentence in sentences] if isinstance(sentences, list) else []
+
+
+def _detail(study: FrozenStudy, seen: _Seen) -> dict[str, Any]:
+    """The package's answer for the study, without its trials."""
+    detail: dict[str, Any] = serialize_study_detail(
+        study,
+        [],
+        [],
+        seen.space.intersection_search_space,
+        seen.space.union_search_space,
+        seen.space.union_user_attrs,
+        seen.space.has_intermediate_values,
+        get_plotly_graph_objects(study.system_attrs),
+        [],
+    )
+    return detail
+
+
+def _is_file(artifact: Any) -> bool:
+    """Whether it describes a file as the page needs it."""
+    return isinstance(artifact, dict) and isinstance(artifact.get("filename"), str)
+
+
+def _warn_of_attributes(of: str, error: Exception) -> None:
+    log.warning(
+        "%s is shown without notes, figures and files: another program stored a system attribute of another shape "
+        "than optuna-dashboard's (%s: %s)",
+        *(of, type(error).__name__, error),
+    )
 
 
 def _best(trials: list[FrozenTrial], direction: StudyDirection) -> list[FrozenTrial]:

@@ -454,6 +454,40 @@ def test_the_attributes_of_a_study_are_for_people(home: Path, place: PatientStor
     assert answer["objective_names"] == ["validation accuracy"]
 
 
+def test_attributes_of_another_shape_are_left_out(home: Path, place: PatientStorage) -> None:
+    app = dashboard.pages(place, home / "yard" / "artifacts")
+
+    def answer() -> dict[str, Any]:
+        found = Answer(app, "GET", "/api/studies/1?after=0")
+        assert found.status == 200, found.body
+        return dict(found.json)
+
+    before = answer()
+    first = before["trials"][0]["trial_id"]
+    waiting = place.create_new_trial(1)
+    of_trials: dict[str, Any] = {
+        "fixed_params": 5,
+        "artifacts:x": "not JSON",
+        "artifacts:y": json.dumps({"mimetype": "text/plain"}),
+        "constraints": "low",
+    }
+    for key, value in of_trials.items():
+        place.set_trial_system_attr(waiting, key, value)
+    of_study: dict[str, Any] = {
+        f"dashboard:{first}:note_ver": "new",
+        "dashboard:note_ver": [1],
+        "dashboard:note_str:0": 7,
+        "artifacts:z": 3,
+        "dashboard:plot_data:figure:0": {},
+    }
+    for key, value in of_study.items():
+        place.set_study_system_attr(1, key, value)
+    after = answer()
+    assert [trial["number"] for trial in after["trials"]] == [0, 1, 2, 3, 4, 5]
+    assert after["trials"][0]["params"] == before["trials"][0]["params"]
+    assert after["union_search_space"] == before["union_search_space"]
+
+
 def test_a_study_of_another_kind_is_answered_by_the_package(
     home: Path, place: PatientStorage, serve: Callable[..., Any]
 ) -> None:
