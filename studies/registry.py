@@ -12,7 +12,7 @@ import optuna
 from optuna.storages import RDBStorage
 
 from storage import claims, database, ledger, retention, settings, transactions
-from storage.errors import NotOurStudy, StudyGone, WrongDirection, nearest
+from storage.errors import NotOurStudy, StudyGone, WrongDirection, many, nearest
 from storage.transactions import file_identity
 from studies import definition as definitions
 from studies import sampling
@@ -75,7 +75,10 @@ def create(
         )
     wanted = definition.budget.trials
     if results is None and wanted is not None and definition.size is not None and definition.size < wanted:
-        log.warning("study %s: its space has only %d points, so it ends with so many trials", name, definition.size)
+        log.warning(
+            "study %s: its space has only %s, so it ends after %s",
+            *(name, many(definition.size, "point"), many(definition.size, "trial")),
+        )
     if results is None and creation.study.budget.trials > budget.trials:
         log.warning(
             "study %s keeps its larger budget of %d trials: `trialyard stop %s` ends it sooner",
