@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 MEMORY_GROWTH = 0.15
 START_SECONDS = 600.0  # how long a process may take to import Keras
 START_POLL_SECONDS = 0.5
-KILL_SECONDS = 5.0  # how long a process that was killed is waited for
+KILL_SECONDS = 5.0  # how long a process that was killed, or closed its connection, is waited for
 
 
 class TrainerDied(Exception):  # noqa: N818 - it is an event
@@ -206,8 +206,10 @@ class Trainer:
 
     def _died(self) -> TrainerDied:
         assert self._process is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
+        try:
+            self._process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:  # it hangs at its exit, or a model closed all files
+            return self.hung("closed its connection", ready=self._ready)
         code = self._process.returncode
         how = f"by signal {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
         out_of_memory = code == -signal.SIGKILL and _memory_kills() > self._kills

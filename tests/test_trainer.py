@@ -163,6 +163,21 @@ def test_a_process_that_cannot_die_does_not_hang_its_worker(
         process.terminate()
 
 
+def test_a_process_that_closes_its_connection_and_lives_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainers, "KILL_SECONDS", 0.5)
+    trainer = Trainer(Slot(device=cpu()), tmp_path / "log")
+    ours, theirs = Pipe()
+    theirs.close()
+    process = subprocess.Popen(["sleep", "60"])
+    trainer._process, trainer._connection = process, ours
+    with pytest.raises(TrainerDied, match=rf"the trainer process {process.pid} closed its connection and was killed"):
+        trainer.receive(1.0)
+    assert process.wait(30) == -signal.SIGKILL
+    assert trainer.pid is None, "the next job starts a new process"
+
+
 def test_a_trainer_ends_when_its_worker_is_killed(job: Make, tmp_path: Path) -> None:
     (tmp_path / "job").write_bytes(pickle.dumps(job(epochs=100_000)))
     worker = subprocess.Popen(
