@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +18,7 @@ from rich.text import Text
 
 from search.devices import Slot, common_precision, precision_for
 from search.messages import Batches, Epoch
+from search.notebook_display import NotebookLive
 from search.pace import Mark, Running, study_seconds_left
 from search.summary import clock, duration, progress_line, shown, so_far
 from storage import attributes
@@ -152,7 +152,11 @@ class LiveTable(Listener):
         self._statuses: dict[str, Status] = {}
         self._asked = 0.0
         self._lock = threading.Lock()  # the slots' threads write, the drawing thread reads
-        self._live = Live(get_renderable=self._drawn, console=console, refresh_per_second=4, transient=True)
+        self._live: Live | NotebookLive
+        if console.is_jupyter:
+            self._live = NotebookLive(self._drawn)
+        else:
+            self._live = Live(get_renderable=self._drawn, console=console, refresh_per_second=4, transient=True)
         self._done = threading.Event()
         # A thread of its own: it may have to wait for the database.
         self._thread = threading.Thread(target=self._run, name="display", daemon=True)
@@ -297,10 +301,8 @@ def display(
 
 
 def _can_redraw(console: Console) -> bool:
-    """Whether rich's live display works there: in a terminal with a cursor, and in Jupyter with its widgets."""
-    if console.is_jupyter:
-        return find_spec("ipywidgets") is not None
-    return console.is_terminal and not console.is_dumb_terminal
+    """Whether a live display works there: in a terminal with a cursor, and in Jupyter."""
+    return console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)
 
 
 def _estimate(status: Status, slots: int) -> list[str]:
@@ -310,4 +312,4 @@ def _estimate(status: Status, slots: int) -> list[str]:
         return []
     where = "this slot" if slots == 1 else f"these {slots} slots"
     left = status.budget - status.finished
-    return [f"{status.study}: about {duration(seconds)} on {where}, for {left} more trials"]
+    return [f"{status.study}: about {duration(seconds)} on {where}, for {left} more trial{'' if left == 1 else 's'}"]

@@ -7,7 +7,9 @@ import itertools
 import os
 import re
 import signal
+import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 from sklearn.datasets import load_digits
 
-from search import progress
+from search import notebook_display, progress
 from search.devices import Slot, cpu
 from search.messages import Batches, Epoch
 from search.pace import Mark, Running, study_seconds_left
@@ -167,27 +169,47 @@ def test_the_time_left_follows_from_the_pace(
 
 
 @pytest.mark.parametrize(
-    ("options", "widgets", "kind"),
+    ("options", "kind"),
     [
-        ({"force_terminal": True, "_environ": {"TERM": "xterm"}}, False, LiveTable),
-        ({"force_terminal": True, "_environ": {"TERM": "dumb"}}, False, Lines),  # it cannot move its cursor
-        ({"force_terminal": False}, False, Lines),
-        ({"force_jupyter": True}, True, LiveTable),
-        ({"force_jupyter": True}, False, Lines),
+        ({"force_terminal": True, "_environ": {"TERM": "xterm"}}, LiveTable),
+        ({"force_terminal": True, "_environ": {"TERM": "dumb"}}, Lines),  # it cannot move its cursor
+        ({"force_terminal": False}, Lines),
     ],
 )
 def test_who_cannot_redraw_a_table_gets_lines(
-    storage: RDBStorage,
-    monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, Any],
-    widgets: bool,
-    kind: type[progress.Listener],
+    storage: RDBStorage, options: dict[str, Any], kind: type[progress.Listener]
 ) -> None:
-    monkeypatch.setattr(progress, "find_spec", lambda name: name if widgets else None)
     console = Console(file=io.StringIO(), **options)
-    monkeypatch.setattr(console, "print", lambda *given, **more: None)
     (listener,) = progress.display(None, storage, [Slot(device=cpu())], console)
     assert type(listener) is kind
+
+
+def test_a_notebook_draws_the_table_over_itself(
+    storage: RDBStorage, claim: Claim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+
+    class Handle:
+        def update(self, picture: Any) -> None:
+            drawn.append(picture._repr_mimebundle_((), ())["text/plain"])
+
+    def display(picture: Any, display_id: bool) -> Handle:
+        assert display_id
+        return Handle()
+
+    # Tests have no Jupyter: this stands for its only function that is used.
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=display))  # type: ignore[arg-type]
+    monkeypatch.setattr(notebook_display, "SECONDS", 0.02)
+    console = Console(force_jupyter=True, file=io.StringIO())
+    monkeypatch.setattr(console, "print", lambda *given, **more: None)
+    with LiveTable(console, [claim.study], ["cpu:0"], lambda name: results.status(name, storage)) as table:
+        table.began(claim, {}, epochs=8)
+        deadline = time.monotonic() + 30
+        while not any("starting" in text for text in drawn) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        table.ended(claim, storage.get_trial(claim.trial_id))
+    assert any("starting" in text for text in drawn)
+    assert "starting" not in drawn[-1]
 
 
 def test_an_estimate_comes_first_where_earlier_trials_give_one(storage: RDBStorage, claim: Claim) -> None:
