@@ -4,8 +4,9 @@
 
 It runs `trialyard run digits --devices cpu` in a temporary folder, in a pseudo terminal, and keeps what a person sees
 there: once in the middle of the search and once at its end. Then it opens that study in the real dashboard and in the
-real report with headless Chromium. The files are written to `docs/pictures`. On two cores it takes about five minutes;
-`--trials 3 --epochs 2` makes pictures of a smaller search.
+real report with headless Chromium: the list of studies, the study, its best trial and the report, each with the light
+and the dark theme and on a phone. The terminal's files are written to `docs/pictures`, those of pages to `docs/img`. On
+two cores it takes about six minutes; `--trials 3 --epochs 2` makes pictures of a smaller search.
 
 It needs the development packages (`make .venv/installed-dev`) and a Chromium: Debian's package `chromium`, or the one
 that `playwright install chromium` downloads. The README quotes `docs/pictures/result.txt`: copy it there afterwards.
@@ -22,17 +23,24 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 from rich.ansi import AnsiDecoder
 from rich.console import Console
+
+import studies
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = 100  # of the terminal
 SECONDS = 1000.0  # Playwright counts in milliseconds
-PATIENCE = 60 * SECONDS  # the dashboard's page is 7 MB of JavaScript
-VIEWPORT = {"width": 1200, "height": 1700}  # enough for the first figures of both pages
-SCALE = 0.75  # of the pictures: text stays readable, and a file stays below 150 kB
+PATIENCE = 120 * SECONDS  # the dashboard's page is 7 MB of JavaScript
+# Enough for the first figures of each page. At these scales text is readable and a file has less than 200 kB.
+SCREENS: dict[str, dict[str, Any]] = {
+    "light": {"viewport": {"width": 1200, "height": 1700}, "device_scale_factor": 0.75, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1200, "height": 1700}, "device_scale_factor": 0.75, "color_scheme": "dark"},
+    "phone": {"viewport": {"width": 400, "height": 1400}, "device_scale_factor": 1.0, "color_scheme": "light"},
+}
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
@@ -91,14 +99,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Makes the pictures of the documentation from a real run.")
     parser.add_argument("--trials", type=int, help="of the search; as the definition says by default")
     parser.add_argument("--epochs", type=int, help="of a trial")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "pictures", help="the folder of the pictures")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="the folder of `pictures` and `img`")
     chosen = parser.parse_args(arguments)
     options = [f"--{name}={value}" for name in ("trials", "epochs") if (value := getattr(chosen, name))]
-    chosen.output.mkdir(parents=True, exist_ok=True)
+    terminal, pages = chosen.output / "pictures", chosen.output / "img"
+    for output in (terminal, pages):
+        output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        record_terminal(folder, options, chosen.output)
-        photograph_pages(folder, chosen.output)
+        record_terminal(folder, options, terminal)
+        photograph_pages(folder, pages)
 
 
 def record_terminal(folder: Path, options: Sequence[str], output: Path) -> None:
@@ -175,33 +185,37 @@ def _write_svg(path: Path, typed: str, lines: Sequence[str]) -> None:
 
 
 def photograph_pages(folder: Path, output: Path) -> None:
-    """Writes `dashboard.png` and `report.png` of the study `digits` in `folder`/yard."""
+    """Writes `<page>-<screen>.png` of the study `digits` in `folder`/yard for each of the SCREENS."""
     report = subprocess.run(
         _command(["report", "digits"]), cwd=folder, env=_environment(), capture_output=True, text=True
     )
     if report.returncode != 0:
         raise SystemExit(report.stderr)
-    with _browser() as page:
-        page.goto((folder / "digits-report.html").as_uri())
-        expect(page.locator(".js-plotly-plot").first).to_be_visible(timeout=PATIENCE)
-        page.wait_for_timeout(2 * SECONDS)  # the figures are drawn one after the other
-        page.screenshot(path=output / "report.png")
-        with _dashboard(folder) as address:
-            page.goto(f"{address}/dashboard/studies/1")
-            for title in ("Best so far", "Accuracy against dropout"):
-                figure = page.locator(".js-plotly-plot", has=page.get_by_text(title))
-                expect(figure.first).to_be_attached(timeout=PATIENCE)
-            page.wait_for_timeout(2 * SECONDS)
-            page.screenshot(path=output / "dashboard.png")
+    best = studies.best_trial("digits", f"sqlite:///{folder}/yard/studies.db").number
+    with _dashboard(folder) as address, _browser() as browser:
+        pages = {
+            "report": ((folder / "digits-report.html").as_uri(), ".js-plotly-plot"),
+            "studies": (f"{address}/dashboard", "text=digits"),
+            "study": (f"{address}/dashboard/studies/1", "text=Best so far"),
+            "trial": (f"{address}/dashboard/studies/1/trials?numbers={best}", "text=mistakes.svg"),
+        }
+        for screen, options in SCREENS.items():
+            page = browser.new_page(**options)
+            for name, (url, shown) in pages.items():
+                page.goto(url, timeout=PATIENCE)
+                expect(page.locator(shown).first).to_be_attached(timeout=PATIENCE)
+                page.wait_for_timeout(4 * SECONDS)  # the figures are drawn one after the other
+                page.screenshot(path=output / f"{name}-{screen}.png")
+            page.close()
 
 
 @contextmanager
-def _browser() -> Iterator[Page]:
+def _browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         # Without a path Playwright starts the Chromium that it has downloaded.
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=ARGUMENTS)
         try:
-            yield browser.new_page(viewport=VIEWPORT, device_scale_factor=SCALE)
+            yield browser
         finally:
             browser.close()
 

@@ -237,4 +237,6 @@ def test_the_documentation_s_pictures_are_made_from_a_real_study(searched: Path,
     output.mkdir()
     path = os.pathsep.join([ROOT, f"{ROOT}/docs"])
     subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=200)
-    assert sorted(path.name for path in output.iterdir()) == ["dashboard.png", "report.png"]
+    pages, screens = ("report", "studies", "study", "trial"), ("dark", "light", "phone")
+    expected = [f"{page}-{screen}.png" for page in pages for screen in screens]
+    assert sorted(path.name for path in output.iterdir()) == expected
