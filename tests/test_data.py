@@ -243,6 +243,7 @@ def test_a_limit_too_small_for_the_classes_is_refused(write_npz: Write) -> None:
         data.load(str(write_npz()), Data(limit=5), [])
 
 
+@pytest.mark.long
 def test_without_a_network_mnist_names_the_variable_and_digits(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A real download through a proxy that does not exist: nothing listens on port 9.
     for scheme in ("http", "https", "HTTP", "HTTPS"):

@@ -225,6 +225,7 @@ class Sub(keras.Model):
 """
 
 
+@pytest.mark.long
 def test_a_subclassed_model_is_converted_and_the_readme_loads_it(
     home: Path, write_module: Callable[[str, str], None], trivial: Definition
 ) -> None:
