@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -19,7 +20,7 @@ from wsgiref.util import setup_testing_defaults
 import optuna
 import optuna_dashboard
 import pytest
-from conftest import ARTIFACT, MODEL_PATH, NOTE, TRIVIAL
+from conftest import ARTIFACT, MODEL_PATH, NOTE, TRIVIAL, Command, ended
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import OptunaError
 from optuna.trial import TrialState
@@ -692,24 +693,17 @@ def test_no_secret_is_shown(home: Path, finished_study: str) -> None:
         assert secret.encode() not in shown
 
 
-def test_mistakes_are_one_sentence(home: Path, finished_study: str) -> None:
+def test_mistakes_are_one_sentence(finished_study: str, start: Command) -> None:
     def fail(*options: str) -> str:
-        result = subprocess.run(
-            [sys.executable, "-m", "search.cli", "dashboard", *options],
-            cwd=home,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert (result.returncode, result.stdout) == (1, "")
-        assert result.stderr.count("\n") == 1
-        return result.stderr
+        out, err = ended(start("dashboard", *options), code=1)
+        assert (out, err.count("\n")) == ("", 1)
+        return err
 
     assert fail("--host", "0.0.0.0").startswith("error: --host 0.0.0.0 lets other machines in")
-    with _started(home) as (_, address):
-        port = address.rpartition(":")[2]
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
         assert f"cannot listen at 127.0.0.1:{port} (Address already in use): choose another --port" in fail(
             "--port", port
         )

@@ -18,6 +18,7 @@ from studies.definition import parse
 from studies.errors import StudyError
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("home")
 def test_two_lines_of_python_search_and_give_the_model(start: Command) -> None:
     text = (
@@ -38,13 +39,12 @@ except search.Interrupted as stop:
 """
 
 
-@pytest.mark.long
 def test_ctrl_c_puts_the_trial_back_and_the_same_call_goes_on(
     home: Path, write_small: Callable[..., Path], start: Command
 ) -> None:
-    write_small(trials=1, epochs=60)
+    write_small(trials=1, epochs=20)
     process = start("-c", RUN)
-    until(process, "trial 0 epoch 2/60")
+    until(process, "trial 0 epoch 2/20")
     process.send_signal(signal.SIGINT)
     assert ended(process)[0] == "requeued: True\n"
     assert studies.status("small").waiting == 1

@@ -69,6 +69,11 @@ def _attempts(home: Path, number: int) -> list[Attempt]:
     return studies.attempts("small", number, _storage(home))
 
 
+def _digest(database: Path) -> str:
+    """By another process: to close the file in this one would end the locks of its open connections."""
+    return subprocess.run(["sha256sum", str(database)], capture_output=True, text=True, check=True).stdout
+
+
 def _assert_spent(home: Path, trials: int) -> None:
     """Exactly the budget, numbered without a gap, none RUNNING or WAITING, and the database whole."""
     found = _trials(home)
@@ -81,9 +86,8 @@ def _assert_spent(home: Path, trials: int) -> None:
 def test_a_study_runs_end_to_end_again_trains_nothing_and_with_more_budget_goes_on(
     home: Path, write_small: Write, start: Command
 ) -> None:
-    start = partial(start, program=COMMAND)  # as a user starts it, from the first import to the last
     file = str(write_small(trials=3, epochs=2))
-    out, err = ended(start("run", file))
+    out, err = ended(start("run", file, program=COMMAND))  # as a user starts it, from the first import to the last
     assert "best of small: trial" in out
     assert "small trial 2 epoch 2/2: accuracy" in err
     assert "small: on cpu:0" in err
@@ -113,11 +117,11 @@ def test_a_study_runs_end_to_end_again_trains_nothing_and_with_more_budget_goes_
         assert (attempt.outcome, attempt.epoch, attempt.resumed_after) == ("finished", 2, None)
     assert len({trial.user_attrs["seed"] for trial in _trials(home)}) == 3
 
-    before = (home / "yard" / "studies.db").read_bytes()
+    before = _digest(home / "yard" / "studies.db")
     again, err = ended(start("run", file))
     assert again == out
     assert "begins" not in err
-    assert (home / "yard" / "studies.db").read_bytes() == before
+    assert _digest(home / "yard" / "studies.db") == before
 
     best = studies.best_trial("small", f"sqlite:///{home}/yard/studies.db")
     told_best = json.loads(ended(start("best", "small", "--json"))[0])
@@ -134,25 +138,6 @@ def test_a_study_runs_end_to_end_again_trains_nothing_and_with_more_budget_goes_
     assert studies.leaderboard("small", _storage(home))[0].value >= best.values[0]
 
 
-def test_killed_in_mid_trial_and_run_again_it_ends_with_exactly_its_budget(
-    home: Path, write_small: Write, start: Command
-) -> None:
-    file = str(write_small(trials=2, epochs=20))
-    process = start("run", file)
-    until(process, "trial 1 epoch 1/20")
-    (trainer,) = psutil.Process(process.pid).children()
-    process.kill()
-    trainer.kill()
-    process.wait()
-    assert [trial.state for trial in _trials(home)] == [TrialState.COMPLETE, TrialState.RUNNING]
-    out, err = ended(start("run", file))
-    assert "trial 1 goes back to the queue" in err
-    assert "small trial 1 begins (attempt 2)" in err
-    assert "best of small" in out
-    _assert_spent(home, 2)
-    assert [attempt.outcome for attempt in _attempts(home, 1)] == ["lost", "finished"]
-
-
 def test_killed_and_run_again_the_numbers_are_those_of_an_undisturbed_run(
     home: Path, write_small: Write, start: Command
 ) -> None:
@@ -166,8 +151,13 @@ def test_killed_and_run_again_the_numbers_are_those_of_an_undisturbed_run(
     process.kill()
     psutil.wait_procs([trainer], timeout=30)
     assert not trainer.is_running() or trainer.status() == psutil.STATUS_ZOMBIE, "it outlived its worker"
-    ended(start("run", file))
+    assert [trial.state for trial in _trials(home)] == [TrialState.COMPLETE, TrialState.RUNNING]
+    out, err = ended(start("run", file))
+    assert "trial 1 goes back to the queue" in err
+    assert "small trial 1 begins (attempt 2)" in err
+    assert "best of small" in out
     _assert_spent(home, 3)
+    assert [attempt.outcome for attempt in _attempts(home, 1)] == ["lost", "finished"]
     disturbed = _trials(home)
     assert [trial.params for trial in disturbed] == [trial.params for trial in calm]
     assert [trial.intermediate_values for trial in disturbed] == [trial.intermediate_values for trial in calm]
@@ -176,7 +166,7 @@ def test_killed_and_run_again_the_numbers_are_those_of_an_undisturbed_run(
 def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
     home: Path, write_small: Write, start: Command
 ) -> None:
-    file = str(write_small(trials=1, epochs=60))
+    file = str(write_small(trials=1, epochs=25))
     drawn = []
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start("run", file)
@@ -198,7 +188,7 @@ def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
     # Each went on after the last whole epoch of the one before.
     for before, after in itertools.pairwise(attempts):
         assert after.resumed_after == before.epoch >= 2
-    assert list(trial.intermediate_values) == list(range(1, 61))
+    assert list(trial.intermediate_values) == list(range(1, 26))
     assert _files(home, 0, "checkpoint.npz") == []
     assert {path.parent.name for path in _files(home, 0)} == {"3"}, "what earlier attempts left is removed"
     assert _offered(home, trial) == {"model.keras", "history.json"}
@@ -224,13 +214,13 @@ def test_a_second_signal_leaves_at_once_and_still_loses_nothing(home: Path, writ
 
 
 def test_a_killed_trainer_costs_an_attempt_not_a_trial(home: Path, write_small: Write, start: Command) -> None:
-    file = str(write_small(trials=2, epochs=20))
+    file = str(write_small(trials=1, epochs=10))
     process = start("run", file)
-    until(process, "trial 0 epoch 1/20")
+    until(process, "trial 0 epoch 1/10")
     (trainer,) = psutil.Process(process.pid).children()
     trainer.kill()
     ended(process)
-    _assert_spent(home, 2)
+    _assert_spent(home, 1)
     crashed, finished = _attempts(home, 0)
     assert crashed.outcome == "crashed"
     assert "ended by signal SIGKILL; what it printed is in" in str(crashed.reason)
@@ -613,7 +603,7 @@ def test_a_machine_that_breaks_while_it_works_gives_its_trial_back_and_looks_aga
 ) -> None:
     monkeypatch.setenv("TRIALYARD_BEAT_SECONDS", "0.5")
     (home / "mine.py").write_text(FRAGILE, encoding="utf-8")
-    _create(home, _own(write_small(trials=1, epochs=150)))
+    _create(home, _own(write_small(trials=1, epochs=60)))
 
     def break_down(process: subprocess.Popen[str]) -> None:
         until(process, "trial 0 epoch")
@@ -756,11 +746,11 @@ def test_only_the_best_models_are_left_when_a_study_hasended(
     home: Path, write_small: Write, start: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRIALYARD_KEEP_MODELS", "2")
-    ended(start("run", str(write_small(trials=4, epochs=1))))
+    ended(start("run", str(write_small(trials=3, epochs=1))))
     ranks = [row.number for row in studies.leaderboard("small", f"sqlite:///{home}/yard/studies.db")]
     folder = home / "yard" / "artifacts"
     assert {int(path.parent.parent.name) for path in folder.rglob("model.keras")} == set(ranks[:2])
-    assert len(list(folder.rglob("history.json"))) == 4
+    assert len(list(folder.rglob("history.json"))) == 3
     assert list(folder.rglob("checkpoint.npz")) == []
 
 
