@@ -24,7 +24,7 @@ class NotebookLive:
         """Draws for the first time, in the cell that runs."""
         from IPython.display import display
 
-        self._handle = display(_Picture(self._get_renderable()), display_id=True)
+        self._handle = display(_Picture(self._get_renderable()), display_id=True)  # type: ignore[no-untyped-call]
         self._thread.start()
 
     def stop(self) -> None:

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
 
-from studies import content, findings, results, text
+from studies import content, findings, results, text, trial_records
 from studies.rows import Leaderboard, html
 
 if TYPE_CHECKING:
     import keras
+    import pandas
 
 SECTIONS = ("found", "difference", "cautions", "failures")  # of the report, that a notebook shows
 ROWS = 10  # of the leaderboard
@@ -34,6 +35,10 @@ class Result:
     def leaderboard(self, top: int | None = None) -> Leaderboard:
         """As `leaderboard` of this study. Raises StudyError."""
         return results.leaderboard(self.name, self.storage, top)
+
+    def dataframe(self) -> "pandas.DataFrame":
+        """As `dataframe` of this study. Raises StudyError, also if pandas is not installed."""
+        return trial_records.dataframe(self.name, self.storage)
 
     def __str__(self) -> str:
         best, status = self.best_trial, results.status(self.name, self.storage)
