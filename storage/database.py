@@ -315,7 +315,7 @@ def _hint(url: URL, error: BaseException) -> str:
         )
     if _is_damaged(error):
         return "the file is damaged, or of another program: restore a backup, or choose another file with --storage"
-    return "may you write it and its folder?"
+    return "is its disk full, or may you not write it and its folder?"
 
 
 def _is_damaged(error: BaseException) -> bool:

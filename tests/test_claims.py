@@ -910,7 +910,7 @@ def test_a_budget_that_forgot_an_import_is_noticed(storage: PatientStorage, stud
             'UPDATE study_user_attributes SET value_json = \'{"trials": 5, "hours": null}\' '
             "WHERE key = 'trialyard:budget'"
         )
-    assert promises.check(storage) == [f"study {study}: 1 imported trials, and its budget says 0"]
+    assert promises.check(storage) == [f"study {study}: 1 imported trial, and its budget says 0"]
 
 
 def test_an_unreadable_state_of_one_study_stops_no_heartbeat(

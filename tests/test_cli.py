@@ -563,7 +563,7 @@ def test_storage_prune_lists_asks_and_removes(home: Path, trialyard: Call, monke
     code, out, err = trialyard("storage", "prune")
     assert (code, out) == (1, "")
     assert f"{path}: 1.5 kB, the checkpoint of a finished trial\n" in err
-    assert "Remove these 1 files, 1.5 kB?" in err
+    assert "Remove this file, 1.5 kB?" in err
     assert path.exists()
     code, out, _ = trialyard("storage", "prune", "--yes")
     assert (code, out) == (0, f"1.5 kB are free, below {home}/yard/artifacts\n")

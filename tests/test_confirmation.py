@@ -274,7 +274,7 @@ def test_an_unfinished_confirmation_has_no_verdict(confirmed: Done) -> None:
     ("arguments", "words"),
     [
         (["nothing"], "there is no study 'nothing'"),
-        (["small", "--top", "4"], "study 'small' has 3 different complete configurations, and 4 candidates"),
+        (["small", "--top", "4"], "study 'small' has 3 complete configurations, and 4 candidates"),
         (["small", "--top", "0"], "--top = 0: it must be from 1 to 1000"),
         (["small", "--seeds", "0"], "--seeds = 0: it must be from 1 to 1000"),
         (["small", "--seeds", "1001"], "--seeds = 1001: it must be from 1 to 1000"),

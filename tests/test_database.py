@@ -226,7 +226,7 @@ def test_a_call_waits_for_a_connection_of_the_pool(postgresql_url: str) -> None:
 def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "studies.db"
     path.write_text("not a database at all, but long enough to look like a file of pages", encoding="utf-8")
-    with pytest.raises(StorageError, match=r"file is not a database\): is it a database, and may you write"):
+    with pytest.raises(StorageError, match=r"file is not a database\): the file is damaged, or of another program"):
         database.connect(f"sqlite:///{path}")
     assert path.read_text(encoding="utf-8").startswith("not a database")
 

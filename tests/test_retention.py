@@ -349,7 +349,7 @@ def test_a_study_that_is_worked_on_is_deleted_only_when_it_was_stopped(
 ) -> None:
     claim = _claim(storage, study, me)
     before, found = _rows(storage), ledger.find(storage, study)
-    with pytest.raises(StorageError, match=r"has 1 running trials: `trialyard stop trivial` first"):
+    with pytest.raises(StorageError, match=r"has 1 running trial: `trialyard stop trivial` first"):
         claims.delete(storage, ledger.find(storage, study), 60.0)
     assert _rows(storage) == before
     ledger.set_state(storage, ledger.find(storage, study), "stopped")
