@@ -60,10 +60,11 @@ class PatientStorage(RDBStorage):
     the SQLite file that was opened (see `file_identity`); None for a server.
     """
 
-    identity: tuple[int, int] | None = None
+    identity: tuple[int, int] | None
 
     def __init__(self, url: str, *, patience: float, **options: Any) -> None:
         self.patience, self.shutting_down, self.last_away = patience, threading.Event(), float("-inf")
+        self.identity = None
         super().__init__(url, **options)
 
     @classmethod
@@ -79,6 +80,7 @@ class PatientStorage(RDBStorage):
             patience=0.0,
             shutting_down=threading.Event(),
             last_away=float("-inf"),
+            identity=None,
             engine_kwargs=engine_kwargs,
             url=url,
             skip_compatibility_check=False,

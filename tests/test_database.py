@@ -1,5 +1,6 @@
 """The database: safe settings, created completely or not at all, one lock per study."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -210,7 +211,7 @@ def test_a_call_waits_for_a_connection_of_the_pool(postgresql_url: str) -> None:
     database.create(postgresql_url).engine.dispose()
     storage = database.connect(postgresql_url, patience=60.0)
     storage.engine.pool._timeout = 0.1  # type: ignore[attr-defined]
-    held = [storage.engine.connect() for _ in range(10)]
+    held = [storage.engine.connect() for _ in range(4)]
     threading.Timer(1.0, held.pop().close).start()
     assert storage.get_all_studies() == []
     storage.patience = 0.0
@@ -302,17 +303,50 @@ def test_a_lock_that_is_never_freed_ends_in_a_sentence(both: PatientStorage, mon
     monkeypatch.setattr(transactions, "LOCK_SECONDS", 1.0)
     held, done = threading.Event(), threading.Event()
 
-    def hold(connection: sqlalchemy.Connection) -> None:
-        held.set()
-        done.wait(60)
+    def hold() -> None:
+        with _locked_elsewhere(both):
+            held.set()
+            done.wait(60)
 
-    thread = threading.Thread(target=transactions.write, args=(both, "study", hold))
+    thread = threading.Thread(target=hold)
     thread.start()
     assert held.wait(60)
     with pytest.raises(StorageError, match=r"study 'study' has been locked for .*(\.lock|pg_stat_activity)"):
         transactions.write(both, "study", lambda connection: None)
     done.set()
     thread.join()
+
+
+@contextlib.contextmanager
+def _locked_elsewhere(storage: PatientStorage) -> Iterator[None]:
+    """The study is locked as another process does it."""
+    path = transactions.sqlite_file(storage)
+    if path is not None:
+        with transactions._study_lock(path, "study"):
+            yield
+        return
+    with storage.engine.begin() as connection:
+        transactions.lock_row(connection, "study")
+        yield
+
+
+def test_a_thread_that_never_frees_a_lock_is_named(postgresql_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transactions, "LOCK_SECONDS", 1.0)
+    storage = database.create(postgresql_url)
+    held, done = threading.Event(), threading.Event()
+
+    def hold(connection: sqlalchemy.Connection) -> None:
+        held.set()
+        done.wait(60)
+
+    thread = threading.Thread(target=transactions.write, args=(storage, "study", hold))
+    thread.start()
+    assert held.wait(60)
+    with pytest.raises(StorageError, match="study 'study' has been locked for 1 s by this process"):
+        transactions.write(storage, "study", lambda connection: None)
+    done.set()
+    thread.join()
+    storage.engine.dispose()
 
 
 @pytest.mark.parametrize("content", [b"Not a database" * 500, None], ids=["another file", "cut off"])
@@ -506,7 +540,9 @@ def test_the_quick_connection_is_what_optuna_s_constructor_makes(sqlite_url: str
     slow = database._storage(database._parsed(sqlite_url))
     assert vars(quick).keys() == vars(slow).keys()
     same = [
-        name for name in vars(slow) if name not in ("shutting_down", "engine", "scoped_session", "_version_manager")
+        name
+        for name in vars(slow)
+        if name not in ("shutting_down", "identity", "engine", "scoped_session", "_version_manager")
     ]
     assert {name: repr(vars(quick)[name]) for name in same if name != "engine_kwargs"} == {
         name: repr(vars(slow)[name]) for name in same if name != "engine_kwargs"
