@@ -191,7 +191,7 @@ def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
     assert list(trial.intermediate_values) == list(range(1, 26))
     assert _files(home, 0, "checkpoint.npz") == []
     assert {path.parent.name for path in _files(home, 0)} == {"3"}, "what earlier attempts left is removed"
-    assert _offered(home, trial) == {"model.keras", "history.json"}
+    assert _offered(home, trial) == {"model.keras", "history.json", "curves.svg", "confusion.svg", "mistakes.svg"}
 
 
 def test_a_second_signal_leaves_at_once_and_still_loses_nothing(home: Path, write_small: Write, start: Command) -> None:
