@@ -27,7 +27,7 @@ from search.stall import Stall
 from search.trainer import START_SECONDS, Trainer, TrainerDied
 from storage import artifacts, claims, faults, ledger, ranking, retention
 from storage.claims import Claim
-from storage.errors import ClaimLost, DiskError, StorageError, StudyGone
+from storage.errors import ClaimLost, DiskError, StudyGone
 from storage.faults import Fault
 from storage.settings import Settings
 from storage.transactions import PatientStorage
@@ -152,6 +152,7 @@ class Attempt:
             checkpoint_seconds=self.settings.checkpoint_seconds,
             sources=self.handle.sources,
             precision=self.handle.precision,
+            data_fingerprint=self.handle.study.data.get("fingerprint"),
         )
         outcome = self._run_job(job)
         if not self._may_be_left_over(outcome):
@@ -337,14 +338,15 @@ class Attempt:
         return seen | {"model": str(self.claim.folder / artifacts.MODEL)}
 
     def _draw(self, trained: Trained | None) -> list[str]:
-        """Draws the pictures of the trial's page; returns their names. A trial without pictures is still a result."""
+        """Draws the pictures of the trial's page; returns their names."""
         if trained is None:
             return []
         folder: Path = self.settings.artifact_folder / self.claim.folder
         try:
             return pictures.write(folder, class_names(self.handle.study.data))
-        except (OSError, ValueError, StorageError) as error:
-            log.warning("study %s: trial %d has no pictures: %s", self.claim.study, self.claim.number, error)
+        except Exception as error:
+            # Whatever it is: a trial without pictures is still a result.
+            log.warning("study %s: trial %d has no pictures", *(self.claim.study, self.claim.number), exc_info=error)
             return []
 
     def _files(self) -> list[str]:

@@ -38,6 +38,7 @@ class Job:
     precision: str | None = None  # Keras's dtype policy that the study began with; None: the device's own
     # Digests of the source files of a user's own functions, by function; the trainer refuses to train with others.
     sources: Mapping[str, str] = field(default_factory=dict)
+    data_fingerprint: str | None = None  # of the data that the study began with; the trainer trains with no others
     measure: bool = False  # with a check: also how large the models are, and how fast
 
 

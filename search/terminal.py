@@ -218,8 +218,8 @@ def print_trial(details: "TrialDetails") -> None:
     parameters, speed = (attributes.number(attrs.get(key)) for key in ("parameters", "images_per_second"))
     if None not in (record.seconds, parameters, speed):
         say(
-            f"  training         {record.epochs} epochs, {parameters:,} weights, {record.seconds:.1f} s, {speed:,.0f} "
-            f"images/s in {attrs.get('precision')} on {attrs.get('device')}"
+            f"  training         {many(record.epochs or 0, 'epoch')}, {parameters:,} weights, {record.seconds:.1f} s, "
+            f"{speed:,.0f} images/s in {attrs.get('precision')} on {attrs.get('device')}"
         )
     for title, values, best in (
         ("accuracy", details.curve.val_accuracy, max),

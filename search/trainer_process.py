@@ -203,6 +203,7 @@ def _trained(
         measured = _measured(wanted, dataset, precision[0], notes) if job.measure else None
         return Checked(data=dataset.summary(), notes=tuple(notes), sources=sources, measured=measured)
     _require_same_sources(sources, job.sources)
+    _require_same_data(job, dataset)
     trial = job.trial
     _log(f"{trial} begins in {precision[0]}: {precision[1]}")
 
@@ -233,6 +234,21 @@ def _trained(
         checkpoint_seconds=job.checkpoint_seconds,
         stopping=lambda: stops[0] if stops else None,
     )
+
+
+def _require_same_data(job: Job, dataset: "Dataset") -> None:
+    """Raises MachineError if the data are others than the study began with: a file may have changed meanwhile.
+
+    Each seed of a confirmation splits the data in its own way, which changes the fingerprint.
+    """
+    from search.errors import MachineError
+
+    wanted, split = job.data_fingerprint, job.recipe.data == job.definition.data
+    if wanted is not None and split and dataset.fingerprint != wanted:
+        raise MachineError(
+            f"{job.definition.dataset} has changed since the study began (its fingerprint was {wanted} and is "
+            f"{dataset.fingerprint}): restore the images, or search them under another study name"
+        )
 
 
 def send_if_read(connection: "Connection[Any, Any]", batches: Batches) -> None:

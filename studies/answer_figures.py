@@ -16,13 +16,16 @@ from studies.pictures import mistake_lines, png_uri
 from studies.predictions import Answered, class_name
 
 MOST_NUMBERS = 25  # classes: with more, the numbers in the matrix would not be readable
+MOST_CLASSES = 200  # of a matrix: with 1,000 it takes 16 MB
 MOST_BARS = 40  # classes
 TILE, GAP = 1.0, 0.45  # of the images; the gap has the text
 
 
-def confusion(answered: Answered) -> go.Figure:
-    """How many images of each class (row) the model took for which class (column)."""
+def confusion(answered: Answered) -> go.Figure | None:
+    """How many images of each class (row) the model took for which class (column); None with very many classes."""
     counts = answered.predictions.counts
+    if len(counts) > MOST_CLASSES:
+        return None
     names = [html.escape(class_name(number, answered.class_names)) for number in range(len(counts))]
     shares = np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))  # mistakes are a few percent
     right = np.eye(len(counts), dtype=bool)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from storage.attributes import PREFIX
+from storage.attributes import PREFIX, SHAPES
+from storage.errors import many
 from studies.definition import from_json, to_toml
 from studies.errors import DefinitionError
 
@@ -37,14 +38,16 @@ def for_people(user_attrs: Mapping[str, Any], found: list[str]) -> dict[str, Any
 
 
 def _text(name: str, value: Any) -> str:
+    if not SHAPES[name](value):
+        return str(value)  # another program changed it
     if name == "definition":
         try:
             return to_toml(from_json(value))
         except DefinitionError:  # of a later version
             return str(value)
-    if name == "budget" and isinstance(value, dict):
+    if name == "budget":
         hours = f", {value['hours']:g} hours" if value.get("hours") else ""
-        return f"{value['trials']} trials{hours}"
+        return f"{many(value['trials'], 'trial')}{hours}"
     if isinstance(value, dict):
         return ", ".join(f"{key.replace('_', ' ')} {_value(each)}" for key, each in value.items())
     return str(value)

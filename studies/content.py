@@ -94,8 +94,8 @@ def _environment(trials: Sequence[FrozenTrial], definition: Definition, data: Ma
     )
     fingerprint = data.get("fingerprint", "unknown")
     environment = {"images": f"{definition.dataset}: {images or 'unknown'}; fingerprint {fingerprint}"}
-    if isinstance(data.get("class_names"), list):
-        environment["classes"] = names_text([str(each) for each in data["class_names"]], limit=100)
+    if names := class_names(data):
+        environment["classes"] = names_text(names, limit=100)
     for key, title in (("device", "device"), ("precision", "precision"), ("precision_reason", "why that precision")):
         environment[title] = _with_counts(trial.user_attrs[key] for trial in trials if key in trial.user_attrs)
     versions: dict[str, list[str]] = {}

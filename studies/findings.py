@@ -197,6 +197,8 @@ def _span(parameter: Parameter) -> tuple[float, float] | None:
 def _end(parameter: Parameter | None, value: Any, low: float, high: float) -> str | None:
     if isinstance(parameter, (Choice, Int)) or (parameter is not None and parameter.step is not None):
         return "lower" if value <= low else "upper" if value >= high else None
+    if parameter is not None and parameter.log and value <= 0:
+        return None  # another program gave the trial a value outside the space
     if parameter is not None and parameter.log:
         value, low, high = math.log(value), math.log(low), math.log(high)
     share = (value - low) / (high - low)

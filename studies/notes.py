@@ -27,6 +27,7 @@ from storage.tables import StudySystemAttributeModel, dashboard_note_prefix, das
 from storage.transactions import write
 from studies import confirmation, findings, notebook, registry, results, text
 from studies.content import of_trials
+from studies.predictions import Answered
 from studies.registry import StorageLike
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ BEST_WITH_NOTE, LATEST_WITH_NOTE = 50, 250  # trials
 # The kinds of figures that are published. The dashboard's page asks for all of them every few seconds, and has its own
 # of the hyperparameters.
 FIGURES = ("confirmed", "learning-curves", "confusion", "classes", "dropout", "cost", "progress", "notebook")
+MOST_CLASSES = 50  # of a confusion matrix that is published: with 200 it has 0.7 MB
 # Databases have this text. Changing it would make the notes of earlier versions look like a user's own.
 MARK = "*Written by Trialyard, and anew as trials end: what you write above this line stays.*"
 FOUND = "trialyard:found"  # system attribute: what was found, a sentence each
@@ -80,7 +82,7 @@ def publish(
         confirmed=content.confirmed,
         answered=figures.best_answers(trials, artifacts, content.class_names),
     )
-    plots = figures.all_figures(subject, FIGURES)
+    plots = figures.all_figures(subject, _kinds(subject.answered))
     attributes = {
         **{f"{dashboard_plot_prefix()}{name}:": figure.to_json() for name, figure in plots.items()},
         dashboard_note_prefix(None): text.note(content),
@@ -116,6 +118,12 @@ def publish(
     if ended and definition.confirm is not None and definition.confirm.study in registry.names(storage):
         publish(definition.confirm.study, storage, artifacts, optuna.storages.get_storage(storage), force=True)
     return is_current
+
+
+def _kinds(answered: Answered | None) -> list[str]:
+    """The kinds of figures to publish. The page asks again and again for a matrix that grows with classes²."""
+    is_large = answered is not None and len(answered.predictions.counts) > MOST_CLASSES
+    return [kind for kind in FIGURES if not (is_large and kind == "confusion")]
 
 
 def publish_once(name: str, storage: StorageLike, artifacts: Path) -> None:

@@ -50,7 +50,7 @@ LEADERBOARD_ATTRIBUTES = ("deviation", "epochs", "parameters", "seconds")  # use
 class Row:
     """One finished trial of a leaderboard."""
 
-    rank: int  # from 1; trials of equal value share it (1, 1, 3), and are in the order of their numbers
+    rank: int  # from 1; trials of equal value share it (1, 1, 3): the lower loss comes first
     number: int
     value: float  # validation accuracy of its best epoch, 0 to 1; with repeats their mean
     deviation: float | None  # the sample standard deviation of the repeats; None: it was trained once
@@ -111,7 +111,7 @@ class Curve:
 
 
 def best_trial(name: str, storage: StorageLike = None) -> FrozenTrial:
-    """The complete trial with the highest validation accuracy; among equal ones, the first.
+    """The complete trial with the highest validation accuracy; of equal ones that with the lowest validation loss.
 
     Pruned and failed trials, and trials that violate a constraint, never win.
 

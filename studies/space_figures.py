@@ -115,6 +115,8 @@ def _height(parameter: Float | Int | Choice, value: Any) -> float | None:
         places = list(parameter.choices)
         return places.index(value) / max(1, len(places) - 1) if value in places else None
     low, high, value = float(parameter.low), float(parameter.high), float(value)
+    if parameter.log and value <= 0:
+        return None  # another program gave the trial a value outside the space
     if parameter.log:
         low, high, value = math.log(low), math.log(high), math.log(value)
     return (value - low) / (high - low) if high > low else 0.5

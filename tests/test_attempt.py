@@ -29,7 +29,7 @@ from storage.owners import Owner
 from storage.settings import Settings
 from storage.transactions import PatientStorage
 from storage.trial_cache import TrialCache
-from studies import registry, results
+from studies import pictures, registry, results
 from studies.definition import parse
 from studies.errors import StudyError
 from studies.imported import import_trials
@@ -389,6 +389,17 @@ def test_a_space_that_is_used_up_ends_its_study_with_a_sentence(
         "message": "all 2 combinations of the space have a trial: nothing is left to search",
     }
     assert ledger.find(storage, "used-up").has_ended
+
+
+def test_pictures_that_cannot_be_drawn_cost_no_result(
+    storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> list[str]:
+        raise KeyError("a damaged file")
+
+    monkeypatch.setattr(pictures, "write", broken)
+    _run(storage, tmp_path, me, trained(stopped=False))
+    assert _only(storage).values == [0.9]
 
 
 def test_a_model_that_was_not_saved_has_its_reason(storage: PatientStorage, tmp_path: Path, me: Owner) -> None:

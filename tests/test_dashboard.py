@@ -34,6 +34,7 @@ from storage.errors import SettingsError, StorageError
 from storage.owners import Owner
 from storage.transactions import PatientStorage
 from studies import notes, registry
+from studies.attribute_texts import for_people
 from studies.definition import Definition, parse, to_toml
 
 PASSWORD = "trustno1-Grüße"
@@ -453,6 +454,11 @@ def test_the_attributes_of_a_study_are_for_people(home: Path, place: PatientStor
     assert shown["team"] == "vision"
     assert not any(key.startswith("trialyard:") for key in shown)
     assert answer["objective_names"] == ["validation accuracy"]
+
+
+def test_attributes_of_ours_that_another_program_changed_are_shown_as_they_are() -> None:
+    changed = {"trialyard:definition": [1], "trialyard:budget": {"trials": "x"}, "trialyard:state": 7}
+    assert for_people(changed, []) == {"state": "7", "budget": "{'trials': 'x'}", "definition (TOML)": "[1]"}
 
 
 def test_attributes_of_another_shape_are_left_out(home: Path, place: PatientStorage) -> None:

@@ -18,7 +18,17 @@ from storage import database
 from storage.artifacts import PREDICTIONS
 from storage.tables import TrialUserAttributeModel
 from studies import definition as definitions
-from studies import drawing, figures, notebook, notebook_figures, predictions, results, search_figures, space_figures
+from studies import (
+    drawing,
+    figures,
+    notebook,
+    notebook_figures,
+    notes,
+    predictions,
+    results,
+    search_figures,
+    space_figures,
+)
 from studies.confirmation import Confirmed, Estimate
 from studies.confirmation_figure import confirmed_estimates
 from studies.definition import Definition, parse
@@ -309,6 +319,9 @@ def test_parallel_coordinates_have_the_scale_of_the_space(trial: Callable[..., F
     assert list(_trace(figure, "best tenth").y) == pytest.approx([0.5, 1.0, 1.0, 1.0, None])
     assert list(_trace(figure, "lower half").y) == pytest.approx([0.0, 0.0, 0.0, 0.0, None])
     assert space_figures.parallel(made[:1], mixed) is None
+    # Another program may give a trial a value outside the space, also 0 where the axis is logarithmic.
+    made[0].params["learning_rate"] = 0.0
+    assert space_figures.parallel(made, mixed) is not None
 
 
 # --- a model's answers ------------------------------------------------------------------------------------
@@ -343,6 +356,21 @@ def test_figures_of_answers_show_the_names_of_classes(answered: predictions.Answ
     for figure in plots.values():
         assert "<dog>" not in figure.to_json()
         assert "bdata" not in figure.to_json()
+
+
+def test_a_confusion_matrix_of_very_many_classes_is_not_drawn(digits: Definition) -> None:
+    found = predictions.Predictions.of(
+        judged_on="validation",
+        images=np.zeros((300, 4, 4, 1), np.uint8),
+        labels=np.arange(300),
+        predicted=np.arange(300),
+        probability=np.ones(300, np.float32),
+        classes=300,
+    )
+    answered = predictions.Answered(trial=4, predictions=found)
+    assert "confusion" not in _figures([], digits, answered=answered)
+    assert "confusion" not in notes._kinds(answered)
+    assert "classes" in notes._kinds(answered)
 
 
 def test_no_figure_has_a_background(

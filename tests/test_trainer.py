@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -251,6 +252,16 @@ def test_a_trainer_refuses_a_file_that_was_edited_after_the_study_began(
     digest = hashlib.sha256(LINEAR.encode()).hexdigest()[:16]
     trainer.submit(job(**arguments, sources={"mine:build": digest}))
     assert isinstance(_messages(trainer)[-1], Trained)
+
+
+def test_a_trainer_refuses_data_that_changed_after_the_study_began(trainer: Trainer, job: Make) -> None:
+    trainer.submit(job(data_fingerprint="0" * 16))
+    (failed,) = _messages(trainer)
+    assert isinstance(failed, Failed)
+    assert failed.kind == "import", "the machine's fault: the trial goes back to the queue"
+    assert re.match(
+        r"\S+ has changed since the study began \(its fingerprint was 0{16} and is \w{16}\)", failed.message
+    )
 
 
 SEEN = """
