@@ -337,6 +337,10 @@ def test_a_result_is_drawn_with_its_leaderboard_and_its_cautions(finished_study:
     assert ty.leaderboard(finished_study) == studies.leaderboard(finished_study)
 
 
+def test_a_result_shows_no_password() -> None:
+    assert repr(ty.Result(name="mine", storage="postgresql://me:secret@host/db")) == "Result(name='mine')"
+
+
 def test_a_name_in_a_leaderboard_is_not_taken_for_html() -> None:
     from studies.rows import html
 

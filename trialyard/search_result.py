@@ -1,6 +1,6 @@
 """The result of a search: its best trial and model, and what a notebook shows of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
@@ -21,7 +21,8 @@ class Result:
     """The result of a study, read from the database whenever it is asked for. A notebook draws it."""
 
     name: str  # of the study
-    storage: str | None = None  # the database's URL; None: that of the settings
+    # The database's URL; None: that of the settings. It may have a password, so `repr` leaves it out.
+    storage: str | None = field(default=None, repr=False)
 
     @property
     def best_trial(self) -> FrozenTrial:
@@ -48,11 +49,11 @@ class Result:
         )
 
     def _repr_html_(self) -> str:
-        found = content.collect(self.name, self.storage)
-        parts = [f"### {text.escaped(self.name)}", text.head(found), text.leaderboard(found.rows[:ROWS])]
-        if len(found.rows) > ROWS:
-            parts.append(f"{len(found.rows) - ROWS:,} more are in `leaderboard()`.")
-        for section in text.sections(found):
+        report = content.collect(self.name, self.storage)
+        parts = [f"### {text.escaped(self.name)}", text.head(report), text.leaderboard(report.rows[:ROWS])]
+        if len(report.rows) > ROWS:
+            parts.append(f"{len(report.rows) - ROWS:,} more are in `leaderboard()`.")
+        for section in text.sections(report):
             if section.name in SECTIONS:
                 parts += [f"#### {section.title}", section.body]
         return html("\n\n".join(parts))
