@@ -236,7 +236,7 @@ def test_arrays_in_hand_are_stored_once_and_load_as_a_data_file(home: Path) -> N
     [
         (3, "the data must be a pair .* and are a int"),
         ((1, 2, 3), "the data must be a pair .* and are a tuple of 3"),
-        (([[[1], [2, 3]]] * 3, [0, 1, 2]), "x_train is no array"),
+        (([[[1], [2, 3]]] * 3, [0, 1, 2]), "x_train is not an array"),
         ((np.array([None, 1]), [0, 1]), "x_train is an array of Python objects"),
     ],
 )

@@ -64,7 +64,7 @@ def _array(key: str, value: Any) -> Array:
     try:
         array = np.asarray(value)
     except Exception as error:  # such as a tensor on a GPU, or lists of several lengths
-        raise DataError(f"{key} is no array ({' '.join(str(error).split())[:200]}): give a NumPy array") from error
+        raise DataError(f"{key} is not an array ({' '.join(str(error).split())[:200]}): give a NumPy array") from error
     if array.dtype.hasobject:
         raise DataError(
             f"{key} is an array of Python objects, and must be one of numbers: are its items alike in size?"
