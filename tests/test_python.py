@@ -149,6 +149,36 @@ def test_functions_that_call_each_other_have_a_fingerprint() -> None:
     assert fingerprint(_build(text.format("c"))) != fingerprint(_build(text.format("c + 1")))
 
 
+def test_a_dataclass_with_a_class_of_the_session_has_the_same_fingerprint_again() -> None:
+    text = """
+from dataclasses import dataclass, field
+@dataclass
+class Block:
+    units: int = 3
+@dataclass
+class Settings:
+    block: Block = field(default_factory=Block)
+def build(h, s, c): return Settings().block.units
+"""
+    assert fingerprint(_build(text)) == fingerprint(_build(text))
+    assert fingerprint(_build(text)) != fingerprint(_build(text.replace("= 3", "= 4")))
+
+
+def test_an_object_that_refers_to_itself_and_an_empty_cell_have_a_fingerprint() -> None:
+    text = """
+class Settings: pass
+settings = Settings()
+settings.owner, settings.units = settings, 3
+def outer():
+    def build(h, s, c): return settings.units, late
+    return build
+    late = 1
+build = outer()
+"""
+    assert fingerprint(_build(text)) == fingerprint(_build(text))
+    assert fingerprint(_build(text)) != fingerprint(_build(text.replace("= settings, 3", "= settings, 4")))
+
+
 def test_a_stored_function_is_imported_like_any_other(home: Path) -> None:
     stored = functions.of(_build())
     assert isinstance(stored, StoredFunction)

@@ -9,8 +9,9 @@ import dis
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import Field
 from functools import partial
-from types import CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -39,14 +40,17 @@ def is_importable(value: Any) -> bool:
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     if module in (None, "__main__") or name is None:
         return False
-    found: Any = sys.modules.get(module)
+    imported: Any = sys.modules.get(module)
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is value
+        imported = getattr(imported, part, None)
+    return imported is value
 
 
 def _parts(value: Any, seen: dict[int, int]) -> Iterator[str]:
-    """The text that describes `value`. `seen` numbers the functions and classes before it: they may call each other."""
+    """The text that describes `value`.
+
+    `seen` numbers the functions, classes and other objects before it, by their `id`: they may refer to each other.
+    """
     if isinstance(value, PLAIN):
         yield f"{type(value).__name__} {value!r}"
     elif isinstance(value, (list, tuple)):
@@ -80,7 +84,10 @@ def _parts(value: Any, seen: dict[int, int]) -> Iterator[str]:
     elif isinstance(value, type):
         seen[id(value)] = len(seen)
         yield from _of_class(value, seen)
+    elif isinstance(value, Field):  # of a dataclass; a pickle would name its type at random
+        yield from ("field", *_parts((value.name, value.type, value.default, value.default_factory), seen))
     elif hasattr(value, "__dict__") and not is_importable(type(value)):
+        seen[id(value)] = len(seen)
         yield from ("object", *_parts(type(value), seen), *_parts(vars(value), seen))
     else:
         yield f"pickle {hashlib.sha256(cloudpickle.dumps(value)).hexdigest()}"
@@ -91,7 +98,8 @@ def _of_function(function: FunctionType, seen: dict[int, int]) -> Iterator[str]:
     yield from _of_code(function.__code__, seen)
     yield from _parts((function.__defaults__, function.__kwdefaults__), seen)
     for cell in function.__closure__ or ():
-        yield from _parts(cell.cell_contents, seen)
+        is_empty = cell == CellType()  # nothing was assigned to the name
+        yield from ("empty",) if is_empty else _parts(cell.cell_contents, seen)
     for name in sorted(_globals(function.__code__)):
         if name in function.__globals__:
             yield f"global {name}"
