@@ -21,6 +21,7 @@ import numpy as np
 from search import idx, image_folder, streams
 from search.errors import DataError, MachineError
 from search.images import Array, Images, chosen, mapped
+from search.messages import MODULE_FOLDERS
 from studies.definition import Data
 from studies.model_rules import STORED_FUNCTION
 from studies.sources import is_folder, is_function
@@ -320,10 +321,10 @@ def _from_streams(name: str, train: Any, test: Any = None) -> _Arrays:
 def import_function(name: str) -> Callable[..., Any]:
     """The function that ``package.module:function`` names. Raises MachineError if it cannot be imported."""
     module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        # Users keep their modules in the working folder. It comes last: Keras imports parts of itself and of Python
-        # late, and must not get a random.py or keras.py of this folder instead.
-        sys.path.append(os.getcwd())
+    # Users keep their modules in the working folder, or beside the script that began the search. These folders come
+    # last: Keras imports parts of itself and of Python late, and must not get a random.py or keras.py of them instead.
+    folders = [os.getcwd(), *filter(None, os.environ.get(MODULE_FOLDERS, "").split(os.pathsep))]
+    sys.path += [folder for folder in dict.fromkeys(folders) if folder not in sys.path]
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (Exception, SystemExit) as error:  # importing runs a user's code

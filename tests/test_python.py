@@ -18,7 +18,8 @@ from conftest import Command, ended
 import search
 import studies
 import trialyard as ty
-from search import data, service
+from search import data, service, trainer
+from search.devices import Slot, cpu
 from search.errors import DataError, ModelError
 from storage import database
 from studies import registry
@@ -197,6 +198,24 @@ def test_a_function_of_a_module_is_named_by_it(home: Path, write_module: Callabl
     assert functions.of(module.build) == "own_models:build"
     assert isinstance(functions.of(module.Group.build), StoredFunction), "a definition cannot name it"
     assert isinstance(functions.of(lambda h, s, c: module.build(h, s, c)), StoredFunction)
+
+
+def test_trainers_find_the_modules_beside_a_script_of_another_folder(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "scripts").mkdir()
+    (home / "scripts" / "own_models.py").write_text("def build(h, s, c): pass\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "path", [str(home / "scripts"), *sys.path])  # as Python does for scripts/sweep.py
+    program = "from search.data import import_function; print(import_function('own_models:build').__name__)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        cwd=home,
+        env=trainer.environment(Slot(device=cpu())),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.stdout, done.stderr) == ("build\n", "")
 
 
 def test_registered_classes_are_registered_again_in_a_new_process(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
