@@ -1,6 +1,5 @@
 """Results of a study: the best trial and model, the leaderboard, the curves, the status. Only reads the database."""
 
-import contextlib
 import importlib
 import json
 import logging
@@ -238,18 +237,30 @@ def best_model(name: str, storage: StorageLike = None, *, trial: int | None = No
     import keras
 
     function = str(study.definition["model"])
-    if ":" in function:
-        with contextlib.suppress(ImportError):  # a model of Keras's own layers does not need the module
-            importlib.import_module(function.partition(":")[0])
+    import_problem = _import_problem(function.partition(":")[0]) if ":" in function else None
     try:
         return _compiled(keras.models.load_model(path, compile=False), path)
     except (TypeError, ValueError, OSError, ImportError, AttributeError, KeyError, zipfile.BadZipFile) as error:
         raise StudyError(
             f"the model of trial {chosen.number} of study {name!r}, {path}, cannot be loaded "
-            f"({' '.join(str(error).split())[:300]}): if it has layers of your own, decorate each with "
-            "@keras.saving.register_keras_serializable() and import their module first, or call "
-            "keras.models.load_model(file, custom_objects={...}) yourself"
+            f"({' '.join(str(error).split())[:300]}): "
+            + (
+                import_problem
+                or "if it has layers of your own, decorate each with "
+                "@keras.saving.register_keras_serializable() and import their module first, or call "
+                "keras.models.load_model(file, custom_objects={...}) yourself"
+            )
         ) from error
+
+
+def _import_problem(module: str) -> str | None:
+    """Imports a user's `module`; returns what to do if that fails. A model of Keras's own layers does not need it."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # noqa: BLE001 - importing runs a user's code, or loads a file that may be damaged
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"its layers may be in {module}, which cannot be imported ({reason}); correct that first"
+    return None
 
 
 def class_names(name: str, storage: StorageLike = None) -> list[str] | None:

@@ -146,6 +146,11 @@ def test_a_user_s_own_layers_are_loaded_from_their_module(
     with pytest.raises(StudyError, match=r"cannot be loaded \(.*register_keras_serializable.*import their module"):
         studies.best_model("mine")
 
+    monkeypatch.delitem(__import__("sys").modules, "mine_own")
+    write_module("mine_own", "import pickle\npickle.loads(b'')\n")  # as a stored function whose file is damaged
+    with pytest.raises(StudyError, match=r"in mine_own, which cannot be imported \(EOFError: Ran out of input\)"):
+        studies.best_model("mine")
+
 
 @pytest.mark.parametrize("from_logits", [False, True])
 def test_the_model_can_be_evaluated_with_class_numbers(place: RDBStorage, from_logits: bool) -> None:
