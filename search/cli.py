@@ -161,7 +161,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Create the study if needed, run it here, print the result."""
-    from search import service
+    from search import checks, service
     from search.terminal import out, print_best, print_end, print_json, print_not_shown, print_rows, record
     from studies import definition as definitions
     from studies import results
@@ -188,7 +188,7 @@ def run(
     print_not_shown(results.status(definition.name, here.url), len(rows))
     out.print()
     print_best(definition.name, trial, here, results.as_good_as_best(definition.name, here.url))
-    print_end(definition.name, here.url)
+    print_end(definition.name, here.url, can_confirm=checks.can_confirm(definition, here))
 
 
 @app.command(rich_help_panel=OPERATE)

@@ -106,7 +106,7 @@ def print_json(value: Any) -> None:
     sys.stdout.write(attributes.encoded(value, indent=2) + "\n")
 
 
-def print_end(study: str, storage: str) -> None:
+def print_end(study: str, storage: str, *, can_confirm: bool) -> None:
     """Prints how the best score grew over a finished search, and what to do next."""
     from studies import trial_records
 
@@ -114,7 +114,9 @@ def print_end(study: str, storage: str) -> None:
     if len(best_so_far) > 1:
         growth = f"{best_so_far[0]:.4f} to {best_so_far[-1]:.4f}, in {len(best_so_far)} complete trials"
         say(f"  best so far      {sparkline(best_so_far, out.encoding)}  {growth}")
-    warn(f"next: `trialyard report {study}`, `trialyard confirm {study}`, `trialyard export {study} {study}-model`")
+    confirm = [f"confirm {study}"] if can_confirm else []
+    commands = [f"report {study}", *confirm, f"export {study} {study}-model"]
+    warn(f"next: {', '.join(f'`trialyard {command}`' for command in commands)}")
 
 
 def print_best(study: str, trial: "FrozenTrial", settings: "Settings", others: Sequence[int] = ()) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 import keras
 import pytest
 
-from search import checks
+from search import checks, terminal
 from search.errors import MachineError
+from storage import settings
+from studies.definition import Data, Definition
 
 
 def test_a_crash_while_keras_is_imported_is_a_sentence_with_what_it_printed(broken: Callable[[str], Path]) -> None:
@@ -54,6 +56,24 @@ def test_that_keras_can_be_imported_is_remembered_for_a_day_and_for_this_install
     checks.forget_keras()
     with pytest.raises(AssertionError, match="checked again"):
         check_again()
+
+
+def test_confirm_is_proposed_only_if_test_images_exist_that_did_not_choose(
+    trivial: Definition, finished_study: str, write_npz: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def proposed(dataset: str, **changes: object) -> str:
+        definition = trivial.model_copy(update={"dataset": dataset, **changes})
+        here = settings.load()
+        terminal.print_end(finished_study, here.url, can_confirm=checks.can_confirm(definition, here))
+        return capsys.readouterr().err
+
+    with_test, without = str(write_npz("a.npz")), str(write_npz("b.npz", x_test=None, y_test=None))
+    confirm = f"`trialyard confirm {finished_study}`"
+    assert confirm in proposed(with_test)
+    assert confirm in proposed("package.module:function"), "it may have some"
+    assert "`trialyard report" in proposed(without)
+    assert confirm not in proposed(without)
+    assert confirm not in proposed(with_test, data=Data(validation="test"))
 
 
 ASK = "import keras; print(keras.backend.backend())"
