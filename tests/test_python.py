@@ -57,8 +57,9 @@ def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_user_s_modules_do_not_replace_our_packages(full_folder: Path) -> None:
     script = full_folder / "script.py"
-    script.write_text("import trialyard as ty\nprint(ty.names.__module__, ty.run.__module__)\n", encoding="utf-8")
-    assert _run(full_folder, "script.py").stdout == "studies.registry search.service\n"
+    text = "import trialyard as ty, search\nprint(ty.names.__module__, ty.run.__module__, hasattr(search, 'MINE'))\n"
+    script.write_text(text, encoding="utf-8")
+    assert _run(full_folder, "script.py").stdout == "studies.registry search.service False\n"
     done = _run(full_folder, "-m", "trialyard", "status")
     assert done.returncode == 1
     assert "error: there is no database at" in done.stderr
