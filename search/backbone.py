@@ -9,6 +9,7 @@ from keras import layers
 
 from search.errors import ModelError
 from studies.definition import Definition
+from studies.sources import weights_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +58,9 @@ def check(definition: Definition, image_shape: tuple[int, int, int]) -> None:
 
 def _body(name: str, shape: tuple[int, ...], weights: str) -> keras.Model:
     create = _network(name).create
+    chosen = {"none": None, "imagenet": "imagenet"}.get(weights, str(weights_file(weights)))
     try:
-        return create(
-            include_top=False, weights=None if weights == "none" else weights, input_shape=shape, pooling="avg"
-        )
+        return create(include_top=False, weights=chosen, input_shape=shape, pooling="avg")
     except Exception as error:  # Keras raises bare exceptions where a download fails or a file does not fit
         reason = " ".join(str(error).split())[:300]
         if weights == "none":

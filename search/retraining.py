@@ -92,13 +92,15 @@ def replay(
     The numbers must be the same on the same kind of processor in float32 with the same software. On a GPU, in
     bfloat16, or elsewhere the values may be apart by TOLERANCE and the 95 % sampling error of their difference.
 
-    Raises StudyError if the trial is not complete or was imported, or its images are others now; and DataError,
-    ModelError or MachineError if it cannot be trained here.
+    Raises StudyError if the trial is not complete or was imported, or its images or files are others now; and
+    DataError, ModelError or MachineError if it cannot be trained here.
     """
     trial = _complete_trial(study, number, storage)
     definition = definitions.from_json(study.definition)
     recorded = trial.user_attrs
-    registry.check_data(study, checks.check(definition, here).data)
+    checked = checks.check(definition, here)
+    registry.check_data(study, checked.data)
+    registry.check_sources(study, checked.sources)
     precision = _precision(recorded)
     wanted = definition.model_copy(update={"precision": precision or definition.precision})
     slot = replace(slot, threads=int(attributes.number(recorded.get("threads")) or slot.threads))

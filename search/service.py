@@ -336,8 +336,8 @@ def replay(
     `on_difference` learns what is not as it was (software, device) before the training begins, `on_epoch` of each epoch
     of both trainings. On the same kind of processor in float32 with the same software they must be the same.
 
-    Raises StudyError if the trial is not complete or was imported, or its images are others now; DataError, ModelError
-    or MachineError if it cannot be trained here.
+    Raises StudyError if the trial is not complete or was imported, or its images or files are others now; DataError,
+    ModelError or MachineError if it cannot be trained here.
     """
     from search import retraining
     from search.devices import slots as slots_of

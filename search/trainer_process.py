@@ -30,7 +30,7 @@ from search.interruption import STOPPING_SIGNALS
 from search.messages import Batches, Checked, Epoch, Failed, Job, Measured, Ready, Resumed, StopMode, Trained
 from storage.errors import DiskError, TrialyardError
 from studies.definition import Definition
-from studies.sources import is_function
+from studies.sources import is_function, weights_file
 from studies.wording import SAME_SOURCE
 
 if TYPE_CHECKING:
@@ -273,8 +273,19 @@ def _measured(definition: Definition, dataset: "Dataset", policy: str, notes: li
 
 
 def _sources(definition: Definition) -> dict[str, str]:
-    """A digest of the source file of each of a user's own functions: a changed one makes another training."""
-    return {name: _digest(name) for name in (definition.model, definition.dataset) if is_function(name)}
+    """A digest of each file that decides a training: those of a user's own functions, and those of weights."""
+    functions = {name: _digest(name) for name in (definition.model, definition.dataset) if is_function(name)}
+    weights = definition.values_of("weights") or () if definition.model == "backbone" else ()
+    files = [weights_file(each) for each in weights if each.endswith(".h5")]
+    return functions | {
+        f"weights:{file.name}": _digest_of_weights(file, file.stat().st_mtime_ns) for file in files if file.is_file()
+    }
+
+
+@cache  # they have up to 100 MB; a file that was written anew has another time
+def _digest_of_weights(file: Path, time_ns: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def _require_same_sources(sources: dict[str, str], expected: Mapping[str, str]) -> None:

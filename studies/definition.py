@@ -7,7 +7,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -19,7 +19,16 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from storage.errors import nearest
 from studies import model_rules
 from studies.errors import DefinitionError
-from studies.sources import DATASETS, FUNCTION, is_dataset, is_folder, is_function, resolved, without_folder
+from studies.sources import (
+    DATASETS,
+    FUNCTION,
+    is_dataset,
+    is_folder,
+    is_function,
+    resolved,
+    with_weights,
+    without_folder,
+)
 from studies.space import (
     Choice,
     Finite,
@@ -243,18 +252,18 @@ def load(name_or_file: str, **overrides: Any) -> Definition:
 def parse(text: str, *, source: str = "the definition", folder: Path | None = None, **overrides: Any) -> Definition:
     """The definition in `text` (TOML).
 
-    A relative data file or folder is searched in `folder`, the definition's folder, too. Raises DefinitionError.
+    A relative file or folder of data or weights is searched in `folder`, the definition's folder, too. Raises
+    DefinitionError.
     """
     try:
         raw = tomllib.loads(text)
+        if folder is not None:
+            raw = with_weights(raw, partial(resolved, folder=folder))
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise DefinitionError(f"{source} is not valid TOML ({reason}): correct it") from None
     if folder is not None and isinstance(raw.get("dataset"), str):
         raw["dataset"] = resolved(raw["dataset"], folder)
-    fixed = raw.get("fixed")
-    if folder is not None and isinstance(fixed, dict) and isinstance(fixed.get("weights"), str):
-        fixed["weights"] = resolved(fixed["weights"], folder)
     _override(raw, overrides)
     definition = _checked(raw, source)
     # Not of stored definitions: those of version 0.1 may have `wilcoxon` without repeats, and stay readable.
@@ -278,11 +287,11 @@ def to_toml(definition: Definition) -> str:
 def differences(stored: Definition, other: Definition) -> list[str]:
     """The differences that make trials of the two definitions not comparable: each key with both values.
 
-    The description, the budget in trials and time, and the folder of a data file may differ. Its images are compared
-    elsewhere.
+    The description, the budget in trials and time, and the folder of a file of data or weights may differ. What is in
+    the files is compared elsewhere.
     """
     may_differ = {"description", "budget.trials", "budget.hours", "budget.trial_minutes"}
-    left, right = ({**_flat(each.to_json()), "dataset": without_folder(each.dataset)} for each in (stored, other))
+    left, right = map(_without_folders, (stored, other))
     return [
         f"{key} = {json.dumps(left.get(key))} in the database and {json.dumps(right.get(key))} in this definition"
         for key in [*left, *(key for key in right if key not in left)]
@@ -301,6 +310,11 @@ def _override(raw: dict[str, Any], overrides: Mapping[str, Any]) -> None:
             raw[key] = value
         elif isinstance(raw.setdefault(table, {}), dict):
             raw[table][key] = value
+
+
+def _without_folders(definition: Definition) -> dict[str, Any]:
+    raw = definition.to_json() | {"dataset": without_folder(definition.dataset)}
+    return _flat(with_weights(raw, without_folder))
 
 
 def _flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

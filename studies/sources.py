@@ -1,6 +1,8 @@
-"""What a definition may name as its images: a ready dataset, a file, a folder, or a function."""
+"""What a definition may name as its images: a ready dataset, a file, a folder, or a function; and files of weights."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "digits")
 FUNCTION = "package.module:function"
@@ -39,3 +41,22 @@ def without_folder(dataset: str) -> str:
     if is_function(dataset) or dataset in DATASETS:
         return dataset
     return Path(dataset).name + ("/" if is_folder(dataset) else "")
+
+
+def with_weights(raw: Any, replacement: Callable[[str], str], is_weights: bool = False) -> Any:
+    """A copy of a definition's tables with another text for each file of the hyperparameter `weights`.
+
+    It may be in `fixed`, the choices of `space`, `points` and the conditions of others. `raw` may have any form.
+    Raises RecursionError if it is nested too deeply.
+    """
+    if isinstance(raw, dict):
+        return {key: with_weights(each, replacement, is_weights or key == "weights") for key, each in raw.items()}
+    if isinstance(raw, list):
+        return [with_weights(each, replacement, is_weights) for each in raw]
+    return replacement(raw) if is_weights and isinstance(raw, str) and raw.endswith(".h5") else raw
+
+
+def weights_file(weights: str) -> Path:
+    """The path of a file of weights; if it does not exist, that of its name in the current folder."""
+    path = Path(weights)
+    return path if path.is_file() else Path(path.name)

@@ -1,5 +1,7 @@
 """The built-in models for photos: a residual network, and networks of keras.applications."""
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +9,12 @@ import keras
 import numpy as np
 import pytest
 
-from search import averages, backbone, checks
+from search import averages, backbone, checks, trainer_process
 from search.data import Dataset
-from search.errors import DataError, ModelError
+from search.errors import DataError, MachineError, ModelError
 from search.model import build
 from studies import model_rules
-from studies.definition import parse
+from studies.definition import differences, parse
 from studies.errors import DefinitionError
 
 SMALL = {"depth": 1, "stages": 2, "width": 0.25}
@@ -161,7 +163,45 @@ def test_a_wrong_backbone_is_refused(line: str, problem: str) -> None:
         parse(BACKBONE.partition("[fixed]")[0] + f"[fixed]\n{line}\n")
 
 
+CHOICES = (
+    BACKBONE.replace('weights = "none"\n', "").replace(
+        "[space]",
+        '[space]\nweights = { choices = ["none", "body.weights.h5"] }\n'
+        'frozen = { choices = [true, false], when = { weights = "body.weights.h5" } }',
+    )
+    + '[[points]]\ndropout = 0.1\nweights = "body.weights.h5"\nfrozen = true\n'
+)
+
+
 def test_a_weights_file_is_searched_in_the_definition_s_folder(tmp_path: Path) -> None:
     (tmp_path / "body.weights.h5").touch()
-    text = BACKBONE.replace('"none"', '"body.weights.h5"')
-    assert parse(text, folder=tmp_path).fixed["weights"] == f"{tmp_path}/body.weights.h5"
+    text, file = BACKBONE.replace('"none"', '"body.weights.h5"'), f"{tmp_path}/body.weights.h5"
+    assert parse(text, folder=tmp_path).fixed["weights"] == file
+    definition = parse(CHOICES, folder=tmp_path)
+    assert definition.values_of("weights") == ("none", file)
+    assert definition.space["frozen"].when == {"weights": (file,)}
+    assert definition.points[0]["weights"] == file
+
+
+@pytest.mark.parametrize("text", [BACKBONE.replace('"none"', '"body.weights.h5"'), CHOICES])
+def test_the_same_definition_may_have_its_weights_in_another_folder(text: str, tmp_path: Path) -> None:
+    stored = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        (folder / "body.weights.h5").touch()
+        stored.append(parse(text, folder=folder))
+    assert stored[0] != stored[1]
+    assert differences(*stored) == []
+    assert differences(stored[0], parse(text.replace("body.", "other."))) != []
+
+
+def test_a_file_of_weights_is_compared_by_what_it_has_wherever_it_is(home: Path) -> None:
+    file = home / "body.weights.h5"
+    file.write_bytes(b"weights")
+    moved = parse(BACKBONE.replace('"none"', f'"{home}/moved/body.weights.h5"'))
+    first = trainer_process._sources(moved)
+    assert first == {"weights:body.weights.h5": hashlib.sha256(b"weights").hexdigest()[:16]}
+    file.write_bytes(b"others")
+    os.utime(file, (0, 0))
+    with pytest.raises(MachineError, match=r"the file of weights:body.weights.h5 was edited after the study began"):
+        trainer_process._require_same_sources(trainer_process._sources(moved), first)

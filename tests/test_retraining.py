@@ -15,7 +15,9 @@ from sklearn.datasets import load_digits
 
 import search
 import studies
+from search import checks
 from search.errors import DataError
+from search.messages import Checked
 from search.retraining import Replayed, ReplayedEpoch
 from storage import claims, database, ledger, owners
 from studies import registry
@@ -124,7 +126,11 @@ def test_values_within_the_tolerance_hold() -> None:
 
 
 def test_what_cannot_be_replayed_is_said_in_one_sentence(
-    home: Path, write_small: Callable[..., Path], write_npz: Callable[..., Path], start: Command
+    home: Path,
+    write_small: Callable[..., Path],
+    write_npz: Callable[..., Path],
+    start: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = write_small(trials=4, epochs=2)
     (home / "more.csv").write_text("dropout,accuracy\n0.2,0.9\n", encoding="utf-8")
@@ -162,4 +168,9 @@ def test_what_cannot_be_replayed_is_said_in_one_sentence(
         search.replay("small", 3, storage=url)
     (home / "small.npz").unlink()
     with pytest.raises(DataError, match="does not exist"):
+        search.replay("small", 3, storage=url)
+    ledger.record_software(storage, study, {"weights:body.weights.h5": "0" * 16})
+    checked = Checked(data=study.data, sources={"weights:body.weights.h5": "1" * 16})
+    monkeypatch.setattr(checks, "check", lambda *_: checked)
+    with pytest.raises(StudyError, match=r"study 'small' began with another file of weights:body.weights.h5 than this"):
         search.replay("small", 3, storage=url)
