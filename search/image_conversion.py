@@ -19,6 +19,7 @@ import psutil
 from search.errors import DataError
 from search.images import Array
 from storage.artifacts import written_atomically
+from storage.errors import many
 
 SHOWN = 5  # bad files that are named
 
@@ -47,9 +48,10 @@ def convert(order: dict[str, Any]) -> dict[str, Array]:
     bad = [name for name, image in zip(files, images, strict=True) if image is None]
     if bad and not order["skip_bad"]:
         names = ", ".join(bad[:SHOWN]) + (", ..." if len(bad) > SHOWN else "")
+        files_text, them = many(len(files), "image file"), "it" if len(bad) == 1 else "them"
         raise DataError(
-            f"{len(bad)} of the {len(files)} image files of {folder}/ cannot be read ({names}): repair or remove them, "
-            "or leave them out with --skip-bad or data.skip_bad = true"
+            f"{len(bad):,} of the {files_text} of {folder}/ cannot be read ({names}): repair or remove {them}, or "
+            f"leave {them} out with --skip-bad or data.skip_bad = true"
         )
     count = len(order["train"])
     grey = all(image is None or image.shape[-1] == 1 for image in images)

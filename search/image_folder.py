@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from search.errors import DataError
 from search.images import Array
+from storage.errors import many
 from storage.settings import environment_without_secrets
 from studies.definition import Data
 
@@ -39,8 +38,8 @@ class Listing:
 def listing(folder: Path, data: Data) -> Listing:
     """The images of a folder with one sub-folder a class, or with ``train/`` and perhaps ``test/`` of such folders.
 
-    Without ``test/``, the share `data.test` of each class is kept as test images, chosen by `data.seed`. Raises
-    DataError if there are no images, or only those of one class.
+    Without ``test/``, the share `data.test` of each class is kept as test images, chosen by the names of the files.
+    Raises DataError if there are no images, or only those of one class.
     """
     parts = {part: folder / part for part in ("train", "test") if (folder / part).is_dir()}
     base = parts.get("train", folder)
@@ -55,7 +54,7 @@ def listing(folder: Path, data: Data) -> Listing:
         raise DataError(f"{base}/ has images of only the class {classes[0]!r}: add a sub-folder of another class")
     notes = [*_other_files(base)]
     if "train" not in parts:
-        train, test = _kept_for_test(by_class, data)
+        train, test = _kept_for_test(by_class, base, data.test or 0.0)
         return Listing(folder=folder, classes=classes, train=train, test=test, notes=tuple(notes))
     notes += [
         f"{path}/ is not read, only train/ and test/ are"
@@ -76,51 +75,101 @@ def listing(folder: Path, data: Data) -> Listing:
         train = tuple((file, numbers[name]) for name, files in by_class.items() for file in files)
         test = tuple((file, numbers[name]) for name, files in tests.items() for file in files)
     else:
-        train, test = _kept_for_test(by_class, data)
+        train, test = _kept_for_test(by_class, base, data.test or 0.0)
     return Listing(folder=folder, classes=classes, train=train, test=test, notes=tuple(notes))
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below `folder` in a fixed order, without hidden ones."""
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root) / name for name in sorted(files) if not name.startswith("."))
+def _files(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    """All files below `folder` in a fixed order, without hidden ones.
+
+    `above` identifies the folders that contain this one. A link to one of them is not followed: it would repeat its
+    images.
+    """
+    identity = _identity(folder)
+    if identity in above:
+        return
+    folders = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            folders.append(path)
+        else:
+            yield path
+    for path in folders:
+        yield from _files(path, above | {identity})
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """The same for a folder and a link to it."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _identities_above(folder: Path) -> frozenset[tuple[int, int]]:
+    return frozenset(map(_identity, folder.resolve().parents))
 
 
 def _by_class(base: Path, folder: Path) -> dict[str, list[str]]:
     """The image files of each sub-folder of `base` that has any, relative to `folder`."""
     found = {}
+    above = _identities_above(base) | {_identity(base)}
     for path in sorted(base.iterdir()):
         if path.is_dir() and not path.name.startswith("."):
-            files = [file.relative_to(folder).as_posix() for file in _files(path) if file.suffix.lower() in SUFFIXES]
+            files = [
+                file.relative_to(folder).as_posix() for file in _files(path, above) if file.suffix.lower() in SUFFIXES
+            ]
             if files:
                 found[path.name] = files
     return found
 
 
 def _other_files(base: Path) -> Iterator[str]:
-    others = Counter(path.suffix.lower() or path.name for path in _files(base) if path.suffix.lower() not in SUFFIXES)
+    others = Counter(
+        path.suffix.lower() or path.name
+        for path in _files(base, _identities_above(base))
+        if path.suffix.lower() not in SUFFIXES
+    )
     loose = sum(path.suffix.lower() in SUFFIXES for path in base.iterdir() if path.is_file())
     if others:
         kinds = ", ".join(kind for kind, _ in others.most_common(5))
-        yield f"{base}/ has {sum(others.values())} files that are not read, because of their type: {kinds}"
+        verb = "is" if others.total() == 1 else "are"
+        yield f"{base}/ has {many(others.total(), 'file')} that {verb} not read, because of the type: {kinds}"
     if loose:
-        yield f"{base}/ has {loose} images outside its sub-folders, which are not read, because they have no class"
+        verb, pronoun = ("is", "it has") if loose == 1 else ("are", "they have")
+        yield (
+            f"{base}/ has {many(loose, 'image')} outside its sub-folders that {verb} not read, because {pronoun} no "
+            "class"
+        )
 
 
 _Files = tuple[tuple[str, int], ...]
 
 
-def _kept_for_test(by_class: Mapping[str, list[str]], data: Data) -> tuple[_Files, _Files]:
-    random = np.random.default_rng(data.seed)
+def _kept_for_test(by_class: Mapping[str, list[str]], base: Path, share: float) -> tuple[_Files, _Files]:
+    """The files to train with and the test files, which are `share` of each class.
+
+    The names of the files choose, and no seed: trainings from different seeds must be judged by the same images, and
+    none of these may have been in a search.
+    """
     train: list[tuple[str, int]] = []
     test: list[tuple[str, int]] = []
-    for number, files in enumerate(by_class.values()):
-        count = round(len(files) * (data.test or 0.0))
-        kept = set(random.permutation(len(files))[:count].tolist())
-        for index, file in enumerate(files):
-            (test if index in kept else train).append((file, number))
+    for number, (name, files) in enumerate(by_class.items()):
+        if share > 0.0 and len(files) == 1:
+            raise DataError(
+                f"{base}/{name}/ has only 1 image, and data.test = {share:g} keeps some of each class for the test: "
+                "add images to it, or leave data.test out"
+            )
+        count = min(round(len(files) * share), len(files) - 1)
+        kept = set(sorted(files, key=_order_of_test)[:count])
+        for file in files:
+            (test if file in kept else train).append((file, number))
     return tuple(train), tuple(test)
+
+
+def _order_of_test(file: str) -> bytes:
+    """Puts files into an order that looks random, but depends on their names alone."""
+    return hashlib.sha256(os.fsencode(file)).digest()
 
 
 def converted(listed: Listing, data: Data, cache: Path) -> Path:
@@ -186,5 +235,6 @@ def notes_of(listed: Listing, read: Callable[[], Array]) -> tuple[str, ...]:
     if not skipped:
         return listed.notes
     names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-    files = "1 file is" if len(skipped) == 1 else f"{len(skipped)} files are"
-    return (*listed.notes, f"{files} left out, because they cannot be read as images: {names}")
+    verb, pronoun = ("is", "it") if len(skipped) == 1 else ("are", "they")
+    files = many(len(skipped), "file")
+    return (*listed.notes, f"{files} {verb} left out, because {pronoun} cannot be read as images: {names}")

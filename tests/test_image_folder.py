@@ -108,11 +108,47 @@ def test_train_and_test_folders_are_read_as_such(tmp_path: Path) -> None:
         image_folder.listing(tmp_path, Data())
 
 
-def test_the_test_share_is_one_of_each_class_and_a_function_of_the_seed(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_convert_here")
+def test_all_seeds_have_the_same_test_images_and_none_is_trained_on(home: Path) -> None:
+    write_digits(home / "photos", 100)
+    one, other = (
+        data.load("photos/", Data(test=0.2, validation=0.2, seed=seed), [home / "cache"], test=True) for seed in (0, 1)
+    )
+    assert one.x_test is not None
+    assert other.x_test is not None
+    assert np.array_equal(one.x_test, other.x_test)
+    assert one.judged_fingerprint == other.judged_fingerprint
+    assert not np.array_equal(one.x_validation, other.x_validation)
+    assert len(list((home / "cache").iterdir())) == 1, "the files are decoded once"
+    tests = {image.tobytes() for image in one.x_test}
+    for dataset in (one, other):
+        assert tests.isdisjoint(image.tobytes() for image in (*dataset.x_train, *dataset.x_validation))
+
+
+def test_the_test_share_is_one_of_each_class_and_leaves_images_to_train_with(tmp_path: Path) -> None:
     write_digits(tmp_path, 100)
-    one, same, other = (image_folder.listing(tmp_path, Data(test=0.2, seed=seed)).test for seed in (0, 0, 1))
-    assert one == same != other
-    assert np.bincount([number for _, number in one]).tolist() == [10, 10]
+    listed = image_folder.listing(tmp_path, Data(test=0.2))
+    assert np.bincount([number for _, number in listed.test]).tolist() == [10, 10]
+    assert not {name for name, _ in listed.test} & {name for name, _ in listed.train}
+    for name in ("1", "2"):
+        write_png(tmp_path / "rare" / f"{name}.png", GREY)
+    assert [number for _, number in image_folder.listing(tmp_path, Data(test=0.8)).train].count(2) == 1
+    (tmp_path / "rare" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"/rare/ has only 1 image, and data.test = 0.8 keeps some of each class"):
+        image_folder.listing(tmp_path, Data(test=0.8))
+    assert image_folder.listing(tmp_path, Data()).test == ()
+
+
+def test_a_link_to_a_folder_above_repeats_no_image(tmp_path: Path) -> None:
+    for name in ("photos/a/1.png", "photos/b/1.png", "elsewhere/2.png"):
+        write_png(tmp_path / name, GREY)
+    (tmp_path / "photos" / "all").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "a" / "all").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "photos" / "a" / "self").symlink_to(".")
+    (tmp_path / "photos" / "b" / "more").symlink_to(tmp_path / "elsewhere")
+    listed = image_folder.listing(tmp_path / "photos", Data())
+    assert listed.train == (("a/1.png", 0), ("b/1.png", 1), ("b/more/2.png", 1))
 
 
 def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
@@ -170,8 +206,8 @@ def test_what_is_not_read_is_noted(tmp_path: Path) -> None:
     listed = image_folder.listing(tmp_path, Data())
     assert [name for name, _ in listed.train] == ["a/1.png", "b/1.png"]
     assert [note.partition("/ ")[2] for note in listed.notes] == [
-        "has 1 files that are not read, because of their type: .webp",
-        "has 1 images outside its sub-folders, which are not read, because they have no class",
+        "has 1 file that is not read, because of the type: .webp",
+        "has 1 image outside its sub-folders that is not read, because it has no class",
     ]
 
 
