@@ -9,7 +9,9 @@ import importlib
 import os
 import subprocess
 import sys
+import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -100,7 +102,8 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
     """The dataset `name` (see `studies.definition`), limited and split as `data` says.
 
     The test arrays are read only for a confirmation (`test`), and where the definition validates on them.
-    Files are searched in `folders`; mnist and fashion_mnist are downloaded to the last folder if no folder has them.
+    Files are searched in `folders`; mnist, fashion_mnist and cifar10 are downloaded to the last folder if no folder has
+    them.
     Raises DataError, and MachineError if a function cannot be imported.
     """
     source = _source(name, data, folders)
@@ -413,7 +416,19 @@ def _class_names(arrays: _Arrays, classes: int, name: str) -> tuple[str, ...] | 
         raise DataError(
             f"{name}: class_names has the shape {names.shape}, and there are {classes} classes: give one name per class"
         )
-    return tuple(map(str, names))
+    if names.dtype.kind == "S":
+        names = np.char.decode(names, "utf-8", "replace")
+    cleaned = tuple(map(_printable, map(str, names)))
+    repeated = [each for each, count in Counter(cleaned).items() if count > 1]
+    if repeated:
+        raise DataError(f"{name}: class_names has {repeated[0]!r} more than once: give each class a name of its own")
+    return cleaned
+
+
+def _printable(text: str) -> str:
+    """`text` without control characters; bytes of a folder's name that are not UTF-8 become question marks."""
+    encodable = text.encode("utf-8", "replace").decode("utf-8")
+    return "".join(character for character in encodable if unicodedata.category(character) != "Cc")
 
 
 def _is_binary(x: Array) -> bool:

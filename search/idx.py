@@ -15,13 +15,8 @@ import numpy as np
 
 from search.errors import DataError
 from search.images import Array
+from studies.sources import IDX_FILES, idx_array
 
-NAMES = {
-    "x_train": ("train-images", "idx3"),
-    "y_train": ("train-labels", "idx1"),
-    "x_test": ("t10k-images", "idx3"),
-    "y_test": ("t10k-labels", "idx1"),
-}
 UNSIGNED_BYTES = 8
 
 
@@ -32,19 +27,18 @@ def files(folder: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        name = path.name.replace("test-", "t10k-").replace(".idx", "-idx")
-        for key, (part, axes) in NAMES.items():
-            if f"{part}-{axes}" not in name or path.name.startswith("."):
-                continue
-            if key in found and found[key].name.removesuffix(".gz") != path.name.removesuffix(".gz"):
-                raise DataError(
-                    f"{folder}/ has two files for {key}, {found[key].name} and {path.name}: give each dataset a folder "
-                    "of its own"
-                )
-            found.setdefault(key, path)
+        key = idx_array(path.name)
+        if key is None:
+            continue
+        if key in found and found[key].name.removesuffix(".gz") != path.name.removesuffix(".gz"):
+            raise DataError(
+                f"{folder}/ has two files for {key}, {found[key].name} and {path.name}: give each dataset a folder "
+                "of its own"
+            )
+        found.setdefault(key, path)
     missing = [key for key in ("x_train", "y_train") if key not in found]
     if found and missing:
-        part, axes = NAMES[missing[0]]
+        part, axes = IDX_FILES[missing[0]]
         raise DataError(f"{folder}/ has IDX files, but none for {missing[0]}: add {part}-{axes}-ubyte or its .gz")
     return found
 
@@ -69,7 +63,7 @@ def arrays(found: Mapping[str, Path]) -> dict[str, Callable[[], Array]]:
 
 
 def _reader(path: Path, key: str) -> Callable[[], Array]:
-    """A function that reads the array of the file. It raises DataError if the file is not a whole IDX file of bytes."""
+    """A function that reads the array of the file. It raises DataError if the file is incomplete or not IDX."""
 
     def read() -> Array:
         try:
@@ -77,13 +71,14 @@ def _reader(path: Path, key: str) -> Callable[[], Array]:
             if path.suffix == ".gz":
                 content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} cannot be read ({error}): bring the file again") from None
+            raise DataError(f"{path} cannot be read ({error}): download it again") from None
         axes = 3 if key.startswith("x") else 1
         start = 4 + 4 * axes
         shape = np.frombuffer(content[4:start], ">u4") if len(content) >= start else np.zeros(0)
         if content[:4] != bytes([0, 0, UNSIGNED_BYTES, axes]) or len(content) != start + np.prod(shape, dtype=np.int64):
             raise DataError(
-                f"{path} is not a whole IDX file of bytes with {axes} axes ({len(content):,} bytes): bring it again"
+                f"{path} is incomplete, or not an IDX file of uint8 with {axes} axes ({len(content):,} bytes): "
+                "download it again"
             )
         return np.frombuffer(content, np.uint8, offset=start).reshape(shape.astype(int))
 

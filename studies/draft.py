@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from storage.errors import nearest
 from studies import definition as definitions
 from studies import model_rules, script
 from studies.errors import DefinitionError
-from studies.sources import is_folder
+from studies.sources import idx_array, is_folder
 
 OWN = "own"
 MODELS = (*model_rules.NAMES, OWN)
@@ -106,7 +108,8 @@ def draft(
 
     `data` and `model` are as in a definition; a folder needs no slash at its end. `model` is by default `convnet` for
     small grey images, else `resnet`. With `from_script` the model is the function `build` of that Keras script, which
-    is read and not run. `name` is by default that of the `file`, else of the data.
+    is read and not run. A script and a model file are imported from the current folder, so they must be in it. `name`
+    is by default that of the `file`, else of the data.
 
     Returns the texts of the files by their paths, the definition first. Raises DefinitionError.
     """
@@ -124,6 +127,7 @@ def draft(
     files: dict[Path, str] = {}
     if from_script is not None:
         found = script.read(from_script)
+        _require_current_folder(from_script, found.module)
         space, fixed = _of_script(found.hyperparameters)
         model = f"{found.module if found.adapter is None else module}:build"
         if found.adapter is not None:
@@ -136,6 +140,8 @@ def draft(
         files[file.with_name(f"{module}.py")] = MODULE.format(name=name)
     else:
         space, fixed = SPACES.get(model, SPACES[OWN]), FIXED.get(model, "")
+    if len(files) > 0:
+        _require_current_folder(file, module)
     text = _text(name, data, model, file, trials, epochs, space, fixed)
     definitions.parse(text, source=str(file), folder=file.parent)  # so that a mistake in an argument is said
     return {file: text, **files}
@@ -154,11 +160,20 @@ def write(texts: Mapping[Path, str]) -> None:
             raise DefinitionError(f"{path} cannot be written ({error.strerror or error}): name another file") from None
 
 
+def _require_current_folder(file: Path, module: str) -> None:
+    """Raises DefinitionError if `module`, which is in the folder of `file`, would not be imported from there."""
+    if file.parent.resolve() != Path.cwd():
+        raise DefinitionError(
+            f"{file} is not in the current folder, and the model in {module}.py is imported from there: change to the "
+            f"folder {file.parent} first"
+        )
+
+
 def _text(name: str, data: str, model: str, file: Path, trials: int, epochs: int, space: str, fixed: str) -> str:
     parts = [
         f"# `trialyard check {file}` says what is wrong with this file, `trialyard run {file}` runs the search.\n"
         "# docs/definition.md of Trialyard explains every key.\n"
-        f"name = {json.dumps(name)}\ndataset = {json.dumps(data)}\nmodel = {json.dumps(model)}\n",
+        + tomli_w.dumps({"name": name, "dataset": data, "model": model}),
         _data_table(data),
         f"[budget]\ntrials = {trials}\n{_line(f'epochs = {epochs}', 'of each trial')}",
         f"[space]\n{space}",
@@ -171,7 +186,7 @@ def _text(name: str, data: str, model: str, file: Path, trials: int, epochs: int
 
 def _data_table(data: str) -> str:
     folder = Path(data)
-    if not is_folder(data) or any("-idx3-" in path.name for path in _entries(folder)):
+    if not is_folder(data) or any(idx_array(path.name) for path in _entries(folder)):
         return ""
     lines = _line("size = [64, 64]", "height and width that every image is resized to")
     if not (folder / "test").is_dir():
@@ -194,8 +209,7 @@ def _of_script(hyperparameters: Mapping[str, Any]) -> tuple[str, str]:
         for name, value in hyperparameters.items()
         if (line := _range(name, value))
     )
-    texts = [f"{name} = {json.dumps(value)}\n" for name, value in hyperparameters.items() if isinstance(value, str)]
-    return space, "".join(texts)
+    return space, tomli_w.dumps({name: value for name, value in hyperparameters.items() if isinstance(value, str)})
 
 
 def _range(name: str, value: Any) -> str | None:

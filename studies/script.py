@@ -46,6 +46,11 @@ def read(file: Path) -> Script:
         found = dict(_read_from(function, required[0]))
         adapter = None
     else:
+        if function.args.posonlyargs:
+            raise DefinitionError(
+                f"the parameter {function.args.posonlyargs[0].arg} of {FUNCTION} in {file} can be given by position "
+                "only, and parameters are given by name: remove the `/`"
+            )
         adapter = {name: "image_shape" for name in (*required, *defaults) if name in SHAPE}
         adapter |= {name: "classes" for name in (*required, *defaults) if name in CLASSES}
         unknown = [name for name in required if name not in adapter]

@@ -6,6 +6,12 @@ from typing import Any
 
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "digits")
 FUNCTION = "package.module:function"
+IDX_FILES = {  # the parts of the name of the IDX file of each array
+    "x_train": ("train-images", "idx3"),
+    "y_train": ("train-labels", "idx1"),
+    "x_test": ("t10k-images", "idx3"),
+    "y_test": ("t10k-labels", "idx1"),
+}
 
 
 def is_function(name: str) -> bool:
@@ -22,6 +28,18 @@ def is_folder(dataset: str) -> bool:
 def is_dataset(dataset: str) -> bool:
     """Whether `dataset` has one of the forms that a definition may have. A file or folder need not exist."""
     return dataset in DATASETS or dataset.endswith(".npz") or is_folder(dataset) or is_function(dataset)
+
+
+def idx_array(file: str) -> str | None:
+    """The array (x_train, ...) that an IDX file of this name has; None if it is not the name of one.
+
+    Published names differ at their start and in one character: ``emnist-letters-test-images-idx3-ubyte.gz``,
+    ``train-images.idx3-ubyte``.
+    """
+    if file.startswith("."):
+        return None
+    name = file.replace("test-", "t10k-").replace(".idx", "-idx")
+    return next((array for array, (part, axes) in IDX_FILES.items() if f"{part}-{axes}" in name), None)
 
 
 def resolved(dataset: str, folder: Path) -> str:

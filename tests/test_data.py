@@ -336,3 +336,16 @@ def test_own_data_that_fail_are_named(name: str, message: str, kind: type[Except
     with pytest.raises(kind, match=message) as caught:
         data.load(name, Data(), [])
     assert "\n" not in str(caught.value)
+
+
+def test_class_names_are_clean_texts_and_differ(tmp_path: Path) -> None:
+    arrays = {"x_train": np.zeros((40, 4, 4), np.uint8), "y_train": np.arange(40) % 2}
+
+    def names(given: Any) -> tuple[str, ...] | None:
+        np.savez(tmp_path / "named.npz", **arrays, class_names=given)
+        return data.load(str(tmp_path / "named.npz"), Data(validation=0.2), []).class_names
+
+    assert names(np.array([b"cat", "K\u00e4fer".encode()])) == ("cat", "K\u00e4fer")
+    assert names(np.array(["caf\udce9", "a\x1b[31m\nb"])) == ("caf?", "a[31mb")
+    with pytest.raises(DataError, match=r"class_names has 'cat' more than once: give each class a name of its own"):
+        names(np.array(["cat", "cat"]))

@@ -260,10 +260,12 @@ def test_bad_idx_files_are_refused(tmp_path: Path) -> None:
     images = tmp_path / "letters" / "train-images-idx3-ubyte"
     whole = images.read_bytes()
     images.write_bytes(whole[:-1])
-    with pytest.raises(DataError, match=r"is not a whole IDX file of bytes with 3 axes \(495 bytes\): bring it again"):
+    with pytest.raises(
+        DataError, match=r"is incomplete, or not an IDX file .* 3 axes \(495 bytes\): download it again"
+    ):
         data.load(f"{tmp_path}/letters/", Data(), [tmp_path])
     images.rename(tmp_path / "letters" / "train-images-idx3-ubyte.gz")
-    with pytest.raises(DataError, match=r"cannot be read \(Not a gzipped file.*bring the file again"):
+    with pytest.raises(DataError, match=r"cannot be read \(Not a gzipped file.*download it again"):
         data.load(f"{tmp_path}/letters/", Data(), [tmp_path])
     (tmp_path / "letters" / "train-images-idx3-ubyte.gz").unlink()
     with pytest.raises(DataError, match=r"has IDX files, but none for x_train: add train-images-idx3-ubyte"):

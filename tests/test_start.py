@@ -67,6 +67,36 @@ def test_a_folder_of_images_gets_a_size_and_test_images(home: Path) -> None:
     assert definitions.load(str(search.init("split/")[0])).data.test is None
 
 
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "train-images.idx3-ubyte"])
+def test_a_folder_of_idx_files_gets_no_keys_of_image_files(home: Path, name: str) -> None:
+    (home / "letters").mkdir()
+    (home / "letters" / name).touch()
+    file, *_ = search.init("letters/")
+    definition = definitions.load(str(file))
+    assert (definition.data.size, definition.data.test) == (None, None)
+
+
+def test_any_name_of_a_folder_makes_a_valid_definition(home: Path) -> None:
+    (home / "📷").mkdir()
+    file, *_ = search.init("📷/", "mine.toml")
+    assert definitions.load(str(file)).dataset == f"{home}/📷/"
+
+
+def test_a_model_that_could_not_be_imported_is_refused(home: Path) -> None:
+    (home / "sub").mkdir()
+    (home / "train.py").write_text(SCRIPT)
+    (home / "sub" / "other.py").write_text(SCRIPT)
+    for arguments in (
+        {"file": "sub/x.toml", "model": "own"},
+        {"file": "sub/x.toml", "from_script": "train.py"},
+        {"file": "x.toml", "from_script": "sub/other.py"},
+    ):
+        with pytest.raises(DefinitionError, match=r"is not in the current folder, and the model in .*the folder sub "):
+            search.init("digits", **arguments)  # type: ignore[arg-type]
+    assert [path.name for path in home.rglob("*.toml")] == []
+    assert search.init("digits", "sub/x.toml") == [Path("sub/x.toml")]
+
+
 def test_the_model_file_of_a_draft_can_be_trained(home: Path, write_module: Callable[[str, str], None]) -> None:
     file, module = search.init("digits", "mine.toml", model="own")
     write_module(module.stem, module.read_text(encoding="utf-8"))
@@ -115,6 +145,7 @@ def test_a_script_is_read_and_not_run(home: Path) -> None:
             "def build(u=1): pass\nm = build()\nm.fit(x)",
             r"^train.py trains when it is imported \(line 3\): put that under",
         ),
+        ("def build(shape, classes, /, u=1): pass", r"^the parameter shape of build in train.py can be given by pos"),
         ("def build(:", r"^train.py is not valid Python \("),
     ],
 )
