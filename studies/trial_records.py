@@ -102,7 +102,7 @@ def trials(
 
     `state` chooses those in one state; `limit` the last ones of them.
 
-    >>> [(trial.number, trial.state) for trial in studies.trials("digits")]
+    >>> [(trial.number, trial.state) for trial in studies.trials("digits", state="complete")]
     [(0, 'complete'), (1, 'complete')]
 
     Raises StudyError if there is no such study.
@@ -154,6 +154,10 @@ def best_so_far(name: str, storage: StorageLike = None) -> list[float]:
 
 def dataframe(name: str, storage: StorageLike = None) -> "pandas.DataFrame":
     """All trials of study `name` as a table of pandas: a row a trial, and a column ``params_<name>`` a hyperparameter.
+
+    >>> table = studies.dataframe("digits")
+    >>> table[table.state == "complete"].number.tolist()
+    [0, 1]
 
     Raises StudyError if there is no such study, or pandas is not installed.
     """
