@@ -126,5 +126,5 @@ def _of_class(kind: type, seen: dict[int, int]) -> Iterator[str]:
         if name not in NOT_OF_A_CLASS:
             yield f"attribute {name}"
             # A property or a class method holds functions.
-            held = [getattr(value, part, None) for part in ("__func__", "fget", "fset", "fdel")]
-            yield from _parts(value if held == [None] * 4 else held, seen)
+            functions = [getattr(value, part, None) for part in ("__func__", "fget", "fset", "fdel")]
+            yield from _parts(value if functions == [None] * 4 else functions, seen)
