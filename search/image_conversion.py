@@ -33,7 +33,9 @@ def main() -> None:
         with written_atomically(Path(order["file"])) as path:
             np.savez(path, allow_pickle=False, **arrays)
     except DataError as error:
-        print(error)
+        print(
+            str(error).encode("utf-8", "replace").decode("utf-8")
+        )  # a name of a file may have bytes that are not UTF-8
         sys.exit(1)
     except OSError as error:
         print(f"{order['file']} cannot be written ({error.strerror or error}): is the disk full, or read-only?")

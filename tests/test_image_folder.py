@@ -1,6 +1,8 @@
 """A folder with one sub-folder a class is a dataset; what is wrong with it is said in one sentence."""
 
 import gzip
+import io
+import json
 import os
 import struct
 from dataclasses import asdict
@@ -182,6 +184,20 @@ def test_unreadable_files_are_named_or_left_out_and_counted(home: Path) -> None:
     dataset = data.load("photos/", Data(skip_bad=True), [home])
     assert len(dataset.y_train) + len(dataset.y_validation) == 40
     assert dataset.notes == (f"4 files are left out, because they cannot be read as images: {names}",)
+
+
+def test_a_bad_file_whose_name_is_not_utf_8_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_digits(tmp_path, 10)
+    (tmp_path / "even" / "bad\udcff.png").touch()
+    listed = asdict(image_folder.listing(tmp_path, Data()))
+    order = json.dumps({**listed, "folder": str(tmp_path), "size": None, "skip_bad": False, "file": "none"})
+    monkeypatch.setattr("sys.stdin", io.StringIO(order))
+    with pytest.raises(SystemExit):
+        image_conversion.main()
+    assert "1 of the 11 image files" in (out := capsys.readouterr().out)
+    assert "(even/bad?.png): repair or remove it, or leave it out" in out
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from storage.artifacts import written_atomically
 from trialyard.fingerprint import fingerprint, is_importable
 
 FOLDER = "functions"
-LARGEST = 50 << 20  # bytes of a pickle; one with the images in it would be read by each trainer process
+LARGEST = 50 << 20  # bytes of a pickle: each trainer process reads it, so it must not contain the images
 PYTHON = ".".join(platform.python_version_tuple()[:2])  # a pickled function can be loaded by no other version
 
 MODULE = '''\
