@@ -41,8 +41,9 @@ KEPT = (
     "SELECT trial_id, param_name, param_value, distribution_json FROM trial_params",
     "SELECT trial_id, key, value_json FROM trial_user_attributes WHERE key != 'attempts'",
     "SELECT trial_id, key, value_json FROM trial_system_attributes",
-    "SELECT study_id, key, value_json FROM study_system_attributes",
+    "SELECT study_id, key, value_json FROM study_system_attributes WHERE key != 'study:metric_names'",
 )
+NAMED = "SELECT study_id, value_json FROM study_system_attributes WHERE key = 'study:metric_names'"
 
 
 def test_a_yard_of_version_0_1_is_brought_over_whole_and_its_trials_go_on(yard: Path, start: Command) -> None:
@@ -57,6 +58,7 @@ def test_a_yard_of_version_0_1_is_brought_over_whole_and_its_trials_go_on(yard: 
     assert "study normed: brought over from an older Trialyard" in said
     assert "study small: brought over from an older Trialyard" in said
     assert _rows(yard, *KEPT) == before
+    assert _rows(yard, NAMED) == [[(1, '["validation accuracy"]'), (2, '["validation accuracy"]')]]
     assert {path: path.read_bytes() for path in files} == files
     assert "is whole, with 2 studies" in trialyard("storage", "check")
     url = f"sqlite:///{yard}/studies.db"
