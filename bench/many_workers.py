@@ -183,7 +183,7 @@ def run_worker(url: str, folder: Path, slots: int, seconds: float, network_secon
     settings = Settings(home=folder, storage=url)
     device = cpu()
     places = [Slot(device=device, index=index, sharing=slots) for index in range(slots)]
-    worker.work([STUDY], database.connect(url), settings, places)
+    worker.work([STUDY], database.connect(url, settings.patience_seconds), settings, places)
     Simulated.waits.calls = dict(Simulated.waits.calls)
     out.send(Simulated.waits)
 
