@@ -115,6 +115,8 @@ def draft(
     """
     if Path(data).is_dir() and not is_folder(data):
         data = f"{data}/"
+    if is_folder(data) and not Path(data).is_dir():
+        raise DefinitionError(f"there is no folder {data}: correct --data, or name a ready data set such as digits")
     name = name or _name(Path(data).stem if file is None else file.stem)
     file = file or Path(f"{name}.toml")
     if model is not None and from_script is not None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from studies import registry, results
 from studies.definition import Definition
 from studies.errors import StudyError
 from studies.model_rules import STORED_FUNCTION
+from studies.predictions import class_names
 from studies.registry import StorageLike
 from studies.sources import is_folder
 
@@ -110,7 +112,7 @@ def export(
         (draft / "definition.toml").write_text(definitions.to_toml(definition), encoding="utf-8")
         record = encoded(_record(study, chosen, definition), indent=2)
         (draft / "trial.json").write_text(record + "\n", encoding="utf-8")
-        readme = _readme(name, chosen, definition, format, shape, study.data.get("class_names"))
+        readme = _readme(name, chosen, definition, format, shape, class_names(study.data))
         (draft / "README.md").write_text(readme, encoding="utf-8")
         if format is not None:
             _convert(draft / MODEL, format, draft / FILES[format], definition, shape)
@@ -165,7 +167,7 @@ def _readme(
     definition: Definition,
     format: Format | None,
     shape: list[int] | None,
-    class_names: Any = None,
+    names: Sequence[str] = (),
 ) -> str:
     more = "" if format is None else f"- `{FILES[format]}`: the same model for {format}\n"
     from_files = shape is not None and is_folder(definition.dataset)
@@ -180,7 +182,7 @@ def _readme(
         module=import_line,
         library="tensorflow as tf" if from_files else "numpy as np",
         images=_images(definition, shape) if from_files else f"images = np.zeros({zeros})  # yours",
-        answer=_answer(class_names),
+        answer=_answer(names),
         more=more + about_own_model,
     )
 
@@ -195,11 +197,11 @@ def _images(definition: Definition, shape: list[int] | None) -> str:
     return f"{read}\nimages = tf.round(tf.image.resize(image[None], ({height}, {width}), antialias=True))"
 
 
-def _answer(class_names: Any) -> str:
+def _answer(names: Sequence[str]) -> str:
     """The end of the README's program, which prints the most probable class of each image."""
-    if not isinstance(class_names, list):
+    if not names:
         return "print(probabilities.argmax(axis=1))"
-    return f"classes = {class_names!r}\nprint([classes[index] for index in probabilities.argmax(axis=1)])"
+    return f"classes = {list(names)!r}\nprint([classes[index] for index in probabilities.argmax(axis=1)])"
 
 
 def _about_own_model(model: str) -> tuple[str, str]:

@@ -271,8 +271,9 @@ def class_names(name: str, storage: StorageLike = None) -> list[str] | None:
 
     Raises StudyError if there is no such study.
     """
-    names = registry.find(name, registry.storage_of(storage)).data.get("class_names")
-    return [str(each) for each in names] if isinstance(names, list) else None
+    from studies.predictions import class_names as recorded
+
+    return recorded(registry.find(name, registry.storage_of(storage)).data) or None
 
 
 def _compiled(model: "keras.Model", path: Path) -> "keras.Model":

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 State = Literal["complete", "imported", "pruned", "failed", "running", "waiting"]
 
-FILES = (artifacts.MODEL, artifacts.HISTORY, artifacts.SUMMARY, artifacts.CHECKPOINT)
 LOG_LINES = 10  # of a trial's log that are shown
 LOG_BYTES = 1_000_000  # of a log file that are searched, from its end
 _STATES: dict[TrialState, State] = {
@@ -253,7 +252,7 @@ def _files(study: Study, trial: FrozenTrial, attempts: Sequence[Attempt], root: 
         root / artifacts.attempt_folder(study.name, study.incarnation, trial.number, attempt.attempt)
         for attempt in attempts
     ]
-    paths = [folder / name for folder in folders for name in FILES]
+    paths = [folder / name for folder in folders for name in artifacts.ALL]
     # Those of older versions, and of a copied study, are elsewhere.
     recorded = (artifacts.inside(root, trial.user_attrs.get(key)) for key in ("model", "history"))
     return tuple(dict.fromkeys(path for path in (*paths, *recorded) if path is not None and path.is_file()))
