@@ -160,6 +160,7 @@ def test_a_script_that_cannot_be_used_is_refused(home: Path, text: str, problem:
     ("arguments", "problem"),
     [
         ({"data": "photo"}, r'dataset = "photo" must be one of .* a folder such as "photos/"'),
+        ({"data": "photos/"}, r"^there is no folder photos/: correct --data"),
         ({"data": "digits", "model": "resnett"}, r"model = 'resnett' must be one of .*; did you mean 'resnet'\?"),
         ({"data": "digits", "name": "a b"}, r'name = "a b" must be letters, digits'),
         ({"data": "digits", "from_script": "no.py"}, r"^no.py cannot be read \(No such file"),
