@@ -17,7 +17,7 @@ import typer.main
 from search.cli import app
 from storage.settings import Settings
 from studies import definition as definitions
-from studies import space
+from studies import notebook, space
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -301,3 +301,16 @@ def test_every_function_that_runs_studies_is_explained_and_exists() -> None:
         assert callable(getattr(search, name))
         if name[0].islower():
             assert f"`{name}(" in PAGES["docs/python.md"], name
+
+
+def test_the_tables_of_the_notebook_page_are_those_of_its_record() -> None:
+    """`docs/make_notebook.py` writes them from `docs/notebook.csv`, which has an epoch in every row."""
+    spec = importlib.util.spec_from_file_location("make_notebook", ROOT / "docs" / "make_notebook.py")
+    assert spec is not None
+    assert spec.loader is not None
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    curves = pages.curves()
+    assert set(curves) == {(result.source, result.label) for result in notebook.RESULTS} | {("mnist-cnn", "mnist-cnn")}
+    assert {len(curve) for trainings in curves.values() for curve in trainings} == {12, 20}
+    assert pages.filled(PAGES["docs/notebook.md"]) == PAGES["docs/notebook.md"]
