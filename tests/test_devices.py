@@ -14,12 +14,12 @@ A100 = Device(kind="gpu", name="A100", index=2, capability=(8, 0), memory=80 << 
 T4 = Device(kind="gpu", name="T4", index=0, capability=(7, 5), memory=16 << 30)
 CPU = Device(kind="cpu", name="Some Processor")
 
-CPUINFO = "processor\t: 0\nmodel name\t: {name}\nflags\t\t: fpu sse {flags}\n\nprocessor\t: 1\n"
+CPUINFO = "processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: {name}\nflags\t\t: fpu sse {flags}\n\nprocessor\t: 1\n"
 
 
-def _cpu(folder: Path, flags: str) -> Device:
+def _cpu(folder: Path, flags: str, vendor: str = "AuthenticAMD") -> Device:
     path = folder / "cpuinfo"
-    path.write_text(CPUINFO.format(name="Some Processor", flags=flags), encoding="utf-8")
+    path.write_text(CPUINFO.format(name="Some Processor", flags=flags, vendor=vendor), encoding="utf-8")
     return devices.cpu(path)
 
 
@@ -36,6 +36,14 @@ def test_a_processor_trains_in_bfloat16_where_it_multiplies_it(
     tmp_path: Path, flags: str, policy: str, reason: str
 ) -> None:
     assert precision_for(_cpu(tmp_path, flags), "auto") == (policy, reason)
+
+
+def test_an_intel_processor_without_amx_trains_in_float32(tmp_path: Path) -> None:
+    assert precision_for(_cpu(tmp_path, "avx512_bf16", "GenuineIntel"), "auto") == (
+        "float32",
+        "Some Processor has avx512_bf16 without amx_bf16, and is faster in float32",
+    )
+    assert precision_for(_cpu(tmp_path, "avx512_bf16 amx_bf16", "GenuineIntel"), "auto")[0] == "mixed_bfloat16"
 
 
 def test_a_gpu_trains_in_bfloat16_from_compute_capability_8() -> None:
