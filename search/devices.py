@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pynvml
 
+from search import allocation
 from search.errors import DeviceError
 from studies.definition import Precision
 
@@ -162,7 +163,8 @@ def slots(devices: str = "auto", per_device: int | None = None, workers: int | N
     `devices`: "auto" for all GPUs, or the processor if there is none; "cpu"; or numbers of GPUs such as "0,2". A GPU
     that is divided means all its instances. UUIDs, or how they begin, name a GPU or an instance ("MIG-8f2c").
     With `workers`, so many slots are spread evenly over the devices. With `per_device`, each device has so many. By
-    default a GPU has one slot, and the processor has one per core (the best in `bench/slots.py`) if memory allows.
+    default a GPU has one slot, and the processor has one per core (the best in `bench/slots.py`) if memory allows. In a
+    Slurm job the GPUs, cores and memory are the job's.
 
     Raises DeviceError if there is no such GPU.
     """
@@ -182,6 +184,12 @@ def _chosen(devices: str) -> list[Device]:
     if devices == "cpu":
         return [cpu()]
     existing = gpus()
+    if devices == "auto" and existing and allocation.has_no_gpu():
+        log.warning(
+            "this Slurm job has no GPU, so the trials run on the processor: ask for one with --gpus 1, or give "
+            "--devices 0 if Slurm does not give out this machine's GPUs"
+        )
+        return [cpu()]
     if devices == "auto":
         return existing or [cpu()]
     chosen: list[Device] = []
@@ -204,20 +212,20 @@ def _names(part: str, device: Device) -> bool:
 
 
 def cores() -> int:
-    """How many processor cores this process may use: limited by its affinity and its control group's quota."""
+    """How many processor cores this process may use: limited by its affinity, its control group and its Slurm job."""
     import joblib  # slow to import
 
-    return int(joblib.cpu_count())
+    available = int(joblib.cpu_count())
+    return min(available, allocation.slurm_cores() or available)
 
 
-def memory(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many bytes of memory are available: the machine's, or fewer if a control group (a container) limits it."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit, used = ((folder / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):
-        return free  # there is no such file, or it has "max"
+def memory(folder: Path | None = None) -> int:
+    """How many bytes of memory are available: the machine's, or fewer if a control group or a Slurm job limits it.
+
+    `folder` is where control groups are.
+    """
+    limits = (allocation.free_memory_in_groups(folder), allocation.slurm_memory())
+    return min([int(psutil.virtual_memory().available), *(limit for limit in limits if limit is not None)])
 
 
 def _slots_on_cpu() -> int:

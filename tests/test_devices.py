@@ -4,9 +4,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import joblib
 import pytest
 
-from search import devices
+from search import allocation, devices
 from search.devices import Device, Slot, precision_for
 from search.errors import DeviceError
 
@@ -263,3 +264,48 @@ def test_hidden_gpus_stay_hidden(monkeypatch: pytest.MonkeyPatch, hidden: str) -
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert devices.gpus() == []
     assert {slot.device.kind for slot in devices.slots()} == {"cpu"}
+
+
+def test_a_slurm_job_s_share_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 64)
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "8")
+    assert devices.cores() == 8
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert devices.cores() == 4
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)  # the affinity may say less
+    assert devices.cores() == 2
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "10")
+    assert devices.memory(tmp_path) == 80 << 20
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")
+    assert devices.memory(tmp_path) == 100 << 20
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/slurm/job_7/step_batch", "", ("memory.max", "memory.current")),
+        ("5:memory:/slurm/job_7/step_batch", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+    ],
+)
+def test_a_control_group_above_limits_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, folder: str, names: tuple[str, str]
+) -> None:
+    (tmp_path / "membership").write_text(f"3:cpu,cpuacct:/\n{line}\n", encoding="ascii")
+    monkeypatch.setattr(allocation, "MEMBERSHIP", tmp_path / "membership")
+    job = tmp_path / folder / "slurm" / "job_7"
+    (job / "step_batch").mkdir(parents=True)
+    for group, values in ((job, ("5000000", "1000000")), (job / "step_batch", ("9000000", "1000000"))):
+        for name, value in zip(names, values, strict=True):
+            (group / name).write_text(f"{value}\n", encoding="ascii")
+    assert devices.memory(tmp_path) == 4000000
+
+
+def test_a_slurm_job_without_gpus_leaves_the_machine_s_alone(
+    two_gpus: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert {slot.device.kind for slot in devices.slots()} == {"cpu"}
+    assert "--gpus 1" in caplog.text
+    assert [slot.name for slot in devices.slots("0")] == ["gpu:0"]
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
+    assert {slot.device.kind for slot in devices.slots()} == {"gpu"}
