@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         replay,
         run,
         serve,
+        submit_to_slurm,
         upgrade_storage,
         work,
     )
@@ -55,6 +56,7 @@ __all__ = [
     "replay",
     "run",
     "serve",
+    "submit_to_slurm",
     "upgrade_storage",
     "work",
 ]

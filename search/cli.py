@@ -14,18 +14,22 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from search import interruption, look_commands, start_commands, storage_commands, study_commands
+from search import interruption, look_commands, slurm_command, start_commands, storage_commands, study_commands
 from search.completion import study_names
 from search.help import DATABASE, HELP_OPTIONS, LOOK, OPERATE, START, TAKE_AWAY, Commands
 from search.options import (
     DevicesOption,
     EpochsOption,
     Form,
+    GpusOption,
     JsonOption,
     LimitOption,
     NameOption,
     PerDeviceOption,
+    PrintOption,
+    SbatchOption,
     SkipBadOption,
+    SlurmOption,
     SourceArgument,
     StorageOption,
     StudyArgument,
@@ -202,6 +206,10 @@ def work(
     per_device: PerDeviceOption = None,
     workers: WorkersOption = None,
     forever: Annotated[bool, typer.Option("--forever", help="Wait for studies to come, until told to stop.")] = False,
+    slurm: SlurmOption = None,
+    gpus: GpusOption = None,
+    sbatch: SbatchOption = None,
+    print_script: PrintOption = False,
 ) -> None:
     """Fill every slot of this machine with trials.
 
@@ -215,6 +223,16 @@ def work(
     if studies and forever:
         raise typer.BadParameter("with --forever it takes trials of all studies: name none")
     here = settings_of(storage)
+    if slurm_command.submit(
+        *(studies or ()),
+        asked=slurm_command.Asked(jobs=slurm, gpus=gpus, sbatch=sbatch or (), only_print=print_script),
+        storage=storage,
+        devices=chosen_devices,
+        per_device=per_device,
+        workers=workers,
+        forever=forever,
+    ):
+        return
     try:
         names = service.work(
             *(studies or ()),

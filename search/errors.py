@@ -33,3 +33,7 @@ class DashboardError(TrialyardError):
 
 class WorkerError(TrialyardError):
     """No worker on this machine is alive."""
+
+
+class SlurmError(TrialyardError):
+    """Slurm cannot run these workers, or does not answer."""

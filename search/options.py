@@ -40,6 +40,16 @@ WorkersOption = Annotated[
     int | None,
     typer.Option("--workers", min=1, envvar="TRIALYARD_WORKERS", help="So many trials at once here, in all."),
 ]
+SlurmOption = Annotated[
+    int | None,
+    typer.Option("--slurm", metavar="N", min=1, help="Submit an array job of N such workers to Slurm, and leave."),
+]
+GpusOption = Annotated[float | None, typer.Option("--gpus", min=0, help="GPUs of each worker; needs --slurm.")]
+SbatchOption = Annotated[
+    list[str] | None,
+    typer.Option("--sbatch", metavar="OPTION", help="An option of sbatch, such as partition=gpu; may be repeated."),
+]
+PrintOption = Annotated[bool, typer.Option("--print", help="Print the script for Slurm, and submit nothing.")]
 Form = Literal["html", "markdown", "table"]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 StudyArgument = Annotated[

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial
 
 from search.errors import WorkerError
 from storage import database, ledger, promises, retention, settings, slots, transactions
+from storage.errors import SettingsError
 from storage.ledger import Study
 from storage.retention import UnneededFile
 from storage.settings import Settings
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from search.messages import Measured
     from search.progress import Listener
     from search.retraining import Replayed, ReplayedEpoch
+    from search.slurm import Submitted
 
 log = logging.getLogger(__name__)
 
@@ -253,6 +255,52 @@ def work(
         worker.check_fit(study, opened, here)
     _fill(to_do, opened, here, places, listeners, leave=not names)
     return [study.name for study in found]
+
+
+def submit_to_slurm(
+    *names: str,
+    jobs: int,
+    gpus: float = 0,
+    sbatch: Sequence[str] = (),
+    storage: str | None = None,
+    devices: str = "auto",
+    per_device: int | None = None,
+    workers: int | None = None,
+    forever: bool = False,
+    submit: bool = True,
+) -> "Submitted":
+    """Submits an array job of so many `jobs` to Slurm, each a worker with so many whole `gpus` on one node.
+
+    `sbatch` has further options of sbatch without their dashes, such as ``["partition=gpu", "time=4:00:00"]``. The
+    others are as for `work`, and hold for each job. With ``submit=False`` only the script is written.
+
+    Returns the script, and the number of the array job. Raises, with nothing submitted, StudyError where there is no
+    such study; SlurmError where Slurm cannot run the jobs, or they could not share the database or the files;
+    SettingsError if `storage` has a password, which the script would show; StorageError.
+    """
+    from search import slurm
+
+    if names and forever:
+        raise WorkerError("with forever=True a worker takes trials of all studies: name none")
+    if storage is not None and transactions.has_password(storage):
+        raise SettingsError(
+            f"the script would show the password of {transactions.redact(storage)}: put the URL into "
+            "TRIALYARD_STORAGE, or into a file that TRIALYARD_STORAGE_FILE names"
+        )
+    here = _settings(storage)
+    given = {"storage": storage, "devices": devices, "per-device": per_device, "workers": workers}
+    arguments = [*names, *(["--forever"] if forever else [])]
+    for option, value in given.items():
+        if value not in (None, "auto"):
+            arguments += [f"--{option}", str(value)]
+    job = slurm.array_job(jobs, gpus, sbatch, arguments)
+    if not submit:
+        return slurm.Submitted(script=slurm.script(job, here))
+    if names:
+        opened = database.connect(here.url)
+        for name in names:
+            registry.find(name, opened)
+    return slurm.submit(job, here)
 
 
 def _fill(

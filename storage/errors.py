@@ -19,6 +19,7 @@ TrialyardError
 ├── DeviceError        (search) there is no such GPU, the framework does not see it, or it fails
 │   └── AcceleratorError it failed in a training
 ├── DashboardError     (search) the dashboard cannot be served at this address
+├── SlurmError         (search) Slurm cannot run these workers, or does not answer
 └── WorkerError        (search) no worker on this machine is alive
 """
 

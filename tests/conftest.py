@@ -25,6 +25,7 @@ from optuna.distributions import FloatDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sklearn.datasets import load_digits
+from slurm_cluster import SlurmCluster, missing_programs
 from warm import Forked, Warm
 
 import search.cli
@@ -51,6 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail, rather than skip, without docker-compose or systemd",
     )
+    parser.addoption("--require-slurm", action="store_true", help="fail, rather than skip, without Slurm")
 
 
 def _program(config: pytest.Config, name: str, package: str, option: str) -> str:
@@ -80,6 +82,21 @@ def docker_compose(pytestconfig: pytest.Config) -> str:
 def systemd_analyze(pytestconfig: pytest.Config) -> str:
     """The checker of systemd units, which needs no running systemd."""
     return _program(pytestconfig, "systemd-analyze", "systemd", "--require-deploy")
+
+
+@pytest.fixture
+def slurm_cluster(pytestconfig: pytest.Config) -> Iterator[SlurmCluster]:
+    """A real Slurm of one node, with one GPU to give out."""
+    missing = missing_programs()
+    reason = f"there is no {', '.join(missing)}: `apt-get install slurm-wlm munge` gives them" if missing else ""
+    if not reason and os.getuid() != 0:
+        reason = "Slurm's daemons need to be started by root"
+    if reason and pytestconfig.getoption("--require-slurm"):
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory() as folder, SlurmCluster(Path(folder)) as cluster:
+        yield cluster
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
