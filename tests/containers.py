@@ -105,6 +105,13 @@ def services(project: Path, read: Mapping[str, Any]) -> dict[str, Service]:
     return ordered
 
 
+def built_image(read: Mapping[str, Any], target: str) -> str:
+    """The name of the image that a resolved file has built from this target of the Dockerfile."""
+    built = [one for one in read["services"].values() if one.get("build", {}).get("target") == target]
+    (name,) = {one["image"] for one in built}
+    return str(name)
+
+
 def _service(project: Path, read: Mapping[str, Any], name: str) -> Service:
     config = read["services"][name]
     secrets = [{"source": one} if isinstance(one, str) else one for one in config.get("secrets", [])]
@@ -346,13 +353,16 @@ class Running:
 
 
 class Stack:
-    """A project's services as processes; what still runs at the end of the ``with`` block is killed."""
+    """Services as processes; what still runs at the end of the ``with`` block is killed.
 
-    def __init__(self, project: Path, read: Mapping[str, Any], image: Image, database: str) -> None:
+    `image` is what the services' own image, `image_name`, was built as.
+    """
+
+    def __init__(
+        self, project: Path, known: Mapping[str, Service], image: Image, image_name: str, database: str
+    ) -> None:
         self.project, self.image = project, image
-        self.services = services(project, read)
-        built = [one for one in read["services"].values() if one.get("build", {}).get("target") == image.target]
-        (self._image_name,) = {one["image"] for one in built}
+        self.services, self._image_name = known, image_name
         self.running: list[Running] = []
         self._database_name, self._database = database, Database(project / "server")
         self._ports = {port: free_port() for one in self.services.values() for _, port in one.ports}

@@ -11,10 +11,12 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import containers
+import manifests
 import pytest
 import yaml
 from containers import ROOT, Image, Stack
@@ -228,8 +230,12 @@ def test_a_team_s_service_works_from_installation_to_shutdown() -> None:
         passwords = {path.name: path.read_text(encoding="utf-8").strip() for path in (project / "secrets").iterdir()}
         assert len(set(passwords.values())) == 2
         read = containers.resolved(project, shutil.which("docker-compose"))
-        with Stack(project, read, image, "database") as stack:
+        services = containers.services(project, read)
+        with Stack(project, services, image, containers.built_image(read, "cpu"), "database") as stack:
             _works(stack, passwords)
+        kubernetes = folder / "kubernetes"
+        kubernetes.mkdir()
+        _works_in_kubernetes(kubernetes, image)
 
 
 def _works(stack: Stack, passwords: dict[str, str]) -> None:
@@ -293,6 +299,48 @@ def _works(stack: Stack, passwords: dict[str, str]) -> None:
         said = log.read_text(encoding="utf-8")
         assert "Traceback" not in said, said
         assert not [secret for secret in passwords.values() if secret in said], f"{log.name} tells a password"
+
+
+def _works_in_kubernetes(project: Path, image: Image) -> None:
+    """The same image with the commands, files and settings of deploy/kubernetes."""
+    for line in _typed("(?:mkdir|openssl|echo) .*secrets.*"):
+        subprocess.run(line, shell=True, cwd=project, check=True)
+    objects = [
+        one for part in ("", "workers-cpu", "study", "upgrade") for one in manifests.build(manifests.FOLDER / part)
+    ]
+    (project / "files").mkdir()
+    cluster = manifests.Cluster(objects, secrets=project / "secrets", files=project / "files")
+    names = ("database", "storage", "dashboard", "worker-cpu", "upgrade", "study")
+    small = {"TRIALYARD_TRIALS": "2", "TRIALYARD_EPOCHS": "1", "TRIALYARD_LIMIT": "400", "TRIALYARD_WORKERS": "1"}
+    services = {name: cluster.service(name) for name in names}
+    # Kubernetes knows no order of starting; `down` needs one to end them.
+    services |= {name: replace(services[name], waits_for={"database": "service_started"}) for name in names[1:]}
+    for name in ("worker-cpu", "study"):
+        services[name] = replace(services[name], environment=services[name].environment | small)
+    study = services["study"] = replace(services["study"], image="trialyard:cpu")  # it asks for GPUs; here are none
+    with Stack(project, services, image, "trialyard:cpu", "database") as stack:
+        # What ends because something is missing is started again.
+        running = {name: stack.start(services[name]) for name in ("database", "storage", "dashboard", "worker-cpu")}
+
+        def ready() -> bool:
+            for name, one in running.items():
+                if one.process.poll():
+                    running[name] = stack.start(one.service)
+            return running["storage"].process.poll() == 0 and all(
+                stack.healthy(running[name]) for name in ("database", "dashboard", "worker-cpu")
+            )
+
+        try:
+            containers.until(ready, "all pods are ready", 2.0)
+        finally:
+            stack.running += running.values()
+        assert "best of digits" in stack.run("study", *study.command)
+        status = json.loads(stack.run("worker-cpu", "trialyard", "status", "digits", "--json"))
+        assert status["complete"] + status["pruned"] == status["budget"] == 2
+        assert Path(json.loads(stack.run("worker-cpu", "trialyard", "best", "digits", "--json"))["model"]).is_file()
+        assert _asked(f"{stack.address('dashboard')}/api/studies", None) == (401, None)
+        stack.run("upgrade", *services["upgrade"].command)
+        assert stack.down() == {"dashboard": [0], "worker-cpu": [130], "storage": [0], "database": [0]}
 
 
 def _beside_it(stack: Stack, password: str, study: str, best: float) -> None:
