@@ -206,7 +206,7 @@ def _ask(program: str, *arguments: str, text: str = "") -> str:
         # The reason is in the last line, after the program's name: "sbatch: error: Batch job submission failed: ..."
         reason = re.sub(r"^\S+ (error: )?", "", ended.stderr.strip().splitlines()[-1]) if ended.stderr.strip() else ""
         raise SlurmError(
-            f"Slurm refused it (`{program}`: {reason or f'exit code {ended.returncode}'}): correct the options "
-            "that --sbatch gives, and see `sinfo`"
+            f"`{program}` failed ({reason or f'exit code {ended.returncode}'}): correct what --sbatch gives, or try "
+            "again when Slurm answers"
         )
     return ended.stdout

@@ -334,6 +334,10 @@ def _works_in_kubernetes(project: Path, image: Image) -> None:
             containers.until(ready, "all pods are ready", 2.0)
         finally:
             stack.running += running.values()
+        # `kubectl scale --replicas=0`; the job does all by itself.
+        idle = running["worker-cpu"].process
+        idle.terminate()
+        assert idle.wait(services["worker-cpu"].grace) == 130
         assert "best of digits" in stack.run("study", *study.command)
         status = json.loads(stack.run("worker-cpu", "trialyard", "status", "digits", "--json"))
         assert status["complete"] + status["pruned"] == status["budget"] == 2
