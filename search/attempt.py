@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from statistics import stdev
 from threading import Event
 from typing import Any, Literal
@@ -25,9 +24,9 @@ from search.progress import Listener
 from search.proposal import SamplerFailed, SpaceExhausted, hyperparameters_of, is_of_the_database
 from search.stall import Stall
 from search.trainer import START_SECONDS, Trainer, TrainerDied
-from storage import artifacts, claims, faults, ledger, ranking, retention
+from storage import artifacts, attempt_files, claims, faults, ledger, ranking, retention
 from storage.claims import Claim
-from storage.errors import ClaimLost, DiskError, StudyGone
+from storage.errors import ClaimLost, DiskError, ObjectStoreAway, ObjectStoreError, StudyGone
 from storage.faults import Fault
 from storage.settings import Settings
 from storage.transactions import PatientStorage
@@ -97,6 +96,8 @@ class Attempt:
     ) -> None:
         self.handle, self.claim, self.trainer, self.settings = handle, claim, trainer, settings
         self._pulse, self._listeners, self._interrupted = pulse, listeners, interrupted
+        self._files = attempt_files.of_attempt(settings.artifact_store, claim, settings.patience_seconds)
+        self._leave_by = float("inf")  # set when the worker is told to stop
 
     def run(self) -> None:
         """Runs the claimed trial to its end and records it.
@@ -109,8 +110,8 @@ class Attempt:
         failure: Failed | None = None
         try:
             self._opened = self.handle.opened(self.claim.number)
-            outcome = self._train()
-            self._record(outcome)
+            with self._files:
+                outcome = self._record(self._train())
             failure = outcome.failure
             if outcome.fault is not None and outcome.fault.process != "kept":
                 self.trainer.kill()
@@ -140,13 +141,17 @@ class Attempt:
         self._recipe = recipe.of_trial(definition, self.claim.number, point)
         for listener in self._listeners:
             listener.began(self.claim, point, self._recipe.epochs * self._recipe.repeats)
+        try:
+            checkpoints = self._files.checkpoints(self._look_before_training)
+        except (ObjectStoreError, DiskError) as error:
+            return self._without_files(error)
         job = Job(
             definition=definition,
             recipe=self._recipe,
             slot=self.trainer.slot,
             data_folders=self.settings.data_folders,
-            folder=self.settings.artifact_folder / self.claim.folder,
-            checkpoints=tuple(self.settings.artifact_folder / path for path in self.claim.checkpoints),
+            folder=self._files.folder,
+            checkpoints=checkpoints,
             study=self.claim.incarnation,
             trial=f"{self.claim.study} trial {self.claim.number} attempt {self.claim.attempt}",
             checkpoint_seconds=self.settings.checkpoint_seconds,
@@ -159,8 +164,29 @@ class Attempt:
             return outcome
         log.info("%s starts once more in a new process: %s", job.trial, outcome.reason)
         self.trainer.kill()
-        own = self.settings.artifact_folder / self.claim.folder / artifacts.CHECKPOINT
+        own = self._files.folder / artifacts.CHECKPOINT
         return self._run_job(replace(job, checkpoints=(own, *job.checkpoints)))
+
+    def _without_files(self, error: ObjectStoreError | DiskError) -> Outcome:
+        """The end of an attempt whose files could not be copied."""
+        if self._interrupted.is_set():
+            return Outcome(kind="interrupted", reason="the worker was told to stop while files were being copied")
+        return _failed(Failed(kind="disk" if isinstance(error, DiskError) else "store", message=str(error)))
+
+    def _look_up(self) -> None:
+        """While files are copied: raises ClaimLost, and ObjectStoreAway if a worker that ends has waited enough."""
+        if self._pulse.lost:
+            raise claims.lost(self.claim)
+        now = time.monotonic()
+        if self._interrupted.is_set():
+            self._leave_by = min(self._leave_by, now + self.settings.stop_seconds)
+        if now > self._leave_by:
+            raise ObjectStoreAway(f"{self.settings.artifacts} took too long, and the worker was told to stop")
+
+    def _look_before_training(self) -> None:
+        if self._interrupted.is_set():
+            raise ObjectStoreAway("the worker was told to stop before anything was trained")
+        self._look_up()
 
     def _run_job(self, job: Job) -> Outcome:
         try:
@@ -212,7 +238,7 @@ class Attempt:
                 self._notify_epoch(epoch)
             if isinstance(message, Epoch):
                 # The trainer writes a checkpoint after it has sent an epoch, so the next epoch lists it.
-                files = self._files()
+                files = self._files.names()
                 epoch, values = message, {} if repeats > 1 else {message.epoch: message.val_accuracy}
                 state = self._record_epochs(values, epoch=epoch.epoch, files=None if files == listed else files)
                 listed = files
@@ -239,6 +265,7 @@ class Attempt:
             if stop_by == float("inf") and (self._interrupted.is_set() or state != "open"):
                 reason = "the worker was told to stop" if self._interrupted.is_set() else f"the study was {state}"
                 stop_by = now + self.settings.stop_seconds
+                self._leave_by = stop_by if self._interrupted.is_set() else self._leave_by
                 trainer.stop("keep")
             if now > kill_at:
                 trainer.kill()
@@ -280,23 +307,32 @@ class Attempt:
 
     # --- record -----------------------------------------------------------------------------------------------
 
-    def _record(self, outcome: Outcome) -> None:
-        """Records the end. Raises ClaimLost."""
+    def _record(self, outcome: Outcome) -> Outcome:
+        """Records the end, and returns it: a trial whose files cannot be kept goes back. Raises ClaimLost."""
         storage, claim = self.handle.storage, self.claim
+        trained, files = outcome.trained, list[str]()
+        if outcome.kind not in ("interrupted", "crashed"):
+            files = [*_files_left(trained), *self._draw(trained)]
+            try:
+                if files:
+                    self._files.keep_all(self._look_up)
+            except ObjectStoreError as error:
+                outcome = self._without_files(error)
         if outcome.kind in ("interrupted", "crashed"):
             kind: Literal["interrupted", "crashed"] = "crashed" if outcome.kind == "crashed" else "interrupted"
-            claims.requeue(storage, claim, kind, outcome.reason, self._files() or None)
-            return
+            kept = self._files.keep_checkpoint(self._look_up)
+            claims.requeue(storage, claim, kind, outcome.reason, kept or None)
+            return outcome
         state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[outcome.kind]
-        trained = outcome.trained
         hits = trained.hits if trained is not None and outcome.kind == "complete" else None
-        files = [*_files_left(trained), *self._draw(trained)]
         claims.finish(storage, claim, state, outcome.value, self._attributes(outcome), files, hits)
         with _ignore_leftover_file(claim):
             # Only now: if the database had stayed away, the trial would have resumed from its checkpoint.
-            retention.remove_attempts(claim, self.settings.artifact_folder)
+            self._files.ended()
+            retention.remove_attempts(claim, self.settings.artifact_store)
             if outcome.kind == "complete":
-                retention.trim(storage, claim, self.settings.artifact_folder, self.settings.keep_models)
+                retention.trim(storage, claim, self.settings.artifact_store, self.settings.keep_models)
+        return outcome
 
     def _attributes(self, outcome: Outcome) -> dict[str, Any]:
         """The user attributes of a finished trial; paths are relative to the artifacts folder."""
@@ -341,18 +377,12 @@ class Attempt:
         """Draws the pictures of the trial's page; returns their names."""
         if trained is None:
             return []
-        folder: Path = self.settings.artifact_folder / self.claim.folder
         try:
-            return pictures.write(folder, class_names(self.handle.study.data))
+            return pictures.write(self._files.folder, class_names(self.handle.study.data))
         except Exception as error:
             # Whatever it is: a trial without pictures is still a result.
             log.warning("study %s: trial %d has no pictures", *(self.claim.study, self.claim.number), exc_info=error)
             return []
-
-    def _files(self) -> list[str]:
-        """The names of the attempt's existing files, of those that the dashboard offers."""
-        folder: Path = self.settings.artifact_folder / self.claim.folder
-        return [name for name in artifacts.DOWNLOADABLE if (folder / name).is_file()]
 
     def _notify_batches(self, batches: Batches) -> None:
         for listener in self._listeners:
@@ -418,5 +448,5 @@ def _ignore_leftover_file(claim: Claim) -> Iterator[None]:
     """A file that cannot be removed only takes disk space until `storage prune` removes it: no reason to stop."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ObjectStoreError) as error:
         log.warning("study %s: a file of trial %d stays: %s", claim.study, claim.number, error)

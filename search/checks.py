@@ -22,8 +22,9 @@ from search.devices import Slot, cpu
 from search.errors import DataError, DeviceError, MachineError, ModelError
 from search.messages import Checked, Failed, Job
 from search.trainer import Trainer, TrainerDied
+from storage.errors import ObjectStoreError
 from storage.settings import Settings
-from studies import model_rules, recipe, sampling
+from studies import model_rules, recipe, registry, sampling
 from studies.definition import Definition
 from studies.recipe import Recipe
 from studies.sources import is_function
@@ -43,6 +44,10 @@ def check(definition: Definition, settings: Settings, measure_on: Slot | None = 
     Raises DataError, ModelError, MachineError or DefinitionError.
     """
     sampling.check_installed(definition)
+    try:
+        registry.fetch_function(definition.model, settings.artifact_store)
+    except ObjectStoreError as error:
+        raise MachineError(str(error)) from error
     if not is_function(definition.dataset) and ":" not in definition.model:
         # In this process, so that a mistake is known before Keras is imported.
         dataset = data.load(definition.dataset, definition.data, settings.data_folders)

@@ -439,7 +439,7 @@ def report(
             raise typer.BadParameter("--format table is for the terminal: --output goes with html or markdown")
         print_report(collect(study, here.url))
         return
-    text = report_of(study, here.url, form, here.artifact_folder)
+    text = report_of(study, here.url, form)
     file = output or Path(f"{study}-report.{'html' if form == 'html' else 'md'}")
     try:
         with artifacts.written_atomically(file) as temporary:

@@ -37,9 +37,11 @@ from sqlalchemy import Connection, select
 
 from search.errors import DashboardError
 from search.guard import guarded, is_loopback
-from storage import artifacts, claims
+from storage import artifact_store, artifacts, claims
+from storage.artifact_store import ArtifactStore
 from storage.attempt_table import of_trial
 from storage.attributes import decoded, of_study
+from storage.errors import ObjectStoreError, SettingsError
 from storage.ranking import is_feasible, is_scored, rank_key
 from storage.tables import (
     StudyDirectionModel,
@@ -72,7 +74,7 @@ OF_A_TRIAL = re.compile(r"dashboard:(?:artifacts:)?(\d+):")
 
 def application(
     storage: PatientStorage,
-    artifact_folder: Path,
+    artifacts_at: ArtifactStore | Path,
     *,
     host: str = "127.0.0.1",
     password: SecretStr | None = None,
@@ -91,7 +93,7 @@ def application(
     if read_only:
         # A second barrier behind the guard: even a GET that writes, in a later version, could not change anything.
         forbid_writing(storage)
-    return guarded(pages(storage, artifact_folder), local=local, password=password, read_only=read_only)
+    return guarded(pages(storage, artifacts_at), local=local, password=password, read_only=read_only)
 
 
 def serve(app: WSGIApplication, host: str, port: int, on_listening: Callable[[list[str]], None]) -> None:
@@ -129,13 +131,13 @@ def _exit_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def pages(storage: PatientStorage, artifact_folder: Path) -> Any:
+def pages(storage: PatientStorage, artifacts_at: ArtifactStore | Path) -> Any:
     """optuna-dashboard's application (a `bottle.Bottle`) on `storage`, without the guard."""
-    cached = RememberingStorage(storage)
-    app = optuna_dashboard.wsgi(cached, artifact_store=TrialFiles(storage, artifact_folder))
+    cached, store = RememberingStorage(storage), artifact_store.of(artifacts_at)
+    app = optuna_dashboard.wsgi(cached, artifact_store=TrialFiles(storage, store))
     for route in app.routes:
         if (route.method, route.rule) == DETAIL:
-            route.callback = json_api_view(StudyDetail(cached, artifact_folder, route.callback).answer)
+            route.callback = json_api_view(StudyDetail(cached, store, route.callback).answer)
             route.reset()
         if (route.method, route.rule) == IMPORTANCES:
             route.callback = json_api_view(Importances(cached, route.callback).answer)
@@ -261,7 +263,9 @@ class _Seen:
     last: FrozenTrial | None = None  # the last of them
     # By trial id: the trial, its attributes as stored, the path of its model if it offers one (retention may remove it
     # later), and the JSON of all this.
-    lines: dict[int, tuple[FrozenTrial, list[tuple[str, str]], Path | None, bytes]] = field(default_factory=dict)
+    lines: dict[int, tuple[FrozenTrial, list[tuple[str, str]], PurePosixPath | None, bytes]] = field(
+        default_factory=dict
+    )
 
 
 class StudyDetail:
@@ -271,8 +275,8 @@ class StudyDetail:
     With 10,000 trials that have notes this takes minutes (optuna-dashboard 0.21).
     """
 
-    def __init__(self, storage: RememberingStorage, artifact_folder: Path, stock: Callable[[int], Any]) -> None:
-        self._storage, self._folder, self._stock = storage, artifact_folder, stock
+    def __init__(self, storage: RememberingStorage, store: ArtifactStore, stock: Callable[[int], Any]) -> None:
+        self._storage, self._store, self._stock = storage, store, stock
         self._seen: dict[int, _Seen] = {}
         self._lock = threading.Lock()
 
@@ -361,7 +365,12 @@ class StudyDetail:
         own = of_trials.get(trial._trial_id, [])
         known = seen.lines.get(trial._trial_id)
         # The cache returns the same object for the same finished trial. Only its note may change.
-        if known is not None and known[0] is trial and known[1] == own and (known[2] is None or known[2].is_file()):
+        if (
+            known is not None
+            and known[0] is trial
+            and known[1] == own
+            and (known[2] is None or self._exists(trial, known[2]))
+        ):
             return known[3]
         attributes = {key: decoded(value) for key, value in own}
         try:
@@ -374,7 +383,7 @@ class StudyDetail:
             serialized = serialize_frozen_trial(study._study_id, without, {})
         serialized["artifacts"] = [artifact for artifact in serialized["artifacts"] if _is_file(artifact)]
         model = self._offered_model(trial, serialized)
-        if model is not None and not model.is_file():
+        if model is not None and not self._exists(trial, model):
             removed = (artifacts.MODEL, *artifacts.WITH_MODEL)
             others = [artifact for artifact in serialized["artifacts"] if artifact["filename"] not in removed]
             serialized["artifacts"] = others
@@ -384,11 +393,19 @@ class StudyDetail:
             seen.lines[trial._trial_id] = (trial, own, model, line)
         return line
 
-    def _offered_model(self, trial: FrozenTrial, serialized: dict[str, Any]) -> Path | None:
+    def _exists(self, trial: FrozenTrial, model: PurePosixPath) -> bool:
+        """Whether the model of a trial still exists. Of one in an object store the database knows: that is faster."""
+        if not self._store.is_far:
+            return bool(self._store.existing([model]))
+        stored = TrialSystemAttributeModel
+        entry = select(stored.key).where(stored.trial_id == trial._trial_id, stored.key == artifacts.listing(model)[0])
+        return read(self._storage.backend, lambda connection: connection.execute(entry).first() is not None)
+
+    def _offered_model(self, trial: FrozenTrial, serialized: dict[str, Any]) -> PurePosixPath | None:
         """The path of the model that the page would offer for download; None if it offers none."""
         below = trial.user_attrs.get("model")
         offered = any(artifact["filename"] == artifacts.MODEL for artifact in serialized["artifacts"])
-        return artifacts.inside(self._folder, below) if offered else None
+        return PurePosixPath(str(below)) if offered and artifacts.inside(Path(), below) is not None else None
 
 
 def _found(system_attrs: dict[str, Any]) -> list[str]:
@@ -451,14 +468,18 @@ class TrialFiles:
     ``<folder>/<id>`` as Optuna's own ``FileSystemArtifactStore`` writes it.
     """
 
-    def __init__(self, storage: PatientStorage, folder: Path) -> None:
-        self._storage, self._folder = storage, folder
+    def __init__(self, storage: PatientStorage, store: ArtifactStore) -> None:
+        self._storage, self._store = storage, store
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         """The artifact's bytes. Answers 404 if the file was removed: most trials keep no model."""
         for path in self._paths(artifact_id):
-            if path.resolve().is_relative_to(self._folder.resolve()) and path.is_file():
-                return path.open("rb")
+            try:
+                opened = self._store.open(path)
+            except (ObjectStoreError, SettingsError) as error:
+                raise HTTPError(503, str(error)) from error
+            if opened is not None:
+                return opened
         raise HTTPError(404, "this file was removed, or is on another machine")
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
@@ -471,9 +492,9 @@ class TrialFiles:
     def _named(self, trial_id: int) -> list[str]:
         attrs = self._storage.get_trial(trial_id).user_attrs
         paths = (attrs.get(key) for key in ("model", "history"))
-        return [str(path) for path in paths if artifacts.inside(self._folder, path) is not None]
+        return [str(path) for path in paths if artifacts.inside(Path(), path) is not None]
 
-    def _paths(self, artifact_id: str) -> Iterator[Path]:
+    def _paths(self, artifact_id: str) -> Iterator[PurePosixPath]:
         key = f"artifacts:{artifact_id}"
 
         def work(connection: Connection) -> list[Any]:
@@ -499,5 +520,5 @@ class TrialFiles:
             for folder in folders:
                 # The id says which of them: it follows from the path. Others' artifacts have random ids.
                 if artifacts.listing(folder / name)[0] == key:
-                    yield self._folder / folder / name
-        yield self._folder / artifact_id
+                    yield folder / name
+        yield PurePosixPath(artifact_id)

@@ -12,6 +12,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from search.progress import Listener
+from storage.artifact_store import ArtifactStore
 from storage.claims import Claim
 from storage.transactions import PatientStorage
 from studies import notes, registry
@@ -28,7 +29,7 @@ class Publisher(Listener):
     A failure or a slow database is only logged: training and claims never wait for it.
     """
 
-    def __init__(self, storage: PatientStorage, artifacts: Path) -> None:
+    def __init__(self, storage: PatientStorage, artifacts: ArtifactStore | Path) -> None:
         self._storage, self._artifacts = storage, artifacts
         # By name, with the study's identity. A database uses the ids of deleted studies again, and Optuna's cache of
         # finished trials goes by the id.

@@ -107,7 +107,7 @@ def replay(
     differences = _differences(recorded, slot)
     for difference in differences:
         on_difference(difference)
-    history = results.history_of(trial, here.artifact_folder)
+    history = results.history_of(trial, here.artifact_store)
     # With repeats, the database has no value of an epoch.
     in_database = {} if "repeats" in recorded else trial.intermediate_values
     epochs: list[ReplayedEpoch] = []

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial
 
 from search.errors import WorkerError
 from storage import database, ledger, promises, retention, settings, slots, transactions
-from storage.errors import SettingsError
+from storage.errors import ObjectStoreError, SettingsError
 from storage.ledger import Study
 from storage.retention import UnneededFile
 from storage.settings import Settings
@@ -126,14 +126,15 @@ def check(
     and `limit` (training images) replace what the definition says; `skip_bad` leaves out image files that cannot be
     read. Nothing is written but downloaded or converted images.
 
-    Raises DefinitionError, DataError, ModelError, and MachineError where Keras cannot be imported.
+    Raises DefinitionError, DataError, ModelError, MachineError where Keras cannot be imported, and ObjectStoreError.
     """
     from search import checks
     from search.devices import slots as slots_of
 
-    definition = _definition(source, name, trials, epochs, limit, skip_bad)
+    definition, here = _definition(source, name, trials, epochs, limit, skip_bad), settings.load()
+    here.artifact_store.check()
     slots = slots_of()
-    checked = checks.check(definition, settings.load(), measure_on=slots[0])
+    checked = checks.check(definition, here, measure_on=slots[0])
     measured = checked.measured
     return Checked(
         definition=definition,
@@ -213,6 +214,7 @@ def run(
     here = _settings(storage)
     places = slots_of(devices, per_device, workers)
     definition = _definition(source, name, trials, epochs, limit, skip_bad)
+    here.artifact_store.check(here.patience_seconds)
     creation, opened, software = _create(definition, here, here.patience_seconds)
     if not creation.study.has_ended:
         registry.check_software(creation.study, opened, software)
@@ -246,6 +248,7 @@ def work(
     here = _settings(storage)
     places = slots_of(devices, per_device, workers)
     opened = database.connect_with_retries(here.url, here.patience_seconds)
+    here.artifact_store.check(here.patience_seconds)
     if forever:
         _fill(None, opened, here, places, listeners, leave=True)
         return []
@@ -350,6 +353,7 @@ def confirm(
     here = _settings(storage)
     places = slots_of(devices, per_device, workers)
     opened = database.connect_with_retries(here.url, here.patience_seconds)
+    here.artifact_store.check(here.patience_seconds)
     searched = registry.find(study, opened)
     definition = confirmation.definition_of(searched, opened, top, seeds)
     candidates = len(definition.confirm.candidates) if definition.confirm is not None else 0
@@ -406,7 +410,7 @@ def import_results(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, *,
 
     here = _settings(storage)
     added = imported.import_trials(name, rows, here.url)
-    notes.publish_once(name, here.url, here.artifact_folder)
+    notes.publish_once(name, here.url, here.artifact_store)
     return added
 
 
@@ -419,7 +423,7 @@ def import_notebook(*, storage: str | None = None) -> bool:
 
     here = _settings(storage)
     created = notebook.create(database.create(here.url))
-    notes.publish_once(notebook.NAME, here.url, here.artifact_folder)
+    notes.publish_once(notebook.NAME, here.url, here.artifact_store)
     return created
 
 
@@ -457,7 +461,7 @@ def serve(
 
     here = _settings(storage)
     opened = database.connect(here.url)
-    app = dashboard.application(opened, here.artifact_folder, host=host, password=here.password, read_only=read_only)
+    app = dashboard.application(opened, here.artifact_store, host=host, password=here.password, read_only=read_only)
     dashboard.serve(app, host, port, on_listening)
 
 
@@ -480,9 +484,17 @@ def upgrade_storage(storage: str | None = None) -> tuple[str, list[str]]:
 
 
 def check_storage(storage: str | None = None) -> list[str]:
-    """What is wrong with the database and its studies, a sentence each; empty if nothing is. Raises StorageError."""
-    opened = database.connect(_settings(storage).url)
-    return database.check(opened) + promises.check(opened)
+    """What is wrong with the database, its studies and the object store, a sentence each; empty if nothing is.
+
+    Raises StorageError.
+    """
+    here = _settings(storage)
+    opened, of_store = database.connect(here.url), list[str]()
+    try:
+        here.artifact_store.check()
+    except (ObjectStoreError, SettingsError) as error:
+        of_store.append(str(error))
+    return database.check(opened) + promises.check(opened) + of_store
 
 
 def backup_storage(file: str | Path, storage: str | None = None) -> int:
@@ -506,8 +518,8 @@ def leftovers(storage: str | None = None) -> Leftovers:
     here = _settings(storage)
     opened = database.connect(here.url)
     return Leftovers(
-        files=retention.unneeded(opened, here.artifact_folder, here.keep_models),
-        of_others=retention.of_others(opened, here.artifact_folder),
+        files=retention.unneeded(opened, here.artifact_store, here.keep_models),
+        of_others=retention.of_others(opened, here.artifact_store),
     )
 
 
@@ -517,7 +529,7 @@ def prune(found: Leftovers, storage: str | None = None) -> int:
     Raises StorageError.
     """
     here = _settings(storage)
-    return retention.remove(database.connect(here.url), here.artifact_folder, here.keep_models, found.files)
+    return retention.remove(database.connect(here.url), here.artifact_store, here.keep_models, found.files)
 
 
 def _definition(

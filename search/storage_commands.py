@@ -78,10 +78,10 @@ def storage_prune(storage: StorageOption = None, yes: YesOption = False) -> None
     here = settings_of(storage)
     found = service.leftovers(here.url)
     for folder in found.of_others:
-        warn(f"{here.artifact_folder / folder}: kept, since it may be another database's: this one never had it")
+        warn(f"{here.artifact_store.name(folder)}: kept, since it may be another database's: this one never had it")
     for file in found.files:
         warn(f"{file.path}: {size_text(file.size)}, {file.why}")
     if found.files:
         files = "this file" if len(found.files) == 1 else f"these {len(found.files)} files"
         ask(f"Remove {files}, {size_text(sum(file.size for file in found.files))}?", yes)
-    say(f"{size_text(service.prune(found, here.url))} are free, below {here.artifact_folder}")
+    say(f"{size_text(service.prune(found, here.url))} are free, below {here.artifact_store.name('')}")

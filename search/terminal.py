@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Container, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -84,7 +84,7 @@ def record(study: str, trial: "FrozenTrial", settings: "Settings") -> dict[str, 
         "user_attrs": trial.user_attrs,
         "imported": trial.user_attrs.get("imported") is True,
         # A model may be on another machine.
-        "model": model if (model := _path(trial, "model", settings)) and Path(model).is_file() else None,
+        "model": _path(trial, "model", settings) if _has_model(trial, settings) else None,
         "history": _path(trial, "history", settings),
         "began": _time(trial.datetime_start),
         "ended": _time(trial.datetime_complete),
@@ -92,8 +92,13 @@ def record(study: str, trial: "FrozenTrial", settings: "Settings") -> dict[str, 
 
 
 def _path(trial: "FrozenTrial", artifact: str, settings: "Settings") -> str | None:
-    path = artifacts.inside(settings.artifact_folder, trial.user_attrs.get(artifact))
-    return None if path is None else str(path)
+    path = artifacts.inside(Path(), trial.user_attrs.get(artifact))
+    return None if path is None else settings.artifact_store.name(PurePosixPath(path))
+
+
+def _has_model(trial: "FrozenTrial", settings: "Settings") -> bool:
+    path = artifacts.inside(Path(), trial.user_attrs.get("model"))
+    return path is not None and bool(settings.artifact_store.existing([PurePosixPath(path)]))
 
 
 def _time(moment: datetime | None) -> str | None:
@@ -145,7 +150,8 @@ def print_best(study: str, trial: "FrozenTrial", settings: "Settings", others: S
         out.print("  model            none: the trial was imported, not run here", markup=False)
     model = _path(trial, "model", settings)
     if model is not None:
-        where = "" if Path(model).is_file() else " (not on this machine)"
+        missing = " (removed)" if settings.artifact_store.is_far else " (not on this machine)"
+        where = "" if _has_model(trial, settings) else missing
         out.print(f"  model            {model}{where}", markup=False)
 
 
@@ -236,7 +242,7 @@ def print_trial(details: "TrialDetails") -> None:
     for attempt in details.attempts:
         say(f"  {f'attempt {attempt.attempt}':<15}  {_attempt_text(attempt)}")
     for path in details.files:
-        say(f"  {'file':<15}  {path}, {size_text(path.stat().st_size)}")
+        say(f"  {'file':<15}  {path}, {size_text(path.stat().st_size if isinstance(path, Path) else path.size)}")
     for at, line in enumerate(details.log):
         say(f"  {'' if at else 'end of its log':<15}  {line}")
 

@@ -71,7 +71,7 @@ def work(
     looks = Looks()
     heartbeat = Heartbeat(storage, settings.beat_seconds, slots)
     closed_slots = _ClosedSlots(heartbeat, open_studies, len(slots), forever=names is None)
-    all_listeners = [Publisher(storage, settings.artifact_folder), *listeners]
+    all_listeners = [Publisher(storage, settings.artifact_store), *listeners]
 
     def fill(slot: Slot, trainer: Trainer) -> None:
         try:

@@ -4,6 +4,8 @@ TrialyardError
 ├── SettingsError      the value of a TRIALYARD_* variable is invalid
 ├── StorageError       the database cannot be reached, opened or written, or a trial's file not be written
 │   ├── DiskError      a file of a trial, or a trainer's log, cannot be written
+│   ├── ObjectStoreError  the object store of the trials' files has no such bucket, or refuses
+│   │   └── ObjectStoreAway   it cannot be reached
 │   ├── Locked         another process has held a lock for too long
 │   ├── StudyGone      the study was deleted meanwhile
 │   ├── StudyUnreadable  an attribute of the study does not have the shape that Trialyard writes
@@ -41,6 +43,14 @@ class StorageError(TrialyardError):
 
 class DiskError(StorageError):
     """A file of a trial, or a trainer's log, cannot be written: the disk may be full."""
+
+
+class ObjectStoreError(StorageError):
+    """The object store of the trials' files has no such bucket, or refuses: waiting does not help."""
+
+
+class ObjectStoreAway(ObjectStoreError):  # noqa: N818 - it describes the store
+    """The object store cannot be reached. It may be back in a moment."""
 
 
 class Locked(StorageError):  # noqa: N818 - it describes the database

@@ -55,6 +55,7 @@ FAULTS: Mapping[str, Fault] = {
     "metric": Fault(whose="study", pauses_after=1),  # the model does not report what trials are judged by
     "import": Fault(whose="machine"),  # Keras, its backend, or a user's module
     "load": Fault(whose="machine", process="replaced"),  # the data
+    "store": Fault(whose="machine", process="kept"),  # the object store of the trials' files is away, or refuses
     "disk": Fault(whose="slot", process="replaced"),  # full, or not writable: each slot of the machine will see it
     "device": Fault(whose="slot"),  # the framework does not see it, or it does not compute
     "start": Fault(whose="slot"),  # the trainer process ended before it had imported Keras

@@ -9,7 +9,6 @@ An artifacts folder may be shared with other databases: the files of a study tha
 deleted are left alone.
 """
 
-import contextlib
 import logging
 import re
 import time
@@ -22,10 +21,12 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy import Connection, delete, select
 
-from storage import artifacts, attributes, deletions
+from storage import artifact_store, artifacts, attributes, deletions
+from storage.artifact_store import ArtifactStore, ObjectFile, Stored
 from storage.artifacts import CHECKPOINT, ID_LENGTH, MODEL, WITH_HISTORY, WITH_MODEL
 from storage.claims import Claim
 from storage.deletions import has_old_folder
+from storage.errors import ObjectStoreError
 from storage.ranking import IDS_IN_CLAUSE, RankedTrial, ranked
 from storage.tables import StudyModel, TrialModel, TrialSystemAttributeModel, TrialUserAttributeModel
 from storage.transactions import read, write
@@ -38,8 +39,6 @@ OLD_SECONDS = 24 * 3600.0  # a temporary file that is older was left by a proces
 DELETE_BATCH = 100  # files that are removed under one hold of the lock
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 _STUDY = re.compile(rf"(.+)-([0-9a-f]{{{ID_LENGTH}}})")
-# No other file is ever touched, wherever the settings point.
-_OURS = re.compile(rf"(\.[0-9a-f]{{32}}-)?({'|'.join(map(re.escape, artifacts.ALL))})")
 STUDY_GONE = "its study is gone"
 
 
@@ -51,7 +50,12 @@ class File:
     id: str | None  # the first digits of the study's incarnation; None: of an older version, whose folders had none
     number: int  # of the trial
     attempt: int | None  # None: of an older version, which had one folder for a trial
-    path: PurePosixPath  # relative to the artifacts folder
+    stored: Stored
+
+    @property
+    def path(self) -> PurePosixPath:
+        """The file, relative to the artifacts folder."""
+        return self.stored.path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +63,18 @@ class UnneededFile:
     """A file that no trial needs."""
 
     file: File
-    path: Path
+    path: Path | ObjectFile
     size: int  # bytes
     why: str
 
 
-def trim(storage: RDBStorage, claim: Claim, root: Path, keep: int) -> None:
-    """After the finish of `claim`: removes models of its study below `root` that are not among the best `keep`.
+def trim(storage: RDBStorage, claim: Claim, root: ArtifactStore | Path, keep: int) -> None:
+    """After the finish of `claim`: removes models of its study in `root` that are not among the best `keep`.
 
-    Its own, and that of the trial that it pushed out. Killed in between, the next trial's end removes it.
+    Its own, and that of the trial that it pushed out. Killed in between, the next trial's end removes it; or, from an
+    object store, `storage prune`.
     """
+    store = artifact_store.of(root)
 
     def beyond(connection: Connection) -> list[str]:
         if attributes.of_study(connection, claim.study_id, "incarnation") != claim.incarnation:
@@ -79,44 +85,54 @@ def trim(storage: RDBStorage, claim: Claim, root: Path, keep: int) -> None:
         paths = _paths(connection, "model", sorted(trials)) - kept
         if paths and _may_be_shared(connection, claim, paths):
             paths -= _named(connection, keep)
-        return sorted(path for path in paths if (root / path).exists())
+        if store.is_far:  # to ask it for each takes too long; who removes one withdraws it from the dashboard, too
+            return sorted(_offered(connection, trials, paths))
+        return sorted(path for path in paths if (store.folder / path).exists())
 
-    def remove_all(connection: Connection) -> None:
+    def remove_all(connection: Connection) -> list[PurePosixPath]:
+        gone = []
         for path in map(PurePosixPath, beyond(connection)):
             # The model last: while it exists, the next trial's end looks at this folder again.
             for file in (*map(path.with_name, WITH_MODEL), path):
-                artifacts.remove(root / file)
+                if not store.is_far:
+                    store.remove([file])
                 _withdraw(connection, file)
+                gone.append(file)
+        return gone
 
     # Most often there is nothing to do, and the lock is others' to have.
     if read(storage, beyond):
-        write(storage, claim.study, remove_all)
+        gone = write(storage, claim.study, remove_all)
+        if store.is_far:  # others need not wait: a rank never rises
+            store.remove(gone)
 
 
-def remove_attempts(claim: Claim, root: Path) -> None:
+def remove_attempts(claim: Claim, root: ArtifactStore | Path) -> None:
     """After the finish of `claim`: removes what earlier attempts left, and its own checkpoint."""
-    artifacts.remove(root / claim.folder / CHECKPOINT)
-    for checkpoint in claim.checkpoints:
-        folder = root / PurePosixPath(checkpoint).parent
-        for name in artifacts.ALL:
-            artifacts.remove(folder / name)
-        _remove_empty(folder)
+    store = artifact_store.of(root)
+    folders = [PurePosixPath(checkpoint).parent for checkpoint in claim.checkpoints]
+    store.remove([claim.folder / CHECKPOINT, *(folder / name for folder in folders for name in artifacts.ALL)])
+    for folder in folders:
+        store.remove_empty(folder)
 
 
-def unneeded(storage: RDBStorage, root: Path, keep: int, study: str | None = None) -> list[UnneededFile]:
-    """What below `root` no trial needs, by path; only that of `study` if it is given.
+def unneeded(
+    storage: RDBStorage, root: ArtifactStore | Path, keep: int, study: str | None = None
+) -> list[UnneededFile]:
+    """What in `root` no trial needs, by path; only that of `study` if it is given.
 
     Files of studies that were deleted, files of attempts that do not count, checkpoints of finished trials, models
     beyond the best `keep`, and what was left half written more than a day ago.
     """
+    store = artifact_store.of(root)
     # First the files: a trial is in the database before it has one.
-    files = [file for file in _files(root) if study is None or file.study == study]
-    return read(storage, lambda connection: _unneeded(connection, root, keep, files))
+    files = [file for file in _files(store) if study is None or file.study == study]
+    return read(storage, lambda connection: _unneeded(connection, store, keep, files))
 
 
-def of_others(storage: RDBStorage, root: Path) -> list[str]:
-    """The folders below `root` of studies that this database neither has nor has deleted."""
-    files = list(_files(root))
+def of_others(storage: RDBStorage, root: ArtifactStore | Path) -> list[str]:
+    """The folders in `root` of studies that this database neither has nor has deleted."""
+    files = list(_files(artifact_store.of(root)))
 
     def work(connection: Connection) -> list[str]:
         studies = _study_ids(connection, files)
@@ -125,9 +141,9 @@ def of_others(storage: RDBStorage, root: Path) -> list[str]:
     return read(storage, work)
 
 
-def remove(storage: RDBStorage, root: Path, keep: int, listed: Sequence[UnneededFile]) -> int:
+def remove(storage: RDBStorage, root: ArtifactStore | Path, keep: int, listed: Sequence[UnneededFile]) -> int:
     """Removes those of the `listed` files that are still unneeded; returns how many bytes that freed."""
-    freed = 0
+    store, freed = artifact_store.of(root), 0
     by_study: dict[str, list[File]] = defaultdict(list)
     for each in listed:
         by_study[each.file.study].append(each.file)
@@ -135,64 +151,51 @@ def remove(storage: RDBStorage, root: Path, keep: int, listed: Sequence[Unneeded
         for begin in range(0, len(files), DELETE_BATCH):
             batch = files[begin : begin + DELETE_BATCH]
 
-            def work(connection: Connection, batch: list[File] = batch) -> int:
-                gone = _unneeded(connection, root, keep, batch)
-                size = 0
-                for each in gone:
-                    try:
-                        artifacts.remove(each.path)
-                    except OSError as error:  # another user's
-                        log.warning("%s stays: %s", each.path, error.strerror or error)
-                        continue
-                    size += each.size
-                    _withdraw(connection, each.file.path)
-                    for folder in list(each.path.parents)[: len(each.file.path.parts) - 1]:
-                        _remove_empty(folder)
-                return size
+            def work(connection: Connection, batch: list[File] = batch) -> list[UnneededFile]:
+                removed = []
+                for each in _unneeded(connection, store, keep, batch):
+                    if store.is_far or _remove(store, [each]):
+                        _withdraw(connection, each.file.path)
+                        removed.append(each)
+                return removed
 
-            freed += write(storage, study, work)
+            removed = write(storage, study, work)
+            # What is unneeded stays so: nobody has to wait for a store that is far away.
+            if not store.is_far or _remove(store, removed):
+                freed += sum(each.size for each in removed)
     return freed
 
 
-def _files(root: Path) -> Iterator[File]:
+def _remove(store: ArtifactStore, files: Sequence[UnneededFile]) -> bool:
+    try:
+        store.remove([each.file.path for each in files])
+    except (OSError, ObjectStoreError) as error:  # another user's
+        names = ", ".join(str(each.path) for each in files[:3]) + (", ..." if len(files) > 3 else "")
+        log.warning(
+            "%s %s: %s", names, "stays" if len(files) == 1 else "stay", getattr(error, "strerror", None) or error
+        )
+        return False
+    for each in files:
+        for folder in list(each.file.path.parents)[:-1]:
+            store.remove_empty(folder)
+    return True
+
+
+def _files(store: ArtifactStore) -> Iterator[File]:
     """Every file of ours, by path."""
-    for folder in _folders(root):
-        match = _STUDY.fullmatch(folder.name)
-        for trial in _folders(folder):
-            if not _NUMBER.fullmatch(trial.name):
-                continue
-            number = int(trial.name)
-            for path in _plain_files(trial):
-                yield File(study=folder.name, id=None, number=number, attempt=None, path=_below(root, path))
-            for attempt in _folders(trial) if match else ():
-                if _NUMBER.fullmatch(attempt.name):
-                    assert match is not None
-                    for path in _plain_files(attempt):
-                        yield File(
-                            study=match[1],
-                            id=match[2],
-                            number=number,
-                            attempt=int(attempt.name),
-                            path=_below(root, path),
-                        )
+    for stored in store.files():
+        study, *numbers = stored.path.parts[:-1]
+        match = _STUDY.fullmatch(study)
+        if not numbers or not all(map(_NUMBER.fullmatch, numbers)):
+            continue
+        number = int(numbers[0])
+        if len(numbers) == 1:
+            yield File(study=study, id=None, number=number, attempt=None, stored=stored)
+        elif len(numbers) == 2 and match is not None:
+            yield File(study=match[1], id=match[2], number=number, attempt=int(numbers[1]), stored=stored)
 
 
-def _folders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
-
-
-def _plain_files(folder: Path) -> list[Path]:
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.is_symlink()]
-    return [path for path in files if _OURS.fullmatch(path.name)]
-
-
-def _below(root: Path, path: Path) -> PurePosixPath:
-    return PurePosixPath(path.relative_to(root))
-
-
-def _unneeded(connection: Connection, root: Path, keep: int, files: Sequence[File]) -> list[UnneededFile]:
+def _unneeded(connection: Connection, store: ArtifactStore, keep: int, files: Sequence[File]) -> list[UnneededFile]:
     named, models = _named(connection, keep), _paths(connection, "model", None)
     studies = _study_ids(connection, files)
     states = {study_id: _states(connection, study_id) for study_id in set(studies.values()) if study_id > 0}
@@ -202,13 +205,14 @@ def _unneeded(connection: Connection, root: Path, keep: int, files: Sequence[Fil
         if study_id == _UNKNOWN or str(file.path) in named:
             continue
         reason = STUDY_GONE if study_id == _DELETED else _reason(file, states[study_id], models, keep)
-        path = root / file.path
-        with contextlib.suppress(FileNotFoundError):  # its worker removed it a moment ago
-            status = path.stat()
-            if path.name.startswith("."):
-                reason = "an old temporary file" if time.time() - status.st_mtime > OLD_SECONDS else None
-            if reason is not None:
-                found.append(UnneededFile(file=file, path=path, size=status.st_size, why=reason))
+        stored = store.still(file.stored)
+        if stored is None:  # its worker removed it a moment ago
+            continue
+        if file.path.name.startswith("."):
+            reason = "an old temporary file" if time.time() - stored.modified > OLD_SECONDS else None
+        if reason is not None:
+            path = ObjectFile(url=store.name(file.path), size=stored.size) if store.is_far else store.folder / file.path
+            found.append(UnneededFile(file=file, path=path, size=stored.size, why=reason))
     return found
 
 
@@ -251,6 +255,14 @@ def _withdraw(connection: Connection, path: PurePosixPath) -> None:
     """Removes the entry of a file that is gone from its trial, if there is one."""
     stored = TrialSystemAttributeModel
     connection.execute(delete(stored).where(stored.key == artifacts.listing(path)[0]))
+
+
+def _offered(connection: Connection, trial_ids: Collection[int], paths: Collection[str]) -> set[str]:
+    """Those of `paths` that these trials have entries of."""
+    by_key = {artifacts.listing(PurePosixPath(path))[0]: path for path in paths}
+    stored = TrialSystemAttributeModel
+    wanted = select(stored.key).where(stored.trial_id.in_(trial_ids), stored.key.in_(by_key))
+    return {by_key[key] for key in connection.execute(wanted).scalars()}
 
 
 def _paths(connection: Connection, key: str, trial_ids: Sequence[int] | None) -> set[str]:
@@ -304,8 +316,3 @@ def _may_be_shared(connection: Connection, claim: Claim, paths: Collection[str])
     studies = attributes.of_studies(connection, ("incarnation",))
     copies = sum(study.values.get("incarnation") == claim.incarnation for study in studies)
     return copies > 1 or any(PurePosixPath(path).parts[0] != mine for path in paths)
-
-
-def _remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # it has other files
-        folder.rmdir()

@@ -1,5 +1,6 @@
 """TRIALYARD_* environment variables: where this machine keeps its files, and how its workers behave."""
 
+import hashlib
 import os
 import re
 from functools import cached_property
@@ -8,10 +9,15 @@ from typing import Annotated, Any
 
 import sqlalchemy
 from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy.exc import ArgumentError
 
+from storage.artifact_store import ArtifactStore, FolderStore
 from storage.errors import SettingsError
+from storage.object_store import ObjectStore
+
+OBJECT_STORES = ("s3", "gs", "az")  # the schemes of their URLs
 
 
 class Settings(BaseSettings):
@@ -26,7 +32,8 @@ class Settings(BaseSettings):
     storage: str | None = None  # the database's URL; by default sqlite:///<home>/studies.db
     storage_file: Path | None = None  # a file with the URL, so that no process list shows its password
     storage_password_file: Path | None = None  # a file with the password, for a URL without one
-    artifacts: Path | None = None  # folder of models and histories; by default <home>/artifacts
+    # Of models and histories: a folder, by default <home>/artifacts, or the URL of an object store.
+    artifacts: Path | str | None = None
     data: Annotated[tuple[Path, ...], NoDecode] = ()  # folders with <name>.npz, separated as PATH is
     beat_seconds: float = Field(default=10.0, gt=0)  # between two heartbeats of a running trial
     # Silence after which a trial is claimed again: longer than a minute without the database plus one heartbeat.
@@ -48,6 +55,19 @@ class Settings(BaseSettings):
     @classmethod
     def _folders(cls, value: Any) -> Any:
         return tuple(Path(part) for part in value.split(os.pathsep)) if isinstance(value, str) else value
+
+    @field_validator("artifacts", mode="before")
+    @classmethod
+    def _folder_or_url(cls, value: Any) -> Any:
+        if not isinstance(value, str) or "://" not in value:
+            return value if value is None else Path(value)
+        if re.fullmatch(rf"({'|'.join(OBJECT_STORES)})://[^/@?#:\s]+(/[^@?#\s]*)?", value) is None:
+            raise PydanticCustomError(
+                "artifacts",
+                "expected a folder or a URL such as s3://bucket/prefix, gs://bucket/prefix or az://container/prefix, "
+                "without a password",
+            )
+        return value
 
     @cached_property
     def url(self) -> str:
@@ -81,9 +101,18 @@ class Settings(BaseSettings):
         )
 
     @cached_property
+    def artifact_store(self) -> ArtifactStore:
+        """Where the files of all attempts are kept."""
+        if not isinstance(self.artifacts, str):
+            return FolderStore((self.artifacts or self.home / "artifacts").absolute())
+        # Another store has another folder: it may have other files under the same names.
+        digest = hashlib.sha256(self.artifacts.rstrip("/").encode()).hexdigest()[:12]
+        return ObjectStore(self.artifacts, self.home.absolute() / "objects" / digest)
+
+    @property
     def artifact_folder(self) -> Path:
-        """The absolute folder that has one folder per study."""
-        return (self.artifacts or self.home / "artifacts").absolute()
+        """The absolute folder that has one folder per study; with an object store, of its files on this machine."""
+        return self.artifact_store.folder
 
     @cached_property
     def data_folders(self) -> tuple[Path, ...]:
@@ -150,6 +179,6 @@ def load(**overrides: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = f"TRIALYARD_{str(first['loc'][0]).upper()}" if first["loc"] else "the settings"
-        raise SettingsError(
-            f"{name} = {first['input']!r} cannot be used: {first['msg']}; correct or unset it"
-        ) from None
+        # A URL may have what should not be in it.
+        value = re.sub(r"://[^/]*@", "://***@", str(first["input"]))
+        raise SettingsError(f"{name} = {value!r} cannot be used: {first['msg']}; correct or unset it") from None

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
 from storage import settings
+from storage.artifact_store import ArtifactStore
 from studies import (
     answer_figures,
     confirmation,
@@ -81,8 +82,8 @@ def figure(
 
     `kind` is one of `studies.figures.KINDS`: "confirmed", "learning-curves", "confusion", "classes", "mistakes",
     "dropout", "hyperparameters", "parallel", "cost", "progress", "notebook" or "samples". `trial` is the number of the
-    trial whose curves or answers are drawn, by default the best. Files are read from the folder `artifacts`, by default
-    the one of the settings.
+    trial whose curves or answers are drawn, by default the best. Files are read from `artifacts`, a folder or the URL
+    of an object store, by default that of the settings.
 
     >>> studies.figure("digits", "confusion").layout.title.text
     'Confusion matrix of trial ..., validation images'
@@ -96,16 +97,16 @@ def figure(
     opened = registry.storage_of(storage)
     study = registry.find(name, opened)
     trials = opened.get_all_trials(study.id, deepcopy=False)
-    folder = Path(artifacts) if artifacts is not None else settings.load().artifact_folder
+    store = settings.load(artifacts=artifacts).artifact_store
     chosen = trials if trial is None else _numbered(trials, trial, name)
     definition = from_json(study.definition)
     subject = Subject(
         trials=trials,
         definition=definition,
-        curves=results.curves_of(chosen, folder, CURVES),
+        curves=results.curves_of(chosen, store, CURVES),
         replays=notebook.replays(definition, opened) if kind == "notebook" else (),
         confirmed=confirmation.last_of(study, opened) if kind == "confirmed" else None,
-        answered=best_answers(chosen, folder, class_names(study.data)),
+        answered=best_answers(chosen, store, class_names(study.data)),
     )
     drawn = _DRAW[kind](subject)
     if drawn is None:
@@ -123,7 +124,9 @@ def _numbered(trials: Sequence[FrozenTrial], number: int, name: str) -> list[Fro
     return [trials[number]]
 
 
-def best_answers(trials: Sequence[FrozenTrial], artifacts: Path, names: Sequence[str] = ()) -> Answered | None:
+def best_answers(
+    trials: Sequence[FrozenTrial], artifacts: ArtifactStore | Path, names: Sequence[str] = ()
+) -> Answered | None:
     """The answers of the best model whose file is on this machine; None if it has none of the best."""
     for trial in findings.ranked(trials)[:LOOKED_AT]:
         found = of_trial(trial, artifacts)

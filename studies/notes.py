@@ -20,7 +20,8 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial
 from sqlalchemy import Connection, delete, insert, or_, select
 
-from storage import ledger
+from storage import artifact_store, ledger
+from storage.artifact_store import ArtifactStore
 from storage.artifacts import SUMMARY, inside
 from storage.owners import database_now
 from storage.tables import StudySystemAttributeModel, dashboard_note_prefix, dashboard_plot_prefix
@@ -55,7 +56,13 @@ class _Published:
 
 
 def publish(
-    name: str, storage: RDBStorage, artifacts: Path, cached: BaseStorage, *, last: bool = False, force: bool = False
+    name: str,
+    storage: RDBStorage,
+    artifacts: ArtifactStore | Path,
+    cached: BaseStorage,
+    *,
+    last: bool = False,
+    force: bool = False,
 ) -> bool:
     """Writes the notes and figures of study `name`, unless they are up to date or were written a moment ago.
 
@@ -88,6 +95,10 @@ def publish(
         dashboard_note_prefix(None): text.note(content),
     }
     by_note_key = {dashboard_note_prefix(trial._trial_id): trial for trial in _trials_with_note(trials)}
+
+    # Before the transaction: an object store may be slow.
+    histories = [trial.user_attrs.get("history") for trial in by_note_key.values()]
+    artifact_store.of(artifacts).fetch_all([*histories, *filter(None, map(_summary_of, histories))])
 
     def work(connection: Connection) -> bool:
         stored = _stored(connection, study.id)
@@ -126,21 +137,27 @@ def _kinds(answered: Answered | None) -> list[str]:
     return [kind for kind in FIGURES if not (is_large and kind == "confusion")]
 
 
-def publish_once(name: str, storage: StorageLike, artifacts: Path) -> None:
+def publish_once(name: str, storage: StorageLike, artifacts: ArtifactStore | Path) -> None:
     """As `publish`, for a study that no worker may ever work on."""
     opened = registry.storage_of(storage)
     publish(name, opened, artifacts, optuna.storages.get_storage(opened), last=True)
 
 
-def _summary(trial: FrozenTrial, artifacts: Path) -> list[str]:
+def _summary(trial: FrozenTrial, artifacts: ArtifactStore | Path) -> list[str]:
     """The lines of the model's summary; empty if this machine does not have its file."""
-    history = inside(artifacts, trial.user_attrs.get("history"))
-    if history is None:
+    file = artifact_store.of(artifacts).fetch(_summary_of(trial.user_attrs.get("history")))
+    if file is None:
         return []
     try:
-        return history.with_name(SUMMARY).read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return []
+
+
+def _summary_of(history: object) -> str | None:
+    """The file beside a trial's history; None if that is not one."""
+    path = inside(Path(), history)
+    return None if path is None else str(path.with_name(SUMMARY))
 
 
 # --- which trials -----------------------------------------------------------------------------------------

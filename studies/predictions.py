@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial
 
-from storage.artifacts import inside, stored
+from storage import artifact_store
+from storage.artifact_store import ArtifactStore
+from storage.artifacts import stored
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +97,9 @@ class Predictions:
         return cls(**values | {"judged_on": str(values["judged_on"])})
 
 
-def of_trial(trial: FrozenTrial, artifacts: Path) -> Predictions | None:
+def of_trial(trial: FrozenTrial, artifacts: ArtifactStore | Path) -> Predictions | None:
     """The answers of a trial's model; None if this machine does not have its file: most trials keep none."""
-    path = inside(artifacts, trial.user_attrs.get("predictions"))
+    path = artifact_store.of(artifacts).fetch(trial.user_attrs.get("predictions"))
     if path is None:
         return None
     try:

@@ -12,12 +12,14 @@ import optuna
 from optuna.storages import RDBStorage
 
 from storage import claims, database, ledger, retention, settings, transactions
+from storage.artifact_store import ArtifactStore
 from storage.errors import NotOurStudy, StudyGone, WrongDirection, many, nearest
 from storage.transactions import file_identity
 from studies import definition as definitions
 from studies import sampling
 from studies.definition import Definition
 from studies.errors import DefinitionError, StudyError
+from studies.model_rules import STORED_FUNCTION
 from studies.wording import SAME_SOURCE
 
 log = logging.getLogger(__name__)
@@ -139,8 +141,20 @@ def delete(name: str, storage: StorageLike = None) -> int:
     """
     opened, here = storage_of(storage), settings.load()
     claims.delete(opened, find(name, opened), here.grace_seconds)
-    leftovers = retention.unneeded(opened, here.artifact_folder, here.keep_models, study=name)
-    return retention.remove(opened, here.artifact_folder, here.keep_models, leftovers)
+    leftovers = retention.unneeded(opened, here.artifact_store, here.keep_models, study=name)
+    return retention.remove(opened, here.artifact_store, here.keep_models, leftovers)
+
+
+def fetch_function(model: str, store: ArtifactStore) -> None:
+    """Has Python find the function `model` on this machine, if it was stored from a notebook into an object store.
+
+    Nothing happens for other models. Raises ObjectStoreError.
+    """
+    if model.startswith(STORED_FUNCTION):
+        package, _, module = model.partition(":")[0].rpartition(".")
+        # The module last: it needs the other.
+        for suffix in (".pickle", ".py"):
+            store.fetch(f"{package.rpartition('.')[2]}/{module}{suffix}")
 
 
 def _set_state(name: str, storage: StorageLike, state: ledger.State) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from storage import settings
+from storage.artifact_store import ArtifactStore
 from studies import results, text
 from studies.content import Content, collect
 from studies.registry import StorageLike
@@ -66,7 +67,7 @@ def report(name: str, storage: StorageLike = None, format: Format = "html", arti
     """The report of study `name`: the result, what made the difference, and what cannot be concluded.
 
     As ``html`` it is one page with figures, which needs no network. As ``markdown`` it has no figures. Learning curves
-    are read from the folder `artifacts`, by default the one of the settings.
+    are read from `artifacts`, a folder or the URL of an object store, by default that of the settings.
 
     >>> print(studies.report("digits", format="markdown")[:8])
     # digits
@@ -76,11 +77,10 @@ def report(name: str, storage: StorageLike = None, format: Format = "html", arti
     content = collect(name, storage)
     if format == "markdown":
         return text.report(content)
-    folder = Path(artifacts) if artifacts is not None else settings.load().artifact_folder
-    return _html(content, folder)
+    return _html(content, settings.load(artifacts=artifacts).artifact_store)
 
 
-def _html(content: Content, folder: Path) -> str:
+def _html(content: Content, store: ArtifactStore) -> str:
     # Importing Plotly takes a moment, and only this function needs it.
     import plotly.offline
     from markdown_it import MarkdownIt
@@ -91,10 +91,10 @@ def _html(content: Content, folder: Path) -> str:
         figures.Subject(
             trials=content.trials,
             definition=content.definition,
-            curves=results.curves_of(content.trials, folder, figures.CURVES),
+            curves=results.curves_of(content.trials, store, figures.CURVES),
             replays=content.replays,
             confirmed=content.confirmed,
-            answered=figures.best_answers(content.trials, folder, content.class_names),
+            answered=figures.best_answers(content.trials, store, content.class_names),
         )
     )
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.distributions import BaseDistribution, json_to_distribution
@@ -17,7 +17,8 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Select, and_, select
 
-from storage import attributes, claims, ledger, settings
+from storage import artifact_store, attributes, claims, ledger, settings
+from storage.artifact_store import ArtifactStore
 from storage.artifacts import inside
 from storage.attempt_table import Attempt, durations, of_trial, started_outside
 from storage.claims import RunningTrial
@@ -162,21 +163,28 @@ def with_model(study: Study, storage: RDBStorage, number: int | None = None) -> 
     """
     if number is None:
         return best_with_model(study, storage)
-    trial, folder = trial_of(study, number, storage), settings.load().artifact_folder
-    if _has_model(trial, folder):
+    trial, store = trial_of(study, number, storage), settings.load().artifact_store
+    if _with_models([trial], store):
         return trial
     complete = storage.get_all_trials(study.id, deepcopy=False, states=(TrialState.COMPLETE,))
-    numbers = [other.number for other in complete if _has_model(other, folder)]
+    numbers = [other.number for other in _with_models(complete, store)]
     have = "no trial has one" if not numbers else f"{trials_text(numbers)} {'has' if len(numbers) == 1 else 'have'} one"
     raise StudyError(
-        f"trial {number} of study {study.name!r} has no model on this machine, and {have}: complete trials keep one "
+        f"trial {number} of study {study.name!r} has no model {_where(store)}, and {have}: complete trials keep one "
         "while they are among the best"
     )
 
 
-def _has_model(trial: FrozenTrial, folder: Path) -> bool:
-    path = inside(folder, trial.user_attrs.get("model"))
-    return path is not None and path.is_file()
+def _with_models(trials: Sequence[FrozenTrial], store: ArtifactStore) -> list[FrozenTrial]:
+    """Those of `trials` whose models exist."""
+    named = {trial.number: trial.user_attrs.get("model") for trial in trials}
+    paths = {number: PurePosixPath(path) for number, path in named.items() if inside(Path(), path) and path is not None}
+    existing = store.existing(list(paths.values()))
+    return [trial for trial in trials if paths.get(trial.number) in existing]
+
+
+def _where(store: ArtifactStore) -> str:
+    return f"in {store.name('')}" if store.is_far else "on this machine"
 
 
 def why_no_best(study: Study, storage: RDBStorage) -> str:
@@ -237,6 +245,7 @@ def best_model(name: str, storage: StorageLike = None, *, trial: int | None = No
     import keras
 
     function = str(study.definition["model"])
+    registry.fetch_function(function, settings.load().artifact_store)
     import_problem = _import_problem(function.partition(":")[0]) if ":" in function else None
     try:
         return _compiled(keras.models.load_model(path, compile=False), path)
@@ -290,26 +299,36 @@ def _compiled(model: "keras.Model", path: Path) -> "keras.Model":
 
 
 def file_of(study: Study, trial: FrozenTrial, artifact: Literal["model", "history"], storage: RDBStorage) -> Path:
-    """The path of the trial's `artifact`. Raises StudyError if this machine does not have the file."""
-    path = inside(settings.load().artifact_folder, trial.user_attrs.get(artifact))
-    if path is None and artifact == "model" and "model_unsaved" in trial.user_attrs:
+    """The path of the trial's `artifact` on this machine.
+
+    Raises StudyError if neither this machine nor the object store has it, and ObjectStoreError.
+    """
+    store, below = settings.load().artifact_store, trial.user_attrs.get(artifact)
+    named = inside(Path(), below)
+    if named is None and artifact == "model" and "model_unsaved" in trial.user_attrs:
         reason = one_line(trial.user_attrs["model_unsaved"], 300)
         raise StudyError(
             f"the model of trial {trial.number} of study {study.name!r} could not be saved ({reason}): correct the "
             "function that builds it, and train these hyperparameters as a point of another study"
         )
-    if path is None:
+    if named is None:
         raise StudyError(
             f"trial {trial.number} of study {study.name!r} has no {artifact}, because Trialyard did not train it: "
             "train its hyperparameters as a point of another study"
         )
-    if not path.is_file():
+    path = store.fetch(below)
+    if path is None and store.is_far:
+        raise StudyError(
+            f"the {artifact} of trial {trial.number} of study {study.name!r} was removed from "
+            f"{store.name(str(below))}: set TRIALYARD_ARTIFACTS to the store or the folder that has it"
+        )
+    if path is None:
         attempts = read(storage, lambda connection: of_trial(connection, trial._trial_id))
         host = attempts[-1].owner.host if attempts else "another machine"
         raise StudyError(
-            f"the {artifact} of trial {trial.number} of study {study.name!r} is not on this machine ({path} does not "
-            f"exist; it was trained on {host}): set TRIALYARD_ARTIFACTS to the folder that has it, or copy it to "
-            "that path"
+            f"the {artifact} of trial {trial.number} of study {study.name!r} is not on this machine "
+            f"({store.folder / named} does not exist; it was trained on {host}): set TRIALYARD_ARTIFACTS to the folder "
+            "that has it, or copy it to that path"
         )
     return path
 
@@ -481,7 +500,7 @@ def curves(
 ) -> list[Curve]:
     """The learning curves of study `name`: complete trials, best first, then pruned ones; `top` limits how many.
 
-    They are read from the folder `artifacts`, by default the one of the settings.
+    They are read from `artifacts`, a folder or the URL of an object store, by default that of the settings.
 
     >>> curve = studies.curves("digits", top=1)[0]
     >>> len(curve.loss) == len(curve.val_accuracy) == 1
@@ -492,17 +511,19 @@ def curves(
     opened = registry.storage_of(storage)
     study = registry.find(name, opened)
     ended = opened.get_all_trials(study.id, deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    return curves_of(ended, Path(artifacts) if artifacts is not None else settings.load().artifact_folder, top)
+    return curves_of(ended, settings.load(artifacts=artifacts).artifact_store, top)
 
 
-def curves_of(trials: Sequence[FrozenTrial], artifacts: Path, top: int | None = None) -> list[Curve]:
+def curves_of(trials: Sequence[FrozenTrial], artifacts: ArtifactStore | Path, top: int | None = None) -> list[Curve]:
     """The learning curves of `trials`: complete ones, best first, then pruned ones; `top` limits how many."""
     complete = sorted((trial for trial in trials if is_scored(trial)), key=rank_key)
     pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
-    return [curve_of(trial, artifacts) for trial in [*complete, *pruned][:top]]
+    chosen = [*complete, *pruned][:top]
+    artifact_store.of(artifacts).fetch_all([trial.user_attrs.get("history") for trial in chosen])
+    return [curve_of(trial, artifacts) for trial in chosen]
 
 
-def curve_of(trial: FrozenTrial, artifacts: Path) -> Curve:
+def curve_of(trial: FrozenTrial, artifacts: ArtifactStore | Path) -> Curve:
     """The learning curve of one trial, in whatever state it is."""
     records = history_of(trial, artifacts)
 
@@ -523,9 +544,9 @@ def curve_of(trial: FrozenTrial, artifacts: Path) -> Curve:
     )
 
 
-def history_of(trial: FrozenTrial, artifacts: Path) -> list[dict[str, Any]]:
+def history_of(trial: FrozenTrial, artifacts: ArtifactStore | Path) -> list[dict[str, Any]]:
     """The records of a training's epochs; empty if this machine does not have the file, or it is not a history."""
-    path = inside(artifacts, trial.user_attrs.get("history"))
+    path = artifact_store.of(artifacts).fetch(trial.user_attrs.get("history"))
     if path is None:
         return []
     try:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC
 from itertools import accumulate
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from storage import artifacts, attributes, settings
+from storage.artifact_store import ArtifactStore, ObjectFile
 from storage.attempt_table import Attempt, last_of_unfinished, of_trial
 from storage.ledger import Study
 from storage.ranking import is_feasible, is_scored, ranked
@@ -74,7 +75,7 @@ class TrialDetails:
     curve: Curve
     attributes: dict[str, Any]  # what was recorded of its training: device, precision, seed, versions and more
     log: tuple[str, ...]  # the end of what its trainer printed, if this machine has the file
-    files: tuple[Path, ...]  # of those on this machine
+    files: tuple[Path | ObjectFile, ...]  # those on this machine, or in the object store
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON; times are in UTC."""
@@ -133,10 +134,10 @@ def trial(name: str, number: int, storage: StorageLike = None) -> TrialDetails:
         study=name,
         record=record,
         attempts=tuple(attempts),
-        curve=curve_of(found, here.artifact_folder),
+        curve=curve_of(found, here.artifact_store),
         attributes=found.user_attrs,
         log=_log(study, number, attempts[-1], here) if attempts else (),
-        files=_files(study, found, attempts, here.artifact_folder),
+        files=_files(study, found, attempts, here.artifact_store),
     )
 
 
@@ -247,15 +248,17 @@ def _reason(trial: FrozenTrial, last: Attempt | None) -> str | None:
     return None if is_feasible(trial) else "it violates a constraint"
 
 
-def _files(study: Study, trial: FrozenTrial, attempts: Sequence[Attempt], root: Path) -> tuple[Path, ...]:
+def _files(
+    study: Study, trial: FrozenTrial, attempts: Sequence[Attempt], store: ArtifactStore
+) -> tuple[Path | ObjectFile, ...]:
     folders = [
-        root / artifacts.attempt_folder(study.name, study.incarnation, trial.number, attempt.attempt)
-        for attempt in attempts
+        artifacts.attempt_folder(study.name, study.incarnation, trial.number, attempt.attempt) for attempt in attempts
     ]
     paths = [folder / name for folder in folders for name in artifacts.ALL]
     # Those of older versions, and of a copied study, are elsewhere.
-    recorded = (artifacts.inside(root, trial.user_attrs.get(key)) for key in ("model", "history"))
-    return tuple(dict.fromkeys(path for path in (*paths, *recorded) if path is not None and path.is_file()))
+    recorded = (artifacts.inside(Path(), trial.user_attrs.get(key)) for key in ("model", "history"))
+    paths += [PurePosixPath(path) for path in recorded if path is not None]
+    return tuple(store.existing(list(dict.fromkeys(paths))).values())
 
 
 def _log(study: Study, number: int, attempt: Attempt, here: Settings) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cloudpickle
@@ -55,7 +55,7 @@ class StoredFunction:
         return f"{__name__}.{self.module}:{self.module}"
 
     def write(self) -> list[Path]:
-        """Writes its files, unless they exist; returns the new ones. Raises OSError."""
+        """Writes its files, unless they exist; returns the new ones. Raises OSError and ObjectStoreError."""
         contents = {
             f"{self.module}.pickle": self.pickled,
             f"{self.module}.py": MODULE.format(name=self.module).encode(),  # last: it needs the other
@@ -64,6 +64,9 @@ class StoredFunction:
         for path in new:
             with written_atomically(path) as temporary:
                 temporary.write_bytes(contents[path.name])
+        store = settings.load().artifact_store
+        for name in contents:  # also those that exist: an earlier call may have been cut off
+            store.keep(PurePosixPath(FOLDER, name))
         if str(folder()) not in __path__:  # the settings are others than at the import
             __path__.append(str(folder()))
         return new
