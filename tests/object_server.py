@@ -1,0 +1,129 @@
+"""A real S3 server (moto) for the tests, and a network between it and a worker that a test can cut."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+SECONDS = 60.0  # that the server may take to start
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Server:
+    """moto's S3 server, as a process of its own. What it has is gone when it ends."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        until = time.monotonic() + SECONDS
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return
+            assert self._process.poll() is None, "moto's server ended"
+            assert time.monotonic() < until, "moto's server did not start"
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+
+    def request(self, method: str, path: str, body: bytes = b"") -> int:
+        """The status of a request without a signature, which moto takes from everybody."""
+        asked = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/{path}", body, {"Content-Type": "text/plain"}, method=method
+        )
+        try:
+            with urllib.request.urlopen(asked) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def create_bucket(self, name: str) -> None:
+        assert self.request("PUT", name) == 200
+
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Meanwhile nobody's credentials are known."""
+        assert self.request("POST", "moto-api/reset-auth", b"0") == 200
+        try:
+            yield
+        finally:
+            assert self.request("POST", "moto-api/reset-auth", b"inf") == 200
+
+
+class Network:
+    """A port that leads to a server, until a test cuts it."""
+
+    def __init__(self, server_port: int) -> None:
+        self.port, self._server_port = free_port(), server_port
+        self.cut_after: int | None = None  # bytes to the server after which each connection is cut
+        self.cuts = 0  # connections that were cut in the middle of what they sent
+        self._open: set[socket.socket] = set()
+        self._listener: socket.socket | None = None
+        self.connect()
+
+    def connect(self) -> None:
+        """Lets connections through."""
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def disconnect(self) -> None:
+        """Cuts all connections, and refuses new ones."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        for each in list(self._open):
+            self._end(each)
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._server_port))
+                self._open |= {client, server}
+                threading.Thread(target=self._copy, args=(client, server, True), daemon=True).start()
+                threading.Thread(target=self._copy, args=(server, client, False), daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket, to_server: bool) -> None:
+        sent = 0
+        with contextlib.suppress(OSError):
+            while piece := source.recv(4096):
+                sent += len(piece)
+                if to_server and self.cut_after is not None and sent > self.cut_after:
+                    self.cuts += 1
+                    break
+                target.sendall(piece)
+        self._end(source)
+        self._end(target)
+
+    def _end(self, each: socket.socket) -> None:
+        self._open.discard(each)
+        with contextlib.suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
+        each.close()
+
+
+@contextlib.contextmanager
+def network_to(server: Server) -> Iterator[Network]:
+    """A network that is cut at the end."""
+    network = Network(server.port)
+    try:
+        yield network
+    finally:
+        network.disconnect()

@@ -1,0 +1,334 @@
+"""With trials' files in an object store nothing is lost either: real commands, a real S3 server, cut connections."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+import keras
+import pytest
+from conftest import Command, attempts_at, ended
+from object_server import Server, free_port, network_to
+from optuna.trial import TrialState
+
+import studies
+from search import dashboard
+from storage import artifacts, attempt_files, claims, database, ledger, owners, retention, settings
+from storage.artifacts import CHECKPOINT, HISTORY, MODEL, PREDICTIONS, SUMMARY
+from storage.errors import ClaimLost
+from storage.object_store import ObjectStore
+from storage.transactions import PatientStorage
+
+pytestmark = pytest.mark.long
+
+ROOT = Path(__file__).parents[1]
+AWAY_SECONDS = 20.0
+# Each epoch's pause stands for the work of a larger model; the weights make a checkpoint of several parts.
+MODEL_OF_OURS = """
+import time
+import keras
+
+@keras.saving.register_keras_serializable()
+class Slow(keras.Sequential):
+    def fit(self, *arguments, **options):
+        time.sleep({pause})
+        return super().fit(*arguments, **options)
+
+def build(hyperparameters, image_shape, classes):
+    model = Slow([keras.Input(image_shape), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(),
+                  keras.layers.Dropout(hyperparameters["dropout"]), keras.layers.Dense({units}),
+                  keras.layers.Dense(classes, activation="softmax")])
+    model.compile("adam", "categorical_crossentropy", metrics=["accuracy"], run_eagerly=True)
+    return model
+"""
+DEFINITION = """
+name = "slow"
+dataset = "small.npz"
+model = "mine:build"
+precision = "float32"
+
+[data]
+validation = 0.2
+
+[budget]
+trials = {trials}
+epochs = {epochs}
+
+[space]
+dropout = {{ low = 0.0, high = 0.5 }}
+
+[fixed]
+batch_size = 240
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    running = Server()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def bucket(server: Server) -> str:
+    """The name of a new bucket."""
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    server.create_bucket(name)
+    return name
+
+
+@pytest.fixture
+def at_store(home: Path, server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Has commands and this process use the bucket; its URL."""
+    url = f"s3://{bucket}/of-the-team"
+    for name, value in _variables(server.port, url).items():
+        monkeypatch.setenv(name, value)
+    return url
+
+
+def _variables(port: int, url: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "a-user",
+        "AWS_SECRET_ACCESS_KEY": "the-secret",
+        "AWS_REGION": "us-east-1",
+        "TRIALYARD_ARTIFACTS": url,
+        "TRIALYARD_WORKERS": "1",
+        "TRIALYARD_CHECKPOINT_SECONDS": "0",
+        "TRIALYARD_BEAT_SECONDS": "0.5",
+    }
+
+
+def _objects(url: str, tmp_path: Path) -> list[str]:
+    """The paths of all objects, as somebody who has copied none."""
+    found = ObjectStore(url, tmp_path / uuid.uuid4().hex).files()
+    return [str(stored.path) for stored in found]
+
+
+def _write_slow(home: Path, write_npz: Callable[..., Path], trials: int, epochs: int, pause: float, units: int) -> None:
+    write_npz()
+    (home / "mine.py").write_text(MODEL_OF_OURS.format(pause=pause, units=units), encoding="utf-8")
+    (home / "slow.toml").write_text(DEFINITION.format(trials=trials, epochs=epochs), encoding="utf-8")
+
+
+def _named(storage: PatientStorage, study: str) -> set[str]:
+    """The files that the rows of a study name."""
+    trials = storage.get_all_trials(storage.get_study_id_from_name(study))
+    return {str(trial.user_attrs[key]) for trial in trials for key in ("model", "history") if key in trial.user_attrs}
+
+
+def _section(title: str) -> str:
+    text = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    found = re.search(rf"^## {title}$(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_the_documented_commands_from_the_first_trial_to_the_last_file(
+    home: Path, tmp_path: Path, at_store: str, start: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of docs/deployment.md: one machine searches; another one, with a home of its own, takes the result."""
+    monkeypatch.setenv("TRIALYARD_STORAGE", f"sqlite:///{home}/studies.db")
+    blocks = re.findall(r"^```sh\n(.*?)^```", _section("Files in an object store"), re.MULTILINE | re.DOTALL)
+    monkeypatch.setenv("TRIALYARD_KEEP_MODELS", "1")
+    written = {}
+    for place, block in zip(("worker", "laptop"), blocks, strict=True):
+        (home / place).mkdir(exist_ok=True)
+        lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+        for words in (words for words in lines if words[:1] == ["trialyard"]):
+            written[tuple(words[1:])] = ended(start(*words[1:], folder=home / place))
+    here = ObjectStore(at_store, home / "other")
+    assert "is whole, with 0 studies" in written["storage", "check"][0]
+    (model,) = [path for path in _objects(at_store, tmp_path) if path.endswith(MODEL)]
+    assert f"{at_store}/{model}" in written["best", "digits"][0]
+    assert sorted(os.listdir(home / "laptop" / "digits-model"))[-1] == "trial.json"
+    assert f"0 B are free, below {at_store}" in written["storage", "prune", "--yes"][0]
+    monkeypatch.setenv("TRIALYARD_HOME", str(home / "third"))
+
+    best = studies.best_trial("digits")
+    exported = keras.models.load_model(home / "laptop" / "digits-model" / MODEL, compile=False)
+    assert exported.count_params() == studies.best_model("digits").count_params() == best.user_attrs["parameters"]
+    details = studies.trial("digits", best.number)
+    assert {file.url.rpartition("/")[2] for file in details.files} >= {
+        MODEL,
+        HISTORY,
+        SUMMARY,
+        artifacts.CURVES_PICTURE,
+    }
+    assert len(details.curve.loss) == 1
+    assert "Confusion matrix" in studies.report("digits")
+    # What the dashboard offers is what is there, and nothing else.
+    opened = database.connect(f"sqlite:///{home}/studies.db")
+    files = dashboard.TrialFiles(opened, here)
+    for trial in opened.get_all_trials(opened.get_study_id_from_name("digits")):
+        for key in filter(lambda key: key.startswith("artifacts:"), trial.system_attrs):
+            name = json.loads(trial.system_attrs[key])["filename"]
+            with files.open_reader(key.removeprefix("artifacts:")) as offered:
+                assert offered.read(2) in (b"PK", b"[\n", b"<s"), name
+    # Nothing but copies is on the machine that trained: no model, and no checkpoint.
+    left = {path.name for path in (home / "worker" / "yard" / "objects").rglob("*") if path.is_file()}
+    assert left == {HISTORY, SUMMARY, PREDICTIONS}  # of the best, for the figures
+    assert studies.delete("digits") > 0
+    assert _objects(at_store, tmp_path) == []
+    assert list((home / "third").rglob("*.keras")) == []
+
+
+def test_cut_uploads_and_a_store_that_is_away_lose_nothing(
+    home: Path,
+    tmp_path: Path,
+    at_store: str,
+    server: Server,
+    write_npz: Callable[..., Path],
+    start: Command,
+) -> None:
+    """Uploads are cut in the middle; then the store is away for 20 s while trials train and end."""
+    _write_slow(home, write_npz, trials=3, epochs=3, pause=0.5, units=4000)
+    with network_to(server) as network:
+        through = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{network.port}"}
+        worker = start("run", "slow.toml", variables=os.environ | through)
+        _wait_for((home / "yard" / "studies.db").exists)
+        network.cut_after = 100_000
+        _wait_for(lambda: network.cuts >= 3)
+        network.disconnect()
+        time.sleep(AWAY_SECONDS)
+        network.cut_after = None
+        network.connect()
+        ended(worker)
+    opened = database.connect(f"sqlite:///{home}/yard/studies.db")
+    trials = opened.get_all_trials(opened.get_study_id_from_name("slow"))
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
+    assert {len(attempts_at(opened, trial._trial_id)) for trial in trials} == {1}
+    objects = _objects(at_store, tmp_path)
+    assert _named(opened, "slow") <= set(objects)
+    assert not [path for path in objects if path.endswith(CHECKPOINT)]
+    # Each object is whole.
+    store = ObjectStore(at_store, home / "other")
+    for path in _named(opened, "slow"):
+        fetched = store.fetch(path)
+        assert fetched is not None
+        if fetched.name == MODEL:
+            with zipfile.ZipFile(fetched) as archive:
+                assert archive.testzip() is None
+    assert retention.unneeded(opened, store, 5) == []
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_another_machine_goes_on_from_the_last_checkpoint(
+    home: Path, tmp_path: Path, at_store: str, write_npz: Callable[..., Path], start: Command
+) -> None:
+    """It has nothing of the first machine but the database and the store, and the numbers are the same."""
+    _write_slow(home, write_npz, trials=1, epochs=6, pause=0.6, units=10)
+    ended(start("create", "slow.toml"))
+    variables = os.environ | {"TRIALYARD_STORAGE": f"sqlite:///{home}/yard/studies.db"}
+    first = start("work", "slow", variables=variables | {"TRIALYARD_HOME": str(home / "first")})
+    opened = database.connect(f"sqlite:///{home}/yard/studies.db")
+    study = ledger.find(opened, "slow")
+    _wait_for(lambda: any(trial.last_step == 3 for trial in opened.get_all_trials(study.id)))
+    first.send_signal(signal.SIGTERM)
+    ended(first, 130)
+    (trial,) = opened.get_all_trials(study.id)
+    assert trial.state == TrialState.WAITING
+    (attempt,) = attempts_at(opened, trial._trial_id)
+    assert attempt.checkpoint in _objects(at_store, tmp_path)
+    ended(start("work", "slow", variables=variables | {"TRIALYARD_HOME": str(home / "second")}))
+    (trial,) = opened.get_all_trials(study.id)
+    assert trial.state == TrialState.COMPLETE
+    assert attempts_at(opened, trial._trial_id)[1].resumed_after >= 3
+    # What the first attempt left is gone, and nothing of it was counted.
+    assert {PurePosixPath(path).parent.name for path in _objects(at_store, tmp_path)} == {"2"}
+    ended(start("replay", "slow", "0", variables=variables | {"TRIALYARD_HOME": str(home / "third")}))
+
+
+def test_a_worker_that_lost_its_claim_overwrites_nothing(
+    home: Path, tmp_path: Path, at_store: str, storage: PatientStorage, study: str
+) -> None:
+    """It sleeps before its last upload. Another worker takes the trial over and ends it; then it wakes up."""
+    store = settings.load().artifact_store
+    slept = claims.claim(storage, ledger.find(storage, study), owners.this_slot("cpu:0"), 60.0)
+    assert slept is not None
+    claims.requeue(storage, slept, "interrupted", "", None)
+    claim = claims.claim(storage, ledger.find(storage, study), owners.this_slot("cpu:1"), 60.0)
+    assert claim is not None
+
+    def never() -> None:
+        return
+
+    for held in (claim, slept):
+        files = attempt_files.of_attempt(store, held, 5.0)
+        files.folder.mkdir(parents=True)
+        for name in (MODEL, HISTORY):
+            (files.folder / name).write_text(f"attempt {held.attempt}", encoding="utf-8")
+        if held is claim:
+            files.keep_all(never)
+            told = {"model": str(held.folder / MODEL), "history": str(held.folder / HISTORY)}
+            claims.finish(storage, held, TrialState.COMPLETE, 0.9, told, [MODEL, HISTORY])
+            files.ended()
+        else:
+            with pytest.raises(ClaimLost):
+                claims.finish(storage, held, TrialState.COMPLETE, 0.1, {}, [MODEL])
+            files.keep_all(never)  # even if it did
+    other = ObjectStore(at_store, home / "other")
+    for key in ("model", "history"):
+        fetched = other.fetch(storage.get_trial(claim.trial_id).user_attrs[key])
+        assert fetched is not None
+        assert fetched.read_text(encoding="utf-8") == "attempt 2"
+    left = retention.unneeded(storage, other, 5)
+    assert [str(file.path) for file in left] == [f"{at_store}/{slept.folder}/{name}" for name in (HISTORY, MODEL)]
+    assert retention.remove(storage, other, 5, left) == 2 * len("attempt 1")
+    assert _objects(at_store, tmp_path) == [f"{claim.folder}/{name}" for name in (HISTORY, MODEL)]
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        ("no bucket", "the bucket of s3://nobody-has-it does not exist: create it"),
+        ("no permission", "refuses this machine .*: give its credentials the right to"),
+        ("away", "cannot be reached .*: bring it back, or correct TRIALYARD_ARTIFACTS"),
+        ("no package", r"needs the package obstore, which is not installed: `pip install 'trialyard\[s3\]'`"),
+        ("a password", r"TRIALYARD_ARTIFACTS = 's3://\*\*\*@bucket' cannot be used: expected a folder or a URL"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_found_out_before_anything_is_claimed(
+    home: Path,
+    at_store: str,
+    server: Server,
+    write_small: Callable[..., Path],
+    trialyard: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    problem: str,
+    reason: str,
+) -> None:
+    database.create(f"sqlite:///{home}/yard/studies.db")
+    monkeypatch.setenv("TRIALYARD_PATIENCE_SECONDS", "0")
+    if problem == "no bucket":
+        monkeypatch.setenv("TRIALYARD_ARTIFACTS", "s3://nobody-has-it")
+    elif problem == "away":
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    elif problem == "no package":
+        monkeypatch.setitem(sys.modules, "obstore", None)
+        monkeypatch.setitem(sys.modules, "obstore.exceptions", None)
+    elif problem == "a password":
+        monkeypatch.setenv("TRIALYARD_ARTIFACTS", "s3://key:secret@bucket")
+    write_small()
+    with server.refusing() if problem == "no permission" else contextlib.nullcontext():
+        for command in (("run", "small.toml"), ("check", "small.toml"), ("storage", "check")):
+            code, _, err = trialyard(*command)
+            assert code == 1, command
+            assert re.search(reason, " ".join(err.split())), err
+            assert "Traceback" not in err
+            assert "secret" not in err
+    assert studies.names(f"sqlite:///{home}/yard/studies.db") == []
