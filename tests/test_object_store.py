@@ -26,6 +26,8 @@ from storage.artifacts import CHECKPOINT, HISTORY, MODEL, PREDICTIONS, SUMMARY
 from storage.errors import ClaimLost
 from storage.object_store import ObjectStore
 from storage.transactions import PatientStorage
+from studies import registry
+from trialyard import functions
 
 pytestmark = pytest.mark.long
 
@@ -218,6 +220,47 @@ def test_cut_uploads_and_a_store_that_is_away_lose_nothing(
             with zipfile.ZipFile(fetched) as archive:
                 assert archive.testzip() is None
     assert retention.unneeded(opened, store, 5) == []
+
+
+def test_a_store_that_stays_away_costs_no_budget(
+    home: Path, at_store: str, server: Server, write_npz: Callable[..., Path], start: Command
+) -> None:
+    """The trial goes back when the worker's patience ends, which says why; the same command finishes it later."""
+    _write_slow(home, write_npz, trials=1, epochs=2, pause=0.5, units=10)
+    with network_to(server) as network:
+        variables = os.environ | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{network.port}"}
+        worker = start("run", "slow.toml", variables=variables | {"TRIALYARD_PATIENCE_SECONDS": "1"})
+        _wait_for((home / "yard" / "studies.db").exists)
+        network.disconnect()
+        _, err = ended(worker, 1)
+        assert re.search(rf"error: {at_store} cannot be reached .*: bring it back", " ".join(err.split())), err
+        opened = database.connect(f"sqlite:///{home}/yard/studies.db")
+        study = ledger.find(opened, "slow")
+        (trial,) = opened.get_all_trials(study.id)
+        assert trial.state == TrialState.WAITING
+        assert "failure" not in trial.user_attrs
+        assert attempts_at(opened, trial._trial_id)[0].checkpoint is None  # it is on that machine alone
+        network.connect()
+        ended(start("run", "slow.toml", variables=variables))
+        (trial,) = opened.get_all_trials(study.id)
+        assert trial.state == TrialState.COMPLETE
+        assert attempts_at(opened, trial._trial_id)[1].resumed_after is not None
+
+
+def test_a_function_of_a_notebook_reaches_other_machines(
+    home: Path, at_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(hyperparameters: dict[str, float], image_shape: tuple[int, ...], classes: int) -> str:
+        return f"a model of {classes} classes"
+
+    monkeypatch.setattr(functions, "__path__", [*functions.__path__])
+    stored = functions.of(build)
+    assert isinstance(stored, functions.StoredFunction)
+    stored.write()
+    monkeypatch.setenv("TRIALYARD_HOME", str(home / "second"))
+    registry.fetch_function(stored.name, settings.load().artifact_store)
+    loaded = functions.load(str(home / "second" / functions.folder() / f"{stored.module}.py"))
+    assert loaded({}, (28, 28, 1), 10) == "a model of 10 classes"
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
