@@ -28,6 +28,7 @@ from search.options import (
     PerDeviceOption,
     PrintOption,
     SbatchOption,
+    RayOption,
     SkipBadOption,
     SlurmOption,
     SourceArgument,
@@ -205,6 +206,7 @@ def work(
     chosen_devices: DevicesOption = "auto",
     per_device: PerDeviceOption = None,
     workers: WorkersOption = None,
+    ray: RayOption = None,
     forever: Annotated[bool, typer.Option("--forever", help="Wait for studies to come, until told to stop.")] = False,
     slurm: SlurmOption = None,
     gpus: GpusOption = None,
@@ -240,6 +242,8 @@ def work(
             devices=chosen_devices,
             per_device=per_device,
             workers=workers,
+            ray=ray,
+            gpus=gpus,
             forever=forever,
         )
     except service.Interrupted as stop:

@@ -44,12 +44,19 @@ SlurmOption = Annotated[
     int | None,
     typer.Option("--slurm", metavar="N", min=1, help="Submit an array job of N such workers to Slurm, and leave."),
 ]
-GpusOption = Annotated[float | None, typer.Option("--gpus", min=0, help="GPUs of each worker; needs --slurm.")]
 SbatchOption = Annotated[
     list[str] | None,
     typer.Option("--sbatch", metavar="OPTION", help="An option of sbatch, such as partition=gpu; may be repeated."),
 ]
 PrintOption = Annotated[bool, typer.Option("--print", help="Print the script for Slurm, and submit nothing.")]
+RayOption = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="auto|ADDRESS", help="Run so many --workers on a Ray cluster, not here."),
+]
+GpusOption = Annotated[
+    float | None,
+    typer.Option("--gpus", min=0.0, metavar="N", help="GPUs of each worker with --slurm; of each slot with --ray."),
+]
 Form = Literal["html", "markdown", "table"]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 StudyArgument = Annotated[

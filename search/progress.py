@@ -144,7 +144,7 @@ class LiveTable(Listener):
     """A table that is drawn over itself: the studies' progress, and what each slot is at."""
 
     def __init__(
-        self, console: Console, studies: list[str] | None, slots: list[str], status: Callable[[str], Status]
+        self, console: Console, studies: list[str] | None, slots: Sequence[str], status: Callable[[str], Status]
     ) -> None:
         # Where studies are waited for, those are shown that a slot is at.
         self._console, self._studies, self._status = console, studies, status
@@ -275,7 +275,6 @@ def display(
 
     Says first in which precision each study trains here, and why; and how long it takes, where that is known.
     """
-    shown = console or Console(stderr=True)
     threads = f" of {slots[0].threads} threads" if slots[0].threads > 1 else ""
     where = f"on {', '.join(slot.name for slot in slots)}{threads}"
     lines = [f"waiting for studies, {where}"] if studies is None else []
@@ -286,18 +285,30 @@ def display(
             precision, reason = precision_for(slots[0].device, definition.precision, began)
             lines.append(f"{study.name}: {where} in {precision}: {reason}")
 
+    return display_of(lines, studies, storage, [slot.name for slot in slots], console)
+
+
+def display_of(
+    lines: Sequence[str],
+    studies: Sequence[Study] | None,
+    storage: PatientStorage,
+    slots: Sequence[str],
+    console: Console | None = None,
+) -> list[Listener]:
+    """As `display`, for slots of which only the names are known; `lines` are what is said first."""
+    shown = console or Console(stderr=True)
+
     def ask(name: str) -> Status:
         return status(name, storage)
 
-    for study in studies or ():
-        lines += _estimate(ask(study.name), len(slots))
-    for line in lines:
+    estimates = [line for study in studies or () for line in _estimate(ask(study.name), len(slots))]
+    for line in (*lines, *estimates):
         shown.print(line, markup=False, highlight=False, soft_wrap=True)
 
     if not _can_redraw(shown):
         return [Lines(shown, ask)]
     names = None if studies is None else [study.name for study in studies]
-    return [LiveTable(shown, names, [slot.name for slot in slots], ask)]
+    return [LiveTable(shown, names, slots, ask)]
 
 
 def _can_redraw(console: Console) -> bool:

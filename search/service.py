@@ -222,12 +222,23 @@ def run(
     return results.best_trial(creation.study.name, opened)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _OnRay:
+    """Slots on a Ray cluster, as `search.ray_engine.work` takes them."""
+
+    address: str
+    workers: int | None
+    gpus: float | None
+
+
 def work(
     *names: str,
     storage: str | None = None,
     devices: str = "auto",
     per_device: int | None = None,
     workers: int | None = None,
+    ray: str | None = None,
+    gpus: float | None = None,
     forever: bool = False,
     listeners: "Sequence[Listener] | None" = None,
 ) -> list[str]:
@@ -237,16 +248,23 @@ def work(
     many run at once in all. With `forever` it waits for studies to come. `listeners` learn of every trial and epoch;
     None shows the progress on standard error.
 
+    With `ray`, the address of a Ray cluster or "auto" for the one of this machine, `workers` slots run on its nodes,
+    each with `gpus` of one GPU; Ray chooses the devices.
+
     Returns the names of the studies. Raises Interrupted after a signal; StudyError where there is no such
-    study; what `check` raises for a study that was named and that this machine cannot train; StorageError.
+    study; what `check` raises for a study that was named and that this machine cannot train; StorageError; RayError.
     """
     from search import worker
     from search.devices import slots as slots_of
 
     if names and forever:
         raise WorkerError("with forever=True a worker takes trials of all studies: name none")
+    if ray is not None and (devices != "auto" or per_device is not None):
+        raise WorkerError("with --ray, Ray chooses the devices: give --gpus in place of --devices and --per-device")
+    if ray is None and gpus is not None:
+        raise WorkerError("--gpus is for slots on a Ray cluster: give --ray, too, or --per-device in its place")
     here = _settings(storage)
-    places = slots_of(devices, per_device, workers)
+    places = slots_of(devices, per_device, workers) if ray is None else _OnRay(address=ray, workers=workers, gpus=gpus)
     opened = database.connect_with_retries(here.url, here.patience_seconds)
     here.artifact_store.check(here.patience_seconds)
     if forever:
@@ -254,7 +272,7 @@ def work(
         return []
     found = [registry.find(name, opened) for name in dict.fromkeys(names)] if names else ledger.studies(opened)
     to_do = [study for study in found if not study.has_ended]
-    for study in to_do if names else ():
+    for study in to_do if names and ray is None else ():  # a node of Ray checks itself
         worker.check_fit(study, opened, here)
     _fill(to_do, opened, here, places, listeners, leave=not names)
     return [study.name for study in found]
@@ -310,18 +328,21 @@ def _fill(
     found: Sequence[Study] | None,
     opened: PatientStorage,
     here: Settings,
-    places: "list[Slot]",
+    places: "list[Slot] | _OnRay",
     listeners: "Sequence[Listener] | None",
     *,
     leave: bool,
 ) -> None:
-    from search import progress, worker
+    from search import progress, ray_engine, worker
 
     names = None if found is None else [study.name for study in found]
     if names == []:
         return
-    shown = progress.display(found, opened, places) if listeners is None else listeners
-    is_done = worker.work(names, opened, here, places, shown, leave=leave)
+    if isinstance(places, _OnRay):
+        is_done = ray_engine.work(found, opened, here, listeners, leave=leave, **vars(places))
+    else:
+        shown = progress.display(found, opened, places) if listeners is None else listeners
+        is_done = worker.work(names, opened, here, places, shown, leave=leave)
     require_same_file(opened)
     if not is_done:
         raise Interrupted(requeued=not opened.shutting_down.is_set())

@@ -51,6 +51,7 @@ def work(
     listeners: Sequence[Listener] = (),
     *,
     leave: bool = False,
+    stop: threading.Event | None = None,
 ) -> bool:
     """Fills `slots` with trials of the studies `names`, the first study first; None: of all studies, for ever.
 
@@ -63,9 +64,9 @@ def work(
 
     Returns True when all of them have ended or are paused, False when a signal ended the work: the first of the
     STOPPING_SIGNALS has the trainers write a checkpoint and puts their trials back into the queue; a second SIGINT or
-    SIGTERM leaves at once.
+    SIGTERM leaves at once. `stop` does the same as the first: whoever gives it also chose the GPUs of all slots.
     """
-    interrupted = threading.Event()
+    interrupted = stop or threading.Event()
     errors: list[BaseException] = []
     open_studies = _OpenStudies(names, storage, settings, slots, leave=leave or names is None)
     looks = Looks()
@@ -81,14 +82,15 @@ def work(
                 errors.append(error)
             interrupted.set()
 
-    _warn_of_shared_gpus(storage, slots)
+    if stop is None:
+        _warn_of_shared_gpus(storage, slots)
     with ExitStack() as stack:
         trainers = [stack.enter_context(_trainer(slot, settings)) for slot in slots]
         threads = [
             threading.Thread(target=fill, args=pair, name=pair[0].name, daemon=True)
             for pair in zip(slots, trainers, strict=True)
         ]
-        received = stack.enter_context(_signals(interrupted))
+        received = stack.enter_context(stopping_signals(interrupted))
         for listener in all_listeners:
             stack.enter_context(listener)
         stack.enter_context(heartbeat)
@@ -373,7 +375,7 @@ class _OpenStudies:
 
 
 @contextmanager
-def _signals(interrupted: threading.Event) -> Iterator[list[int]]:
+def stopping_signals(interrupted: threading.Event) -> Iterator[list[int]]:
     """Turns the first of the STOPPING_SIGNALS into `interrupted`, and leaves at the second; yields the list of it."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -22,6 +22,7 @@ TrialyardError
 │   └── AcceleratorError it failed in a training
 ├── DashboardError     (search) the dashboard cannot be served at this address
 ├── SlurmError         (search) Slurm cannot run these workers, or does not answer
+├── RayError           (search) Ray is not installed, does not answer, or cannot run these slots
 └── WorkerError        (search) no worker on this machine is alive
 """
 

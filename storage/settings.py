@@ -161,7 +161,11 @@ def _with_password(url: str, password: str) -> str:
     return parsed.set(password=password).render_as_string(hide_password=False)
 
 
-SECRETS = ("TRIALYARD_STORAGE", "TRIALYARD_DASHBOARD_PASSWORD")  # what the names of secret variables start with
+SECRETS = (
+    "TRIALYARD_STORAGE",
+    "TRIALYARD_DASHBOARD_PASSWORD",
+    "RAY_AUTH_TOKEN",
+)  # what the names of secret variables start with
 
 
 def environment_without_secrets() -> dict[str, str]:

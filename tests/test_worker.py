@@ -758,7 +758,7 @@ def test_a_second_signal_right_after_the_first_leaves_at_once(monkeypatch: pytes
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
     interrupted = threading.Event()
-    with worker._signals(interrupted) as received:
+    with worker.stopping_signals(interrupted) as received:
         signal.raise_signal(signal.SIGINT)
         assert (received, interrupted.is_set(), left) == ([signal.SIGINT], True, [])
         signal.raise_signal(signal.SIGINT)
@@ -772,7 +772,7 @@ def test_the_signals_of_schedulers_and_terminals_stop_a_worker(
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
     interrupted = threading.Event()
-    with worker._signals(interrupted) as received:
+    with worker.stopping_signals(interrupted) as received:
         for _ in range(2):
             signal.raise_signal(number)
     assert interrupted.is_set()
@@ -785,7 +785,7 @@ def test_nohup_still_keeps_a_worker() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         interrupted = threading.Event()
-        with worker._signals(interrupted):
+        with worker.stopping_signals(interrupted):
             signal.raise_signal(signal.SIGHUP)
         assert not interrupted.is_set()
     finally:

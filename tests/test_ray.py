@@ -1,0 +1,302 @@
+"""A study runs on a Ray cluster, whatever Ray loses: a slot's process, a node, its head.
+
+The cluster is real, of processes of this machine; its GPUs are pretended (`pretended_gpus`). Trainings are real.
+"""
+
+import importlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import COMMAND, Call, Command, ended, until
+
+import studies
+from storage import database, promises, slots
+from storage.transactions import PatientStorage, read
+
+ray = pytest.importorskip("ray", reason="needs Ray: `pip install '.[ray]'`")
+
+ROOT = Path(__file__).parents[1]
+TOKEN = "0123456789abcdef" * 4
+Write = Callable[..., Path]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _documented(start: str) -> list[str]:
+    """The words of the command in the section on Ray that starts so."""
+    section = (
+        (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8").partition("\n## Ray\n")[2].partition("\n## ")[0]
+    )
+    (line,) = re.findall(rf"^{re.escape(start)}.*$", section, re.MULTILINE)
+    return [*line.partition("#")[0].split()]
+
+
+def _assert_spent(storage: PatientStorage, trials: int) -> None:
+    """Exactly the budget, numbered without a gap, none RUNNING or WAITING, and the database whole."""
+    found = studies.registry.open("small", storage).trials
+    assert [trial.number for trial in found] == list(range(trials))
+    assert all(trial.state.is_finished() for trial in found)
+    assert promises.check(storage) == []
+
+
+def _wait(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+    until_then = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < until_then, "it took too long"
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture
+def pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
+    """From now on new processes pretend two GPUs; gives what their trainer processes were pinned to."""
+    path = tmp_path / "pins"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests" / "pretended_gpus"), str(ROOT)]))
+    monkeypatch.setenv("PRETENDED_GPUS", "2")
+    monkeypatch.setenv("PRETENDED_PINS", str(path))
+
+    def found() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    return found
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[str]:
+    """A folder for Ray's own files, whose path is short enough for its sockets."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """Ends a process and all that it has started."""
+    family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    for member in family:
+        member.terminate()
+    _, alive = psutil.wait_procs([member for member in family if isinstance(member, psutil.Process)], timeout=10)
+    for member in alive:
+        member.kill()
+
+
+@pytest.fixture
+def head(home: Path, ray_folder: str, pins: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a cluster of this machine with two pretended GPUs and a token, started as documented."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    port = _free_port()
+    words = [word for word in _documented("ray start --head") if not word.startswith("--port")]
+    more = [f"--port={port}", "--num-gpus=2", "--num-cpus=2", f"--temp-dir={ray_folder}", "--block"]
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name(words[0]), *words[1:], *more, "--include-dashboard=false"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"127.0.0.1:{port}"
+    try:
+        _wait(
+            lambda: (
+                subprocess.run(
+                    [sys.executable, "-m", "ray.scripts.scripts", "status", f"--address={address}"], capture_output=True
+                ).returncode
+                == 0
+            )
+        )
+        yield address
+    finally:
+        _end(process)
+
+
+def _documented_work(address: str, **replaced: str) -> list[str]:
+    """The arguments of the documented command, for the study `small` at this address, with other values."""
+    words = _documented("trialyard work digits --ray 10.0.0.1:6379")[1:]
+    for option, value in {"--ray": address, **{f"--{name}": value for name, value in replaced.items()}}.items():
+        words[words.index(option) + 1] = value
+    return ["small" if word == "digits" else word for word in words]
+
+
+@pytest.mark.long
+def test_each_trainer_sees_the_gpu_that_ray_gives_it_and_a_killed_actor_or_command_loses_nothing(
+    home: Path,
+    write_small: Write,
+    head: str,
+    pins: Callable[[], list[dict[str, Any]]],
+    start: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRIALYARD_CHECKPOINT_SECONDS", "0")
+    file = str(write_small(trials=3, epochs=40))
+    ended(start("create", file))
+    storage = database.connect(f"sqlite:///{home}/yard/studies.db")
+
+    # Without the token the cluster takes nothing.
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    _, err = ended(start(*_documented_work(head, workers="2", gpus="1"), program=COMMAND), 1)
+    assert "asks for a token: set RAY_AUTH_MODE=token" in err
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+
+    # A whole GPU for each slot.
+    process = start(*_documented_work(head, workers="2", gpus="1"), program=COMMAND)
+    for number in (0, 1):
+        until(process, f"small trial {number} epoch")
+    process.send_signal(signal.SIGTERM)
+    _, err = ended(process, 130)
+    assert "is back in the queue; the same command goes on" in err
+    assert sorted(pin["visible"] for pin in pins()) == ["GPU-0a3f", "GPU-1a3f"]
+    assert {pin["memory"] for pin in pins()} == {0}
+    assert studies.status("small", storage).waiting == 2
+    assert all(studies.attempts("small", number, storage)[-1].outcome == "interrupted" for number in (0, 1))
+
+    # Two slots share one. One of them is killed.
+    process = start(
+        *_documented_work("auto", workers="2", gpus="0.5"),
+        program=COMMAND,
+        variables=os.environ | {"RAY_ADDRESS": head},
+    )
+    for number in (0, 1):
+        until(process, f"small trial {number} epoch")
+    present = read(storage, slots.present)
+    assert {slot.slot for slot in present} in ({"gpu:0.0", "gpu:0.1"}, {"gpu:1.0", "gpu:1.1"})
+    os.kill(present[0].pid, signal.SIGKILL)
+    _, err = ended(process)
+    assert "begins again: it was on gpu:" in err
+    shared = pins()[2:]
+    assert len({pin["visible"] for pin in shared}) == 1
+    assert {pin["memory"] for pin in shared} == {int((80 << 30) * 0.45)}
+    _assert_spent(storage, 3)
+    ends = [[attempt.outcome for attempt in studies.attempts("small", number, storage)] for number in (0, 1)]
+    assert sorted(ends) == [["interrupted", "finished"], ["interrupted", "lost", "finished"]]
+    resumed = [studies.attempts("small", number, storage)[1].resumed_after for number in (0, 1)]
+    assert all(resumed), "they went on from their checkpoints"
+
+
+# A folder that is another one in each process is what a local disk is on several machines.
+REFUSED = """
+import os, ray, search, sys
+from storage.errors import TrialyardError
+address, sqlite = sys.argv[1:]
+ray.init(address=address, log_to_driver=False)
+for arguments in ({"gpus": 0.5}, {"storage": sqlite}, {"artifacts": "/proc/self/cwd/artifacts"}):
+    os.environ["TRIALYARD_ARTIFACTS"] = arguments.pop("artifacts", "")
+    try:
+        search.work("small", ray=address, **arguments)
+    except TrialyardError as error:
+        print(error)
+"""
+# The driver as if it had another version of Ray, and one that waits less for a head that is away.
+OTHER_VERSION = ("-c", "import ray; ray.__version__ = '2.59.0'; import search.cli; search.cli.main()")
+IMPATIENT = ("-c", "import search.ray_engine as r; r.HEAD_SECONDS = 2.0; import search.cli; search.cli.main()")
+
+
+@pytest.fixture
+def cluster(home: Path, ray_folder: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cluster with a head that holds no slot, and two nodes with one core each."""
+    cluster_utils = importlib.import_module("ray.cluster_utils")
+    # In place of a minute each: how long processes that have lost the head wait for it.
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    made = cluster_utils.Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "temp_dir": ray_folder, "include_dashboard": False},
+    )
+    for _ in range(2):
+        made.add_node(num_cpus=1)
+    yield made
+    made.shutdown()
+
+
+@pytest.mark.long
+def test_a_node_and_then_the_head_are_lost_and_a_plain_worker_finishes_with_the_exact_budget(
+    home: Path,
+    write_small: Write,
+    cluster: Any,
+    postgresql_url: str,
+    start: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRIALYARD_CHECKPOINT_SECONDS", "0")
+    monkeypatch.setenv("TRIALYARD_STORAGE", postgresql_url)
+    ended(start("create", str(write_small(trials=3, epochs=40))))
+    storage = database.connect(postgresql_url)
+    work = ("work", "small", "--ray", cluster.address)
+
+    # Refused before anything starts.
+    variables = dict(os.environ) | {"TRIALYARD_WORKERS": ""}
+    sqlite = f"sqlite:///{home}/yard/studies.db"
+    ended(start("create", "small.toml", "--storage", sqlite))
+    (home / "elsewhere").mkdir()
+    out, _ = ended(start("-c", REFUSED, cluster.address, sqlite, program=[sys.executable], folder=home / "elsewhere"))
+    too_many, not_for_two, not_shared = out.splitlines()
+    assert too_many.startswith("--gpus 0.5: each slot needs that much of a GPU, and no node has one")
+    assert not_for_two.startswith("the database is a SQLite file, which only one machine can use, and Ray would place")
+    assert re.match(r"the node \S+ does not see the files in /proc/self/cwd/artifacts: let TRIALYARD_ARTIF", not_shared)
+    _, err = ended(start(*work, program=[sys.executable, *OTHER_VERSION]), 1)
+    assert f"has Ray {ray.__version__} and Python 3" in err
+    assert "this process has Ray 2.59.0" in err
+    assert studies.registry.open("small", storage).trials == []
+
+    # One of two nodes dies, and another one comes.
+    process = start(*work, program=[sys.executable, *IMPATIENT], variables=variables)
+    for number in (0, 1):
+        until(process, f"small trial {number} epoch")
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+    until(process, "begins again: it was on cpu:")
+    # A node dies as a machine does not: its processes of this machine are known to be gone, so nobody waits.
+    until(process, "(attempt 2)")
+
+    os.kill(cluster.head_node.all_processes["gcs_server"][0].process.pid, signal.SIGKILL)
+    _, err = ended(process, 1)
+    assert "the head of the Ray cluster is lost" in err
+    ended(start("work", "small"))
+    _assert_spent(storage, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--ray", "127.0.0.1:1"), "no Ray cluster answers at 127.0.0.1:1 (Connection refused)"),
+        (
+            ("--ray", "ray://127.0.0.1:10001"),
+            "expected auto, or the address of the cluster's head such as 10.0.0.1:6379",
+        ),
+        (("--ray", "auto", "--gpus", "2"), "--gpus 2: a trial trains on one GPU or a share of one: give at most 1"),
+        (("--ray", "auto", "--devices", "0"), "with --ray, Ray chooses the devices: give --gpus in place of --devices"),
+        (("--gpus", "1"), "--gpus is for slots on a Ray cluster: give --ray, too"),
+    ],
+)
+def test_what_cannot_run_on_ray_is_refused(
+    study: str, sqlite_url: str, trialyard: Call, arguments: tuple[str, ...], message: str
+) -> None:
+    code, _, err = trialyard("work", study, "--storage", sqlite_url, *arguments)
+    assert code == 1
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_without_ray_the_command_says_what_to_install(
+    study: str, sqlite_url: str, trialyard: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, err = trialyard("work", study, "--storage", sqlite_url, "--ray", "auto")
+    assert code == 1
+    assert "--ray needs Ray, which cannot be imported" in err
+    assert "`pip install '.[ray]'` in Trialyard's folder installs it" in err
