@@ -220,7 +220,7 @@ def ray(folder: Path, seed: int, scores: Scores) -> Path:
 
     seen: list[tuple[float, float, str]] = []
 
-    class Collect(tune.Callback):  # type: ignore[misc]
+    class Collect(tune.Callback):
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
             seen.append((result["moment"], result["accuracy"], result["file"]))
 

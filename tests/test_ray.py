@@ -210,12 +210,14 @@ IMPATIENT = ("-c", "import search.ray_engine as r; r.HEAD_SECONDS = 2.0; import 
 def cluster(home: Path, ray_folder: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A cluster with a head that holds no slot, and two nodes with one core each."""
     cluster_utils = importlib.import_module("ray.cluster_utils")
+    monkeypatch.setenv("RAY_TMPDIR", ray_folder)  # it also keeps the address of the last cluster there
+    (Path(ray_folder) / "ray").mkdir()
     # In place of a minute each: how long processes that have lost the head wait for it.
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     made = cluster_utils.Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "temp_dir": ray_folder, "include_dashboard": False},
+        head_node_args={"num_cpus": 0, "include_dashboard": False},
     )
     for _ in range(2):
         made.add_node(num_cpus=1)
