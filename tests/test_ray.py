@@ -3,6 +3,7 @@
 The cluster is real, of processes of this machine; its GPUs are pretended (`pretended_gpus`). Trainings are real.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -27,7 +28,7 @@ from storage.transactions import PatientStorage, read
 ray = pytest.importorskip("ray", reason="needs Ray: `pip install '.[ray]'`")
 
 ROOT = Path(__file__).parents[1]
-TOKEN = "0123456789abcdef" * 4
+EPOCHS = 25  # of a trial: enough for something to happen to it meanwhile
 Write = Callable[..., Path]
 
 
@@ -62,6 +63,19 @@ def _wait(what: Callable[[], Any], seconds: float = 60.0) -> Any:
     return found
 
 
+def _words(documented: str, *more: str) -> list[str]:
+    """The words of that documented command of Ray, whose options `more` replaces."""
+    replaced = tuple(option.partition("=")[0] + "=" for option in more) or ("none",)
+    program, *words = [word for word in _documented(documented) if not word.startswith(replaced)]
+    return [str(Path(sys.executable).with_name(program)), *words, *more]
+
+
+def _started(documented: str, *more: str) -> subprocess.Popen[bytes]:
+    """Starts a node, whose output is in Ray's own log files."""
+    words = _words(documented, *more, "--block")
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 @pytest.fixture
 def pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
     """From now on new processes pretend two GPUs; gives what their trainer processes were pinned to."""
@@ -87,38 +101,28 @@ def ray_folder() -> Iterator[str]:
 
 def _end(process: subprocess.Popen[Any]) -> None:
     """Ends a process and all that it has started."""
-    family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-    for member in family:
-        member.terminate()
-    _, alive = psutil.wait_procs([member for member in family if isinstance(member, psutil.Process)], timeout=10)
-    for member in alive:
-        member.kill()
+    if process.poll() is None:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family[1:], timeout=10)
+    process.wait(timeout=10)
 
 
 @pytest.fixture
 def head(home: Path, ray_folder: str, pins: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a cluster of this machine with two pretended GPUs and a token, started as documented."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    """The address of a cluster of this machine with two pretended GPUs and a token, both made as documented."""
+    monkeypatch.setenv("HOME", str(home))  # where the token is kept
+    monkeypatch.setenv("RAY_TMPDIR", ray_folder)
+    subprocess.run(_words("ray get-auth-token"), check=True, timeout=60, capture_output=True)
     port = _free_port()
-    words = [word for word in _documented("ray start --head") if not word.startswith("--port")]
-    more = [f"--port={port}", "--num-gpus=2", "--num-cpus=2", f"--temp-dir={ray_folder}", "--block"]
-    process = subprocess.Popen(
-        [Path(sys.executable).with_name(words[0]), *words[1:], *more, "--include-dashboard=false"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    process = _started(
+        "ray start --head", f"--port={port}", "--num-gpus=2", "--num-cpus=2", "--include-dashboard=false"
     )
-    address = f"127.0.0.1:{port}"
     try:
-        _wait(
-            lambda: (
-                subprocess.run(
-                    [sys.executable, "-m", "ray.scripts.scripts", "status", f"--address={address}"], capture_output=True
-                ).returncode
-                == 0
-            )
-        )
-        yield address
+        _wait(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        yield f"127.0.0.1:{port}"
     finally:
         _end(process)
 
@@ -141,20 +145,17 @@ def test_each_trainer_sees_the_gpu_that_ray_gives_it_and_a_killed_actor_or_comma
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRIALYARD_CHECKPOINT_SECONDS", "0")
-    file = str(write_small(trials=3, epochs=40))
+    file = str(write_small(trials=2, epochs=EPOCHS))
     ended(start("create", file))
     storage = database.connect(f"sqlite:///{home}/yard/studies.db")
 
-    # Without the token the cluster takes nothing.
-    monkeypatch.delenv("RAY_AUTH_TOKEN")
-    monkeypatch.delenv("RAY_AUTH_MODE")
+    # To an address Ray sends no token by itself, and the cluster takes nothing without it.
     _, err = ended(start(*_documented_work(head, workers="2", gpus="1"), program=COMMAND), 1)
     assert "asks for a token: set RAY_AUTH_MODE=token" in err
-    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
 
     # A whole GPU for each slot.
-    process = start(*_documented_work(head, workers="2", gpus="1"), program=COMMAND)
+    with_token = os.environ | {"RAY_AUTH_MODE": "token"}
+    process = start(*_documented_work(head, workers="2", gpus="1"), program=COMMAND, variables=with_token)
     for number in (0, 1):
         until(process, f"small trial {number} epoch")
     process.send_signal(signal.SIGTERM)
@@ -165,12 +166,8 @@ def test_each_trainer_sees_the_gpu_that_ray_gives_it_and_a_killed_actor_or_comma
     assert studies.status("small", storage).waiting == 2
     assert all(studies.attempts("small", number, storage)[-1].outcome == "interrupted" for number in (0, 1))
 
-    # Two slots share one. One of them is killed.
-    process = start(
-        *_documented_work("auto", workers="2", gpus="0.5"),
-        program=COMMAND,
-        variables=os.environ | {"RAY_ADDRESS": head},
-    )
+    # Two slots share one, with the token that Ray finds for this machine's own cluster. One of them is killed.
+    process = start(*_documented_work("auto", workers="2", gpus="0.5"), program=COMMAND)
     for number in (0, 1):
         until(process, f"small trial {number} epoch")
     present = read(storage, slots.present)
@@ -181,7 +178,7 @@ def test_each_trainer_sees_the_gpu_that_ray_gives_it_and_a_killed_actor_or_comma
     shared = pins()[2:]
     assert len({pin["visible"] for pin in shared}) == 1
     assert {pin["memory"] for pin in shared} == {int((80 << 30) * 0.45)}
-    _assert_spent(storage, 3)
+    _assert_spent(storage, 2)
     ends = [[attempt.outcome for attempt in studies.attempts("small", number, storage)] for number in (0, 1)]
     assert sorted(ends) == [["interrupted", "finished"], ["interrupted", "lost", "finished"]]
     resumed = [studies.attempts("small", number, storage)[1].resumed_after for number in (0, 1)]
@@ -200,9 +197,14 @@ for arguments in ({"gpus": 0.5}, {"storage": sqlite}, {"artifacts": "/proc/self/
         search.work("small", ray=address, **arguments)
     except TrialyardError as error:
         print(error)
+ray.shutdown()
+ray.__version__ = "2.59.0"
+try:
+    search.work("small", ray=address)
+except TrialyardError as error:
+    print(error)
 """
-# The driver as if it had another version of Ray, and one that waits less for a head that is away.
-OTHER_VERSION = ("-c", "import ray; ray.__version__ = '2.59.0'; import search.cli; search.cli.main()")
+# The command as if it waited less for a head that is away.
 IMPATIENT = ("-c", "import search.ray_engine as r; r.HEAD_SECONDS = 2.0; import search.cli; search.cli.main()")
 
 
@@ -225,18 +227,28 @@ def cluster(home: Path, ray_folder: str, monkeypatch: pytest.MonkeyPatch) -> Ite
     made.shutdown()
 
 
+@pytest.fixture
+def new_node() -> Iterator[Callable[..., None]]:
+    """Starts another node with this documented command."""
+    processes: list[subprocess.Popen[bytes]] = []
+    yield lambda *words: processes.append(_started(*words))
+    for process in processes:
+        _end(process)
+
+
 @pytest.mark.long
 def test_a_node_and_then_the_head_are_lost_and_a_plain_worker_finishes_with_the_exact_budget(
     home: Path,
     write_small: Write,
     cluster: Any,
+    new_node: Callable[..., None],
     postgresql_url: str,
     start: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRIALYARD_CHECKPOINT_SECONDS", "0")
     monkeypatch.setenv("TRIALYARD_STORAGE", postgresql_url)
-    ended(start("create", str(write_small(trials=3, epochs=40))))
+    ended(start("create", str(write_small(trials=2, epochs=EPOCHS))))
     storage = database.connect(postgresql_url)
     work = ("work", "small", "--ray", cluster.address)
 
@@ -246,13 +258,12 @@ def test_a_node_and_then_the_head_are_lost_and_a_plain_worker_finishes_with_the_
     ended(start("create", "small.toml", "--storage", sqlite))
     (home / "elsewhere").mkdir()
     out, _ = ended(start("-c", REFUSED, cluster.address, sqlite, program=[sys.executable], folder=home / "elsewhere"))
-    too_many, not_for_two, not_shared = out.splitlines()
+    too_many, not_for_two, not_shared, other_version = out.splitlines()
     assert too_many.startswith("--gpus 0.5: each slot needs that much of a GPU, and no node has one")
     assert not_for_two.startswith("the database is a SQLite file, which only one machine can use, and Ray would place")
     assert re.match(r"the node \S+ does not see the files in /proc/self/cwd/artifacts: let TRIALYARD_ARTIF", not_shared)
-    _, err = ended(start(*work, program=[sys.executable, *OTHER_VERSION]), 1)
-    assert f"has Ray {ray.__version__} and Python 3" in err
-    assert "this process has Ray 2.59.0" in err
+    assert f"has Ray {ray.__version__} and Python 3" in other_version
+    assert "this process has Ray 2.59.0" in other_version
     assert studies.registry.open("small", storage).trials == []
 
     # One of two nodes dies, and another one comes.
@@ -260,7 +271,7 @@ def test_a_node_and_then_the_head_are_lost_and_a_plain_worker_finishes_with_the_
     for number in (0, 1):
         until(process, f"small trial {number} epoch")
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-    cluster.add_node(num_cpus=1)
+    new_node("ray start --address", f"--address={cluster.address}", "--num-cpus=1")
     until(process, "begins again: it was on cpu:")
     # A node dies as a machine does not: its processes of this machine are known to be gone, so nobody waits.
     until(process, "(attempt 2)")
@@ -269,7 +280,7 @@ def test_a_node_and_then_the_head_are_lost_and_a_plain_worker_finishes_with_the_
     _, err = ended(process, 1)
     assert "the head of the Ray cluster is lost" in err
     ended(start("work", "small"))
-    _assert_spent(storage, 3)
+    _assert_spent(storage, 2)
 
 
 @pytest.mark.parametrize(
