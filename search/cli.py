@@ -206,8 +206,8 @@ def work(
     chosen_devices: DevicesOption = "auto",
     per_device: PerDeviceOption = None,
     workers: WorkersOption = None,
-    ray: RayOption = None,
     forever: Annotated[bool, typer.Option("--forever", help="Wait for studies to come, until told to stop.")] = False,
+    ray: RayOption = None,
     slurm: SlurmOption = None,
     gpus: GpusOption = None,
     sbatch: SbatchOption = None,
@@ -224,10 +224,12 @@ def work(
 
     if studies and forever:
         raise typer.BadParameter("with --forever it takes trials of all studies: name none")
+    if ray is not None and slurm is not None:
+        raise typer.BadParameter("--ray and --slurm place the workers in two ways: give one of them")
     here = settings_of(storage)
     if slurm_command.submit(
         *(studies or ()),
-        asked=slurm_command.Asked(jobs=slurm, gpus=gpus, sbatch=sbatch or (), only_print=print_script),
+        asked=slurm_command.Asked(jobs=slurm, gpus=None if ray else gpus, sbatch=sbatch or (), only_print=print_script),
         storage=storage,
         devices=chosen_devices,
         per_device=per_device,

@@ -37,5 +37,7 @@ class WorkerError(TrialyardError):
 
 class SlurmError(TrialyardError):
     """Slurm cannot run these workers, or does not answer."""
+
+
 class RayError(TrialyardError):
     """Ray is not installed, its cluster does not answer, or it cannot run the slots that were asked for."""

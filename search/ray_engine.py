@@ -26,6 +26,7 @@ from search.errors import RayError
 from search.progress import Listener, display_of
 from search.ray_slot import End, Event, Node, Plan, not_shared
 from search.worker import LEAVE_SECONDS, LEFT_SECONDS, stopping_signals
+from storage.artifact_store import FolderStore
 from storage.claims import Claim
 from storage.errors import many
 from storage.ledger import Study
@@ -278,7 +279,7 @@ def _gpus(ray: Any, nodes: Sequence[_Node], wanted: float | None) -> float:
     return wanted
 
 
-def _survey(ray: Any, remote: "_Remote", nodes: Sequence[_Node], marker: str, settings: Settings) -> None:
+def _survey(ray: Any, remote: "_Remote", nodes: Sequence[_Node], marker: str | None, settings: Settings) -> None:
     """Raises RayError unless all `nodes` have this version of Trialyard, and the same artifacts folder."""
     from importlib.metadata import version
 
@@ -306,8 +307,11 @@ def _survey(ray: Any, remote: "_Remote", nodes: Sequence[_Node], marker: str, se
 
 
 @contextmanager
-def _marker(settings: Settings) -> Iterator[str]:
-    """A file in the artifacts folder, by which other machines see whether theirs is the same."""
+def _marker(settings: Settings) -> Iterator[str | None]:
+    """A file in the artifacts folder, by which other machines see whether theirs is the same; None for an object store."""
+    if not isinstance(settings.artifact_store, FolderStore):
+        yield None
+        return
     try:
         settings.artifact_folder.mkdir(parents=True, exist_ok=True)
         file = tempfile.NamedTemporaryFile(dir=settings.artifact_folder, prefix=".ray-")  # noqa: SIM115 - see below
@@ -328,7 +332,7 @@ def _for_nodes(settings: Settings) -> dict[str, Any]:
         | dict.fromkeys(without)
         | {
             "home": settings.home.absolute(),
-            "artifacts": settings.artifact_folder,
+            "artifacts": settings.artifacts if isinstance(settings.artifacts, str) else settings.artifact_folder,
             "data": tuple(folder.absolute() for folder in settings.data),
             "storage": settings.url,
         }
@@ -354,7 +358,7 @@ class _Remote:
                 sys.path.append(folder)
             return importlib.import_module("search.ray_slot")
 
-        def look(marker: str) -> bytes:
+        def look(marker: str | None) -> bytes:
             import pickle
 
             try:
@@ -388,7 +392,7 @@ class _Remote:
         self._look = ray.remote(num_cpus=0)(look)
         self._actor = ray.remote(TrialyardSlot)
 
-    def look(self, node: str, marker: str) -> Any:
+    def look(self, node: str, marker: str | None) -> Any:
         """Asks a node what it is: the call's result is a `Node`, or why it is not one, as bytes."""
         return self._look.options(scheduling_strategy=self._only_on(node), max_retries=0).remote(marker)
 

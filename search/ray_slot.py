@@ -38,7 +38,8 @@ class Plan:
     leave: bool
     settings: dict[str, Any]  # the fields of the driver's `Settings`, with absolute paths and the database's URL
     folder: str  # the driver's current folder
-    marker: str  # a file in the artifacts folder: a node that does not see it has another folder
+    # A file in the artifacts folder: a node that does not see it has another folder. None with an object store.
+    marker: str | None
     gpus: float  # of this slot: 0, a share of one GPU, or 1
 
     @property
@@ -72,14 +73,15 @@ class Node:
     sees_artifacts: bool
 
 
-def this_node(marker: str) -> Node:
-    """This process's node; `marker` is a file that the driver wrote into the artifacts folder."""
+def this_node(marker: str | None) -> Node:
+    """This process's node; `marker` is a file that the driver wrote into the artifacts folder, None if it is an object store."""
     from importlib.metadata import version
 
     return Node(
         host=socket.gethostname(),
         version=version("trialyard"),
-        sees_artifacts=os.path.exists(marker),  # False as well if this user may not look into the folder
+        sees_artifacts=marker is None
+        or os.path.exists(marker),  # False as well if this user may not look into the folder
     )
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from search.errors import SlurmError
 from search.worker import LEAVE_SECONDS
 from storage import database
+from storage.artifact_store import FolderStore
 from storage.mounts import local_kind
 from storage.settings import Settings
 
@@ -186,11 +187,12 @@ def _require_shared(settings: Settings, hosts: set[str]) -> None:
             f"workers may run on {where}: use PostgreSQL (TRIALYARD_STORAGE), or this machine alone with "
             f"--sbatch nodelist={here}"
         )
-    kind = local_kind(settings.artifact_folder)
+    in_folder = isinstance(settings.artifact_store, FolderStore)
+    kind = local_kind(settings.artifact_folder) if in_folder else None
     if kind is not None:
         raise SlurmError(
             f"the artifacts folder {settings.artifact_folder} is on a disk of this machine alone ({kind}), and the "
-            f"workers may run on {where}: set TRIALYARD_ARTIFACTS to a folder that all nodes share"
+            f"workers may run on {where}: set TRIALYARD_ARTIFACTS to a folder that all nodes share, or to an object store"
         )
 
 

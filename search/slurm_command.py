@@ -27,7 +27,9 @@ def submit(*studies: str, asked: Asked, **options: Any) -> bool:
     """
     if asked.jobs is None:
         if asked.gpus is not None or asked.sbatch or asked.only_print:
-            raise typer.BadParameter("--gpus, --sbatch and --print are for jobs of Slurm: give --slurm N, too")
+            raise typer.BadParameter(
+                "--sbatch and --print are for jobs of Slurm, and --gpus for them or --ray: give --slurm N, too"
+            )
         return False
     from search import service
     from search.terminal import say
