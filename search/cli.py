@@ -22,13 +22,15 @@ from search.options import (
     EpochsOption,
     Form,
     GpusOption,
+    IdleMinutesOption,
     JsonOption,
     LimitOption,
+    MinutesOption,
     NameOption,
     PerDeviceOption,
     PrintOption,
-    SbatchOption,
     RayOption,
+    SbatchOption,
     SkipBadOption,
     SlurmOption,
     SourceArgument,
@@ -212,10 +214,12 @@ def work(
     gpus: GpusOption = None,
     sbatch: SbatchOption = None,
     print_script: PrintOption = False,
+    minutes: MinutesOption = None,
+    idle_minutes: IdleMinutesOption = None,
 ) -> None:
     """Fill every slot of this machine with trials.
 
-    Of all studies, the oldest first, until nothing is left.
+    Of all studies, shared fairly, until nothing is left.
     """
     from search import service
     from search.summary import progress_line
@@ -226,6 +230,8 @@ def work(
         raise typer.BadParameter("with --forever it takes trials of all studies: name none")
     if ray is not None and slurm is not None:
         raise typer.BadParameter("--ray and --slurm place the workers in two ways: give one of them")
+    if slurm is not None and (minutes is not None or idle_minutes is not None):
+        raise typer.BadParameter("Slurm ends its jobs itself: give --sbatch time=4:00:00 in place of --minutes")
     here = settings_of(storage)
     if slurm_command.submit(
         *(studies or ()),
@@ -247,6 +253,8 @@ def work(
             ray=ray,
             gpus=gpus,
             forever=forever,
+            minutes=minutes,
+            idle_minutes=idle_minutes,
         )
     except service.Interrupted as stop:
         _exit_after(stop)
@@ -391,6 +399,8 @@ def stop(study: StudyArgument, storage: StorageOption = None) -> None:
 
 app.command(rich_help_panel=OPERATE)(study_commands.enqueue)
 app.command(rich_help_panel=OPERATE)(study_commands.retry)
+# -5 is a number here, and no option.
+app.command(rich_help_panel=OPERATE, context_settings={"ignore_unknown_options": True})(study_commands.priority)
 
 
 @app.command("import", rich_help_panel=OPERATE)

@@ -57,6 +57,12 @@ GpusOption = Annotated[
     float | None,
     typer.Option("--gpus", min=0.0, metavar="N", help="GPUs of each worker with --slurm; of each slot with --ray."),
 ]
+MinutesOption = Annotated[
+    float | None, typer.Option("--minutes", help="Give back what runs after so long; start nothing that takes longer.")
+]
+IdleMinutesOption = Annotated[
+    float | None, typer.Option("--idle-minutes", help="End when there was nothing to do for so long.")
+]
 Form = Literal["html", "markdown", "table"]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 StudyArgument = Annotated[

@@ -33,6 +33,7 @@ from studies.statistics import seeds_needed
 
 if TYPE_CHECKING:
     from search.devices import Slot
+    from search.limits import Limits
     from search.messages import Measured
     from search.progress import Listener
     from search.retraining import Replayed, ReplayedEpoch
@@ -240,13 +241,17 @@ def work(
     ray: str | None = None,
     gpus: float | None = None,
     forever: bool = False,
+    minutes: float | None = None,
+    idle_minutes: float | None = None,
     listeners: "Sequence[Listener] | None" = None,
 ) -> list[str]:
     """Fills this machine's slots with trials of the studies `names`, or of all studies, until nothing is left.
 
     `devices` is "auto", "cpu" or GPU numbers such as "0,1"; `per_device` trials share each device, and `workers` is how
-    many run at once in all. With `forever` it waits for studies to come. `listeners` learn of every trial and epoch;
-    None shows the progress on standard error.
+    many run at once in all. With `forever` it waits for studies to come. After `minutes` it puts what runs back into
+    the queue, with a checkpoint; it claims no trial that takes longer than what is left of them. It ends once no slot
+    has had anything to do for `idle_minutes`. `listeners` learn of every trial and epoch; None shows the progress on
+    standard error.
 
     With `ray`, the address of a Ray cluster or "auto" for the one of this machine, `workers` slots run on its nodes,
     each with `gpus` of one GPU; Ray chooses the devices.
@@ -256,6 +261,7 @@ def work(
     """
     from search import worker
     from search.devices import slots as slots_of
+    from search.limits import Limits
 
     if names and forever:
         raise WorkerError("with forever=True a worker takes trials of all studies: name none")
@@ -263,18 +269,21 @@ def work(
         raise WorkerError("with --ray, Ray chooses the devices: give --gpus in place of --devices and --per-device")
     if ray is None and gpus is not None:
         raise WorkerError("--gpus is for slots on a Ray cluster: give --ray, too, or --per-device in its place")
+    if ray is not None and (minutes is not None or idle_minutes is not None):
+        raise WorkerError("--minutes and --idle-minutes are for the slots of this machine: leave them out with --ray")
+    limits = Limits(minutes, idle_minutes)
     here = _settings(storage)
     places = slots_of(devices, per_device, workers) if ray is None else _OnRay(address=ray, workers=workers, gpus=gpus)
     opened = database.connect_with_retries(here.url, here.patience_seconds)
     here.artifact_store.check(here.patience_seconds)
     if forever:
-        _fill(None, opened, here, places, listeners, leave=True)
+        _fill(None, opened, here, places, listeners, leave=True, limits=limits)
         return []
     found = [registry.find(name, opened) for name in dict.fromkeys(names)] if names else ledger.studies(opened)
     to_do = [study for study in found if not study.has_ended]
     for study in to_do if names and ray is None else ():  # a node of Ray checks itself
         worker.check_fit(study, opened, here)
-    _fill(to_do, opened, here, places, listeners, leave=not names)
+    _fill(to_do, opened, here, places, listeners, leave=not names, limits=limits)
     return [study.name for study in found]
 
 
@@ -332,6 +341,7 @@ def _fill(
     listeners: "Sequence[Listener] | None",
     *,
     leave: bool,
+    limits: "Limits | None" = None,
 ) -> None:
     from search import progress, ray_engine, worker
 
@@ -342,7 +352,7 @@ def _fill(
         is_done = ray_engine.work(found, opened, here, listeners, leave=leave, **vars(places))
     else:
         shown = progress.display(found, opened, places) if listeners is None else listeners
-        is_done = worker.work(names, opened, here, places, shown, leave=leave)
+        is_done = worker.work(names, opened, here, places, shown, leave=leave, limits=limits)
     require_same_file(opened)
     if not is_done:
         raise Interrupted(requeued=not opened.shutting_down.is_set())

@@ -1,4 +1,4 @@
-"""The commands that give a study more to do."""
+"""The commands that give a study more to do, or let it go first."""
 
 import tomllib
 from typing import Annotated, Any
@@ -39,6 +39,24 @@ def retry(study: StudyArgument, storage: StorageOption = None) -> None:
         say(f"{trials_text(numbers)} of {study} {are} in the queue: `trialyard work {study}`, where no worker waits")
     else:
         say(f"no failed trial of {study} is left to repeat")
+
+
+def priority(
+    study: StudyArgument,
+    number: Annotated[
+        int, typer.Argument(metavar="N", help="A whole number. The default is 0, and higher ones go first.")
+    ],
+    storage: StorageOption = None,
+) -> None:
+    """Let a study go before others, or after them.
+
+    It holds for workers that no study was named to.
+    """
+    from search.terminal import say
+    from studies import registry
+
+    registry.set_priority(study, number, settings_of(storage).url)
+    say(f"study {study} has priority {number}: workers that share their slots take its trials accordingly")
 
 
 def _pair(text: str) -> tuple[str, Any]:

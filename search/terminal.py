@@ -291,6 +291,8 @@ def print_status(found: "Status") -> None:
         f"{found.waiting} waiting, budget {found.budget}",
         markup=False,
     )
+    if found.priority:
+        out.print(f"  priority {found.priority}", markup=False)
     if found.finished >= found.budget and found.waiting:
         out.print(f"  {ledger.left_waiting_text(found.waiting)}", markup=False)
     if (found.ended or found.state != "open") and found.best is not None and found.protocol != "confirmation":

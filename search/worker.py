@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from search.errors import AcceleratorError, DeviceError, MachineError
 from search.heartbeat import Heartbeat
 from search.idle import FIRST_SECONDS, Looks
 from search.interruption import INTERRUPTED, STOPPING_SIGNALS
+from search.limits import Limits
 from search.progress import Listener
 from search.publisher import Publisher
 from search.trainer import Trainer
@@ -52,31 +54,34 @@ def work(
     *,
     leave: bool = False,
     stop: threading.Event | None = None,
+    limits: Limits | None = None,
 ) -> bool:
     """Fills `slots` with trials of the studies `names`, the first study first; None: of all studies, for ever.
 
-    A study that this machine cannot train is left to other workers with a warning where `leave` is true or `names` is
-    None, and checked again every LEFT_SECONDS. Otherwise it ends the work: the caller has called `check_fit` before.
+    Where `leave` is true or `names` is None, nobody named the studies: they share the slots (`_OpenStudies._share`). A
+    study that this machine cannot train is then left to other workers with a warning, and checked again every
+    LEFT_SECONDS. Otherwise it ends the work: the caller has called `check_fit` before.
 
     A slot that cannot train, because its device fails or the disk is full, is closed and tried again after
     LEFT_SECONDS, while the others go on. Raises its error (DeviceError, DiskError) once all slots are closed, unless
     `names` is None.
 
-    Returns True when all of them have ended or are paused, False when a signal ended the work: the first of the
+    Returns True when all of them have ended or are paused, or the `limits` are reached: then the trials that run are
+    put back into the queue with a checkpoint. Returns False when a signal ended the work: the first of the
     STOPPING_SIGNALS has the trainers write a checkpoint and puts their trials back into the queue; a second SIGINT or
     SIGTERM leaves at once. `stop` does the same as the first: whoever gives it also chose the GPUs of all slots.
     """
     interrupted = stop or threading.Event()
     errors: list[BaseException] = []
     open_studies = _OpenStudies(names, storage, settings, slots, leave=leave or names is None)
-    looks = Looks()
+    looks, limits = Looks(), limits or Limits()
     heartbeat = Heartbeat(storage, settings.beat_seconds, slots)
     closed_slots = _ClosedSlots(heartbeat, open_studies, len(slots), forever=names is None)
     all_listeners = [Publisher(storage, settings.artifact_store), *listeners]
 
     def fill(slot: Slot, trainer: Trainer) -> None:
         try:
-            _fill(open_studies, settings, trainer, heartbeat, all_listeners, interrupted, closed_slots, looks)
+            _fill(open_studies, settings, trainer, heartbeat, all_listeners, interrupted, closed_slots, looks, limits)
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
             if not storage.shutting_down.is_set():  # then every call to the database ends in an error
                 errors.append(error)
@@ -96,9 +101,14 @@ def work(
         stack.enter_context(heartbeat)
         for thread in threads:
             thread.start()
-        leave_at = float("inf")
+        leave_at, over_limit = float("inf"), False
         while alive := [thread for thread in threads if thread.is_alive()]:
             alive[0].join(TICK_SECONDS)
+            reason = None if interrupted.is_set() else limits.over(storage.last_away)
+            if reason is not None:
+                log.warning("%s: this worker ends", reason)
+                over_limit = True
+                interrupted.set()
             if interrupted.is_set() and leave_at == float("inf"):
                 leave_at = time.monotonic() + settings.stop_seconds + LEAVE_SECONDS
                 for number in received:
@@ -117,7 +127,7 @@ def work(
             thread.join(max(0.0, end_by - time.monotonic()))
     if errors:
         raise errors[0]
-    return not interrupted.is_set()
+    return not interrupted.is_set() or (over_limit and not received)
 
 
 def _warn_of_shared_gpus(storage: PatientStorage, slots: Sequence[Slot]) -> None:
@@ -161,6 +171,7 @@ def _fill(
     interrupted: threading.Event,
     closed_slots: "_ClosedSlots",
     looks: Looks,
+    limits: Limits,
 ) -> None:
     """One slot's loop."""
     owner = heartbeat.owner(trainer.slot)
@@ -168,15 +179,18 @@ def _fill(
         if not looks.mine():
             interrupted.wait(TICK_SECONDS)
             continue
-        for handle in open_studies.now():
+        found = open_studies.now()
+        in_time = [handle for handle in found if limits.has_time_for(handle)]
+        for handle in in_time:
             try:
                 claim = claims.claim(handle.storage, handle.study, owner, settings.grace_seconds, settings.beat_seconds)
             except (StudyGone, StudyUnreadable):
                 continue  # deleted or overwritten a moment ago; the next look will not find it
             if claim is not None:
                 looks.found_something()
+                open_studies.served(handle.study)
                 try:
-                    with heartbeat.of(claim) as pulse:
+                    with limits.busy(), heartbeat.of(claim) as pulse:
                         Attempt(
                             handle,
                             claim,
@@ -196,7 +210,7 @@ def _fill(
                 looks.found_something()  # the trial may wait again
                 break
         else:
-            if open_studies.done():
+            if open_studies.done() or (found and not in_time):
                 looks.found_something()  # the other slots end, too
                 return
             # Others run what is left. They may die, and then it is ours.
@@ -258,7 +272,7 @@ class _Left:
 
 
 class _OpenStudies:
-    """The studies that trials are taken from, oldest first: those that were named, or all that exist."""
+    """The studies that trials are taken from: those that were named, in this order, or all, which share the slots."""
 
     def __init__(
         self,
@@ -278,14 +292,41 @@ class _OpenStudies:
         self._admitted: dict[tuple[int, str], StudyHandle] = {}
         self._left: dict[tuple[int, str], _Left] = {}
         self._gone: set[str] = set()  # names of those that were named and deleted
+        # By id and incarnation: the trials that this worker has claimed since the last look, and in which order it
+        # served the studies.
+        self._read: dict[tuple[int, str], Study] = {}  # as the last look saw them; a handle's is that of its admission
+        self._claimed: Counter[tuple[int, str]] = Counter()
+        self._served: dict[tuple[int, str], int] = {}
 
     def now(self) -> list[StudyHandle]:
-        """Those that may have something to do."""
+        """Those that may have something to do, in the order in which a free slot is to ask them."""
         with self._lock:
             if time.monotonic() - self._looked >= LOOK_SECONDS:
                 self._handles = self._look()
                 self._looked = time.monotonic()
-            return list(self._handles)
+            return self._share(self._handles) if self._leave else list(self._handles)
+
+    def served(self, study: Study) -> None:
+        """This worker has claimed a trial of `study`."""
+        with self._lock:
+            self._claimed[_key(study)] += 1
+            self._served[_key(study)] = max(self._served.values(), default=0) + 1
+
+    def _share(self, handles: Sequence[StudyHandle]) -> list[StudyHandle]:
+        """The studies of the highest priority first; of these the one that the fewest slots train for.
+
+        Of several, the one that this worker has served least recently: with fewer slots than studies they take turns. A
+        worker that has served none of them takes the one with the fewest finished trials, then the oldest. All of it is
+        known from the look at the open studies, and what other workers claimed since then counts at the next one.
+        """
+
+        def rank(handle: StudyHandle) -> tuple[int, int, int, int, int]:
+            study = self._read[_key(handle.study)]
+            slots = study.running + self._claimed[_key(study)]
+            own = study.finished - study.budget.imported
+            return -study.priority, slots, self._served.get(_key(study), 0), own, study.id
+
+        return sorted(handles, key=rank)
 
     def done(self) -> bool:
         """Whether nothing will come: all have ended or are paused. Never, where studies are waited for."""
@@ -313,6 +354,7 @@ class _OpenStudies:
 
     def _look(self) -> list[StudyHandle]:
         handles = []
+        self._claimed.clear()
         existing = {study.name: study for study in ledger.studies(self._storage)}
         for name in existing if self._names is None else self._names:
             if name not in existing:
@@ -336,6 +378,7 @@ class _OpenStudies:
             if handle is not None:
                 self._admitted[_key(study)] = handle
                 handles.append(handle)
+                self._read[_key(study)] = study
         return handles
 
     def _exists(self, study: Study) -> bool:
@@ -383,7 +426,7 @@ def stopping_signals(interrupted: threading.Event) -> Iterator[list[int]]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if interrupted.is_set():
+        if received:
             if number in (signal.SIGHUP, signal.SIGUSR1):
                 return  # a terminal that is closed sends it twice, and a scheduler to every process
             os._exit(INTERRUPTED)  # the trainers notice and end; the next claim takes the trials back

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from optuna.trial import TrialState
@@ -27,6 +28,7 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    func,
     insert,
     select,
     update,
@@ -148,6 +150,36 @@ def durations(connection: Connection, study_id: int, last: int) -> list[float]:
         .limit(last)
     )
     return [(ended - began).total_seconds() for began, ended in rows]
+
+
+def epoch_seconds(connection: Connection, study_id: int, last: int) -> float | None:
+    """The median seconds of an epoch in the attempts that finished the `last` trials of a study; None if none has.
+
+    The time around the epochs, such as the start of the framework, is part of it.
+    """
+    rows = connection.execute(
+        select(table.c.began, table.c.ended, table.c.epoch, table.c.resumed_after)
+        .join(TrialModel, TrialModel.trial_id == table.c.trial_id)
+        .where(TrialModel.study_id == study_id, table.c.outcome == "finished")
+        .order_by(TrialModel.number.desc())
+        .limit(last)
+    ).all()
+    trained = [(ended - began, epoch - (resumed_after or 0)) for began, ended, epoch, resumed_after in rows]
+    seconds = [time.total_seconds() / epochs for time, epochs in trained if epochs > 0]
+    return median(seconds) if seconds else None
+
+
+def epochs_of_next(connection: Connection, study_id: int) -> int:
+    """How many epochs the checkpoint has of the trial that is claimed next; 0 if it is a new one, or has none."""
+    next_trial = (
+        select(TrialModel.trial_id)
+        .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.WAITING)
+        .order_by(TrialModel.number)
+        .limit(1)
+        .scalar_subquery()
+    )
+    epochs = select(func.max(table.c.epoch)).where(table.c.trial_id == next_trial, table.c.checkpoint.is_not(None))
+    return connection.execute(epochs).scalar() or 0
 
 
 def start(

@@ -124,6 +124,7 @@ SHAPES: Mapping[str, Callable[[Any], bool]] = {
     "software": _is_software,
     "precision": lambda value: isinstance(value, str),
     "test_openings": _is_count,
+    "priority": lambda value: isinstance(value, int) and not isinstance(value, bool),
 }
 
 

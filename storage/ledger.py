@@ -79,6 +79,7 @@ class Study:
     budget: Budget
     state: State
     pause_reason: str | None  # why Trialyard paused it; None: it did not
+    priority: int  # workers that share their slots take trials of a higher one first
     test_openings: int  # confirmations of it that were created: each opens its test images
     finished: int  # trials that are complete, pruned or failed: they count against the budget for good
     running: int  # by workers
@@ -367,6 +368,15 @@ def change_state(connection: Connection, study_id: int, state: State, pause_reas
     _set_attribute(connection, study_id, "pause_reason", pause_reason)
 
 
+def set_priority(storage: RDBStorage, study: Study, priority: int) -> None:
+    """Sets the priority of `study`, 0 for the default. Its workers see it at their next look. Raises StudyGone."""
+
+    def work(connection: Connection) -> None:
+        _set_attribute(connection, current(connection, study).id, "priority", priority or None)
+
+    write(storage, study.name, work)
+
+
 def record_test_opening(storage: RDBStorage, study: Study) -> int:
     """Counts that a confirmation will open the test images of `study`; returns how many have. Raises StudyGone."""
 
@@ -461,6 +471,7 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
             budget=Budget(**study.values["budget"]),
             state=study.values.get("state") or "open",
             pause_reason=study.values.get("pause_reason"),
+            priority=study.values.get("priority") or 0,
             test_openings=study.values.get("test_openings") or 0,
             **progress[study.study_id],
         )

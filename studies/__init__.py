@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from studies.exports import export
     from studies.figures import figure
     from studies.imported import import_trials
-    from studies.registry import delete, names, open, pause, resume, stop
+    from studies.registry import delete, names, open, pause, resume, set_priority, stop
     from studies.rendering import report
     from studies.results import (
         Curve,
@@ -69,6 +69,7 @@ __all__ = [
     "report",
     "resume",
     "retry",
+    "set_priority",
     "status",
     "statuses",
     "stop",
@@ -101,6 +102,7 @@ _MODULES = {
         "open",
         "pause",
         "resume",
+        "set_priority",
         "stop",
     ),
     "studies.rendering": ("report",),

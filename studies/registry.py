@@ -24,6 +24,8 @@ from studies.wording import SAME_SOURCE
 
 log = logging.getLogger(__name__)
 
+MAX_PRIORITY = 1_000_000
+
 StorageLike = str | RDBStorage | None  # a database's URL, an open storage, or None for the one that the settings name
 
 
@@ -113,6 +115,26 @@ def resume(name: str, storage: StorageLike = None) -> None:
     Raises StudyError if there is no such study.
     """
     _set_state(name, storage, "open")
+
+
+def set_priority(name: str, priority: int, storage: StorageLike = None) -> None:
+    """Sets the priority of study `name`, a whole number; 0 is the default.
+
+    A worker that no study was named to gives its free slots to the open studies of the highest priority, and to the
+    others only where these have nothing to claim. Trials that run are not interrupted. Raises StudyError if there is no
+    such study, or if `priority` is not a whole number within MAX_PRIORITY.
+
+    >>> studies.set_priority("digits", 5)
+    >>> studies.status("digits").priority
+    5
+    """
+    if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MAX_PRIORITY:
+        raise StudyError(
+            f"a priority is a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}, and {priority!r} is not: "
+            "0 is the default, and higher ones go first"
+        )
+    opened = storage_of(storage)
+    ledger.set_priority(opened, find(name, opened), priority)
 
 
 def stop(name: str, storage: StorageLike = None) -> None:
@@ -337,6 +359,7 @@ __all__: builtins.list[str] = [
     "open",
     "pause",
     "resume",
+    "set_priority",
     "stop",
     "storage_of",
 ]

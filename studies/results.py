@@ -75,6 +75,7 @@ class Status:
     waiting: int
     budget: int  # trials, including imported ones
     state: ledger.State  # open, paused or stopped
+    priority: int  # see `studies.set_priority`; 0 is the default
     pause_reason: str | None  # why Trialyard paused it; None: it did not
     ended: bool
     best: float | None  # the best value so far
@@ -464,6 +465,7 @@ def status_of(study: Study, storage: RDBStorage) -> Status:
         waiting=counts.waiting,
         budget=study.budget.total,
         state=study.state,
+        priority=study.priority,
         pause_reason=study.pause_reason,
         ended=study.has_ended,
         best=best[0].value if best else None,

@@ -1,0 +1,83 @@
+"""When a worker ends by itself: after its minutes, or when there was nothing to do for long enough."""
+
+import logging
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+from search.attempt import StudyHandle
+from search.errors import WorkerError
+from search.summary import duration
+from storage import attempt_table
+from storage.transactions import read
+
+log = logging.getLogger(__name__)
+
+LAST_TRIALS = 10  # of a study, whose epochs say how long the next ones take
+
+
+class Limits:
+    """The time of one worker, for the threads of all its slots; it starts when this object is made.
+
+    Raises WorkerError unless `minutes` and `idle_minutes` are None, which is no limit, or a positive number.
+    """
+
+    def __init__(self, minutes: float | None = None, idle_minutes: float | None = None) -> None:
+        for name, value in (("minutes", minutes), ("idle-minutes", idle_minutes)):
+            if value is not None and not 0 < value < math.inf:
+                raise WorkerError(
+                    f"--{name} is a number of minutes above 0, and {value:g} is not: leave it out instead"
+                )
+        self._lock = threading.Lock()
+        self._minutes, self._idle_minutes = minutes, idle_minutes
+        self._end = math.inf if minutes is None else monotonic() + minutes * 60
+        self._busy = 0  # slots that have a trial
+        self._idle_since = monotonic()
+        self._warned: set[str] = set()
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Around a trial: the worker is not idle meanwhile."""
+        with self._lock:
+            self._busy += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy -= 1
+                self._idle_since = monotonic()
+
+    def over(self, last_away: float = -math.inf) -> str | None:
+        """Why the worker ends now, in words; None: it goes on.
+
+        `last_away` is when the database was away last, by the monotonic clock: what there is to do was not known then.
+        """
+        if monotonic() >= self._end:
+            return f"--minutes {self._minutes:g} are over"
+        with self._lock:
+            idle = 0.0 if self._busy else monotonic() - max(self._idle_since, last_away)
+        if self._idle_minutes is not None and idle >= self._idle_minutes * 60:
+            return f"there was nothing to do for --idle-minutes {self._idle_minutes:g}"
+        return None
+
+    def has_time_for(self, handle: StudyHandle) -> bool:
+        """Whether the next trial of a study can end in time; also true where no trial has shown how long one takes."""
+        if self._end == math.inf:
+            return True
+        study_id, budget = handle.study.id, handle.definition.budget
+        epoch_seconds = read(
+            handle.storage, lambda connection: attempt_table.epoch_seconds(connection, study_id, LAST_TRIALS)
+        )
+        if epoch_seconds is None:
+            return True
+        done = read(handle.storage, lambda connection: attempt_table.epochs_of_next(connection, study_id))
+        seconds, left = (budget.epochs * budget.repeats - done) * epoch_seconds, self._end - monotonic()
+        if seconds > left and handle.study.name not in self._warned:
+            self._warned.add(handle.study.name)
+            log.warning(
+                "study %s: its next trial takes about %s, and %s are left of --minutes %g: it is left to other workers",
+                *(handle.study.name, duration(seconds), duration(max(0.0, left)), self._minutes),
+            )
+        return seconds <= left

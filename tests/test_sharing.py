@@ -1,0 +1,224 @@
+"""Open studies share the slots of workers, and a worker ends by itself when its time is over."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy
+from conftest import Command, ended
+from optuna.trial import TrialState
+
+import studies
+from search import limits, worker
+from search.attempt import StudyHandle
+from search.devices import Slot, cpu
+from search.errors import WorkerError
+from search.limits import Limits
+from storage import attempt_table, claims, database, ledger, owners
+from storage.claims import Claim
+from storage.owners import Owner
+from storage.settings import Settings
+from storage.transactions import PatientStorage, write
+from studies import definition as definitions
+from studies import registry
+from studies.definition import Definition
+from studies.errors import StudyError
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def storage(either_url: str) -> Iterator[PatientStorage]:
+    """A new database of each kind, with the tables and no study."""
+    made = database.create(either_url)
+    yield made
+    made.engine.dispose()
+
+
+@pytest.fixture
+def open_studies(
+    storage: PatientStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., worker._OpenStudies]:
+    """Makes what one worker knows of the open studies; each of its looks is a new one."""
+    monkeypatch.setattr(worker, "LOOK_SECONDS", 0.0)
+
+    def check_fit(study: ledger.Study, *_: object) -> Definition:
+        if study.name == "refused":
+            raise WorkerError("this machine has other images")
+        return definitions.from_json(study.definition)
+
+    monkeypatch.setattr(worker, "check_fit", check_fit)
+
+    def make(*names: str) -> worker._OpenStudies:
+        settings, slots = Settings(home=tmp_path), [Slot(device=cpu())]
+        return worker._OpenStudies(names or None, storage, settings, slots, leave=not names)
+
+    return make
+
+
+def _create(storage: PatientStorage, trivial: Definition, name: str, trials: int = 100) -> None:
+    budget = trivial.budget.model_copy(update={"trials": trials})
+    definition = trivial.model_copy(update={"name": name, "budget": budget})
+    registry.create(definition, storage, {"fingerprint": "0" * 16})
+
+
+def _take(open_studies: worker._OpenStudies, me: Owner, number: int = 0) -> Claim:
+    """What a free slot of the worker claims, as its loop does."""
+    for handle in open_studies.now():
+        claim = claims.claim(handle.storage, handle.study, replace(me, slot=f"cpu:{number}"), 60.0)
+        if claim is not None:
+            open_studies.served(handle.study)
+            return claim
+    raise AssertionError("there is nothing to claim")
+
+
+def _shares(open_studies: worker._OpenStudies, me: Owner, slots: int) -> Counter[str]:
+    return Counter(_take(open_studies, me, number).study for number in range(slots))
+
+
+def _finish(storage: PatientStorage, claim: Claim) -> None:
+    claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})
+
+
+def test_studies_share_the_slots_of_all_workers(
+    storage: PatientStorage, trivial: Definition, open_studies: Any, me: Owner
+) -> None:
+    _create(storage, trivial, "old")
+    first, second = open_studies(), open_studies()
+    assert _shares(first, me, 4) == {"old": 4}
+    _create(storage, trivial, "new")
+    # The later study gets the next free slots, of whichever worker, until both have as many; then they take turns.
+    assert _shares(second, me, 4) == {"new": 4}
+    assert _shares(first, me, 4) == {"old": 2, "new": 2}
+    registry.pause("new", storage)
+    assert _shares(second, me, 2) == {"old": 2}
+
+
+def test_one_slot_takes_turns_also_where_one_study_is_far_ahead(
+    storage: PatientStorage, trivial: Definition, open_studies: Any, me: Owner
+) -> None:
+    _create(storage, trivial, "old")
+    one = open_studies()
+    for _ in range(5):
+        _finish(storage, _take(one, me))
+    _create(storage, trivial, "new")
+    taken = []
+    for _ in range(6):
+        claim = _take(one, me)
+        taken.append(claim.study)
+        _finish(storage, claim)
+    assert taken == ["new", "old"] * 3
+    # A worker that starts takes the one with the least work done.
+    assert _take(open_studies(), me).study == "new"
+
+
+def test_a_higher_priority_goes_first_and_blocks_nobody_when_it_has_nothing_left(
+    storage: PatientStorage, trivial: Definition, open_studies: Any, me: Owner
+) -> None:
+    for name, trials in (("usual", 100), ("urgent", 3), ("later", 100), ("refused", 100)):
+        _create(storage, trivial, name, trials)
+    registry.set_priority("refused", 9, storage)
+    registry.set_priority("urgent", 5, storage)
+    registry.set_priority("later", -5, storage)
+    assert studies.status("urgent", storage).priority == 5
+    one = open_studies()
+    assert [_take(one, me, number).study for number in range(5)] == ["urgent"] * 3 + ["usual"] * 2
+    registry.set_priority("later", 0, storage)
+    assert _take(one, me, 5).study == "later"
+    # Who names studies has said which goes first.
+    assert _shares(open_studies("later", "usual"), me, 3) == {"later": 3}
+
+
+def test_a_priority_that_is_no_whole_number_is_refused(storage: PatientStorage, trivial: Definition) -> None:
+    _create(storage, trivial, "old")
+    for priority in (1.5, True, 10**9):
+        with pytest.raises(StudyError, match="a priority is a whole number from"):
+            registry.set_priority("old", priority, storage)  # type: ignore[arg-type]
+    with pytest.raises(StudyError, match="there is no study 'odl'"):
+        registry.set_priority("odl", 1, storage)
+
+
+def _handle(storage: PatientStorage, name: str, definition: Definition) -> StudyHandle:
+    return StudyHandle(study=ledger.find(storage, name), definition=definition, storage=storage, cached=storage)
+
+
+def test_a_trial_that_cannot_end_in_time_is_not_claimed(
+    storage: PatientStorage, trivial: Definition, me: Owner, caplog: pytest.LogCaptureFixture
+) -> None:
+    _create(storage, trivial, "old")
+    handle = _handle(storage, "old", trivial)  # of 2 epochs
+    assert Limits(0.001).has_time_for(handle), "nobody knows how long it takes"
+    claim = claims.claim(storage, handle.study, me, 60.0)
+    assert claim is not None
+    claims.record_epochs(storage, claim, {1: 0.5, 2: 0.5})
+    _finish(storage, claim)
+    earlier = owners.clock
+
+    def began(connection: sqlalchemy.Connection) -> None:
+        now = connection.execute(sqlalchemy.select(earlier(connection))).scalar_one()
+        attempt_table.change(connection, claim.trial_id, 1, began=now - timedelta(minutes=10))
+
+    write(storage, "old", began)
+    assert Limits(11).has_time_for(handle)
+    assert not Limits(9).has_time_for(handle)
+    assert "its next trial takes about 10 min, and 9 min are left of --minutes 9" in caplog.text
+    # Of a trial that waits with a checkpoint only the rest counts.
+    again = claims.claim(storage, handle.study, me, 60.0)
+    assert again is not None
+    claims.record_epochs(storage, again, {1: 0.5}, ["checkpoint.npz"])
+    claims.requeue(storage, again, "interrupted", "a test", ["checkpoint.npz"])
+    assert Limits(6).has_time_for(handle)
+    assert not Limits(4).has_time_for(handle)
+
+
+def test_a_worker_is_idle_when_no_slot_has_a_trial_and_the_database_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = [0.0]
+    monkeypatch.setattr(limits, "monotonic", lambda: passed[0])
+    limited = Limits(10, 2)
+    passed[0] = 119
+    assert limited.over() is None
+    with limited.busy():
+        passed[0] = 300
+        assert limited.over() is None
+    passed[0] = 419
+    assert limited.over() is None
+    passed[0] = 420
+    assert limited.over() == "there was nothing to do for --idle-minutes 2"
+    assert limited.over(last_away=410) is None
+    passed[0] = 600
+    assert limited.over() == "--minutes 10 are over"
+    assert Limits().over() is None
+    for bad in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(WorkerError, match="is a number of minutes above 0"):
+            Limits(idle_minutes=bad)
+
+
+@pytest.mark.long
+def test_a_worker_with_limits_hands_over_what_runs_and_ends_well(
+    home: Path, write_small: Write, start: Command, me: Owner
+) -> None:
+    ended(start("create", str(write_small(trials=1, epochs=5000))))
+    _, err = ended(start("work", "--minutes", "0.15"))
+    assert "--minutes 0.15 are over: this worker ends" in err
+    waiting = studies.status("small").waiting
+    (attempt,) = studies.attempts("small", 0)
+    assert (waiting, attempt.outcome) == (1, "interrupted")
+    assert attempt.epoch == 0 or attempt.checkpoint is not None
+    # Somebody else has the only trial: there is nothing to do.
+    storage = database.connect(f"sqlite:///{home}/yard/studies.db")
+    assert claims.claim(storage, ledger.find(storage, "small"), replace(me, machine="another"), 60.0) is not None
+    began = time.monotonic()
+    for arguments in (["small"], ["--forever"]):
+        _, err = ended(start("work", *arguments, "--idle-minutes", "0.03"))
+        assert "there was nothing to do for --idle-minutes 0.03: this worker ends" in err
+    assert time.monotonic() - began >= 2 * 0.03 * 60
+    assert studies.status("small").running == 1
+    _, err = ended(start("work", "--minutes", "0"), 1)
+    assert err == "error: --minutes is a number of minutes above 0, and 0 is not: leave it out instead\n"
+    ended(start("priority", "small", "-5"))
+    assert "priority -5" in ended(start("status", "small"))[0]
