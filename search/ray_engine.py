@@ -308,7 +308,7 @@ def _survey(ray: Any, remote: "_Remote", nodes: Sequence[_Node], marker: str | N
 
 @contextmanager
 def _marker(settings: Settings) -> Iterator[str | None]:
-    """A file in the artifacts folder, by which other machines see whether theirs is the same; None for an object store."""
+    """A file in the artifacts folder, by which other machines see whether theirs is the same. None for a store."""
     if not isinstance(settings.artifact_store, FolderStore):
         yield None
         return

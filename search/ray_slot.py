@@ -74,7 +74,7 @@ class Node:
 
 
 def this_node(marker: str | None) -> Node:
-    """This process's node; `marker` is a file that the driver wrote into the artifacts folder, None if it is an object store."""
+    """This process's node. `marker` is a file that the driver wrote into the artifacts folder; None for a store."""
     from importlib.metadata import version
 
     return Node(

@@ -192,7 +192,8 @@ def _require_shared(settings: Settings, hosts: set[str]) -> None:
     if kind is not None:
         raise SlurmError(
             f"the artifacts folder {settings.artifact_folder} is on a disk of this machine alone ({kind}), and the "
-            f"workers may run on {where}: set TRIALYARD_ARTIFACTS to a folder that all nodes share, or to an object store"
+            f"workers may run on {where}: set TRIALYARD_ARTIFACTS to a folder that all nodes share, or to an "
+            "object store"
         )
 
 
