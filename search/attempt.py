@@ -358,7 +358,7 @@ class Attempt:
             "precision_reason": trained.precision_reason,
             "versions": trained.versions,
             "data_fingerprint": trained.data_fingerprint,
-            "protocol": "confirmation" if self._recipe.confirms else self.handle.definition.judged_on,
+            "protocol": self.handle.definition.protocol,
             "seed": self._recipe.seed,
             "history": str(self.claim.folder / artifacts.HISTORY),
             **self._model_attributes(trained),

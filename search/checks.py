@@ -64,22 +64,6 @@ def check(definition: Definition, settings: Settings, measure_on: Slot | None = 
         return replace(checked, notes=(*checked.notes, f"the time is that of the processor, because {error}"))
 
 
-def can_confirm(definition: Definition, settings: Settings) -> bool:
-    """Whether there are test images, and they did not choose the trials.
-
-    A data function is not called: it may have some.
-    """
-    if definition.data.validation == "test" or definition.confirm is not None:
-        return False
-    if is_function(definition.dataset):
-        return True
-    try:
-        data.require_test(definition.dataset, definition.data, settings.data_folders)
-    except DataError:
-        return False
-    return True
-
-
 def software() -> dict[str, str]:
     """The software of this machine that decides a study's numbers, as far as it matters: no patch levels.
 

@@ -6,7 +6,6 @@ not read unless the definition follows the notebook's protocol.
 
 import hashlib
 import importlib
-import os
 import subprocess
 import sys
 import unicodedata
@@ -22,11 +21,10 @@ import numpy as np
 
 from search import idx, image_folder, streams
 from search.errors import DataError, MachineError
-from search.images import Array, Images, chosen, mapped
-from search.messages import MODULE_FOLDERS
+from search.images import Array, Images, chosen, length, mapped
 from studies.definition import Data
 from studies.model_rules import STORED_FUNCTION
-from studies.sources import is_folder, is_function
+from studies.sources import find_modules, is_folder, is_function
 
 DOWNLOAD_SECONDS = 600
 # In the order of the labels, as their authors list them.
@@ -66,6 +64,7 @@ class Dataset:
     y_test: Array | None = None
     notes: tuple[str, ...] = ()  # how the source was understood where that may be wrong, a sentence each
     class_names: tuple[str, ...] | None = None  # if the source has them
+    test_images: int | None = None  # how many it has, also where they are not read; None: not known without reading
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -95,6 +94,8 @@ class Dataset:
             "image_shape": list(self.image_shape),
             "classes": self.classes,
         }
+        if self.test_images is not None:
+            counts.setdefault("test", self.test_images)
         return counts if self.class_names is None else {**counts, "class_names": list(self.class_names)}
 
 
@@ -153,6 +154,7 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
         y_test=y_test if test else None,
         notes=notes,
         class_names=_class_names(arrays, classes, name),
+        test_images=source.test_images,
     )
 
 
@@ -179,20 +181,32 @@ _Arrays = Mapping[str, Callable[[], Array]]  # read only when called, so that te
 class _Source:
     arrays: _Arrays
     notes: tuple[str, ...] = ()
+    test_images: int | None = None  # None: not known without reading them
 
 
 def _source(name: str, data: Data, folders: Sequence[Path]) -> _Source:
     if is_function(name):
-        return _Source(arrays=_from_function(name))
+        return _from_function(name)
     if is_folder(name):
         return _from_folder(name, data, folders)
     if name == "digits":
-        return _Source(arrays=_digits())
-    if name.endswith(".npz"):
-        return _Source(arrays=_from_file(_existing(name, folders)))
-    arrays = _from_file(_find(f"{name}.npz", folders) or _download(name, folders[-1]))
-    names = CLASS_NAMES.get(name)
-    return _Source(arrays=arrays if names is None else {**arrays, "class_names": lambda: np.array(names)})
+        return _digits()
+    path = _existing(name, folders) if name.endswith(".npz") else _find(f"{name}.npz", folders)
+    path = path or _download(name, folders[-1])
+    arrays, names = _from_file(path), CLASS_NAMES.get(name)
+    return _Source(
+        arrays=arrays if names is None else {**arrays, "class_names": lambda: np.array(names)},
+        test_images=_test_images(path),
+    )
+
+
+def _test_images(path: Path) -> int | None:
+    """How many test images a .npz file has."""
+    try:
+        lengths = [length(path, key) for key in ("x_test", "y_test")]
+    except (OSError, ValueError, zipfile.BadZipFile):  # who reads the array gets the reason
+        return None
+    return 0 if 0 in lengths else lengths[0]
 
 
 def _existing(name: str, folders: Sequence[Path]) -> Path:
@@ -217,19 +231,23 @@ def _from_folder(name: str, data: Data, folders: Sequence[Path]) -> _Source:
             for key in ("size", "test"):
                 if getattr(data, key) is not None:
                     raise DataError(f"{name} has IDX files, and data.{key} is for image files: leave it out")
-            return _Source(arrays=idx.arrays(digits))
+            has_test = {"x_test", "y_test"} <= digits.keys()
+            test_images = idx.length(digits["y_test"]) if has_test else 0
+            return _Source(arrays=idx.arrays(digits), test_images=test_images)
         listed = image_folder.listing(folder, data)
     except OSError as error:
         raise DataError(f"the data folder {name} cannot be read ({error.strerror or error}): check it") from None
-    arrays = _from_file(image_folder.converted(listed, data, folders[-1]))
-    return _Source(arrays=arrays, notes=image_folder.notes_of(listed, arrays["skipped"]))
+    path = image_folder.converted(listed, data, folders[-1])
+    arrays = _from_file(path)
+    notes = image_folder.notes_of(listed, arrays["skipped"])
+    return _Source(arrays=arrays, notes=notes, test_images=_test_images(path))
 
 
 def _find(file: str, folders: Sequence[Path]) -> Path | None:
     return next((folder / file for folder in folders if (folder / file).exists()), None)
 
 
-def _digits() -> _Arrays:
+def _digits() -> _Source:
     """Scikit-learn's 1,797 handwritten digits, 8x8 with values from 0 to 16, scaled to 28x28 and 0 to 255.
 
     The source has no test set: every fifth image (359) is taken for one.
@@ -240,12 +258,13 @@ def _digits() -> _Arrays:
     images = _enlarged(source.images.astype(np.float64) * (255.0 / 16.0), 28)
     x, y = np.rint(images).astype(np.uint8)[..., np.newaxis], source.target
     test = np.arange(len(y)) % 5 == 4
-    return {
+    arrays = {
         "x_train": lambda: x[~test],
         "y_train": lambda: y[~test],
         "x_test": lambda: x[test],
         "y_test": lambda: y[test],
     }
+    return _Source(arrays=arrays, test_images=int(test.sum()))
 
 
 def _enlarged(images: Array, size: int) -> Array:
@@ -284,7 +303,7 @@ def _from_file(path: Path) -> _Arrays:
     return {key: reader(key) for key in archive.files}
 
 
-def _from_function(name: str) -> _Arrays:
+def _from_function(name: str) -> _Source:
     """The arrays that ``package.module:function`` returns: in the form of `keras.datasets.*.load_data`, or as a
     ``tf.data.Dataset`` of training images, or one of these and one of test images.
     """
@@ -293,7 +312,8 @@ def _from_function(name: str) -> _Arrays:
         returned = function()
         first, *others = returned if isinstance(returned, tuple) else (returned,)
         if streams.is_stream(first):
-            return _from_streams(name, first, *others)
+            test_images = None if others else 0  # a stream tells its length only when it is read
+            return _Source(arrays=_from_streams(name, first, *others), test_images=test_images)
         (x_train, y_train), (x_test, y_test) = returned
     except DataError:
         raise
@@ -302,12 +322,14 @@ def _from_function(name: str) -> _Arrays:
             f"{name} must return ((x_train, y_train), (x_test, y_test)) or a tf.data.Dataset, and ended in "
             f"{type(error).__name__}: {' '.join(str(error).split())}; correct the function"
         ) from error
-    return {
+    arrays = {
         "x_train": lambda: np.asarray(x_train),
         "y_train": lambda: np.asarray(y_train),
         "x_test": lambda: np.asarray(x_test),
         "y_test": lambda: np.asarray(y_test),
     }
+    test_images = len(y_test) if hasattr(y_test, "__len__") else 0 if y_test is None else None
+    return _Source(arrays=arrays, test_images=test_images)
 
 
 def _from_streams(name: str, train: Any, test: Any = None) -> _Arrays:
@@ -324,10 +346,7 @@ def _from_streams(name: str, train: Any, test: Any = None) -> _Arrays:
 def import_function(name: str) -> Callable[..., Any]:
     """The function that ``package.module:function`` names. Raises MachineError if it cannot be imported."""
     module_name, _, function_name = name.partition(":")
-    # Users keep their modules in the working folder, or beside the script that began the search. These folders come
-    # last: Keras imports parts of itself and of Python late, and must not get a random.py or keras.py of them instead.
-    folders = [os.getcwd(), *filter(None, os.environ.get(MODULE_FOLDERS, "").split(os.pathsep))]
-    sys.path += [folder for folder in dict.fromkeys(folders) if folder not in sys.path]
+    find_modules()
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (Exception, SystemExit) as error:  # importing runs a user's code

@@ -62,6 +62,15 @@ def arrays(found: Mapping[str, Path]) -> dict[str, Callable[[], Array]]:
     return {**read, "class_names": lambda: labels().astype(str)}
 
 
+def length(path: Path) -> int | None:
+    """How many entries the file's array has, by its first bytes; None if they cannot be read."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return int.from_bytes(file.read(8)[4:], "big")
+    except (OSError, EOFError, zlib.error):
+        return None
+
+
 def _reader(path: Path, key: str) -> Callable[[], Array]:
     """A function that reads the array of the file. It raises DataError if the file is incomplete or not IDX."""
 

@@ -2,7 +2,7 @@
 
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,11 +47,30 @@ def mapped(path: Path, key: str) -> Array | None:
         file.seek(member.header_offset + 26)
         name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
         file.seek(member.header_offset + 30 + name + extra)
-        version = np.lib.format.read_magic(file)
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in readers:
+        header = _header(file)
+        if header is None:
             return None
-        shape, in_columns, dtype = readers[version](file)
+        shape, in_columns, dtype = header
         if dtype.hasobject or in_columns:
             return None
         return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape)
+
+
+def length(path: Path, key: str) -> int | None:
+    """How many entries the array `key` of the .npz file at `path` has, by its header alone; 0 without such an array.
+
+    None if the header is not one of a plain array. Raises OSError, ValueError or BadZipFile if it cannot be read.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if f"{key}.npy" not in archive.NameToInfo:
+            return 0
+        with archive.open(f"{key}.npy") as member:
+            header = _header(member)
+    return header[0][0] if header is not None and header[0] else None
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]] | None:
+    """The shape, whether columns come first, and the type of the array in a .npy file; None of newer formats."""
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    return readers[version](file) if version in readers else None

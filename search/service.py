@@ -29,6 +29,7 @@ from studies import definition as definitions
 from studies.confirmation import Confirmed
 from studies.definition import Definition
 from studies.errors import StudyError
+from studies.sources import has_test_images
 from studies.statistics import seeds_needed
 
 if TYPE_CHECKING:
@@ -403,6 +404,16 @@ def confirm(
         registry.check_software(created, opened, checks.software() | checked.sources)
         _fill([created], opened, here, places, listeners, leave=False)
     return confirmation.of_study(registry.find(created.name, opened), opened)
+
+
+def can_confirm(study: str, *, storage: str | None = None) -> bool:
+    """Whether `study` has test images, as far as is known, and they did not choose its trials.
+
+    Raises StudyError if there is no such study.
+    """
+    found = registry.find(study, database.connect(_settings(storage).url))
+    definition = definitions.from_json(found.definition)
+    return definition.protocol == "validation" and has_test_images(definition.dataset, found.data)
 
 
 def replay(

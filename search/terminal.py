@@ -15,6 +15,7 @@ from search.sparkline import sparkline
 from search.summary import duration, not_shown, progress_line, shown
 from storage import artifacts, attributes
 from storage.errors import many, trials_text
+from storage.metric import judged_on
 from studies.wording import names_text
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from storage.slots import SlotStatus
     from studies.comparison import NotebookRow, StudyComparison
     from studies.confirmation import Confirmed
-    from studies.content import Content
     from studies.results import Row, Status
     from studies.trial_records import TrialDetails, TrialRecord
 
@@ -127,8 +127,8 @@ def print_end(study: str, storage: str, *, can_confirm: bool) -> None:
 def print_best(study: str, trial: "FrozenTrial", settings: "Settings", others: Sequence[int] = ()) -> None:
     """Prints the best trial. The trials `others` have the same score."""
     attrs = trial.user_attrs
-    judged_on = {"test": "test (the notebook's protocol)", "confirmation": "test"}
-    judged = judged_on.get(str(attrs.get("protocol")), "validation")
+    protocol = attrs.get("protocol")
+    judged = "test (the notebook's protocol)" if protocol == "test" else judged_on(protocol)
     out.print(f"best of {study}: trial {trial.number}, {judged} accuracy {trial.values[0]:.4f}", markup=False)
     if others:
         out.print(f"  the same score   {trials_text(others)}", markup=False)
@@ -322,10 +322,9 @@ def failures_text(found: "Status") -> str:
     return f"{found.failed} of {found.study}'s trials failed ({'; '.join(found.failures)})"
 
 
-def print_report(content: "Content") -> None:
-    from studies import text
-
-    _print_markdown(text.report(content))
+def print_report(markdown: str) -> None:
+    """Prints a report in Markdown as tables and paragraphs."""
+    _print_markdown(markdown)
 
 
 def print_confirmed(found: "Confirmed") -> None:

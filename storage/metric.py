@@ -1,8 +1,8 @@
-"""The name of what a study maximizes, which Optuna keeps: optuna-dashboard shows it instead of "Objective 0"."""
+"""Which images judge the trials of a study, and the metric's name: optuna-dashboard shows it for "Objective 0"."""
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, insert, select
 
@@ -11,10 +11,29 @@ from storage.tables import StudySystemAttributeModel
 KEY = "study:metric_names"  # of `optuna.Study.set_metric_names`
 
 
-def judged_on(definition: Mapping[str, Any]) -> str:
-    """Which images give a trial its value, by a study's definition as JSON: "validation" or "test"."""
-    is_test = definition.get("confirm") is not None or definition["data"]["validation"] == "test"
-    return "test" if is_test else "validation"
+Protocol = Literal["validation", "test", "confirmation"]
+JudgedOn = Literal["validation", "test"]
+
+
+def protocol(confirm: object, validation: object) -> Protocol:
+    """How a study judges its trials, by the keys `confirm` and `data.validation` of its definition.
+
+    By validation images; by the test images in each epoch, as the notebook did ("test"); or by the test images once,
+    after the last epoch ("confirmation").
+    """
+    if confirm is not None:
+        return "confirmation"
+    return "test" if validation == "test" else "validation"
+
+
+def protocol_of(definition: Mapping[str, Any]) -> Protocol:
+    """The protocol of a definition as JSON."""
+    return protocol(definition.get("confirm"), definition["data"]["validation"])
+
+
+def judged_on(protocol: object) -> JudgedOn:
+    """Which images give a trial its value; `protocol` may be what another program stored."""
+    return "test" if protocol in ("test", "confirmation") else "validation"
 
 
 def name_metric(connection: Connection, study_id: int, definition: Mapping[str, Any]) -> None:
@@ -22,5 +41,5 @@ def name_metric(connection: Connection, study_id: int, definition: Mapping[str, 
     stored = StudySystemAttributeModel
     known = select(stored.study_id).where(stored.study_id == study_id, stored.key == KEY)
     if connection.execute(known).first() is None:
-        names = json.dumps([f"{judged_on(definition)} accuracy"])
+        names = json.dumps([f"{judged_on(protocol_of(definition))} accuracy"])
         connection.execute(insert(stored).values(study_id=study_id, key=KEY, value_json=names))

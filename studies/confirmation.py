@@ -184,7 +184,7 @@ def _check(study: Study, definition: Definition, top: int | None, seeds: int) ->
             raise StudyError(f"{option} = {value}: it must be from 1 to {MOST}")
     if definition.confirm is not None:
         raise StudyError(f"study {name!r} is a confirmation itself: confirm {definition.confirm.study} again")
-    if definition.data.validation == "test":
+    if definition.protocol == "test":
         raise StudyError(
             f"study {name!r} has chosen by the test images, as the notebook did, so they cannot confirm its choice: "
             "search with a share of the training images as data.validation"

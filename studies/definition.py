@@ -16,19 +16,11 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
+from storage import metric
 from storage.errors import nearest
-from studies import model_rules
+from studies import model_rules, sources
 from studies.errors import DefinitionError
-from studies.sources import (
-    DATASETS,
-    FUNCTION,
-    is_dataset,
-    is_folder,
-    is_function,
-    resolved,
-    with_weights,
-    without_folder,
-)
+from studies.sources import DATASETS, FUNCTION, is_dataset, is_folder, is_function, resolved, without_folder
 from studies.space import (
     Choice,
     Finite,
@@ -172,9 +164,14 @@ class Definition(_Table):
         return min(points, self.budget.trials)
 
     @property
-    def judged_on(self) -> Literal["validation", "test"]:
+    def protocol(self) -> metric.Protocol:
+        """How trials are judged."""
+        return metric.protocol(self.confirm, self.data.validation)
+
+    @property
+    def judged_on(self) -> metric.JudgedOn:
         """Which images give a trial its value."""
-        return "test" if self.confirm is not None or self.data.validation == "test" else "validation"
+        return metric.judged_on(self.protocol)
 
     def values_of(self, name: str) -> tuple[Any, ...] | None:
         """All values that the trainings may give to a hyperparameter; only the ends of a range without steps.
@@ -258,7 +255,7 @@ def parse(text: str, *, source: str = "the definition", folder: Path | None = No
     try:
         raw = tomllib.loads(text)
         if folder is not None:
-            raw = with_weights(raw, partial(resolved, folder=folder))
+            raw = sources.with_weights(raw, partial(resolved, folder=folder))
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise DefinitionError(f"{source} is not valid TOML ({reason}): correct it") from None
@@ -314,7 +311,7 @@ def _override(raw: dict[str, Any], overrides: Mapping[str, Any]) -> None:
 
 def _without_folders(definition: Definition) -> dict[str, Any]:
     raw = definition.to_json() | {"dataset": without_folder(definition.dataset)}
-    return _flat(with_weights(raw, without_folder))
+    return _flat(sources.with_weights(raw, without_folder))
 
 
 def _flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

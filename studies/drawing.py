@@ -139,7 +139,7 @@ def score_title(definition: Definition) -> str:
 
 def images(kind: str, definition: Definition) -> str:
     """`kind`, but "test" for the validation images of a study with the notebook's protocol."""
-    return "test" if kind == "validation" and definition.data.validation == "test" else kind
+    return "test" if kind == "validation" and definition.protocol == "test" else kind
 
 
 def size_text(definition: Definition) -> str:

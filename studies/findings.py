@@ -13,7 +13,7 @@ from storage import attributes
 from storage.errors import many
 from storage.hits import Hits
 from storage.ranking import is_feasible, is_scored, rank_key
-from studies import importance, model_rules, notebook, statistics
+from studies import importance, model_rules, notebook, sources, statistics
 from studies.definition import Definition
 from studies.model_rules import Number
 from studies.space import Choice, Int, Parameter, values_text
@@ -49,7 +49,7 @@ def findings(
         return Findings(best=(sentence,), influences=(), cautions=tuple(_by_state(trials, definition)))
     judged = definition.judged_on
     cautions = [*notebook.caution(definition)]
-    if definition.data.validation == "test":
+    if definition.protocol == "test":
         cautions.append(
             "The trials were chosen by the test images, as in the notebook: the best accuracy is too optimistic. Use "
             "it for comparison with the notebook, not for conclusions."
@@ -78,7 +78,7 @@ def findings(
         and images > 0
         and (judged == "test" or not best.user_attrs.get("imported"))
     ):
-        sentence, noise_cautions = _noise(complete, images, judged, definition, hits or {})
+        sentence, noise_cautions = _noise(complete, images, definition, data, hits or {})
         sentences.append(sentence)
         cautions += noise_cautions
     if len(complete) > 1:
@@ -86,7 +86,7 @@ def findings(
         sentences.append(
             f"The worst complete one is trial {worst.number}, with {params_text(worst.params)}: {worst.values[0]:.4f}."
         )
-    cautions += _contradictions(best, data) + edges(trials, definition) + _by_state(trials, definition)
+    cautions += _contradictions(best, definition, data) + edges(trials, definition) + _by_state(trials, definition)
     influences = _influences(trials, definition)
     return Findings(best=tuple(sentences), influences=tuple(influences), cautions=tuple(cautions))
 
@@ -98,12 +98,18 @@ def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def _noise(
-    complete: Sequence[FrozenTrial], images: int, judged: str, definition: Definition, hits: Mapping[int, Hits]
+    complete: Sequence[FrozenTrial],
+    images: int,
+    definition: Definition,
+    data: Mapping[str, Any],
+    hits: Mapping[int, Hits],
 ) -> tuple[str, list[str]]:
     """How precise the best accuracy is, and which other trials may be as good."""
     best = float(complete[0].values[0])
     error = statistics.wilson(round(best * images), images)
-    again = f"; `trialyard confirm {definition.name}` measures it again" if judged == "validation" else ""
+    can_confirm = definition.protocol == "validation" and sources.has_test_images(definition.dataset, data)
+    again = f"; `trialyard confirm {definition.name}` measures it again" if can_confirm else ""
+    judged = definition.judged_on
     sentence = (
         f"The sampling error of one such accuracy on {images:,} {judged} images: {error.low:.4f} to {error.high:.4f} "
         f"(95 %). This is not an interval of the best of many, which was also lucky{again}."
@@ -133,11 +139,11 @@ def _is_worse(trial: FrozenTrial, best: FrozenTrial, images: int, hits: Mapping[
     return statistics.difference_of_two(float(best.values[0]), float(trial.values[0]), images, images).low > 0.0
 
 
-def _contradictions(best: FrozenTrial, data: Mapping[str, Any]) -> list[str]:
+def _contradictions(best: FrozenTrial, definition: Definition, data: Mapping[str, Any]) -> list[str]:
     """Warnings where a result looks as if something else were wrong than the hyperparameters."""
     found = []
     value, classes = float(best.values[0]), data.get("classes")
-    images = data.get("validation", data.get("test"))
+    images = data.get(definition.judged_on, 0)
     known = isinstance(classes, int) and classes > 1 and isinstance(images, int) and images > 0
     # What guessing gives, with its sampling error.
     if known and value <= statistics.wilson(round(images / classes), images).high:

@@ -6,7 +6,7 @@ import logging
 import math
 import zipfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -24,7 +24,7 @@ from storage.attempt_table import Attempt, durations, of_trial, started_outside
 from storage.claims import RunningTrial
 from storage.errors import many, trials_text
 from storage.ledger import Study
-from storage.metric import judged_on
+from storage.metric import protocol_of
 from storage.ranking import is_scored, rank_key, ranked
 from storage.slots import SlotStatus, present
 from storage.tables import TrialModel, TrialParamModel, TrialUserAttributeModel
@@ -193,8 +193,8 @@ def why_no_best(study: Study, storage: RDBStorage) -> str:
     name, counts = study.name, ledger.counts(storage, study.id)
     if counts.complete:
         return (
-            f"study {name!r} has {many(counts.complete, 'complete trial')}, and none satisfies its constraints: "
-            "loosen the constraints, or search further"
+            f"study {name!r} has {many(counts.complete, 'complete trial')}, and none has a finite score and satisfies "
+            f"its constraints: `trialyard trials {name}` says why; loosen the constraints, or search further"
         )
     if study.state == "stopped":
         return (
@@ -457,7 +457,7 @@ def status_of(study: Study, storage: RDBStorage) -> Status:
     return Status(
         study=study.name,
         description=study.definition["description"],
-        protocol=_protocol(study.definition),
+        protocol=protocol_of(study.definition),
         complete=counts.complete,
         pruned=counts.pruned,
         failed=counts.failed,
@@ -476,12 +476,6 @@ def status_of(study: Study, storage: RDBStorage) -> Status:
         outside=_outside(storage, study) if study.outside else (),
         failures=_failures(storage, study.id) if counts.failed else (),
     )
-
-
-def _protocol(definition: Mapping[str, Any]) -> str:
-    if definition.get("confirm") is not None:
-        return "confirmation"
-    return judged_on(definition)
 
 
 def _outside(storage: RDBStorage, study: Study) -> tuple[int, ...]:

@@ -7,14 +7,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
 import pytest
+from optuna.trial import TrialState
 
-from search import checks, terminal
+from search import checks, service, terminal
 from search.errors import MachineError
-from storage import settings
+from storage import claims
+from storage.owners import Owner
+from storage.transactions import PatientStorage
+from studies import registry
 from studies.definition import Data, Definition
+from studies.rendering import report
 
 
 def test_a_crash_while_keras_is_imported_is_a_sentence_with_what_it_printed(broken: Callable[[str], Path]) -> None:
@@ -58,22 +64,40 @@ def test_that_keras_can_be_imported_is_remembered_for_a_day_and_for_this_install
         check_again()
 
 
-def test_confirm_is_proposed_only_if_test_images_exist_that_did_not_choose(
-    trivial: Definition, finished_study: str, write_npz: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("dataset", "test", "validation", "proposed"),
+    [
+        ("small.npz", 100, 0.1, True),
+        ("small.npz", 0, 0.1, False),
+        ("small.npz", None, 0.1, False),  # an older version did not record it
+        ("digits", None, 0.1, True),
+        ("small.npz", 100, "test", False),
+    ],
+)
+def test_confirm_is_proposed_only_if_test_images_are_known_that_did_not_choose(
+    storage: PatientStorage,
+    trivial: Definition,
+    me: Owner,
+    capsys: pytest.CaptureFixture[str],
+    dataset: str,
+    test: int | None,
+    validation: Any,
+    proposed: bool,
 ) -> None:
-    def proposed(dataset: str, **changes: object) -> str:
-        definition = trivial.model_copy(update={"dataset": dataset, **changes})
-        here = settings.load()
-        terminal.print_end(finished_study, here.url, can_confirm=checks.can_confirm(definition, here))
-        return capsys.readouterr().err
-
-    with_test, without = str(write_npz("a.npz")), str(write_npz("b.npz", x_test=None, y_test=None))
-    confirm = f"`trialyard confirm {finished_study}`"
-    assert confirm in proposed(with_test)
-    assert confirm in proposed("package.module:function"), "it may have some"
-    assert "`trialyard report" in proposed(without)
-    assert confirm not in proposed(without)
-    assert confirm not in proposed(with_test, data=Data(validation="test"))
+    definition = trivial.model_copy(update={"dataset": dataset, "data": Data(validation=validation)})
+    facts = {"fingerprint": "0" * 16, definition.judged_on: 100} | ({} if test is None else {"test": test})
+    study = registry.create(definition, storage, facts).study
+    claim = claims.claim(storage, study, me, 60.0)
+    assert claim is not None
+    claims.finish(storage, claim, TrialState.COMPLETE, 0.9, {})
+    confirm = f"`trialyard confirm {study.name}`"
+    text = report(study.name, storage, "markdown").replace("\\", "")
+    assert (f"{confirm} measures it again" in text) is proposed
+    url = storage.engine.url.render_as_string(hide_password=False)
+    can_confirm = service.can_confirm(study.name, storage=url)
+    assert can_confirm is proposed
+    terminal.print_end(study.name, url, can_confirm=can_confirm)
+    assert (confirm in capsys.readouterr().err) is proposed
 
 
 ASK = "import keras; print(keras.backend.backend())"

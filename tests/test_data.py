@@ -68,9 +68,44 @@ def test_test_images_are_read_by_the_notebook_s_protocol_alone(write_npz: Write)
         assert np.array_equal(notebook.x_validation[..., 0], arrays["x_test"])
     # A validation split must not even open them: here they are unreadable.
     broken = str(write_npz("broken.npz", x_test=np.array([None]), y_test=np.array([None])))
-    assert data.load(broken, Data(validation=0.1), []).validated_on == "validation"
+    unread = data.load(broken, Data(validation=0.1), [])
+    assert (unread.validated_on, unread.summary()["test"]) == ("validation", 1)
     with pytest.raises(DataError, match=r"the array x_test in .* cannot be read"):
         data.load(broken, Data(validation="test"), [])
+
+
+def test_the_number_of_test_images_is_known_without_reading_them(
+    write_npz: Write, write_module: Callable[[str, str], None]
+) -> None:
+    without = str(write_npz("without.npz", x_test=None, y_test=None))
+    write_module("mine", TWO_FUNCTIONS)
+    for dataset, images in (
+        ("digits", 359),
+        (str(write_npz()), 100),
+        (without, 0),
+        ("mine:arrays", 7),
+        ("mine:none", 0),
+    ):
+        assert data.load(dataset, Data(validation=0.2), []).summary()["test"] == images, dataset
+
+
+TWO_FUNCTIONS = """
+import numpy as np
+from sklearn.datasets import load_digits
+
+class Unread:
+    def __len__(self):
+        return 7
+    def __array__(self, *arguments, **options):
+        raise AssertionError("the test images were read")
+
+def arrays():
+    images, labels = load_digits(return_X_y=True)
+    return (images.reshape(-1, 8, 8)[:300] / 16, labels[:300]), (Unread(), Unread())
+
+def none():
+    return arrays()[0], (None, None)
+"""
 
 
 def test_the_fingerprint_is_that_of_images_and_labels(write_npz: Write) -> None:

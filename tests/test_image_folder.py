@@ -65,6 +65,7 @@ def test_a_folder_is_a_dataset_with_class_names_and_is_converted_once(home: Path
     assert len(dataset.y_test) == 12
     assert dataset.class_names == ("even", "odd")
     assert dataset.summary()["class_names"] == ["even", "odd"]
+    assert dataset.summary()["test"] == 12
     (cache,) = (home / "cache").iterdir()
     made = cache.stat().st_mtime_ns
     assert data.load("photos/", wanted, [home / "cache"]).fingerprint == dataset.fingerprint
@@ -269,6 +270,7 @@ def test_idx_files_are_a_dataset(tmp_path: Path, prefix: str, test: str, ending:
     assert np.array_equal(dataset.x_train[..., 0], x)
     assert np.array_equal(dataset.x_validation[..., 0], x[::4])
     assert (dataset.classes, dataset.class_names) == (4, ("1", "2", "3", "4")), "EMNIST numbers its letters from 1"
+    assert data.load(f"{tmp_path}/letters/", Data(validation=0.1), [tmp_path]).summary()["test"] == 10
 
 
 def test_bad_idx_files_are_refused(tmp_path: Path) -> None:

@@ -92,7 +92,9 @@ def test_a_constraint_that_all_violate_is_named(storage: RDBStorage, study: str,
     storage.set_trial_system_attr(claim.trial_id, "constraints:size", 1.5)
     claims.finish(storage, claim, COMPLETE, 0.9, {})
     assert results.status(study, storage).best is None
-    with pytest.raises(StudyError, match="study 'trivial' has 1 complete trial, and none satisfies its constraints"):
+    with pytest.raises(
+        StudyError, match="study 'trivial' has 1 complete trial, and none has a finite score and satisfies"
+    ):
         results.best_trial(study, storage)
 
 
