@@ -15,6 +15,7 @@ from search import checks
 from search.devices import Slot
 from search.errors import DataError, MachineError, ModelError
 from search.messages import Epoch, Failed, Job, Trained, versions
+from search.stall import Stall
 from search.trainer import START_SECONDS, Trainer, TrainerDied
 from storage import attributes
 from storage.attempt_table import of_trial
@@ -200,11 +201,14 @@ def _train(
             )
         )
         start_by = time.monotonic() + START_SECONDS
+        stall = Stall(here.stall_seconds)
         while True:
+            began = time.monotonic()
             try:
                 message = trainer.receive(POLL_SECONDS)
             except TrainerDied as died:
                 raise MachineError(f"the training ended too early: {died.how}") from None
+            stall.looked(time.monotonic() - began, message)
             if isinstance(message, Epoch):
                 on_epoch(message)
             elif isinstance(message, Trained):
@@ -213,4 +217,7 @@ def _train(
                 kinds = {"model": ModelError, "load": DataError, "data": DataError}
                 raise kinds.get(message.kind, MachineError)(message.message)
             if time.monotonic() > start_by and not trainer.ready:
-                raise MachineError(f"{trainer.hung_at_start()}: repair Keras or its backend")
+                raise MachineError(f"{trainer.hung_at_start().how}: repair Keras or its backend")
+            if stall.is_over:
+                hung = trainer.hung(f"was silent for {stall.limit:.0f} s in a training", ready=True)
+                raise MachineError(f"{hung.how}: see what hangs, or allow more with TRIALYARD_STALL_SECONDS")

@@ -1,9 +1,11 @@
 """A trial that is trained again from its record has the same numbers, also if the first training was interrupted."""
 
 import contextlib
+import dataclasses
 import json
 import signal
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,16 +13,18 @@ import numpy as np
 import optuna
 import pytest
 from conftest import SMALL, Command, ended, until
+from scripted import Scripted, epoch
 from sklearn.datasets import load_digits
 
 import search
 import studies
-from search import checks
-from search.errors import DataError
-from search.messages import Checked
+from search import checks, retraining
+from search.errors import DataError, MachineError
+from search.messages import Checked, Epoch
 from search.retraining import Replayed, ReplayedEpoch
-from storage import claims, database, ledger, owners
-from studies import registry
+from storage import claims, database, ledger, owners, settings
+from studies import recipe, registry
+from studies.definition import Definition
 from studies.errors import StudyError
 
 
@@ -102,6 +106,23 @@ def test_an_epoch_without_a_finite_accuracy_is_equal_to_itself() -> None:
     assert ReplayedEpoch(epoch=1, recorded=nan, replayed=nan, recorded_loss=0.1, replayed_loss=0.1).is_equal
     assert not ReplayedEpoch(epoch=1, recorded=nan, replayed=0.5, recorded_loss=0.1, replayed_loss=0.1).is_equal
     assert not ReplayedEpoch(epoch=1, recorded=None, replayed=nan, recorded_loss=None, replayed_loss=0.1).is_equal
+
+
+def test_a_replay_that_hangs_is_ended(tmp_path: Path, trivial: Definition, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silence() -> None:
+        time.sleep(0.03)
+
+    quick = [dataclasses.replace(epoch(number, 0.5), seconds=0.001) for number in (1, 2)]
+    trainer = Scripted(tmp_path, [*quick, *[silence] * 50])  # type: ignore[list-item]
+    trainer._ready = True
+    monkeypatch.setattr(retraining, "Trainer", lambda *arguments: trainer)
+    here, seen = settings.Settings(home=tmp_path, stall_seconds=0.2), list[Epoch]()
+    wanted = recipe.of_trial(trivial, 0, {"dropout": 0.1})
+    with pytest.raises(
+        MachineError, match=r"was silent for 0 s in a training and was killed: see what hangs, or allow"
+    ):
+        retraining._train(trivial, wanted, trainer.slot, here, seen.append)
+    assert (seen, trainer.requests[0]) == (quick, "kill")
 
 
 def test_values_within_the_tolerance_hold() -> None:
