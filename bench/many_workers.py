@@ -13,8 +13,8 @@ machine. The database is at --url, or on a server that is started for this (need
 --trial-seconds 0 the slots claim, report and finish as fast as they can.
 
 Prints the trials a second, the median and the 99th percentile of the three calls in milliseconds, the share of the time
-for which slots had no trial (from the first claim of a slot to its last), the most connections, and whether the study
-has exactly its budget.
+for which slots had no trial (from the first claim of a slot to its last), the most connections, those of heartbeats
+included, and whether the study has exactly its budget.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from optuna.exceptions import OptunaError
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.devices import Slot
-from storage import claims, owners
+from storage import claims, database, owners
 from storage.claims import Claim
 from storage.errors import StorageError
 from storage.ledger import State
@@ -39,6 +39,7 @@ class Heartbeat:
 
     def __init__(self, storage: PatientStorage, seconds: float, slots: Sequence[Slot]) -> None:
         self._storage, self._seconds = storage, seconds
+        self._spare = database.spare(storage)
         self._slots = {owners.this_slot(slot.name): slot.device.name for slot in slots}
         self._closed: dict[Owner, str] = {}
         self._pulses: dict[Claim, Pulse] = {}
@@ -96,8 +97,10 @@ class Heartbeat:
     def _beat(self) -> None:
         with self._lock:
             held, closed = dict(self._pulses), dict(self._closed)
+        # Slow transactions of the slots may hold all connections for longer than the grace period.
+        storage = self._spare if database.is_exhausted(self._storage) else self._storage
         try:
-            states = claims.beat(self._storage, self._slots, list(held), closed)
+            states = claims.beat(storage, self._slots, list(held), closed)
         except Exception as error:
             # Whatever failed: without heartbeats this worker would lose all its trials.
             log.warning("a heartbeat failed, and is sent again in %.0f s: %s", self._seconds, error)

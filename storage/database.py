@@ -18,6 +18,7 @@ from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from sqlalchemy import URL, Engine, text
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.pool import NullPool, QueuePool
 
 from storage import attempt_table, attributes, deletions, hits, legacy, settings, slots
 from storage.artifacts import written_atomically
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 
 
 BUSY_SECONDS = 60.0  # how long a statement waits for another process's transaction, on SQLite
+MOST_CONNECTIONS = 4  # of a process to a server; while all are in use, a heartbeat has one more (see `spare`)
 KINDS = "sqlite:///folder/studies.db or postgresql://user@host/database"
 
 # Optuna counts and looks up trials by scanning a study's; with 10,000 of them a claim took four times as long.
@@ -73,8 +75,8 @@ def connect(url: str, patience: float = 0.0) -> PatientStorage:
     path = file_of(parsed)
     if path is not None and not path.exists():
         raise StorageError(
-            f"there is no database at {redact(url)}: `trialyard create digits` makes it with a first study, "
-            "or set TRIALYARD_STORAGE to the one you mean"
+            f"there is no database at {redact(url)}: the file is missing, and {settings.named_by(url)}; correct that "
+            "or restore a backup, or `trialyard create digits` makes a new one with a first study"
         )
     if path is not None:
         _require_local_disk(path)
@@ -190,6 +192,27 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
     storage = connect(url, patience)
     _require_writable(storage)
     return storage
+
+
+def spare(storage: PatientStorage) -> PatientStorage:
+    """The same database for a transaction that must not wait until others give their connections back.
+
+    It connects for each transaction and disconnects after it. On SQLite it is `storage` itself: who writes there waits
+    for the file, and not for a connection.
+    """
+    url = storage.engine.url
+    if sqlite_file(storage) is not None:
+        return storage
+    options = {name: value for name, value in _settings(url).items() if not name.startswith(("pool", "max_overflow"))}
+    other = PatientStorage.on_current_tables(_rendered(url), {**options, "poolclass": NullPool})
+    other.patience, other.shutting_down = storage.patience, storage.shutting_down
+    return other
+
+
+def is_exhausted(storage: PatientStorage) -> bool:
+    """Whether all connections to a server are in use, so that the next transaction waits for one of them."""
+    pool = storage.engine.pool
+    return isinstance(pool, QueuePool) and pool.checkedout() >= MOST_CONNECTIONS
 
 
 def connect_any_version(url: str) -> PatientStorage:
@@ -435,7 +458,8 @@ def _settings(url: URL) -> dict[str, Any]:
         "isolation_level": "READ COMMITTED",
         "pool_pre_ping": True,  # a restarted server leaves dead connections in the pool
         "pool_size": 1,  # an idle process holds one connection: servers allow a hundred in all
-        "max_overflow": 3,  # for moments: one transaction waits for the study's lock, beside epochs, beats and reads
+        # For moments: one transaction waits for the study's lock, beside epochs, beats and reads.
+        "max_overflow": MOST_CONNECTIONS - 1,
         "connect_args": {
             "connect_timeout": 10,
             "prepare_threshold": None,  # prepared statements do not pass a transaction-pooling proxy

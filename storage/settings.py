@@ -173,6 +173,20 @@ def environment_without_secrets() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(SECRETS)}
 
 
+def named_by(url: str) -> str:
+    """Which setting names the database at `url`, in words that follow "and"."""
+    here = load()
+    if here.url != url:
+        return "--storage, or the argument storage, names it"
+    if here.storage is not None:
+        return "TRIALYARD_STORAGE names it"
+    if here.storage_file is not None:
+        return "the file of TRIALYARD_STORAGE_FILE names it"
+    if "home" in here.model_fields_set:
+        return "TRIALYARD_HOME names its folder"
+    return "without TRIALYARD_HOME it is in the folder yard of the current folder"
+
+
 def load(**overrides: Any) -> Settings:
     """The settings of this process. An override that is None is ignored.
 

