@@ -16,7 +16,6 @@ from storage.hits import Hits
 from studies.definition import Definition
 from studies.recipe import Recipe
 
-MODULE_FOLDERS = "TRIALYARD_MODULE_FOLDERS"  # a variable, set for the trainer process only: where else modules are
 StopMode = Literal["keep", "drop"]  # whether a training that is stopped writes a checkpoint of its last whole epoch
 
 

@@ -6,7 +6,6 @@ environment that pins its device, and the process may crash, hang or run out of 
 
 import contextlib
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -20,9 +19,10 @@ from typing import IO, Any
 import psutil
 
 from search.devices import Slot
-from search.messages import MODULE_FOLDERS, Failed, Job, Message, Ready, Stop, StopMode
+from search.messages import Failed, Job, Message, Ready, Stop, StopMode
 from storage.errors import DiskError
 from storage.settings import environment_without_secrets
+from studies.sources import module_folders
 
 log = logging.getLogger(__name__)
 
@@ -239,12 +239,8 @@ def launch(slot: Slot, descriptor: int, output: IO[bytes]) -> "subprocess.Popen[
 
 
 def environment(slot: Slot) -> dict[str, str]:
-    """The environment variables of the trainer process of `slot`: this process's, without secrets.
-
-    MODULE_FOLDERS has the folders in which this process finds modules: a script in another folder imports its own.
-    """
-    folders = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
-    return environment_without_secrets() | {"TF_CPP_MIN_LOG_LEVEL": "2", MODULE_FOLDERS: folders} | slot.environment()
+    """The environment variables of the trainer process of `slot`: this process's, without secrets."""
+    return environment_without_secrets() | {"TF_CPP_MIN_LOG_LEVEL": "2"} | module_folders() | slot.environment()
 
 
 def _memory_kills(files: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))) -> int:

@@ -4,12 +4,12 @@ It is a separate program, because Keras takes seconds to import and its memory i
 last line on standard error says what failed.
 """
 
-import contextlib
 import importlib
 import json
-import os
 import sys
 from typing import TYPE_CHECKING, Any
+
+from studies.sources import find_modules
 
 if TYPE_CHECKING:
     import keras
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FORMATS = {"tflite": "litert", "onnx": "onnx", "savedmodel": "tf_saved_model"}
 
 
+NOT_LOADED = 3  # exit code: the module of the user's own layers cannot be imported, and the model needs it
 TOLERANCE = 1e-2  # by how much a probability of the written model may differ; bfloat16 has three digits
 
 
@@ -28,15 +29,18 @@ def main(model: str, format: str, target: str, shape: str = "", module: str = ""
     subclassed model does not know. `module`, if given, is imported first: it has the user's own layers. What was
     written is run once, ONNX only where ONNX Runtime is installed.
 
-    Raises SystemExit if it gives other probabilities than the model.
+    Raises SystemExit if the model cannot be loaded without its module, or gives other probabilities than before.
     """
     import keras
 
-    if module:
-        sys.path.append(os.getcwd())  # last, as in `search.data.import_function`
-        with contextlib.suppress(ImportError):  # a model of Keras's own layers does not need the module
-            importlib.import_module(module)
-    net = keras.models.load_model(model, compile=False)
+    problem = _import(module) if module else None
+    try:
+        net = keras.models.load_model(model, compile=False)
+    except Exception:
+        if problem is None:
+            raise
+        sys.stderr.write(f"{module} cannot be imported ({problem}), and the model cannot be loaded without it\n")
+        sys.exit(NOT_LOADED)
     if not shape and getattr(net, "input_shape", None) is None:
         sys.exit(f"{type(net).__name__} is a subclass of keras.Model, and the shape of its images is not recorded")
     if format != "savedmodel" and any(layer.compute_dtype != "float32" for layer in net.layers):
@@ -50,6 +54,19 @@ def main(model: str, format: str, target: str, shape: str = "", module: str = ""
     given = _run(format, target, images)
     if given is not None and not np.allclose(given, wanted, atol=TOLERANCE):
         raise SystemExit(f"its probabilities differ by up to {np.abs(given - wanted).max():.3g} from the model's")
+
+
+def _import(module: str) -> str | None:
+    """Imports the module of the user's own layers, where the worker finds it; returns why it cannot be imported.
+
+    A model of Keras's own layers does not need the module.
+    """
+    find_modules()
+    try:
+        importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - importing runs a user's code
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
 
 
 def _run(format: str, target: str, images: Any) -> Any:

@@ -21,12 +21,13 @@ from storage.ledger import Study
 from storage.settings import environment_without_secrets
 from studies import definition as definitions
 from studies import registry, results
+from studies.convert import NOT_LOADED
 from studies.definition import Definition
 from studies.errors import StudyError
 from studies.model_rules import STORED_FUNCTION
 from studies.predictions import class_names
 from studies.registry import StorageLike
-from studies.sources import is_folder
+from studies.sources import is_folder, module_folders
 
 Format = Literal["tflite", "onnx", "savedmodel"]
 
@@ -177,7 +178,7 @@ def _readme(
     return README.format(
         study=name,
         number=trial.number,
-        judged="validation" if trial.user_attrs.get("protocol", "validation") == "validation" else "test",
+        judged=definition.judged_on,
         value=trial.values[0],
         module=import_line,
         library="tensorflow as tf" if from_files else "numpy as np",
@@ -219,7 +220,7 @@ def _convert(model: Path, format: Format, target: Path, definition: Definition, 
     try:
         result = subprocess.run(
             [sys.executable, "-P", "-m", "studies.convert", *arguments],
-            env=environment_without_secrets(),
+            env=environment_without_secrets() | module_folders(),
             capture_output=True,
             text=True,
             errors="replace",
@@ -231,6 +232,8 @@ def _convert(model: Path, format: Format, target: Path, definition: Definition, 
     if result.returncode == 0 and target.exists():
         return
     reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if result.returncode == NOT_LOADED:
+        raise StudyError(f"{reason[:600]}: correct the module, or copy it to where it was when the study began")
     on_jax = format == "onnx" and os.environ.get("KERAS_BACKEND") == "jax"
     packages = "jax2onnx" if on_jax else " ".join(PACKAGES[format])
     if "ModuleNotFoundError" in result.stderr or "ImportError" in result.stderr:

@@ -1,11 +1,14 @@
 """What a definition may name as its images: a ready dataset, a file, a folder, or a function; and files of weights."""
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "digits")
 FUNCTION = "package.module:function"
+MODULE_FOLDERS = "TRIALYARD_MODULE_FOLDERS"  # a variable, set for our own processes only: where else modules are
 IDX_FILES = {  # the parts of the name of the IDX file of each array
     "x_train": ("train-images", "idx3"),
     "y_train": ("train-labels", "idx1"),
@@ -20,6 +23,24 @@ def is_function(name: str) -> bool:
     return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
+def module_folders() -> dict[str, str]:
+    """The variable that tells a process of ours in which folders this one finds modules.
+
+    A script in another folder imports its own.
+    """
+    return {MODULE_FOLDERS: os.pathsep.join(os.path.abspath(folder) for folder in sys.path)}
+
+
+def find_modules() -> None:
+    """Lets this process find the modules of users: in the current folder, and where its parent finds them.
+
+    These folders come last: Keras imports parts of itself and of Python late, and must not get a random.py or keras.py
+    of them instead.
+    """
+    folders = [os.getcwd(), *filter(None, os.environ.get(MODULE_FOLDERS, "").split(os.pathsep))]
+    sys.path += [folder for folder in dict.fromkeys(folders) if folder not in sys.path]
+
+
 def is_folder(dataset: str) -> bool:
     """Whether `dataset` is the path of a folder, which ends in a slash."""
     return dataset.endswith("/")
@@ -28,6 +49,15 @@ def is_folder(dataset: str) -> bool:
 def is_dataset(dataset: str) -> bool:
     """Whether `dataset` has one of the forms that a definition may have. A file or folder need not exist."""
     return dataset in DATASETS or dataset.endswith(".npz") or is_folder(dataset) or is_function(dataset)
+
+
+def has_test_images(dataset: str, data: Mapping[str, Any]) -> bool:
+    """Whether a study over `dataset` is known to have test images, by what it recorded of its `data`.
+
+    Older versions did not record their number, but each ready dataset has some.
+    """
+    images = data.get("test")
+    return images > 0 if isinstance(images, int) else dataset in DATASETS
 
 
 def idx_array(file: str) -> str | None:

@@ -230,7 +230,9 @@ def test_a_subclassed_model_is_converted_and_the_readme_loads_it(
     home: Path, write_module: Callable[[str, str], None], trivial: Definition
 ) -> None:
     write_module("mine", SUBCLASSED)
-    sys.path.append(str(home))
+    (home / "modules").mkdir()
+    (home / "mine.py").rename(home / "modules" / "mine.py")
+    sys.path.append(str(home / "modules"))  # as of a script in another folder
     net = importlib.import_module("mine").Sub()
     net(np.zeros((1, 8, 8, 1)))
     net.save(home / "model.keras")
@@ -238,6 +240,7 @@ def test_a_subclassed_model_is_converted_and_the_readme_loads_it(
     exports._convert(home / "model.keras", "tflite", home / "model.tflite", own, [8, 8, 1])
     assert (home / "model.tflite").is_file()
     readme = exports._readme("own", create_trial(value=0.5), own, None, [8, 8, 1])
+    (home / "modules" / "mine.py").rename(home / "mine.py")  # as the README says
     (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     result = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, check=True)
     assert re.fullmatch(r"\[\d\]", result.stdout.splitlines()[-1])
@@ -257,6 +260,30 @@ def test_a_written_model_that_gives_other_probabilities_is_refused(
     monkeypatch.setattr(keras.Model, "export", lambda *arguments, **options: None)
     with pytest.raises(SystemExit, match="its probabilities differ by up to"):
         convert.main(str(saved), "tflite", str(home / "model.tflite"))
+
+
+def test_a_module_of_own_layers_that_cannot_be_imported_is_the_reason(
+    home: Path,
+    write_module: Callable[[str, str], None],
+    trivial: Definition,
+    saved: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_module("mine", "raise RuntimeError('no licence')")  # a pickled function may raise anything, too
+    monkeypatch.setattr(keras.Model, "export", lambda *arguments, **options: None)
+    monkeypatch.setattr(convert, "_run", lambda format, target, images: None)
+    convert.main(str(saved), "tflite", "model.tflite", "", "mine")  # it has Keras's own layers alone
+    (home / "broken.keras").write_bytes(b"")
+    with pytest.raises(SystemExit) as ended:
+        convert.main("broken.keras", "tflite", "model.tflite", "", "mine")
+    reason = "mine cannot be imported (RuntimeError: no licence), and the model cannot be loaded without it"
+    assert (ended.value.code, capsys.readouterr().err.strip()) == (convert.NOT_LOADED, reason)
+    done = subprocess.CompletedProcess([], convert.NOT_LOADED, "", f"warning\n{reason}\n")
+    monkeypatch.setattr(exports.subprocess, "run", lambda *arguments, **options: done)
+    own = trivial.model_copy(update={"model": "mine:build"})
+    with pytest.raises(StudyError, match=r"^mine cannot be imported .* without it: correct the module, or copy it"):
+        exports._convert(saved, "tflite", home / "model.tflite", own, [8, 8, 1])
 
 
 @pytest.mark.long
