@@ -168,7 +168,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Create the study if needed, run it here, print the result."""
-    from search import checks, service
+    from search import service
     from search.terminal import out, print_best, print_end, print_json, print_not_shown, print_rows, record
     from studies import definition as definitions
     from studies import results
@@ -195,7 +195,7 @@ def run(
     print_not_shown(results.status(definition.name, here.url), len(rows))
     out.print()
     print_best(definition.name, trial, here, results.as_good_as_best(definition.name, here.url))
-    print_end(definition.name, here.url, can_confirm=checks.can_confirm(definition, here))
+    print_end(definition.name, here.url, can_confirm=service.can_confirm(definition.name, storage=here.url))
 
 
 @app.command(rich_help_panel=OPERATE)
@@ -441,11 +441,11 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="Default: STUDY-report.html or .md, here.")
     ] = None,
+    trial: Annotated[int | None, typer.Option("--trial", min=0, help="Of this trial, in whatever state.")] = None,
 ) -> None:
     """What was found, and what cannot be concluded, in one file."""
     from search.terminal import print_report, say
     from storage import artifacts
-    from studies.content import collect
     from studies.errors import StudyError
     from studies.rendering import report as report_of
 
@@ -453,17 +453,18 @@ def report(
     if form == "table":
         if output is not None:
             raise typer.BadParameter("--format table is for the terminal: --output goes with html or markdown")
-        print_report(collect(study, here.url))
+        print_report(report_of(study, here.url, "markdown", trial=trial))
         return
-    text = report_of(study, here.url, form)
-    file = output or Path(f"{study}-report.{'html' if form == 'html' else 'md'}")
+    text = report_of(study, here.url, form, trial=trial)
+    what = "report" if trial is None else f"trial-{trial}"
+    file = output or Path(f"{study}-{what}.{'html' if form == 'html' else 'md'}")
     try:
         with artifacts.written_atomically(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: a path without a file's name
         reason = getattr(error, "strerror", None) or error
         raise StudyError(f"{file} cannot be written ({reason}): give another file with --output") from None
-    say(f"the report of {study} is in {file}")
+    say(f"the report of {study if trial is None else f'trial {trial} of {study}'} is in {file}")
 
 
 @app.command(rich_help_panel=LOOK)

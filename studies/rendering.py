@@ -1,14 +1,17 @@
-"""The report of a study: its text as Markdown, or as one HTML page with figures that needs no network."""
+"""The report of a study or of one trial: text as Markdown, or one HTML page with figures that needs no network."""
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from storage import settings
 from storage.artifact_store import ArtifactStore
-from studies import results, text
+from studies import results, text, trial_report
 from studies.content import Content, collect
 from studies.registry import StorageLike
+from studies.text import Section
+from studies.trial_report import TrialContent
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -63,17 +66,30 @@ window.addEventListener("afterprint", () => graphs.forEach((graph) => Plotly.rel
 """
 
 
-def report(name: str, storage: StorageLike = None, format: Format = "html", artifacts: str | Path | None = None) -> str:
+def report(
+    name: str,
+    storage: StorageLike = None,
+    format: Format = "html",
+    artifacts: str | Path | None = None,
+    *,
+    trial: int | None = None,
+) -> str:
     """The report of study `name`: the result, what made the difference, and what cannot be concluded.
 
+    With `trial` it is that of the trial with this number, in whatever state: hyperparameters, learning curve, what its
+    model answered, attempts, and the end of its log.
+
     As ``html`` it is one page with figures, which needs no network. As ``markdown`` it has no figures. Learning curves
-    are read from `artifacts`, a folder or the URL of an object store, by default that of the settings.
+    and answers are read from `artifacts`, a folder or the URL of an object store, by default that of the settings.
 
     >>> print(studies.report("digits", format="markdown")[:8])
     # digits
 
-    Raises StudyError if there is no such study.
+    Raises StudyError if there is no such study or trial.
     """
+    if trial is not None:
+        of_trial = trial_report.collect(name, trial, storage, artifacts)
+        return trial_report.report(of_trial) if format == "markdown" else _html_of_trial(of_trial)
     content = collect(name, storage)
     if format == "markdown":
         return text.report(content)
@@ -81,10 +97,6 @@ def report(name: str, storage: StorageLike = None, format: Format = "html", arti
 
 
 def _html(content: Content, store: ArtifactStore) -> str:
-    # Importing Plotly takes a moment, and only this function needs it.
-    import plotly.offline
-    from markdown_it import MarkdownIt
-
     from studies import figures
 
     plots = figures.all_figures(
@@ -97,20 +109,44 @@ def _html(content: Content, store: ArtifactStore) -> str:
             answered=figures.best_answers(content.trials, store, content.class_names),
         )
     )
+    return _page(content.definition.name, text.head(content), text.sections(content), plots, before="leaderboard")
+
+
+def _html_of_trial(content: TrialContent) -> str:
+    from studies import figures
+
+    subject = figures.Subject(
+        trials=(), definition=content.definition, curves=(content.details.curve,), answered=content.answered
+    )
+    title = f"Trial {content.details.record.number} of {content.details.study}"
+    plots = figures.all_figures(subject, figures.OF_A_TRIAL)
+    return _page(title, trial_report.head(content), trial_report.sections(content), plots, before="curve")
+
+
+def _page(title: str, head: str, sections: Sequence[Section], plots: "dict[str, go.Figure]", *, before: str) -> str:
+    """The page; the figures come `before` the section of this name, or at the end."""
+    # Importing Plotly takes a moment, and only this function needs it.
+    import plotly.offline
+    from markdown_it import MarkdownIt
+
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    parts = [f"<h1>{html.escape(content.definition.name)}</h1>", markdown.render(text.head(content))]
-    for section in text.sections(content):
-        if section.name == "leaderboard":
+    parts = [f"<h1>{html.escape(title)}</h1>", markdown.render(head)]
+    drawn = False
+    for section in sections:
+        if section.name == before:
             parts.append(_figures(plots))
+            drawn = True
         body = markdown.render(section.body)
         parts.append(f'<section class="{section.name}">\n<h2>{section.title}</h2>\n{body}</section>')
+    if not drawn and plots:
+        parts.append(_figures(plots))
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(content.definition.name)}: Trialyard's report</title>
+<title>{html.escape(title)}: Trialyard's report</title>
 <style>{_STYLE}</style>
 <script>{plotly.offline.get_plotlyjs() if plots else ""}</script>
 </head>

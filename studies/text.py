@@ -52,7 +52,7 @@ def report(content: "Content") -> str:
     parts = [f"# {escaped(content.definition.name)}", head(content)]
     for section in sections(content):
         parts += [f"## {section.title}", section.body]
-    return _paragraphs(parts) + "\n"
+    return paragraphs(parts) + "\n"
 
 
 def note(content: "Content") -> str:
@@ -60,7 +60,7 @@ def note(content: "Content") -> str:
     parts = [f"## {escaped(content.definition.name)}", head(content)]
     for section in sections(content):
         parts += [f"### {section.title}", section.body] if section.name in IN_NOTE else []
-    return _paragraphs(parts)
+    return paragraphs(parts)
 
 
 def head(content: "Content") -> str:
@@ -84,7 +84,7 @@ def head(content: "Content") -> str:
     ]
     if is_spent and counts.waiting:
         lines.append(f"{left_waiting_text(counts.waiting)}.")
-    return _paragraphs(lines)
+    return paragraphs(lines)
 
 
 def sections(content: "Content") -> list[Section]:
@@ -98,7 +98,7 @@ def sections(content: "Content") -> list[Section]:
     environment = [[key, value] for key, value in content.environment.items()]
     made = f"Made {content.made:%Y-%m-%d %H:%M %z} by Trialyard {version('trialyard')}."
     every = [
-        Section(name="found", title="What was found", body=_bullets(found.best)),
+        Section(name="found", title="What was found", body=bullets(found.best)),
         Section(
             name="confirmed",
             title="Confirmed on the test images",
@@ -107,21 +107,21 @@ def sections(content: "Content") -> list[Section]:
         Section(
             name="difference",
             title="What made the difference",
-            body=_bullets(found.influences) or "This is not known yet.",
+            body=bullets(found.influences) or "This is not known yet.",
         ),
         Section(
             name="cautions",
             title="What cannot be concluded",
-            body=_bullets(found.cautions) or "There are no cautions.",
+            body=bullets(found.cautions) or "There are no cautions.",
         ),
-        Section(name="leaderboard", title="Leaderboard", body=_paragraphs(ranking)),
-        Section(name="failures", title="Failures", body=_bullets(content.failures)),
-        Section(name="searched", title="Searched and fixed", body=_rows(["hyperparameter", "values"], searched)),
+        Section(name="leaderboard", title="Leaderboard", body=paragraphs(ranking)),
+        Section(name="failures", title="Failures", body=bullets(content.failures)),
+        Section(name="searched", title="Searched and fixed", body=rows_text(["hyperparameter", "values"], searched)),
         Section(name="definition", title="Definition", body=fenced(to_toml(definition).rstrip(), "toml")),
         Section(
             name="environment",
             title="Environment",
-            body=_paragraphs([_rows(["what", "which"], environment), made]),
+            body=paragraphs([rows_text(["what", "which"], environment), made]),
         ),
     ]
     return [section for section in every if section.body]
@@ -153,12 +153,12 @@ def confirmed(found: "Confirmed") -> str:
             f"Accuracies{images} of {many(found.seeds, 'training')} each, with {many(found.seeds, 'seed')}; the "
             "search's own was measured on validation images:"
         ),
-        _rows(titles, accuracies, right=True),
+        rows_text(titles, accuracies, right=True),
         "The 95 % intervals:",
-        _rows(["trial", "the mean over all seeds", "a new seed", "one model's sampling error"], intervals),
-        _bullets(_confirmed_sentences(found)),
+        rows_text(["trial", "the mean over all seeds", "a new seed", "one model's sampling error"], intervals),
+        bullets(_confirmed_sentences(found)),
     ]
-    return _paragraphs(parts)
+    return paragraphs(parts)
 
 
 def _confirmed_sentences(found: "Confirmed") -> list[str]:
@@ -246,7 +246,7 @@ def compared(found: "StudyComparison") -> str:
         "These are the sampling errors of two models. Both were chosen as the best of many, and another seed gives "
         "other models: `trialyard confirm` measures that."
     )
-    return _paragraphs([_rows(titles, cells), _bullets(sentences)])
+    return paragraphs([rows_text(titles, cells), bullets(sentences)])
 
 
 def compared_with_notebook(rows: "Sequence[NotebookRow]") -> str:
@@ -274,7 +274,7 @@ def compared_with_notebook(rows: "Sequence[NotebookRow]") -> str:
     if epochs:
         noun = "epoch" if epochs == [1] else "epochs"
         sentences.append(f"Trials with {' or '.join(map(str, epochs))} {noun}: the notebook trained for 20.")
-    return _paragraphs([_rows(titles, cells), _bullets(sentences)])
+    return paragraphs([rows_text(titles, cells), bullets(sentences)])
 
 
 def _accuracy(value: float | None) -> str:
@@ -310,7 +310,7 @@ def table(rows: "Sequence[Row]") -> tuple[list[str], list[list[str]]]:
 def leaderboard(rows: "Sequence[Row]") -> str:
     """The leaderboard as a Markdown table, or a sentence if it is empty."""
     titles, cells = table(rows)
-    return _rows(titles, cells, right=True) if cells else "No trial is complete."
+    return rows_text(titles, cells, right=True) if cells else "No trial is complete."
 
 
 def trial_note(
@@ -322,7 +322,7 @@ def trial_note(
     if trial.state == TrialState.FAIL:
         failure = attributes.failure(attrs.get("failure"))
         lines += [f"Failed ({escaped(failure['kind'])}):", fenced(failure["message"])]
-        return _paragraphs(lines)
+        return paragraphs(lines)
     judged = definition.judged_on
     if trial.state == TrialState.PRUNED:
         lines.append(f"Pruned after {attributes.last_step_text(trial)}.")
@@ -362,7 +362,7 @@ def trial_note(
         )
     if inside(Path(), attrs.get("model")) is not None:
         lines.append(f"- files, in the artifacts folder: `{attrs['model']}`, `{attrs.get('history')}`")
-    return _paragraphs(lines)
+    return paragraphs(lines)
 
 
 def escaped(text: str) -> str:
@@ -381,15 +381,15 @@ def fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _paragraphs(lines: Iterable[str]) -> str:
+def paragraphs(lines: Iterable[str]) -> str:
     return "\n\n".join(lines)
 
 
-def _bullets(sentences: Iterable[str]) -> str:
+def bullets(sentences: Iterable[str]) -> str:
     return "\n".join(f"- {escaped(sentence)}" for sentence in sentences)
 
 
-def _rows(titles: Sequence[str], cells: Sequence[Sequence[str]], *, right: bool = False) -> str:
+def rows_text(titles: Sequence[str], cells: Sequence[Sequence[str]], *, right: bool = False) -> str:
     lines = [[escaped(cell) for cell in line] for line in (titles, *cells)]
     lines.insert(1, ["---:" if right else "---"] * len(titles))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

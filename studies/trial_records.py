@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from storage import artifacts, attributes, settings
+from storage import attributes, settings
 from storage.artifact_store import ArtifactStore, ObjectFile
+from storage.artifacts import ALL, attempt_folder, inside
 from storage.attempt_table import Attempt, last_of_unfinished, of_trial
 from storage.ledger import Study
+from storage.metric import judged_on, protocol_of
 from storage.ranking import is_feasible, is_scored, ranked
 from storage.settings import Settings
 from storage.transactions import read
@@ -114,10 +116,11 @@ def trials(
     return records if limit is None else records[len(records) - min(limit, len(records)) :]
 
 
-def trial(name: str, number: int, storage: StorageLike = None) -> TrialDetails:
+def trial(name: str, number: int, storage: StorageLike = None, artifacts: str | Path | None = None) -> TrialDetails:
     """All that is known of trial `number` of study `name`: its attempts, curve, files, and the end of its log.
 
-    Files and logs are those of this machine; other machines may have more.
+    Files and logs are those of this machine; other machines may have more. Files are searched in
+    `artifacts`, a folder or the URL of an object store, by default that of the settings.
 
     >>> details = studies.trial("digits", 0)
     >>> details.record.state, len(details.attempts), len(details.curve.val_accuracy)
@@ -125,7 +128,8 @@ def trial(name: str, number: int, storage: StorageLike = None) -> TrialDetails:
 
     Raises StudyError if there is no such study or trial.
     """
-    opened, here = registry.storage_of(storage), settings.load()
+    opened, here = registry.storage_of(storage), settings.load(artifacts=artifacts)
+    store = here.artifact_store
     study = registry.find(name, opened)
     found = trial_of(study, number, opened)
     attempts = read(opened, lambda connection: of_trial(connection, found._trial_id))
@@ -134,10 +138,10 @@ def trial(name: str, number: int, storage: StorageLike = None) -> TrialDetails:
         study=name,
         record=record,
         attempts=tuple(attempts),
-        curve=curve_of(found, here.artifact_store),
+        curve=curve_of(found, store),
         attributes=found.user_attrs,
         log=_log(study, number, attempts[-1], here) if attempts else (),
-        files=_files(study, found, attempts, here.artifact_store),
+        files=_files(study, found, attempts, store),
     )
 
 
@@ -198,11 +202,9 @@ def _records(study: Study, found: Sequence[FrozenTrial], storage: RDBStorage) ->
 
 
 def _images(study: Study) -> int | None:
-    """How many images judge the trials that Trialyard ran; None where older versions did not record it."""
-    judged = "test" if study.definition["data"]["validation"] == "test" else "validation"
-    images = attributes.number(study.data.get(judged))
-    # A confirmation judges by the test images, whose number the study does not have.
-    return None if study.definition.get("confirm") is not None or not images else int(images)
+    """How many images judge the trials that Trialyard ran; None where it is not recorded."""
+    images = attributes.number(study.data.get(judged_on(protocol_of(study.definition))))
+    return int(images) if images else None
 
 
 def _record(trial: FrozenTrial, rank: int | None, last: Attempt | None, images: int | None) -> TrialRecord:
@@ -251,12 +253,10 @@ def _reason(trial: FrozenTrial, last: Attempt | None) -> str | None:
 def _files(
     study: Study, trial: FrozenTrial, attempts: Sequence[Attempt], store: ArtifactStore
 ) -> tuple[Path | ObjectFile, ...]:
-    folders = [
-        artifacts.attempt_folder(study.name, study.incarnation, trial.number, attempt.attempt) for attempt in attempts
-    ]
-    paths = [folder / name for folder in folders for name in artifacts.ALL]
+    folders = [attempt_folder(study.name, study.incarnation, trial.number, attempt.attempt) for attempt in attempts]
+    paths = [folder / name for folder in folders for name in ALL]
     # Those of older versions, and of a copied study, are elsewhere.
-    recorded = (artifacts.inside(Path(), trial.user_attrs.get(key)) for key in ("model", "history"))
+    recorded = (inside(Path(), trial.user_attrs.get(key)) for key in ("model", "history"))
     paths += [PurePosixPath(path) for path in recorded if path is not None]
     return tuple(store.existing(list(dict.fromkeys(paths))).values())
 

@@ -7,20 +7,25 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 from conftest import Call
 from optuna.distributions import FloatDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
+from sqlalchemy import insert
 
 import studies
 from search.sparkline import COLUMNS, sparkline
-from storage import claims, ledger
+from storage import claims, database, ledger
+from storage.artifacts import PREDICTIONS
 from storage.owners import Owner
 from storage.ranking import ranks
+from storage.tables import TrialUserAttributeModel
 from studies import registry, statistics
 from studies.errors import StudyError
+from studies.predictions import Predictions
 from studies.trial_records import TrialRecord, flat
 
 
@@ -147,6 +152,48 @@ def test_a_trial_in_the_terminal(finished_study: str, trialyard: Call, home: Pat
     code, out, err = trialyard("show", finished_study, "5")
     assert (code, out) == (1, "")
     assert err == f"error: study '{finished_study}' has no trial 5: its 5 trials are numbered from 0\n"
+
+
+def test_the_report_of_a_trial_has_all_that_is_known_of_it(finished_study: str, trialyard: Call, home: Path) -> None:
+    folder = home / "yard" / "artifacts" / "of-another-machine"
+    folder.mkdir()
+    labels, predicted = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
+    Predictions.of(
+        judged_on="validation",
+        images=np.zeros((4, 2, 2, 1), np.uint8),
+        labels=labels,
+        predicted=predicted,
+        probability=np.full(4, 0.75, np.float32),
+        classes=2,
+    ).write(folder / PREDICTIONS)
+    storage = database.connect(f"sqlite:///{home}/yard/studies.db")
+    relative = str((folder / PREDICTIONS).relative_to(home / "yard" / "artifacts"))
+    best = studies.best_trial(finished_study)
+    with storage.engine.begin() as connection:
+        row = {"trial_id": best._trial_id, "key": "predictions", "value_json": json.dumps(relative)}
+        connection.execute(insert(TrialUserAttributeModel).values(row))
+    text = studies.report(finished_study, format="markdown", trial=1)
+    assert text.startswith("# Trial 1 of trivial\n\n**complete**, rank 1; validation accuracy **0.9000**")
+    for line in (
+        "| dropout | 0.1 |",
+        "| 1 | 0.8000 |",
+        "| 0 | 2 | 1 | 0.5000 | 1 \\(1\\) |",
+        "| 1 | 0 | 1 | 0.75 |",
+        "## Attempts",
+    ):
+        assert line.replace("\\", "") in text.replace("\\", ""), text
+    assert "model.keras" in studies.report(finished_study, format="markdown", trial=0)
+    page = studies.report(finished_study, trial=1)
+    assert "<h1>Trial 1 of trivial</h1>" in page
+    assert all(f'<figure id="{kind}">' in page for kind in ("learning-curves", "confusion", "classes", "mistakes"))
+    assert '<figure id="progress">' not in page
+    code, out, err = trialyard("report", finished_study, "--trial", "3")
+    assert (code, out, err) == (0, "the report of trial 3 of trivial is in trivial-trial-3.html\n", "")
+    failed = (home / "trivial-trial-3.html").read_text(encoding="utf-8")
+    assert "<strong>failed</strong> (nan: the loss became nan)" in failed
+    assert "# Trial 2" not in trialyard("report", finished_study, "--trial", "2", "--format", "table")[1]
+    assert trialyard("report", finished_study, "--trial", "5")[0] == 1
+    assert not (home / "trivial-trial-5.html").exists()
 
 
 def test_all_trials_as_a_table_of_pandas(
