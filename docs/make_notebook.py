@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import plotly.io
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 from scipy import stats
 
 import studies
@@ -205,22 +205,28 @@ def filled(page: str) -> str:
 
 def draw(database: str, artifacts: Path) -> None:
     """Writes the FIGURES as SVG files."""
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page()
         for name, kinds in FIGURES.items():
             for kind in kinds:
                 figure = studies.figure(name, kind, storage=database, artifacts=artifacts)
-                file = Path(folder) / "figure.html"
-                file.write_text(plotly.io.to_html(figure, include_plotlyjs=True), encoding="utf-8")
-                page.goto(file.as_uri())
-                page.wait_for_selector(".main-svg")
-                address = page.evaluate(
-                    "Plotly.toImage(document.querySelector('.js-plotly-plot'), "
-                    "{format: 'svg', width: 800, height: 420, imageDataOnly: true})"
-                )
-                (PICTURES / f"{name}-{kind}.svg").write_text(address, encoding="utf-8")
+                save(page, figure, PICTURES / f"{name}-{kind}.svg")
         browser.close()
+
+
+def save(page: Page, figure: Any, path: Path) -> None:
+    """Draws a figure of Plotly's in the browser's `page`, and writes it to `path` as SVG."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figure.html"
+        file.write_text(plotly.io.to_html(figure, include_plotlyjs=True), encoding="utf-8")
+        page.goto(file.as_uri())
+        page.wait_for_selector(".main-svg")
+        svg = page.evaluate(
+            "Plotly.toImage(document.querySelector('.js-plotly-plot'), "
+            "{format: 'svg', width: 800, height: 420, imageDataOnly: true})"
+        )
+    path.write_text(svg, encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

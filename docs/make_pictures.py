@@ -13,6 +13,7 @@ that `playwright install chromium` downloads. The README quotes `docs/pictures/r
 """
 
 import argparse
+import codecs
 import os
 import pty
 import re
@@ -115,7 +116,7 @@ def record_terminal(folder: Path, options: Sequence[str], output: Path) -> None:
     """Searches in `folder`; writes `running.svg`, `result.svg`, and `result.txt` with the text of the latter."""
     command = ["run", "digits", "--devices", "cpu"]
     screen, middle = Screen(), [""]
-    for chunk in _printed([*command, *options], folder):
+    for chunk in printed([*command, *options], folder):
         screen.feed(chunk)
         if _is_middle(screen.text()):
             middle = list(screen.lines)
@@ -141,12 +142,13 @@ def _is_middle(text: str) -> bool:
     return len(ended) == int(progress[1]) and len(rows) == len(slots) and "starting" not in text
 
 
-def _printed(arguments: Sequence[str], folder: Path) -> Iterator[str]:
+def printed(arguments: Sequence[str], folder: Path) -> Iterator[str]:
     """What the command prints in a terminal, as it comes."""
     ours, theirs = pty.openpty()
     environment = _environment() | {"TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": "40"}
     process = subprocess.Popen(_command(arguments), cwd=folder, env=environment, stdout=theirs, stderr=theirs)
     os.close(theirs)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a chunk may end inside a character
     try:
         while True:
             try:
@@ -155,7 +157,7 @@ def _printed(arguments: Sequence[str], folder: Path) -> Iterator[str]:
                 break
             if not chunk:
                 break
-            yield chunk.decode("utf-8", errors="replace")
+            yield decoder.decode(chunk)
     finally:
         os.close(ours)
         process.wait()
@@ -174,6 +176,7 @@ def _environment() -> dict[str, str]:
 
 
 def _write_svg(path: Path, typed: str, lines: Sequence[str]) -> None:
+    """Writes a picture of a terminal with what was `typed`, and `lines` with their colours."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor")
         console.print(typed, style="bold green", highlight=False, markup=False)
@@ -192,7 +195,7 @@ def photograph_pages(folder: Path, output: Path) -> None:
     if report.returncode != 0:
         raise SystemExit(report.stderr)
     best = studies.best_trial("digits", f"sqlite:///{folder}/yard/studies.db").number
-    with _dashboard(folder) as address, _browser() as browser:
+    with _dashboard(folder) as address, open_browser() as browser:
         pages = {
             "report": ((folder / "digits-report.html").as_uri(), ".js-plotly-plot"),
             "studies": (f"{address}/dashboard", "text=digits"),
@@ -210,7 +213,8 @@ def photograph_pages(folder: Path, output: Path) -> None:
 
 
 @contextmanager
-def _browser() -> Iterator[Browser]:
+def open_browser() -> Iterator[Browser]:
+    """A headless Chromium, while the block runs."""
     with sync_playwright() as playwright:
         # Without a path Playwright starts the Chromium that it has downloaded.
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=ARGUMENTS)

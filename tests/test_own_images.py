@@ -1,22 +1,26 @@
 """The page about own images is true: its commands lead from a folder to a confirmed and exported model."""
 
+import importlib
 import json
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from conftest import ended
 from image_files import write_digits
 
 import search
+from search import data, image_folder
 from studies import draft
-from studies.definition import load
+from studies.definition import Data
 
-PAGE = (Path(__file__).parents[1] / "docs" / "own-images.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "own-images.md").read_text(encoding="utf-8")
 CLASSES = ("cats", "dogs")
 
 
@@ -39,27 +43,29 @@ def test_the_script_of_the_page_can_be_searched(home: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_six_commands_lead_from_a_folder_to_a_confirmed_model(home: Path, start: Callable[..., Any]) -> None:
+def test_six_commands_lead_from_a_folder_to_a_confirmed_model(
+    home: Path, start: Callable[..., Any], first_hour: ModuleType
+) -> None:
+    """Those of this page and of `docs/first-hour.md`, run by the script that makes the latter."""
+    commands = [line.partition("#")[0].split() for line in _block("sh").splitlines()]
+    assert commands == [["trialyard", *command.split()] for command in first_hour.COMMANDS]
     write_digits(home / "photos", 120, CLASSES)
     (home / "photos" / "cats" / "bad.jpg").write_bytes(b"no image")
-    printed = {}
-    for line in _block("sh").splitlines():
-        words = shlex.split(line, comments=True)[1:]
-        more = {"confirm": ["--top", "1", "--seeds", "2"]}.get(words[0], [])
-        process = start(*words, *more)
-        out, err = process.communicate(timeout=300)
-        if words[0] == "check":  # a file is bad, and `check` says so
-            assert process.returncode == 1
+
+    def call(arguments: Sequence[str]) -> str:
+        if arguments[0] == "check":  # a file is bad, and `check` says so
+            _, err = ended(start(*arguments), code=1)
             assert re.search(r"1 of the 121 image files of .*/photos/ cannot be read \(cats/bad.jpg\)", err)
             (home / "photos" / "cats" / "bad.jpg").unlink()
-            process = start(*words)
-            out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        printed[words[0]] = out
-        if words[0] == "init":
-            _make_small(home / "photos.toml")
-    assert "classes: cats, dogs" in printed["check"]
-    assert "in 2 classes" in printed["check"]
+        more = ["--top", "1", "--seeds", "2"] if arguments[0] == "confirm" else []
+        return ended(start(*arguments, *more))[0]
+
+    steps = first_hour.follow(home, call, SMALLER)
+    assert [step.command for step in steps] == list(first_hour.COMMANDS)
+    checked, searched = steps[1].output, steps[2].output
+    assert "classes: cats, dogs" in checked
+    assert "in 2 classes" in checked
+    assert "best of photos: trial" in searched
     exported = home / "best-photos"
     record = json.loads((exported / "trial.json").read_text(encoding="utf-8"))
     assert record["data"]["class_names"] == ["cats", "dogs"]
@@ -76,19 +82,44 @@ def test_six_commands_lead_from_a_folder_to_a_confirmed_model(home: Path, start:
     assert done.stdout.splitlines()[-1] in ("['cats']", "['dogs']")
 
 
-def _make_small(file: Path) -> None:
-    """Trials of a few seconds."""
-    text = file.read_text(encoding="utf-8")
-    for old, new in (
-        ("size = [64, 64]", "size = [8, 8]"),
-        ("trials = 20", "trials = 2"),
-        ("epochs = 10", "epochs = 1"),
-        ("high = 3 }", "high = 2 }"),
-        ("width = ", "# width = "),
-        ("[fixed]", "[fixed]\nwidth = 0.25\nbatch_size = 16"),
-        ('kind = "hyperband"', 'kind = "none"'),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    file.write_text(text, encoding="utf-8")
-    assert load(str(file)).trials == 2
+# Trials of a few seconds.
+SMALLER = (
+    ("size = [64, 64]", "size = [8, 8]"),
+    ("trials = 20", "trials = 2"),
+    ("epochs = 10", "epochs = 1"),
+    ("high = 3 }", "high = 2 }"),
+    ("width = ", "# width = "),
+    ("[fixed]", "[fixed]\nwidth = 0.25\nbatch_size = 16"),
+    ('kind = "hyperband"', 'kind = "none"'),
+)
+
+
+@pytest.fixture
+def first_hour(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The program that makes `docs/first-hour.md`."""
+    monkeypatch.syspath_prepend(DOCS)
+    for name in ("make_first_hour", "make_notebook", "make_pictures"):  # no test after this one shall find them
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.delitem(sys.modules, name)
+    return importlib.import_module("make_first_hour")
+
+
+def test_the_first_hour_s_page_is_that_of_its_record(first_hour: ModuleType) -> None:
+    page = (DOCS / "first-hour.md").read_text(encoding="utf-8")
+    assert [step.command for step in first_hour.read_record()] == list(first_hour.COMMANDS)
+    assert first_hour.filled(page) == page
+    for old, new in first_hour.EDITS:
+        assert old in _block("toml"), "`init` writes it"
+        assert new in page
+
+
+def test_the_first_hour_s_images_are_real_digits_of_three_classes(
+    first_hour: ModuleType, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = data.load("digits", Data(validation=0.1), [])
+    monkeypatch.setattr(first_hour.data, "load", lambda *_: digits)
+    monkeypatch.setattr(first_hour, "IMAGES", 20)
+    picture = first_hour.write_photos(home / "photos")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    listed = image_folder.listing(home / "photos", Data())
+    assert (listed.classes, len(listed.train)) == (("eight", "five", "three"), 60)
