@@ -5,7 +5,8 @@
 
 import re
 import shlex
-from pathlib import PurePosixPath
+import shutil
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import kubernetes_validate
@@ -188,6 +189,20 @@ def test_it_is_the_same_database_and_dashboard_as_in_compose() -> None:
 
 def test_the_study_of_the_job_is_right() -> None:
     assert definitions.load(str(FOLDER / "study" / "study.toml")).trials > 0
+
+
+def test_one_change_gives_what_is_applied_by_itself_another_registry(tmp_path: Path) -> None:
+    applied = {FOLDER, *(ROOT / path for path in re.findall(r"kubectl apply --kustomize (\S+)", DEPLOYMENT))}
+    assert len(applied) == 4
+    for folder in applied:
+        copy = shutil.copytree(folder, tmp_path / folder.name)
+        file = copy / "kustomization.yaml"
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace("newName: trialyard", "newName: registry.example/trialyard"), encoding="utf-8")
+        images = {one["image"] for part in manifests.build(copy) for one in manifests.containers_of(part)}
+        ours = {image for image in images if "trialyard" in image}
+        assert ours
+        assert all(image.startswith("registry.example/trialyard:") for image in ours)
 
 
 def test_the_commands_of_the_page_name_what_exists() -> None:
