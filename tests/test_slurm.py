@@ -116,6 +116,8 @@ def test_several_nodes_need_artifacts_that_all_see(
     with pytest.raises(SlurmError, match=r"artifacts folder .*\(ext4\).*2 nodes: set TRIALYARD_ARTIFACTS"):
         search.submit_to_slurm(jobs=2)
     assert not pretended_slurm.exists()
+    monkeypatch.setenv("TRIALYARD_ARTIFACTS", "s3://bucket/trialyard")
+    assert search.submit_to_slurm(jobs=2).job == "12"
     (home / "mounts").write_text("/dev/sda1 / ext4 rw 0 0\nserver@tcp:/x /shared lustre rw 0 0\n", encoding="utf-8")
     monkeypatch.setenv("TRIALYARD_ARTIFACTS", "/shared/artifacts")
     assert search.submit_to_slurm(jobs=2).job == "12"
