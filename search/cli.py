@@ -364,39 +364,8 @@ def compare(
         print_notebook_rows(rows)
 
 
-@app.command(rich_help_panel=OPERATE)
-def pause(study: StudyArgument, storage: StorageOption = None) -> None:
-    """Put a study's trials back into the queue, and start no more."""
-    from search.terminal import say
-    from studies import registry
-
-    registry.pause(study, settings_of(storage).url)
-    say(f"study {study} is paused: `trialyard resume {study}` lets its workers go on")
-
-
-@app.command(rich_help_panel=OPERATE)
-def resume(study: StudyArgument, storage: StorageOption = None) -> None:
-    """Go on with a study that was paused or stopped."""
-    from search.terminal import say
-    from studies import registry
-
-    registry.resume(study, settings_of(storage).url)
-    say(f"study {study} is open: `trialyard work {study}` works on it where no worker waits")
-
-
-@app.command(rich_help_panel=OPERATE)
-def stop(study: StudyArgument, storage: StorageOption = None) -> None:
-    """End a study with the trials that it has.
-
-    Those that run go back to the queue and stay there.
-    """
-    from search.terminal import say
-    from studies import registry
-
-    registry.stop(study, settings_of(storage).url)
-    say(f"study {study} is stopped: `trialyard leaderboard {study}` shows its results")
-
-
+for command in (study_commands.pause, study_commands.resume, study_commands.stop):
+    app.command(rich_help_panel=OPERATE)(command)
 app.command(rich_help_panel=OPERATE)(study_commands.enqueue)
 app.command(rich_help_panel=OPERATE)(study_commands.retry)
 # -5 is a number here, and no option.

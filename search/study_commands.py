@@ -1,4 +1,4 @@
-"""The commands that give a study more to do, or let it go first."""
+"""The commands that pause or end a study, give it more to do, or let it go first."""
 
 import tomllib
 from typing import Annotated, Any
@@ -6,6 +6,36 @@ from typing import Annotated, Any
 import typer
 
 from search.options import StorageOption, StudyArgument, settings_of
+
+
+def pause(study: StudyArgument, storage: StorageOption = None) -> None:
+    """Put a study's trials back into the queue, and start no more."""
+    from search.terminal import say
+    from studies import registry
+
+    registry.pause(study, settings_of(storage).url)
+    say(f"study {study} is paused: `trialyard resume {study}` lets its workers go on")
+
+
+def resume(study: StudyArgument, storage: StorageOption = None) -> None:
+    """Go on with a study that was paused or stopped."""
+    from search.terminal import say
+    from studies import registry
+
+    registry.resume(study, settings_of(storage).url)
+    say(f"study {study} is open: `trialyard work {study}` works on it where no worker waits")
+
+
+def stop(study: StudyArgument, storage: StorageOption = None) -> None:
+    """End a study with the trials that it has.
+
+    Those that run go back to the queue and stay there.
+    """
+    from search.terminal import say
+    from studies import registry
+
+    registry.stop(study, settings_of(storage).url)
+    say(f"study {study} is stopped: `trialyard leaderboard {study}` shows its results")
 
 
 def enqueue(
