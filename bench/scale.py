@@ -12,21 +12,38 @@ With --costs it measures instead what else a worker and its owner wait for, in s
 finished trials that have a model each: the first look at a study by a sampler (which reads its trials), a later look, a
 trial's end with the models that are kept, `status`, and the search of `storage prune` for files that no trial needs.
 Prints the milliseconds, and the ratio to the first row.
+
+    python bench/scale.py --slots 512 [--workers 64] [--trial-seconds 0] [--rounds 1] [--pgbouncer] [--pool 20]
+                          [--finished 100 100000] [--url postgresql://...]
+
+With --slots so many slots, in --workers processes that each have the connections of a real worker, share one study on
+PostgreSQL: a slot claims a trial, reports 20 epochs, spread over --trial-seconds, and finishes it, --rounds times on
+average. With --pgbouncer the same again through PgBouncer in transaction mode with --pool connections to the server.
+Prints the claims a second, the median and the 99th percentile of claim and report, the most connections that the server
+had, and whether the study has exactly its budget.
 """
 
 import argparse
+import logging
 import multiprocessing
+import queue
+import random
 import statistics
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy
 from optuna.trial import TrialState
+from pooler import pooled
 from rich.console import Console
 from rich.table import Table
 
@@ -50,6 +67,7 @@ CLAIMANTS = (1, 8, 32)
 FINISHED = (100, 1_000, 10_000)
 STEPS = 20
 GRACE_SECONDS = 120.0
+PATIENCE_SECONDS = 600.0
 KEPT = 10  # models of each study
 
 DEFINITION = """
@@ -58,7 +76,7 @@ dataset = "digits"
 model = "convnet"
 
 [budget]
-trials = 1_000_000
+trials = {trials}
 
 [space]
 dropout = {{ low = 0.0, high = 0.7 }}
@@ -68,10 +86,10 @@ depth = 3
 """
 
 
-def study_of(storage: PatientStorage, finished: int) -> str:
-    """Creates a study with so many finished trials of 20 epochs, with all rows that a real trial has."""
+def study_of(storage: PatientStorage, finished: int, trials: int = 1_000_000) -> str:
+    """Creates a study with so many finished trials of 20 epochs, with all rows that a real trial has, and a budget."""
     name = f"scale-{finished}-{uuid.uuid4().hex[:6]}"
-    definition = parse(DEFINITION.format(name=name))
+    definition = parse(DEFINITION.format(name=name, trials=trials))
     registry.create(definition, storage, {"fingerprint": "0" * 16})
     study_id = registry.find(name, storage).id
     distribution = '{"name": "FloatDistribution", "attributes": {"step": null, "low": 0.0, "high": 0.7, "log": false}}'
@@ -107,12 +125,19 @@ def study_of(storage: PatientStorage, finished: int) -> str:
                 (TrialParamModel, {"param_name": "dropout", "param_value": 0.5, "distribution_json": distribution}),
             ):
                 connection.execute(sqlalchemy.insert(model), [row | extra for row in id_rows])
-            steps = [
-                row | {"step": step, "intermediate_value": 0.9, "intermediate_value_type": kind}
-                for row in id_rows
-                for step in range(1, STEPS + 1)
-            ]
-            connection.execute(sqlalchemy.insert(TrialIntermediateValueModel), steps)
+            # Made by the database: two million rows for 100,000 trials.
+            steps = sqlalchemy.union_all(
+                *(sqlalchemy.select(sqlalchemy.literal(step).label("step")) for step in range(1, STEPS + 1))
+            ).subquery()
+            value, kind_type = sqlalchemy.literal(0.9), TrialIntermediateValueModel.intermediate_value_type.type
+            connection.execute(
+                sqlalchemy.insert(TrialIntermediateValueModel).from_select(
+                    ["trial_id", "step", "intermediate_value", "intermediate_value_type"],
+                    sqlalchemy.select(TrialModel.trial_id, steps.c.step, value, sqlalchemy.literal(kind, kind_type))
+                    .join(steps, sqlalchemy.true())
+                    .where(TrialModel.study_id == study_id, TrialModel.number.between(numbers[0], numbers[-1])),
+                )
+            )
 
         transactions.write(storage, None, fill)
     return name
@@ -221,6 +246,109 @@ def print_costs(kind: str, url: str, sizes: Sequence[int], folder: Path) -> None
     Console().print(table)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What the slots of one worker process do."""
+
+    url: str
+    study: str
+    slots: int
+    trial_seconds: float
+
+
+def slots_of_worker(
+    load: Load, index: int, start: "Barrier", out: "multiprocessing.Queue[dict[str, list[float]]]"
+) -> None:
+    """Fills the slots of one process until nothing is left; sends the seconds of each call, by its name."""
+    logging.disable(logging.WARNING)  # a server that has no connection left is asked again
+    storage = database.connect_with_retries(load.url, PATIENCE_SECONDS)
+    study = ledger.find(storage, load.study)
+    times: dict[str, list[float]] = {"claim": [], "report": [], "finish": []}
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        result = call()
+        times[name].append(time.perf_counter() - began)
+        return result
+
+    def fill(number: int) -> None:
+        me = owners.this_slot(f"cpu:{index}.{number}")
+        while (claim := timed("claim", partial(claims.claim, storage, study, me, GRACE_SECONDS))) is not None:
+            for step in range(1, STEPS + 1):
+                time.sleep(load.trial_seconds / STEPS * random.uniform(0.8, 1.2))
+                timed("report", partial(claims.record_epochs, storage, claim, {step: 0.5}))
+            timed("finish", partial(claims.finish, storage, claim, TrialState.COMPLETE, 0.5, {"epochs": STEPS}))
+
+    start.wait()
+    threads = [threading.Thread(target=fill, args=(number,)) for number in range(load.slots)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    storage.engine.dispose()
+    out.put(times)
+
+
+def run_slots(load: Load, workers: int, server_url: str) -> tuple[float, dict[str, list[float]], int]:
+    """Runs so many workers; returns the seconds, the times of their calls, and the most connections of the server."""
+    context = multiprocessing.get_context("fork")  # they share their memory; nothing has a thread or a connection yet
+    start, out = context.Barrier(workers + 1), context.Queue()
+    processes = [context.Process(target=slots_of_worker, args=(load, each, start, out)) for each in range(workers)]
+    for process in processes:
+        process.start()
+    start.wait()
+    began, found, most = time.monotonic(), list[dict[str, list[float]]](), 0
+    watching = sqlalchemy.create_engine(server_url.replace("postgresql:", "postgresql+psycopg:"))
+    count = sqlalchemy.text("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'")
+    with watching.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        while len(found) < workers:
+            most = max(most, connection.execute(count).scalar_one() - 1)
+            try:
+                found.append(out.get(timeout=0.5))
+            except queue.Empty:
+                assert all(process.exitcode in (None, 0) for process in processes), "a worker failed"
+    seconds = time.monotonic() - began
+    watching.dispose()
+    for process in processes:
+        process.join()
+    return seconds, {name: sorted(value for one in found for value in one[name]) for name in found[0]}, most
+
+
+def measure_slots(arguments: argparse.Namespace, url: str) -> None:
+    """Measures each number of finished trials, directly and, if asked for, through PgBouncer."""
+    table = Table(
+        title=f"{arguments.slots} slots in {arguments.workers} workers, trials of {arguments.trial_seconds:g} s"
+    )
+    for title in ("finished trials", "way", "claims/s", "claim ms", "report ms", "finish ms", "connections", "exact"):
+        table.add_column(title, justify="right")
+    new = arguments.slots * arguments.rounds
+    for finished in arguments.finished or (100, 100_000):
+        storage = database.create(url)
+        name, expected = study_of(storage, finished, trials=finished), finished
+        for way in ("directly", "PgBouncer") if arguments.pgbouncer else ("directly",):
+            expected += new
+            study = ledger.find(storage, name)
+            ledger.raise_budget(storage, study, ledger.Budget(trials=expected, hours=None))
+            storage.engine.dispose()
+            with pooled(url, arguments.pool) if way == "PgBouncer" else nullcontext(url) as through:
+                load = Load(
+                    url=through,
+                    study=name,
+                    slots=arguments.slots // arguments.workers,
+                    trial_seconds=arguments.trial_seconds,
+                )
+                seconds, times, most = run_slots(load, arguments.workers, url)
+            counts = ledger.counts(storage, study.id)
+            waits = [
+                f"{1000 * statistics.median(times[call]):,.0f}, {1000 * times[call][int(0.99 * len(times[call]))]:,.0f}"
+                for call in ("claim", "report", "finish")
+            ]
+            exact = "yes" if (counts.complete, counts.running, counts.waiting) == (expected, 0, 0) else str(counts)
+            table.add_row(f"{finished:,}", way, f"{new / seconds:.1f}", *waits, str(most), exact)
+            Console(width=120).print(table)  # what there is so far: the next row takes its time
+        storage.engine.dispose()
+
+
 @contextmanager
 def server(url: str | None) -> Iterator[str]:
     """A new database on the server at `url`, or on one that this function starts."""
@@ -241,12 +369,21 @@ def main() -> None:
     parser.add_argument("--url", help="a PostgreSQL database that may be filled")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each row")
     parser.add_argument("--costs", action="store_true", help="what else is waited for, instead of claims")
-    parser.add_argument("--finished", type=int, nargs="+", default=[100, 10_000, 100_000], help="with --costs")
+    parser.add_argument("--finished", type=int, nargs="+", help="with --costs or --slots")
+    parser.add_argument("--slots", type=int, help="so many slots on one study, instead of claims")
+    parser.add_argument("--workers", type=int, default=64)
+    parser.add_argument("--trial-seconds", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--pgbouncer", action="store_true", help="with --slots: also through PgBouncer")
+    parser.add_argument("--pool", type=int, default=20, help="PgBouncer's connections to the server")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, server(arguments.url) as postgresql:
+        if arguments.slots is not None:
+            measure_slots(arguments, postgresql)
+            return
         for kind, url in (("SQLite", f"sqlite:///{folder}/studies.db"), ("PostgreSQL", postgresql)):
             if arguments.costs:
-                print_costs(kind, url, arguments.finished, Path(folder))
+                print_costs(kind, url, arguments.finished or (100, 10_000, 100_000), Path(folder))
                 continue
             table = Table(title=f"{kind}: claims")
             for title in ("claimants", "finished trials", "claims/s", "median ms", "99 % ms", "ratio"):

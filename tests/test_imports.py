@@ -113,6 +113,7 @@ COMMANDS = [
     ["trials", "small"],
     ["show", "small", "0"],
     ["retry", "small"],
+    ["priority", "small", "2"],
     ["import", "notebook"],
     ["report", "small"],
     ["storage", "check"],
