@@ -28,7 +28,7 @@ from storage.transactions import PatientStorage, read
 ray = pytest.importorskip("ray", reason="needs Ray: `pip install '.[ray]'`")
 
 ROOT = Path(__file__).parents[1]
-EPOCHS = 25  # of a trial: enough for something to happen to it meanwhile
+EPOCHS = 12  # of a trial: enough to be held in the middle
 Write = Callable[..., Path]
 
 
@@ -61,6 +61,27 @@ def _wait(what: Callable[[], Any], seconds: float = 60.0) -> Any:
         assert time.monotonic() < until_then, "it took too long"
         time.sleep(0.1)
     return found
+
+
+def _held(storage: PatientStorage) -> dict[int, psutil.Process]:
+    """Suspends the trainer processes of two slots in the middle of their trials; by the pids of the slots."""
+    held: dict[int, psutil.Process] = {}
+
+    def hold() -> bool:
+        for slot in read(storage, slots.present):
+            if slot.pid not in held and slot.epoch:
+                trainers = [
+                    child
+                    for child in psutil.Process(slot.pid).children()
+                    if "search.trainer_process" in child.cmdline()
+                ]
+                for trainer in trainers:
+                    trainer.suspend()
+                    held[slot.pid] = trainer
+        return len(held) == 2
+
+    _wait(hold, 120.0)
+    return held
 
 
 def _words(documented: str, *more: str) -> list[str]:
@@ -156,8 +177,8 @@ def test_each_trainer_sees_the_gpu_that_ray_gives_it_and_a_killed_actor_or_comma
     # A whole GPU for each slot.
     with_token = os.environ | {"RAY_AUTH_MODE": "token"}
     process = start(*_documented_work(head, workers="2", gpus="1"), program=COMMAND, variables=with_token)
-    for number in (0, 1):
-        until(process, f"small trial {number} epoch")
+    for trainer in _held(storage).values():
+        trainer.resume()
     process.send_signal(signal.SIGTERM)
     _, err = ended(process, 130)
     assert "is back in the queue; the same command goes on" in err
@@ -168,11 +189,12 @@ def test_each_trainer_sees_the_gpu_that_ray_gives_it_and_a_killed_actor_or_comma
 
     # Two slots share one, with the token that Ray finds for this machine's own cluster. One of them is killed.
     process = start(*_documented_work("auto", workers="2", gpus="0.5"), program=COMMAND)
-    for number in (0, 1):
-        until(process, f"small trial {number} epoch")
+    held = _held(storage)
     present = read(storage, slots.present)
     assert {slot.slot for slot in present} in ({"gpu:0.0", "gpu:0.1"}, {"gpu:1.0", "gpu:1.1"})
     os.kill(present[0].pid, signal.SIGKILL)
+    for trainer in held.values():
+        trainer.resume()
     _, err = ended(process)
     assert "begins again: it was on gpu:" in err
     shared = pins()[2:]
@@ -268,9 +290,12 @@ def test_a_node_and_then_the_head_are_lost_and_a_plain_worker_finishes_with_the_
 
     # One of two nodes dies, and another one comes.
     process = start(*work, program=[sys.executable, *IMPATIENT], variables=variables)
-    for number in (0, 1):
-        until(process, f"small trial {number} epoch")
-    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    held = _held(storage)
+    slot, trainer = held.popitem()
+    raylet = psutil.Process(slot).ppid()
+    (node,) = (node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.pid == raylet)
+    cluster.remove_node(node, allow_graceful=False)
+    trainer.resume()
     new_node("ray start --address", f"--address={cluster.address}", "--num-cpus=1")
     until(process, "begins again: it was on cpu:")
     # A node dies as a machine does not: its processes of this machine are known to be gone, so nobody waits.
@@ -278,6 +303,8 @@ def test_a_node_and_then_the_head_are_lost_and_a_plain_worker_finishes_with_the_
 
     os.kill(cluster.head_node.all_processes["gcs_server"][0].process.pid, signal.SIGKILL)
     _, err = ended(process, 1)
+    for trainer in held.values():
+        trainer.resume()
     assert "the head of the Ray cluster is lost" in err
     ended(start("work", "small"))
     _assert_spent(storage, 2)
