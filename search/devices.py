@@ -311,17 +311,28 @@ def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:
     return Device(kind="cpu", name=name, flags=flags, vendor=fields.get("vendor_id", ""))
 
 
-def precision_for(device: Device, wanted: Precision, began: str | None = None) -> tuple[str, str]:
-    """Keras's dtype policy for `device`, and the reason in words. `began` is that of the study's first trials."""
+def precision_for(
+    device: Device, wanted: Precision, began: str | None = None, *, own_model: bool = False
+) -> tuple[str, str]:
+    """Keras's dtype policy for `device`, and the reason in words. `began` is that of the study's first trials.
+
+    With `own_model` the model is a user's function. In bfloat16 its probabilities have three digits, unless its last
+    layer has the dtype float32. So the definition must ask for bfloat16.
+    """
     if wanted != "auto":
         return wanted, "the definition asks for it"
-    own, reason = _precision_of(device)
+    own, reason = (
+        ("float32", "a model of your own trains in it, unless `precision` asks for another")
+        if own_model
+        else _precision_of(device)
+    )
     return (own, reason) if began in (None, own) else (str(began), "the study began in it, on another device")
 
 
-def common_precision(slots: Sequence[Slot], wanted: Precision) -> str:
+def common_precision(slots: Sequence[Slot], wanted: Precision, *, own_model: bool = False) -> str:
     """Keras's dtype policy for a study that begins on these `slots`: bfloat16 only if all of them compute in it."""
-    return min(precision_for(slot.device, wanted)[0] for slot in slots)  # float32 comes before mixed_bfloat16
+    # float32 comes before mixed_bfloat16.
+    return min(precision_for(slot.device, wanted, own_model=own_model)[0] for slot in slots)
 
 
 def _precision_of(device: Device) -> tuple[str, str]:

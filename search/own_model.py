@@ -43,8 +43,6 @@ def check(definition: Definition, hyperparameters: Mapping[str, Any], dataset: D
     _check_saving(net, name, images)
     if definition.confirm is None:
         notes += _check_reads(definition, hyperparameters, dataset)
-    if definition.precision == "auto" and policy == "float32":
-        notes += _note_in_bfloat16(name, hyperparameters, dataset, images[:1])
     return tuple(notes)
 
 
@@ -243,18 +241,3 @@ def _names_read(name: str, hyperparameters: Mapping[str, Any], dataset: Dataset)
         return noted.read
     used_in_training = {"batch_size"} if net.compiled else set(model_rules.TRAINING)
     return noted.read | used_in_training
-
-
-def _note_in_bfloat16(name: str, hyperparameters: Mapping[str, Any], dataset: Dataset, image: Array) -> list[str]:
-    """Whether another machine, which computes in bfloat16, would refuse the model."""
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    try:
-        outputs = build(name, hyperparameters, dataset.image_shape, dataset.classes)(image, training=False)
-    finally:
-        keras.config.set_dtype_policy("float32")
-    if not (hasattr(outputs, "dtype") and _is_short(outputs)):
-        return []
-    return [
-        f"{name} is refused on machines that train in bfloat16, because it would compute its probabilities in "
-        f"bfloat16: {FLOAT32}"
-    ]

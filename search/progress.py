@@ -281,8 +281,9 @@ def display(
     for study in studies or ():
         with contextlib.suppress(DefinitionError):  # of a later version: the worker says why it leaves this study
             definition = from_json(study.definition)
-            began = study.precision or common_precision(slots, definition.precision)
-            precision, reason = precision_for(slots[0].device, definition.precision, began)
+            wanted, own_model = definition.precision, definition.has_own_model
+            began = study.precision or common_precision(slots, wanted, own_model=own_model)
+            precision, reason = precision_for(slots[0].device, wanted, began, own_model=own_model)
             lines.append(f"{study.name}: {where} in {precision}: {reason}")
 
     return display_of(lines, studies, storage, [slot.name for slot in slots], console)

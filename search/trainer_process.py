@@ -194,7 +194,7 @@ def _trained(
     from search import checks, data, training_loop
 
     wanted = job.definition
-    precision = precision_for(job.slot.device, wanted.precision, job.precision)
+    precision = precision_for(job.slot.device, wanted.precision, job.precision, own_model=wanted.has_own_model)
     sources = _sources(wanted)
     if job.folder is None:
         if job.recipe.confirms:

@@ -410,7 +410,9 @@ class _OpenStudies:
             # Read again: a study without trials has taken over this machine's.
             sources=registry.sources(ledger.find(self._storage, study.name)),
             precision=ledger.record_precision(
-                self._storage, study, common_precision(self._slots, definition.precision)
+                self._storage,
+                study,
+                common_precision(self._slots, definition.precision, own_model=definition.has_own_model),
             ),
             # One each: Optuna's would give the finished trials of a deleted study that had the same number.
             cached=TrialCache(self._storage),

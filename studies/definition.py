@@ -173,6 +173,11 @@ class Definition(_Table):
         """Which images give a trial its value."""
         return metric.judged_on(self.protocol)
 
+    @property
+    def has_own_model(self) -> bool:
+        """Whether the model is a user's function."""
+        return is_function(self.model)
+
     def values_of(self, name: str) -> tuple[Any, ...] | None:
         """All values that the trainings may give to a hyperparameter; only the ends of a range without steps.
 

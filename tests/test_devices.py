@@ -64,6 +64,16 @@ def test_a_study_keeps_the_precision_that_it_began_with() -> None:
     assert precision_for(A100, "float32", "mixed_bfloat16") == ("float32", "the definition asks for it")
 
 
+def test_a_model_of_one_s_own_trains_in_bfloat16_only_where_the_definition_asks_for_it() -> None:
+    assert precision_for(A100, "auto", own_model=True) == (
+        "float32",
+        "a model of your own trains in it, unless `precision` asks for another",
+    )
+    assert precision_for(A100, "mixed_bfloat16", own_model=True)[0] == "mixed_bfloat16"
+    assert precision_for(A100, "auto", "mixed_bfloat16", own_model=True)[0] == "mixed_bfloat16", "an older study"
+    assert devices.common_precision([Slot(device=A100)], "auto", own_model=True) == "float32"
+
+
 def test_mixed_cards_begin_in_the_precision_that_all_of_them_have() -> None:
     assert devices.common_precision([Slot(device=A100)], "auto") == "mixed_bfloat16"
     assert devices.common_precision([Slot(device=A100), Slot(device=T4)], "auto") == "float32"

@@ -164,12 +164,10 @@ def test_a_model_that_cannot_serve_a_search_is_refused(check: Callable[..., Any]
     assert "\n" not in str(caught.value)
 
 
-def test_probabilities_in_bfloat16_are_refused_where_it_trains_in_bfloat16(check: Callable[..., Any]) -> None:
+def test_probabilities_in_bfloat16_are_refused_where_the_definition_asks_for_it(check: Callable[..., Any]) -> None:
     with pytest.raises(ModelError, match=r'probabilities in bfloat16, .* dtype="float32", or write precision'):
         check("short", policy="mixed_bfloat16")
-    (note,) = check("short")
-    assert "is refused on machines that train in bfloat16" in note
-    assert check("short", more='precision = "float32"') == ()
+    assert check("short") == ()
     assert check("good", policy="mixed_bfloat16", space=FILTERS) == ()
 
 
