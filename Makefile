@@ -38,9 +38,9 @@ lint: .venv/installed-dev
 	touch $@
 
 # Renews the locks from pyproject.toml; needs uv. They name no index, so any mirror works. The second and third lock use
-# the versions of the first.
+# the versions of the first. The extra s3 is one small package, and in the image workers need no shared disk with it.
 LOCKED := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
-	pyproject.toml --group build
+	pyproject.toml --group build --extra s3
 lock:
 	$(LOCKED) -o requirements.lock
 	$(LOCKED) --group dev -c requirements.lock -o requirements-dev.lock

@@ -80,8 +80,8 @@ def this_node(marker: str | None) -> Node:
     return Node(
         host=socket.gethostname(),
         version=version("trialyard"),
-        sees_artifacts=marker is None
-        or os.path.exists(marker),  # False as well if this user may not look into the folder
+        # False as well if this user may not look into the folder.
+        sees_artifacts=marker is None or os.path.exists(marker),
     )
 
 

@@ -190,7 +190,7 @@ class ObjectStore(ArtifactStore):
         except ImportError:
             raise SettingsError(
                 f"TRIALYARD_ARTIFACTS = {self.url!r} needs the package obstore, which is not installed: "
-                "`pip install 'trialyard[s3]'`, or name a folder"
+                "`pip install '.[s3]'` in Trialyard's folder, or name a folder"
             ) from None
         options: ClientConfig = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT, "timeout": TIMEOUT}
         if _endpoint().startswith("http://"):
