@@ -235,7 +235,7 @@ def work(
     here = settings_of(storage)
     if slurm_command.submit(
         *(studies or ()),
-        asked=slurm_command.Asked(jobs=slurm, gpus=None if ray else gpus, sbatch=sbatch or (), only_print=print_script),
+        asked=slurm_command.Asked(jobs=slurm, gpus=gpus, sbatch=sbatch or (), only_print=print_script),
         storage=storage,
         devices=chosen_devices,
         per_device=per_device,

@@ -269,7 +269,9 @@ def work(
     if ray is not None and (devices != "auto" or per_device is not None):
         raise WorkerError("with --ray, Ray chooses the devices: give --gpus in place of --devices and --per-device")
     if ray is None and gpus is not None:
-        raise WorkerError("--gpus is for slots on a Ray cluster: give --ray, too, or --per-device in its place")
+        raise WorkerError(
+            "--gpus is for jobs of Slurm and slots on Ray: give --slurm or --ray, too, or --per-device in its place"
+        )
     if ray is not None and (minutes is not None or idle_minutes is not None):
         raise WorkerError("--minutes and --idle-minutes are for the slots of this machine: leave them out with --ray")
     limits = Limits(minutes, idle_minutes)

@@ -26,10 +26,8 @@ def submit(*studies: str, asked: Asked, **options: Any) -> bool:
     `options` are those of `search.service.submit_to_slurm`.
     """
     if asked.jobs is None:
-        if asked.gpus is not None or asked.sbatch or asked.only_print:
-            raise typer.BadParameter(
-                "--sbatch and --print are for jobs of Slurm, and --gpus for them or --ray: give --slurm N, too"
-            )
+        if asked.sbatch or asked.only_print:
+            raise typer.BadParameter("--sbatch and --print are for jobs of Slurm: give --slurm N, too")
         return False
     from search import service
     from search.terminal import say

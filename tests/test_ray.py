@@ -320,7 +320,7 @@ def test_a_node_and_then_the_head_are_lost_and_a_plain_worker_finishes_with_the_
         ),
         (("--ray", "auto", "--gpus", "2"), "--gpus 2: a trial trains on one GPU or a share of one: give at most 1"),
         (("--ray", "auto", "--devices", "0"), "with --ray, Ray chooses the devices: give --gpus in place of --devices"),
-        (("--gpus", "1"), "--gpus is for slots on a Ray cluster: give --ray, too"),
+        (("--gpus", "1"), "--gpus is for jobs of Slurm and slots on Ray: give --slurm or --ray, too"),
     ],
 )
 def test_what_cannot_run_on_ray_is_refused(

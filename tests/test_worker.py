@@ -772,9 +772,13 @@ def test_the_signals_of_schedulers_and_terminals_stop_a_worker(
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
     interrupted = threading.Event()
-    with worker.stopping_signals(interrupted) as received:
-        for _ in range(2):
-            signal.raise_signal(number)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    try:
+        with worker.stopping_signals(interrupted) as received:
+            for _ in range(2):
+                signal.raise_signal(number)
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
     assert interrupted.is_set()
     assert received[0] == number
     # A terminal that is closed sends SIGHUP twice, which is not somebody's wish to leave at once.
