@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     card = devices.slots(options.devices)[0].device.name
     for precision in PRECISIONS:
-        trials, seconds = measure(f"alone-{precision}", precision, DEPTHS, 1, options)
+        trials, _ = measure(f"alone-{precision}", precision, DEPTHS, 1, options)
         for trial in trials:
             row = {"depth": trial.params["depth"], "precision": trial.user_attrs["precision"], **_speed([trial])}
             print(json.dumps({"card": card, "slots": 1, **row}), flush=True)
