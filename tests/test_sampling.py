@@ -383,6 +383,14 @@ def test_the_best_trial_so_far_is_never_pruned(searched: Any, kind: str) -> None
     assert [_trained(study, [value / 10] * 5) for value in range(1, 8)] == [None] * 7
 
 
+def test_asha_lets_the_better_half_go_on_whenever_the_epochs_have_doubled(searched: Any) -> None:
+    study = searched(_definition(PLAIN, pruner="asha", epochs=6))
+    assert [_trained(study, [value] * 6) for value in (0.5, 0.6, 0.7)] == [None] * 3
+    assert _trained(study, [0.65] * 6) is None  # the second of four
+    assert _trained(study, [0.55] * 6) == 1
+    assert _trained(study, [0.8] * 3 + [0.6] * 3) == 4
+
+
 REPEATED = PLAIN.replace("epochs = {epochs}", "epochs = {epochs}\nrepeats = 8")
 
 
