@@ -230,8 +230,6 @@ def work(
         raise typer.BadParameter("with --forever it takes trials of all studies: name none")
     if ray is not None and slurm is not None:
         raise typer.BadParameter("--ray and --slurm place the workers in two ways: give one of them")
-    if slurm is not None and (minutes is not None or idle_minutes is not None):
-        raise typer.BadParameter("Slurm ends its jobs itself: give --sbatch time=4:00:00 in place of --minutes")
     here = settings_of(storage)
     if slurm_command.submit(
         *(studies or ()),
@@ -241,6 +239,8 @@ def work(
         per_device=per_device,
         workers=workers,
         forever=forever,
+        minutes=minutes,
+        idle_minutes=idle_minutes,
     ):
         return
     try:

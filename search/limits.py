@@ -3,9 +3,11 @@
 import logging
 import math
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
+from typing import Any
 
 from search.attempt import StudyHandle
 from search.errors import WorkerError
@@ -21,6 +23,8 @@ LAST_TRIALS = 10  # of a study, whose epochs say how long the next ones take
 class Limits:
     """The time of one worker, for the threads of all its slots; it starts when this object is made.
 
+    A copy that another process gets by pickle has the same end, by that machine's own clock. It is idle from its start.
+
     Raises WorkerError unless `minutes` and `idle_minutes` are None, which is no limit, or a positive number.
     """
 
@@ -33,6 +37,7 @@ class Limits:
         self._lock = threading.Lock()
         self._minutes, self._idle_minutes = minutes, idle_minutes
         self._end = math.inf if minutes is None else monotonic() + minutes * 60
+        self._end_time = math.inf if minutes is None else time.time() + minutes * 60  # for copies alone: clocks are set
         self._busy = 0  # slots that have a trial
         self._idle_since = monotonic()
         self._warned: set[str] = set()
@@ -49,12 +54,24 @@ class Limits:
                 self._busy -= 1
                 self._idle_since = monotonic()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copy, (self._minutes, self._idle_minutes, self._end_time)
+
+    @property
+    def are_set(self) -> bool:
+        """Whether there is any limit."""
+        return self._minutes is not None or self._idle_minutes is not None
+
+    def minutes_are_over(self) -> bool:
+        """Whether the minutes, if there are any, are over."""
+        return monotonic() >= self._end
+
     def over(self, last_away: float = -math.inf) -> str | None:
         """Why the worker ends now, in words; None: it goes on.
 
         `last_away` is when the database was away last, by the monotonic clock: what there is to do was not known then.
         """
-        if monotonic() >= self._end:
+        if self.minutes_are_over():
             return f"--minutes {self._minutes:g} are over"
         with self._lock:
             idle = 0.0 if self._busy else monotonic() - max(self._idle_since, last_away)
@@ -81,3 +98,10 @@ class Limits:
                 *(handle.study.name, duration(seconds), duration(max(0.0, left)), self._minutes),
             )
         return seconds <= left
+
+
+def _copy(minutes: float | None, idle_minutes: float | None, end_time: float) -> Limits:
+    limits = Limits(minutes, idle_minutes)
+    limits._end = monotonic() + end_time - time.time()
+    limits._end_time = end_time
+    return limits

@@ -5,28 +5,38 @@ the database, as for every worker, so nothing is lost when Ray loses an actor, a
 """
 
 import contextlib
-import importlib
 import logging
 import os
 import pickle
-import re
 import signal
 import socket
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sqlalchemy
 
 from search.errors import RayError
+from search.limits import Limits
 from search.progress import Listener, display_of
-from search.ray_slot import End, Event, Node, Plan, not_shared
+from search.ray_cluster import (
+    Remote,
+    connected,
+    for_nodes,
+    gpus_of_slot,
+    in_one_line,
+    installed,
+    living_nodes,
+    lost_head,
+    shared_marker,
+    survey,
+    where_of,
+)
+from search.ray_slot import End, Event, Plan
 from search.worker import LEAVE_SECONDS, LEFT_SECONDS, stopping_signals
-from storage.artifact_store import FolderStore
 from storage.claims import Claim
 from storage.errors import many
 from storage.ledger import Study
@@ -35,33 +45,12 @@ from storage.transactions import PatientStorage
 
 log = logging.getLogger(__name__)
 
-ANSWER_SECONDS = 5.0  # for a connection to the head
-CONNECT_SECONDS = 20.0  # for all that Ray does to connect
-SURVEY_SECONDS = 60.0  # for the first answer of all nodes
 HEAD_SECONDS = 40.0  # that the head may be away; after 60 Ray ends this process without a word of ours
 TICK_SECONDS = 0.2
 EVENTS_SECONDS = 2.0  # how long a slot waits for something to happen before it says that nothing did
 # Since the last answer of a slot that is taken for one that Ray cannot place at the moment, or not again.
 UNPLACED_SECONDS = 30.0
 SILENT_SECONDS = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Node:
-    """A living node of the cluster."""
-
-    id: str
-    host: str
-    cpus: float
-    gpus: float
-
-    def room(self, gpus: float) -> int:
-        """How many slots it can hold: each takes one core, and a GPU or a share of one."""
-        if not gpus:
-            return int(self.cpus)
-        # Two halves of different cards are not a whole one.
-        per_gpu = max(1, int(round(1 / gpus, 6)))
-        return min(int(self.cpus), int(self.gpus) * per_gpu)
 
 
 def work(
@@ -74,12 +63,14 @@ def work(
     workers: int | None,
     gpus: float | None,
     leave: bool,
+    limits: Limits | None = None,
 ) -> bool:
     """Runs trials of `studies` on the Ray cluster at `address`, as `search.worker.work` does on this machine.
 
     `address` is "auto" for the cluster of this machine, or the head's as in "10.0.0.1:6379". There are `workers` slots,
     by default as many as the cluster has room for. Each has one core and `gpus` of one GPU: 1, a share such as 0.5, or
-    0 to train on the processor; None is 1 where a node has a GPU, else 0.
+    0 to train on the processor; None is 1 where a node has a GPU, else 0. With `limits` each slot ends by itself, and
+    gives its place back to Ray; the minutes count from the start of the command.
 
     Returns False if a signal ended the work; `storage.shutting_down` is set if not all trials are back in the queue.
     Raises RayError before anything starts if the cluster does not answer, has another version, or cannot run these
@@ -90,10 +81,10 @@ def work(
             f"--gpus {gpus:g}: a trial trains on one GPU or a share of one: give at most 1, such as 0.5 for two slots "
             "on each GPU"
         )
-    ray = _installed()
-    with _connected(ray, address), _marker(settings) as marker:
-        nodes = _nodes(ray)
-        wanted = _gpus(ray, nodes, gpus)
+    ray = installed()
+    with connected(ray, address), shared_marker(settings) as marker:
+        nodes = living_nodes(ray)
+        wanted = gpus_of_slot(ray, nodes, gpus)
         places = [node for node in nodes if node.room(wanted)]
         own = ray.get_runtime_context().get_node_id()
         is_sqlite = sqlalchemy.make_url(settings.url).get_backend_name() == "sqlite"
@@ -102,18 +93,19 @@ def work(
                 f"the database is a SQLite file, which only one machine can use, and Ray would place slots on "
                 f"{many(len(places), 'node')}: use PostgreSQL (TRIALYARD_STORAGE), or a cluster of this machine alone"
             )
-        remote = _Remote(ray, os.getcwd())
-        _survey(ray, remote, places, marker, settings)
+        remote = Remote(ray, os.getcwd())
+        survey(ray, remote, places, marker, settings)
         count = workers or sum(node.room(wanted) for node in places)
         if not count:
             raise RayError("the Ray cluster has no room for a slot now: give --workers, and it starts them when it has")
         plan = Plan(
             names=None if studies is None else tuple(study.name for study in studies),
             leave=leave,
-            settings=_for_nodes(settings),
+            settings=for_nodes(settings),
             folder=os.getcwd(),
             marker=marker,
             gpus=wanted,
+            limits=limits,
         )
         names = [f"ray:{number}" for number in range(count)]
         shown = (
@@ -123,9 +115,9 @@ def work(
         )
         slots = [_Slot(number, remote.actor(plan, number, own if is_sqlite else None)) for number in range(count)]
         try:
-            return _Driver(ray, slots, storage, settings, shown, leave=leave, forever=studies is None).run()
+            return _Driver(ray, slots, storage, settings, shown, plan).run()
         except ray.exceptions.RayError as error:
-            raise RayError(_lost(_in_one_line(error))) from error
+            raise RayError(lost_head(in_one_line(error))) from error
         finally:
             for slot in slots:
                 with contextlib.suppress(ray.exceptions.RayError):
@@ -134,283 +126,8 @@ def work(
 
 def _lines(studies: Sequence[Study] | None, address: str, count: int, gpus: float) -> list[str]:
     device = "one GPU" if gpus == 1 else f"{gpus:g} of a GPU" if gpus else "one core"
-    where = f"on {many(count, 'slot')} of the Ray cluster {_where(address)}, {device} each"
+    where = f"on {many(count, 'slot')} of the Ray cluster {where_of(address)}, {device} each"
     return [f"waiting for studies, {where}"] if studies is None else [f"{study.name}: {where}" for study in studies]
-
-
-# --- the cluster ------------------------------------------------------------------------------------------
-
-
-def _installed() -> Any:
-    try:
-        return importlib.import_module("ray")
-    except ImportError as error:
-        raise RayError(
-            f"--ray needs Ray, which cannot be imported ({error}): `pip install '.[ray]'` in Trialyard's folder "
-            "installs it; the version must be the cluster's"
-        ) from None
-
-
-@contextmanager
-def _connected(ray: Any, address: str) -> Iterator[None]:
-    """Connects to the cluster, unless this process is connected already, and leaves it at the end. Raises RayError."""
-    if ray.is_initialized():
-        yield
-        return
-    explicit = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
-    if explicit != "auto":
-        _require_answer(explicit)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    errors: list[BaseException] = []
-
-    def connect() -> None:
-        try:
-            _greet(address, explicit)
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        except BaseException as error:  # noqa: BLE001 - explained in the other thread
-            errors.append(error)
-
-    # In a thread: Ray waits for minutes for some addresses, and would take over SIGTERM in the main thread.
-    thread = threading.Thread(target=connect, name="ray", daemon=True)
-    thread.start()
-    thread.join(CONNECT_SECONDS)
-    if thread.is_alive():
-        raise RayError(_no_answer(address, f"nothing within {CONNECT_SECONDS:.0f} s"))
-    if errors:
-        raise RayError(_explanation(address, errors[0])) from errors[0]
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _greet(address: str, explicit: str) -> None:
-    """Asks the head for its cluster's id, and raises an error at once if it wants a token: `ray.init` asks for ever.
-
-    These functions are not public; `ray.init` calls them, too.
-    """
-    head = importlib.import_module("ray._private.services").canonicalize_bootstrap_address(explicit, None)
-    if address == "auto":
-        # For this machine's own cluster Ray takes the user's token by itself, if there is one.
-        setup = importlib.import_module("ray._private.authentication.authentication_token_setup")
-        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    importlib.import_module("ray._raylet").GcsClient(address=head)
-
-
-def _require_answer(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or "://" in address:
-        raise RayError(
-            f"--ray {address}: expected auto, or the address of the cluster's head such as 10.0.0.1:6379, given on one "
-            "of its nodes"
-        )
-    try:
-        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise RayError(_no_answer(address, getattr(error, "strerror", None) or str(error))) from None
-
-
-def _where(address: str) -> str:
-    return "of this machine" if address == "auto" else f"at {address}"
-
-
-def _no_answer(address: str, why: str) -> str:
-    where = "on this machine" if address == "auto" else f"at {address}"
-    return (
-        f"no Ray cluster answers {where} ({why}): `ray start --head` starts one, and `ray status` shows whether it runs"
-    )
-
-
-def _explanation(address: str, error: BaseException) -> str:
-    """Why Ray could not connect, in one sentence."""
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    text = " ".join(str(each) for each in chain)
-    if any(type(each).__name__ == "AuthenticationError" for each in chain) or "nauthenticated" in text:
-        return (
-            f"the Ray cluster {_where(address)} asks for a token: set RAY_AUTH_MODE=token, and have the cluster's "
-            "token in ~/.ray/auth_token or RAY_AUTH_TOKEN (`ray get-auth-token` on its head prints it)"
-        )
-    if "ersion mismatch" in text:
-        versions = re.findall(r"(Ray|Python): (\S+)", text)
-        cluster, ours = (" and ".join(" ".join(version) for version in part) for part in (versions[:2], versions[2:4]))
-        return f"the Ray cluster {_where(address)} has {cluster}, and this process has {ours}: install the same here"
-    return _no_answer(address, _in_one_line(error))
-
-
-def _lost(why: str) -> str:
-    return (
-        f"the head of the Ray cluster is lost ({why}): start Ray again; its trials are taken back by the next worker, "
-        "and the same command goes on where it stopped"
-    )
-
-
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _nodes(ray: Any) -> list[_Node]:
-    return [
-        _Node(
-            id=node["NodeID"],
-            host=node["NodeManagerHostname"],
-            cpus=node["Resources"].get("CPU", 0.0),
-            gpus=node["Resources"].get("GPU", 0.0),
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-
-
-def _gpus(ray: Any, nodes: Sequence[_Node], wanted: float | None) -> float:
-    """How much of a GPU each slot gets. Raises RayError if no node has so much."""
-    most = max((node.gpus for node in nodes), default=0.0)
-    if wanted is None:
-        return 1.0 if most >= 1 else 0.0
-    # Nodes that an autoscaler may start; Ray has no public function that says it.
-    to_come = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    if wanted > max(most, to_come.get("GPU", 0.0)):
-        most_text = f"no node has more than {most:g}" if most else "no node has one"
-        raise RayError(
-            f"--gpus {wanted:g}: each slot needs that much of a GPU, and {most_text}: `ray start --num-gpus N` says "
-            "how many a node has, and --gpus 0 trains on the processor"
-        )
-    return wanted
-
-
-def _survey(ray: Any, remote: "_Remote", nodes: Sequence[_Node], marker: str | None, settings: Settings) -> None:
-    """Raises RayError unless all `nodes` have this version of Trialyard, and the same artifacts folder."""
-    from importlib.metadata import version
-
-    own = version("trialyard")
-    asked = {remote.look(node.id, marker): node for node in nodes}
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=SURVEY_SECONDS) if asked else ([], [])
-    for call in late:
-        raise RayError(f"the node {asked[call].host} does not answer within {SURVEY_SECONDS:.0f} s: see `ray status`")
-    for call in ready:
-        host = asked[call].host
-        try:
-            found: Node | str = pickle.loads(ray.get(call))
-        except ray.exceptions.RayError as error:
-            found = _in_one_line(error)
-        if isinstance(found, str):
-            raise RayError(
-                f"the node {host} cannot run Trialyard ({found}): install it there, for the Python that Ray runs in"
-            )
-        if found.version != own:
-            raise RayError(
-                f"the node {host} has Trialyard {found.version}, and this machine has {own}: install the same version"
-            )
-        if not found.sees_artifacts:
-            raise RayError(not_shared(host, settings.artifact_folder))
-
-
-@contextmanager
-def _marker(settings: Settings) -> Iterator[str | None]:
-    """A file in the artifacts folder, by which other machines see whether theirs is the same. None for a store."""
-    if not isinstance(settings.artifact_store, FolderStore):
-        yield None
-        return
-    try:
-        settings.artifact_folder.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile(dir=settings.artifact_folder, prefix=".ray-")  # noqa: SIM115 - see below
-    except OSError as error:
-        raise RayError(
-            f"the artifacts folder {settings.artifact_folder} cannot be written ({error.strerror}): let "
-            "TRIALYARD_ARTIFACTS name a folder on a disk that all nodes share"
-        ) from None
-    with file:
-        yield file.name
-
-
-def _for_nodes(settings: Settings) -> dict[str, Any]:
-    """The settings for other machines: absolute paths, and the URL in place of the files that it was read from."""
-    without = ("storage_file", "storage_password_file", "dashboard_password", "dashboard_password_file")
-    return (
-        settings.model_dump()
-        | dict.fromkeys(without)
-        | {
-            "home": settings.home.absolute(),
-            "artifacts": settings.artifacts if isinstance(settings.artifacts, str) else settings.artifact_folder,
-            "data": tuple(folder.absolute() for folder in settings.data),
-            "storage": settings.url,
-        }
-    )
-
-
-class _Remote:
-    """Starts our code on the nodes.
-
-    What Ray sends there by name it imports with the driver's folder first on the path, where a user's own search.py
-    would hide ours. So it gets functions without names, which import ours first, and data as bytes.
-    """
-
-    def __init__(self, ray: Any, folder: str) -> None:
-        self._ray = ray
-
-        def slot_module() -> Any:
-            import importlib
-            import sys
-
-            if folder in sys.path:
-                sys.path.remove(folder)
-                sys.path.append(folder)
-            return importlib.import_module("search.ray_slot")
-
-        def look(marker: str | None) -> bytes:
-            import pickle
-
-            try:
-                return pickle.dumps(slot_module().this_node(marker))
-            except ImportError as error:
-                return pickle.dumps(str(error))
-
-        class TrialyardSlot:
-            def __init__(self, plan: bytes, number: int) -> None:
-                import pickle
-
-                import ray
-
-                module = slot_module()
-                gpu_ids = [str(gpu) for gpu in ray.get_gpu_ids()]
-                self.slot = module.RaySlot(pickle.loads(plan), number, gpu_ids)
-
-            def run(self) -> bytes:
-                import pickle
-
-                return pickle.dumps(self.slot.run())
-
-            def events(self, seconds: float) -> bytes:
-                import pickle
-
-                return pickle.dumps(self.slot.events(seconds))
-
-            def stop(self) -> None:
-                self.slot.stop()
-
-        self._look = ray.remote(num_cpus=0)(look)
-        self._actor = ray.remote(TrialyardSlot)
-
-    def look(self, node: str, marker: str | None) -> Any:
-        """Asks a node what it is: the call's result is a `Node`, or why it is not one, as bytes."""
-        return self._look.options(scheduling_strategy=self._only_on(node), max_retries=0).remote(marker)
-
-    def actor(self, plan: Plan, number: int, node: str | None) -> Any:
-        """Asks Ray for a slot, on that node if one is given; Ray starts it again whenever its process or node dies."""
-        return self._actor.options(
-            name=f"trialyard ray:{number}",
-            num_cpus=1,
-            num_gpus=plan.gpus,
-            max_restarts=-1,
-            max_task_retries=-1,
-            max_concurrency=4,  # run, events, stop
-            scheduling_strategy="DEFAULT" if node is None else self._only_on(node),
-        ).remote(pickle.dumps(plan), number)
-
-    def _only_on(self, node: str) -> Any:
-        strategies = importlib.import_module("ray.util.scheduling_strategies")
-        return strategies.NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 # --- the slots --------------------------------------------------------------------------------------------
@@ -441,6 +158,11 @@ class _Slot:
         patience = UNPLACED_SECONDS if self.where is None else SILENT_SECONDS
         return self.end is not None or time.monotonic() - self.answered < patience
 
+    @property
+    def has_left(self) -> bool:
+        """Whether it has ended by its own limits, and will not begin again."""
+        return self.end is not None and self.end.kind == "left"
+
     def call(self, name: str, *values: Any) -> None:
         """Calls a method of the actor; its result is to be looked for in `calls`."""
         method = getattr(self.handle, name)
@@ -460,12 +182,11 @@ class _Driver:
         storage: PatientStorage,
         settings: Settings,
         listeners: Sequence[Listener],
-        *,
-        leave: bool,
-        forever: bool,
+        plan: Plan,
     ) -> None:
         self._ray, self._slots, self._storage, self._settings = ray, slots, storage, settings
-        self._listeners, self._leave, self._forever = listeners, leave, forever
+        self._listeners, self._leave, self._forever = listeners, plan.leave, plan.names is None
+        self._limits = plan.limits or Limits()
         self._interrupted = threading.Event()
         self._stop_by = float("inf")  # once the slots were told to stop
         self._has_warned = False
@@ -512,11 +233,13 @@ class _Driver:
             if slot.end and slot.end.error and not slot.is_reported:
                 slot.is_reported = True
                 log.warning("slot %s%s: %s", slot.name, _on(slot.where), slot.end.error)
-        is_done = [slot.end is not None and slot.end.kind == "done" for slot in present]
-        if any(is_done) and not self._leave:
+        if self._limits.minutes_are_over():
+            return all(slot.end or slot.where is None for slot in present)
+        ends = {slot.end.kind for slot in present if slot.end}
+        if "done" in ends and not self._leave:
             self._stop()  # the named studies have ended or are paused, so no slot has anything to do
             return False
-        return any(is_done) and all(slot.end for slot in present)
+        return bool(ends & {"done", "left"}) and all(slot.end for slot in present)
 
     def _ask_head(self) -> None:
         """Raises RayError if the head has been away for long. Ray may start it again before that."""
@@ -529,7 +252,7 @@ class _Driver:
             self._head_answered = time.monotonic()
         except OSError as error:
             if time.monotonic() - self._head_answered > HEAD_SECONDS:
-                raise RayError(_lost(error.strerror or str(error))) from None
+                raise RayError(lost_head(error.strerror or str(error))) from None
 
     def _look(self) -> None:
         self._ask_head()
@@ -553,17 +276,23 @@ class _Driver:
         try:
             value = self._ray.get(call)
         except self._ray.exceptions.RayTaskError as error:
-            value = pickle.dumps(End(kind="failed", error=RayError(_in_one_line(error))) if name == "run" else [])
+            value = pickle.dumps(End(kind="failed", error=RayError(in_one_line(error))) if name == "run" else [])
         except self._ray.exceptions.RayActorError:
             if name == "run":
                 raise
+            if slot.has_left:
+                return
             slot.call(name, *([EVENTS_SECONDS] if name == "events" else []))  # Ray is starting its process again
             return
         slot.answered = time.monotonic()
         if name == "events":
-            for event in pickle.loads(value):
+            events = pickle.loads(value)
+            for event in events:
                 self._happened(slot, event)
-            slot.call("events", EVENTS_SECONDS)
+            if slot.has_left and not events:  # nothing more is to come: Ray may give its place to others
+                self._ray.kill(slot.handle, no_restart=True)
+            else:
+                slot.call("events", EVENTS_SECONDS)
         elif name == "run":
             slot.end = pickle.loads(value)
             if slot.end is not None and slot.end.error is not None:

@@ -3,6 +3,7 @@
 `search.ray_engine` starts the actors and watches them. Ray itself is not imported here.
 """
 
+import copy
 import logging
 import os
 import socket
@@ -19,6 +20,7 @@ from optuna.trial import FrozenTrial
 from search import devices, worker
 from search.devices import Slot
 from search.errors import DeviceError, MachineError
+from search.limits import Limits
 from search.messages import Batches, Epoch
 from search.progress import Listener
 from storage import database, ledger
@@ -41,6 +43,7 @@ class Plan:
     # A file in the artifacts folder: a node that does not see it has another folder. None with an object store.
     marker: str | None
     gpus: float  # of this slot: 0, a share of one GPU, or 1
+    limits: Limits | None = None
 
     @property
     def sharing(self) -> int:
@@ -60,7 +63,8 @@ class Event:
 class End:
     """How a slot's loop ended."""
 
-    kind: Literal["done", "stopped", "cut off", "failed"]  # cut off: its trial is not back in the queue yet
+    # left: by its own limits, whether or not there is more to do; cut off: its trial is not back in the queue yet
+    kind: Literal["done", "left", "stopped", "cut off", "failed"]
     error: TrialyardError | None = None
 
 
@@ -132,9 +136,18 @@ class RaySlot:
             for study in ledger.studies(opened):
                 if study.name in (plan.names or ()) and not study.has_ended:
                     worker.check_fit(study, opened, settings)
-        is_done = worker.work(plan.names, opened, settings, [slot], [self._relay], leave=plan.leave, stop=self._stop)
+        is_done = worker.work(
+            plan.names,
+            opened,
+            settings,
+            [slot],
+            [self._relay],
+            leave=plan.leave,
+            stop=self._stop,
+            limits=copy.copy(plan.limits),  # idle from now on: this may be the slot's second loop
+        )
         if is_done:
-            return End(kind="done")
+            return End(kind="done" if plan.limits is None else "left")
         return End(kind="cut off" if opened.shutting_down.is_set() else "stopped")
 
 

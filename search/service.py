@@ -272,8 +272,6 @@ def work(
         raise WorkerError(
             "--gpus is for jobs of Slurm and slots on Ray: give --slurm or --ray, too, or --per-device in its place"
         )
-    if ray is not None and (minutes is not None or idle_minutes is not None):
-        raise WorkerError("--minutes and --idle-minutes are for the slots of this machine: leave them out with --ray")
     limits = Limits(minutes, idle_minutes)
     here = _settings(storage)
     places = slots_of(devices, per_device, workers) if ray is None else _OnRay(address=ray, workers=workers, gpus=gpus)
@@ -300,6 +298,8 @@ def submit_to_slurm(
     per_device: int | None = None,
     workers: int | None = None,
     forever: bool = False,
+    minutes: float | None = None,
+    idle_minutes: float | None = None,
     submit: bool = True,
 ) -> "Submitted":
     """Submits an array job of so many `jobs` to Slurm, each a worker with so many whole `gpus` on one node.
@@ -321,12 +321,11 @@ def submit_to_slurm(
             "TRIALYARD_STORAGE, or into a file that TRIALYARD_STORAGE_FILE names"
         )
     here = _settings(storage)
-    given = {"storage": storage, "devices": devices, "per-device": per_device, "workers": workers}
-    arguments = [*names, *(["--forever"] if forever else [])]
-    for option, value in given.items():
-        if value not in (None, "auto"):
-            arguments += [f"--{option}", str(value)]
-    job = slurm.array_job(jobs, gpus, sbatch, arguments)
+    given = {"storage": storage, "devices": devices, "per-device": per_device, "workers": workers} | {
+        "minutes": minutes,
+        "idle-minutes": idle_minutes,
+    }
+    job = slurm.array_job(jobs, gpus, sbatch, [*names, *(["--forever"] if forever else [])], given)
     if not submit:
         return slurm.Submitted(script=slurm.script(job, here))
     if names:
@@ -352,7 +351,8 @@ def _fill(
     if names == []:
         return
     if isinstance(places, _OnRay):
-        is_done = ray_engine.work(found, opened, here, listeners, leave=leave, **vars(places))
+        given = limits if limits and limits.are_set else None
+        is_done = ray_engine.work(found, opened, here, listeners, leave=leave, limits=given, **vars(places))
     else:
         shown = progress.display(found, opened, places) if listeners is None else listeners
         is_done = worker.work(names, opened, here, places, shown, leave=leave, limits=limits)

@@ -12,10 +12,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from search.errors import SlurmError
+from search.limits import Limits
 from search.worker import LEAVE_SECONDS
 from storage import database
 from storage.artifact_store import FolderStore
@@ -51,8 +53,20 @@ class Submitted:
     job: str | None = None  # Slurm's number of the array job
 
 
-def array_job(jobs: int, gpus: float, sbatch: Sequence[str], arguments: Sequence[str]) -> ArrayJob:
-    """The job, if what sbatch is to be given is right. Raises SlurmError."""
+def array_job(
+    jobs: int,
+    gpus: float,
+    sbatch: Sequence[str],
+    arguments: Sequence[str],
+    given: Mapping[str, Any] | None = None,
+) -> ArrayJob:
+    """The job, if what sbatch is to be given is right: its workers get `arguments` and the options that are `given`.
+
+    `given` has the options' names without dashes; None and "auto" are left out. Raises SlurmError, and WorkerError if
+    the minutes of a worker are not a positive number.
+    """
+    options_of_work = dict(given or {})
+    Limits(options_of_work.get("minutes"), options_of_work.get("idle-minutes"))
     if jobs < 1:
         raise SlurmError(f"{jobs} workers cannot be submitted: give --slurm 1 or more")
     if gpus < 0 or gpus != int(gpus):
@@ -69,7 +83,11 @@ def array_job(jobs: int, gpus: float, sbatch: Sequence[str], arguments: Sequence
             raise SlurmError(
                 f"--sbatch {option} would make it another kind of job: it has --slurm N jobs of one task on one node"
             )
-    return ArrayJob(jobs=jobs, gpus=int(gpus), sbatch=options, arguments=tuple(arguments))
+    words = [*arguments]
+    for name, value in options_of_work.items():
+        if value not in (None, "auto"):
+            words += [f"--{name}", str(value)]
+    return ArrayJob(jobs=jobs, gpus=int(gpus), sbatch=options, arguments=tuple(words))
 
 
 def script(job: ArrayJob, settings: Settings) -> str:

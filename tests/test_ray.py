@@ -19,7 +19,9 @@ from typing import Any
 
 import psutil
 import pytest
+import ray_nodes
 from conftest import COMMAND, Call, Command, ended, until
+from containers import ROOT, free_port
 
 import studies
 from storage import database, promises, slots
@@ -27,24 +29,8 @@ from storage.transactions import PatientStorage, read
 
 ray = pytest.importorskip("ray", reason="needs Ray: `pip install '.[ray]'`")
 
-ROOT = Path(__file__).parents[1]
 EPOCHS = 12  # of a trial: enough to be held in the middle
 Write = Callable[..., Path]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def _documented(start: str) -> list[str]:
-    """The words of the command in the section on Ray that starts so."""
-    section = (
-        (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8").partition("\n## Ray\n")[2].partition("\n## ")[0]
-    )
-    (line,) = re.findall(rf"^{re.escape(start)}.*$", section, re.MULTILINE)
-    return [*line.partition("#")[0].split()]
 
 
 def _assert_spent(storage: PatientStorage, trials: int) -> None:
@@ -84,19 +70,6 @@ def _held(storage: PatientStorage) -> dict[int, psutil.Process]:
     return held
 
 
-def _words(documented: str, *more: str) -> list[str]:
-    """The words of that documented command of Ray, whose options `more` replaces."""
-    replaced = tuple(option.partition("=")[0] + "=" for option in more) or ("none",)
-    program, *words = [word for word in _documented(documented) if not word.startswith(replaced)]
-    return [str(Path(sys.executable).with_name(program)), *words, *more]
-
-
-def _started(documented: str, *more: str) -> subprocess.Popen[bytes]:
-    """Starts a node, whose output is in Ray's own log files."""
-    words = _words(documented, *more, "--block")
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 @pytest.fixture
 def pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
     """From now on new processes pretend two GPUs; gives what their trainer processes were pinned to."""
@@ -112,51 +85,28 @@ def pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[d
 
 
 @pytest.fixture
-def ray_folder() -> Iterator[str]:
-    """A folder for Ray's own files, whose path is short enough for its sockets."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        yield folder
-
-
-def _end(process: subprocess.Popen[Any]) -> None:
-    """Ends a process and all that it has started."""
-    if process.poll() is None:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(family[1:], timeout=10)
-    process.wait(timeout=10)
-
-
-@pytest.fixture
 def head(home: Path, ray_folder: str, pins: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a cluster of this machine with two pretended GPUs and a token, both made as documented."""
     monkeypatch.setenv("HOME", str(home))  # where the token is kept
     monkeypatch.setenv("RAY_TMPDIR", ray_folder)
-    subprocess.run(_words("ray get-auth-token"), check=True, timeout=60, capture_output=True)
-    port = _free_port()
-    process = _started(
-        "ray start --head", f"--port={port}", "--num-gpus=2", "--num-cpus=2", "--include-dashboard=false"
-    )
-    try:
+    subprocess.run(ray_nodes.command("ray get-auth-token"), check=True, timeout=60, capture_output=True)
+    port = free_port()
+    options = ("--num-gpus=2", "--num-cpus=2", "--include-dashboard=false")
+    with ray_nodes.node("ray start --head", f"--port={port}", *options):
         _wait(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
         yield f"127.0.0.1:{port}"
-    finally:
-        _end(process)
 
 
 def _documented_work(address: str, **replaced: str) -> list[str]:
     """The arguments of the documented command, for the study `small` at this address, with other values."""
-    words = _documented("trialyard work digits --ray 10.0.0.1:6379")[1:]
+    words = ray_nodes.documented("trialyard work digits --ray 10.0.0.1:6379")[1:]
     for option, value in {"--ray": address, **{f"--{name}": value for name, value in replaced.items()}}.items():
         words[words.index(option) + 1] = value
     return ["small" if word == "digits" else word for word in words]
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)  # it may wait for another test's cluster
 def test_each_trainer_sees_the_gpu_that_ray_gives_it_and_a_killed_actor_or_command_loses_nothing(
     home: Path,
     write_small: Write,
@@ -206,6 +156,11 @@ def test_each_trainer_sees_the_gpu_that_ray_gives_it_and_a_killed_actor_or_comma
     resumed = [studies.attempts("small", number, storage)[1].resumed_after for number in (0, 1)]
     assert all(resumed), "they went on from their checkpoints"
 
+    # Each slot that has nothing to do gives its place back to Ray, and then the command ends.
+    _, err = ended(start("work", "--forever", "--ray", "auto", "--workers", "2", "--idle-minutes", "0.05"))
+    for number in (0, 1):
+        assert f"slot ray:{number}: there was nothing to do for --idle-minutes 0.05: this worker ends" in err
+
 
 # A folder that is another one in each process is what a local disk is on several machines.
 REFUSED = """
@@ -252,13 +207,12 @@ def cluster(home: Path, ray_folder: str, monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.fixture
 def new_node() -> Iterator[Callable[..., None]]:
     """Starts another node with this documented command."""
-    processes: list[subprocess.Popen[bytes]] = []
-    yield lambda *words: processes.append(_started(*words))
-    for process in processes:
-        _end(process)
+    with contextlib.ExitStack() as nodes:
+        yield lambda *words: nodes.enter_context(ray_nodes.node(*words))
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)  # it may wait for another test's cluster
 def test_a_node_and_then_the_head_are_lost_and_a_plain_worker_finishes_with_the_exact_budget(
     home: Path,
     write_small: Write,

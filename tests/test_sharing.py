@@ -1,5 +1,6 @@
 """Open studies share the slots of workers, and a worker ends by itself when its time is over."""
 
+import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -193,6 +194,14 @@ def test_a_worker_is_idle_when_no_slot_has_a_trial_and_the_database_answers(monk
     passed[0] = 600
     assert limited.over() == "--minutes 10 are over"
     assert Limits().over() is None
+    copy = pickle.loads(pickle.dumps(Limits(10, 2)))  # the minutes go on in another process, which is idle from now on
+    assert copy.are_set
+    passed[0] = 1190
+    with copy.busy():
+        assert copy.over() is None
+    passed[0] = 1201
+    assert copy.over() == "--minutes 10 are over"
+    assert not Limits().are_set
     for bad in (0, -1, float("nan"), float("inf")):
         with pytest.raises(WorkerError, match="is a number of minutes above 0"):
             Limits(idle_minutes=bad)
