@@ -9,10 +9,11 @@ import math
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from optuna.trial import FrozenTrial
-from sqlalchemy import ColumnElement, Connection, select
+from sqlalchemy import ColumnElement, Connection, Select, select
 
 from storage.errors import StudyUnreadable
 from storage.tables import StudyModel, StudyUserAttributeModel, TrialModel, TrialUserAttributeModel
@@ -38,13 +39,7 @@ def of_studies(connection: Connection, names: Collection[str], *where: ColumnEle
 
     `where` are conditions on `StudyModel`.
     """
-    stored = StudyUserAttributeModel
-    rows = connection.execute(
-        select(StudyModel.study_id, StudyModel.study_name, stored.key, stored.value_json)
-        .join(stored, stored.study_id == StudyModel.study_id)
-        .where(stored.key.in_([PREFIX + name for name in names]), *where)
-        .order_by(StudyModel.study_id)
-    )
+    rows = connection.execute(_query_of_studies(tuple(names)).where(*where))
     values: dict[tuple[int, str], dict[str, Any]] = {}
     problems: dict[int, str] = {}
     for study_id, study, key, value_json in rows:
@@ -57,6 +52,17 @@ def of_studies(connection: Connection, names: Collection[str], *where: ColumnEle
         StudyAttributes(study_id=study_id, name=study, values=of_this_study, problem=problems.get(study_id))
         for (study_id, study), of_this_study in values.items()
     ]
+
+
+@cache  # every claim asks twice, and to build the query takes longer than to run it
+def _query_of_studies(names: tuple[str, ...]) -> Select[Any]:
+    stored = StudyUserAttributeModel
+    return (
+        select(StudyModel.study_id, StudyModel.study_name, stored.key, stored.value_json)
+        .join(stored, stored.study_id == StudyModel.study_id)
+        .where(stored.key.in_([PREFIX + name for name in names]))
+        .order_by(StudyModel.study_id)
+    )
 
 
 def of_study(connection: Connection, study_id: int, name: str) -> Any:

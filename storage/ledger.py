@@ -19,13 +19,12 @@ from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
-from sqlalchemy import ColumnElement, Connection, ScalarSelect, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
-from storage import attempt_table, attributes, legacy
+from storage import attributes, legacy, study_progress
 from storage.errors import NotOurStudy, StorageError, StudyGone, StudyUnreadable, WrongDirection, trials_text
 from storage.metric import name_metric
-from storage.owners import clock
 from storage.tables import (
     StudyDirectionModel,
     StudyModel,
@@ -458,7 +457,7 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
         for study in attributes.of_studies(connection, attributes.SHAPES, *where)
         if _is_readable(study) and {"budget", "definition", "incarnation"} <= study.values.keys()
     ]
-    progress = progress_of(connection, [study.study_id for study in complete])
+    progress = study_progress.of_studies(connection, [study.study_id for study in complete])
     return [
         Study(
             id=study.study_id,
@@ -478,42 +477,6 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
         for study in complete
         if study.study_id in progress  # else it was deleted between the two statements
     ]
-
-
-def progress_of(connection: Connection, study_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """For each study its finished, running, outside and waiting trials, when the first one began, and the time now.
-
-    Only unfinished trials are counted, which are few. One statement sees one moment, also without a lock: a trial that
-    changes its state is counted once.
-    """
-
-    def count(state: TrialState, *where: ColumnElement[bool]) -> ScalarSelect[int]:
-        mine = (TrialModel.study_id == StudyModel.study_id, TrialModel.state == state, *where)
-        return select(func.count()).where(*mine).correlate(StudyModel).scalar_subquery()
-
-    last = select(func.max(TrialModel.number)).where(TrialModel.study_id == StudyModel.study_id).correlate(StudyModel)
-    rows = connection.execute(
-        select(
-            StudyModel.study_id,
-            last.scalar_subquery(),
-            count(TrialState.RUNNING, attempt_table.has_running_attempt()),
-            count(TrialState.RUNNING, ~attempt_table.has_running_attempt()),
-            count(TrialState.WAITING),
-            attempt_table.first_began(StudyModel.study_id).correlate(StudyModel).scalar_subquery(),
-            clock(connection),
-        ).where(StudyModel.study_id.in_(study_ids))
-    )
-    return {
-        study_id: {
-            "finished": (0 if number is None else number + 1) - running - outside - waiting,
-            "running": running,
-            "outside": outside,
-            "waiting": waiting,
-            "first_began": began,
-            "read_at": now,
-        }
-        for study_id, number, running, outside, waiting, began, now in rows
-    }
 
 
 def _is_readable(study: attributes.StudyAttributes) -> bool:

@@ -96,6 +96,11 @@ def database_now(connection: Connection) -> datetime:
 
 def clock(connection: Connection) -> ColumnElement[datetime]:
     """As `database_now`, as an expression inside another statement."""
-    if connection.dialect.name == "sqlite":
+    return clock_of(connection.dialect.name)
+
+
+def clock_of(dialect: str) -> ColumnElement[datetime]:
+    """The same for a kind of database: "sqlite" or "postgresql"."""
+    if dialect == "sqlite":
         return literal_column("strftime('%Y-%m-%d %H:%M:%f', 'now')", DateTime())
     return literal_column("(clock_timestamp() AT TIME ZONE 'UTC')", DateTime())

@@ -3,7 +3,7 @@
 from optuna.storages import RDBStorage
 from sqlalchemy import Connection, func, select
 
-from storage import attempt_table, attributes, ledger, legacy
+from storage import attempt_table, attributes, ledger, legacy, study_progress
 from storage.errors import WrongDirection, many
 from storage.tables import TrialModel
 from storage.transactions import read
@@ -38,7 +38,7 @@ def _study_problems(connection: Connection, study: attributes.StudyAttributes) -
     if limit is None:
         problems.append(f"study {name}: it has no budget: `trialyard create` with its definition completes it")
     else:
-        progress = ledger.progress_of(connection, [study_id])[study_id]
+        progress = study_progress.of_studies(connection, [study_id])[study_id]
         begun = progress["finished"] + progress["running"]
         if begun > limit.total:
             problems.append(f"study {name}: {many(begun, 'trial')}, over its {limit.total}")

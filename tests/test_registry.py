@@ -11,7 +11,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from sqlalchemy import Connection, delete
 
-from storage import artifacts, claims, database, ledger, promises
+from storage import artifacts, claims, database, ledger, promises, study_progress
 from storage.owners import Owner
 from storage.tables import StudyUserAttributeModel
 from storage.transactions import PatientStorage
@@ -272,7 +272,7 @@ def test_a_study_that_is_deleted_while_all_are_read_is_left_out(
     storage = database.create(either_url)
     for name in ("kept", "deleted"):
         registry.create(trivial.model_copy(update={"name": name}), storage, DATA)
-    count = ledger.progress_of
+    count = study_progress.of_studies
 
     def count_after_a_deletion(connection: Connection, study_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
         if len(study_ids) == 2:
@@ -281,7 +281,7 @@ def test_a_study_that_is_deleted_while_all_are_read_is_left_out(
             other.engine.dispose()
         return count(connection, study_ids)
 
-    monkeypatch.setattr(ledger, "progress_of", count_after_a_deletion)
+    monkeypatch.setattr(study_progress, "of_studies", count_after_a_deletion)
     assert [study.name for study in ledger.studies(storage)] == ["kept"]
     storage.engine.dispose()
 
