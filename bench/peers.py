@@ -13,7 +13,7 @@ only layers of Keras) and two processors:
 - keras_tuner: KerasTuner's Hyperband, whose four rounds are 24 trials;
 - trialyard: `search.run` with TPE and ASHA, a trial for each processor.
 
-Each may prune after one epoch.
+All that prune may do so after one epoch.
 
 It prints a line of JSON for each side and seed: seconds of the whole program with its imports, epochs that were
 trained, the best validation accuracy by the side's own scoring, and after how many seconds that was 0.96 and 0.97.

@@ -22,7 +22,7 @@ from search.heartbeat import Pulse
 from search.messages import Batches, Epoch, Failed, Job, Repeated, Resumed, Trained
 from search.progress import Listener
 from search.proposal import SamplerFailed, SpaceExhausted, hyperparameters_of, is_of_the_database
-from search.stall import Stall
+from search.stall import LOOK_SECONDS, Stall
 from search.trainer import START_SECONDS, Trainer, TrainerDied
 from storage import artifacts, attempt_files, claims, faults, ledger, ranking, retention
 from storage.claims import Claim
@@ -137,7 +137,9 @@ class Attempt:
             ledger.set_state(self.handle.storage, self.handle.study, "stopped")
             return _failed(Failed(kind="exhausted", message=str(exhausted)))
         except SamplerFailed as failed:
-            return _failed(Failed(kind="sampler", message=str(failed)))
+            # A package that this machine cannot import says nothing of the trial.
+            kind = "import" if isinstance(failed.__cause__, ImportError) else "sampler"
+            return _failed(Failed(kind=kind, message=str(failed)))
         self._recipe = recipe.of_trial(definition, self.claim.number, point)
         for listener in self._listeners:
             listener.began(self.claim, point, self._recipe.epochs * self._recipe.repeats)
@@ -254,8 +256,10 @@ class Attempt:
                 pruned, stop_by = True, time.monotonic() + self.settings.stop_seconds
                 trainer.stop("drop")
             now = time.monotonic()
-            # The time that the database took is not the trial's: the training may have ended meanwhile.
-            kill_at, stop_by = kill_at + (now - received), stop_by + (now - received)
+            # Neither the time that the database took is the trial's, nor that for which this worker was stopped
+            # (SIGSTOP, a scheduler's suspension): the training may have ended meanwhile.
+            kill_at += now - received + max(0.0, received - began - LOOK_SECONDS)
+            stop_by += now - received
             if budget.trial_minutes and kill_at == float("inf") and trainer.ready:
                 kill_at = now + budget.trial_minutes * 60
             if now > start_by and not trainer.ready:
@@ -286,9 +290,7 @@ class Attempt:
         try:
             return self._opened.pruner.prune(self._opened, trial)
         except UpdateFinishedTrialError as error:  # some pruners store state in the trial
-            raise ClaimLost(
-                f"study {self.claim.study}: trial {self.claim.number} was ended by somebody else meanwhile"
-            ) from error
+            raise claims.ended_elsewhere(self.claim) from error
         except Exception as error:
             if is_of_the_database(error, self.handle.storage, self.claim):
                 raise

@@ -13,7 +13,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import FrameType
@@ -190,9 +190,10 @@ class RememberingStorage(_CachedStorage):
         self._last: dict[int, tuple[int, Any]] = {}  # by study: the last trial that is remembered, and its row
 
     def delete_study(self, study_id: int) -> None:
-        """As Optuna, but the deletion is recorded, so that the study's files may go, too."""
-        claims.announce_deletion(self.backend, study_id)
-        super().delete_study(study_id)
+        """As Optuna, also while workers record epochs; the deletion is recorded, so that the study's files may go."""
+        is_gone = claims.delete_at_once(self.backend, study_id)
+        with suppress(KeyError) if is_gone else nullcontext():
+            super().delete_study(study_id)  # which forgets it, too
 
     def get_all_studies(self) -> list[FrozenStudy]:
         """All studies, without their plots and notes, which the list of studies does not show."""

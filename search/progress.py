@@ -23,6 +23,7 @@ from search.pace import Mark, Running, study_seconds_left
 from search.summary import clock, duration, progress_line, shown, so_far
 from storage import attributes
 from storage.claims import Claim
+from storage.errors import StudyUnreadable
 from storage.ledger import Study
 from storage.transactions import PatientStorage
 from studies.definition import from_json
@@ -91,6 +92,9 @@ class Lines(Listener):
             status = self._status(claim.study)
         except StudyError:  # it was deleted a moment ago
             self.deleted(claim)
+            return
+        except StudyUnreadable as error:  # other studies go on
+            self._print(f"{claim.study} trial {claim.number} {ending(trial)}; {error}")
             return
         progress = f"{status.finished} of {status.budget} done{so_far(status)}"
         self._print(f"{claim.study} trial {claim.number} {ending(trial)}; {progress}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import OptunaError
+from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -84,6 +84,8 @@ def _suggested(
         draft = _Draft(trial.storage)
         trial.storage = draft  # type: ignore[assignment]
         return suggest(trial, definition.space), draft.params
+    except UpdateFinishedTrialError as error:  # some samplers store state in the trial
+        raise claims.ended_elsewhere(claim) from error
     except Exception as error:
         if is_of_the_database(error, storage, claim):
             raise

@@ -7,6 +7,7 @@ the others at the end. What could not be copied is not named.
 
 import contextlib
 import logging
+import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -51,7 +52,8 @@ class AttemptFiles:
 
     def names(self) -> list[str]:
         """The names of the files that readers can have now, of those that the dashboard offers. Never waits."""
-        return [name for name in DOWNLOADABLE if (self.folder / name).is_file()]
+        # As `Path.is_file`, which raises an error where the disk has one: then there is no file that anybody can have.
+        return [name for name in DOWNLOADABLE if os.path.isfile(self.folder / name)]
 
     def keep_checkpoint(self, look: Callable[[], None]) -> list[str]:
         """Has another machine find the last checkpoint, and returns `names`. As `checkpoints`, but raises no error."""

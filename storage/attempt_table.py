@@ -37,7 +37,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from storage.artifacts import inside
 from storage.owners import Owner, clock
-from storage.tables import TrialModel
+from storage.tables import TrialModel, storable
 
 Outcome = Literal["finished", "interrupted", "crashed", "lost"]
 
@@ -226,6 +226,7 @@ def end(
     connection: Connection, trial_id: int, attempt: int, outcome: Outcome, reason: str | None = None, **columns: Any
 ) -> None:
     """Records how an attempt ended, and other columns of its row."""
+    reason = None if reason is None else storable(reason)
     change(connection, trial_id, attempt, ended=clock(connection), outcome=outcome, reason=reason, **columns)
 
 

@@ -92,12 +92,21 @@ def delete(storage: RDBStorage, study: Study, grace_seconds: float) -> None:
                 f"study {study.name!r} has {many(current.running, 'running trial')}: "
                 f"`trialyard stop {study.name}` first, then delete it"
             )
-        # A heartbeat or an epoch, which do not take the study's lock, must not wait for this, and this for it.
-        attempt_table.lock_study(connection, study.id)
-        deletions.record(connection, study.id, study.name, study.incarnation)
-        delete_study(connection, study.id)
+        _delete(connection, study)
 
     write(storage, study.name, work)
+
+
+def _delete(connection: Connection, study: Study) -> None:
+    # A heartbeat or an epoch, which do not take the study's lock, must not wait for this, and this for it.
+    attempt_table.lock_study(connection, study.id)
+    deletions.record(connection, study.id, study.name, study.incarnation)
+    delete_study(connection, study.id)
+
+
+def ended_elsewhere(claim: Claim) -> ClaimLost:
+    """What to raise when somebody has ended the trial, such as `optuna tell`."""
+    return ClaimLost(f"study {claim.study}: trial {claim.number} was ended by somebody else meanwhile")
 
 
 def lost(claim: Claim) -> ClaimLost:
@@ -114,15 +123,16 @@ def trial_exists(storage: RDBStorage, claim: Claim) -> bool:
     return read(storage, lambda connection: connection.execute(wanted).scalar() is not None)
 
 
-def announce_deletion(storage: RDBStorage, study_id: int) -> None:
-    """Remembers that somebody else, such as optuna-dashboard, is about to delete the study: its files may go then."""
+def delete_at_once(storage: RDBStorage, study_id: int) -> bool:
+    """As `delete`, but also while workers run its trials, as Optuna deletes. False: it is no study of ours.
+
+    Optuna's own deletion reads the rows first, and ends in nothing if a worker writes another one meanwhile.
+    """
     study = next((study for study in ledger.studies(storage) if study.id == study_id), None)
-    if study is not None:
-        write(
-            storage,
-            study.name,
-            lambda connection: deletions.record(connection, study.id, study.name, study.incarnation),
-        )
+    if study is None:
+        return False
+    write(storage, study.name, lambda connection: _delete(connection, study))
+    return True
 
 
 # --- claim ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from sqlalchemy import (
 
 from storage import attempt_table
 from storage.owners import Owner, database_now, on_this_machine
-from storage.tables import StudyModel, TrialModel
+from storage.tables import StudyModel, TrialModel, storable
 
 FORGOTTEN_HOURS = 24.0  # a slot that was silent for so long is no longer shown
 
@@ -65,7 +65,8 @@ def beat(connection: Connection, slots: Mapping[Owner, str], closed: Mapping[Own
     leave(connection, list(slots))
     now = database_now(connection)
     rows = [
-        asdict(owner) | {"device": device[:255], "beat": now, "closed": closed.get(owner)}
+        asdict(owner)
+        | {"device": device[:255], "beat": now, "closed": storable(closed[owner]) if owner in closed else None}
         for owner, device in slots.items()
     ]
     connection.execute(insert(table), rows)

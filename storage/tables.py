@@ -65,6 +65,11 @@ def insert_study(connection: Connection, study: str) -> int:
     return int(study_id)
 
 
+def storable(text: str) -> str:
+    """The text with escapes for what databases refuse: names of files that are not UTF-8, and NUL."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
 def delete_study(connection: Connection, study_id: int) -> None:
     """Deletes a study with all its rows.
 

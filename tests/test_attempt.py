@@ -1,5 +1,7 @@
 """A trial's end is written down as what it was, whatever the trainer and the database do at that moment."""
 
+import errno
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +25,7 @@ from search.heartbeat import Pulse
 from search.messages import Failed, Repeated, Resumed
 from search.stall import Stall
 from search.trainer import Trainer, TrainerDied
-from storage import attempt_table, claims, faults, ledger, owners, transactions
+from storage import artifacts, attempt_table, claims, faults, ledger, owners, transactions
 from storage.errors import DiskError, TrialyardError
 from storage.owners import Owner
 from storage.settings import Settings
@@ -93,6 +95,48 @@ def test_an_error_of_a_sampler_or_a_pruner_never_ends_a_worker(
         failed = storage.get_all_trials(storage.get_study_id_from_name("trivial"))[-1]
         assert failed.state == TrialState.FAIL
         assert failed.user_attrs["failure"] == {"kind": "sampler", "message": f"{type(error).__name__}: {error}"}
+
+
+def test_a_sampler_whose_package_cannot_be_imported_is_the_machine_s_fault(
+    storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ImportError("libcudart.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(optuna.samplers.TPESampler, "sample_independent", fail)
+    with pytest.raises(MachineError, match=r"libcudart\.so\.12"):
+        _run(storage, tmp_path, me)
+    assert _only(storage).state == TrialState.WAITING
+
+
+def test_a_sampler_that_finds_the_trial_ended_ends_no_worker(
+    storage: PatientStorage,
+    tmp_path: Path,
+    me: Owner,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refused(*_: Any) -> Any:  # TPE stores what it has drawn in the trial
+        raise UpdateFinishedTrialError("Trial#0 has already finished and can not be updated.")
+
+    monkeypatch.setattr(optuna.samplers.TPESampler, "sample_relative", refused)
+    _run(storage, tmp_path, me)
+    assert "trial 0 was ended by somebody else meanwhile" in caplog.text
+
+
+def test_an_error_of_the_artifacts_disk_in_an_epoch_ends_no_worker(
+    storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = os.stat
+
+    def stale(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith(artifacts.CHECKPOINT):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stale)
+    _run(storage, tmp_path, me, epoch(1, 0.5), epoch(2, 0.6), trained(stopped=False))
+    assert _only(storage).state == TrialState.COMPLETE
 
 
 @pytest.mark.parametrize(("stopped", "state"), [(True, TrialState.PRUNED), (False, TrialState.COMPLETE)])
@@ -297,6 +341,23 @@ def test_a_training_that_ended_in_time_is_complete_however_slow_the_database_was
     monkeypatch.setattr(claims, "record_epochs", late)
     monkeypatch.setattr(Scripted, "ready", True)
     _run(storage, tmp_path, me, epoch(1, 0.5), epoch(2, 0.6), trained(stopped=False), study="limited")
+    (trial,) = storage.get_all_trials(storage.get_study_id_from_name("limited"))
+    assert (trial.state, trial.user_attrs.get("failure")) == (TrialState.COMPLETE, None)
+
+
+def test_a_training_that_ended_in_time_is_complete_though_its_worker_was_stopped_meanwhile(
+    storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = parse(TRIVIAL.replace("epochs = 2", "epochs = 3\ntrial_minutes = 0.005"), name="limited")
+    registry.create(limited, storage, {"fingerprint": "0" * 16})
+    monkeypatch.setattr(attempt_module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(Scripted, "ready", True)
+
+    def long_look() -> Any:  # as after Ctrl-Z
+        time.sleep(0.5)
+        return epoch(2, 0.6)
+
+    _run(storage, tmp_path, me, epoch(1, 0.5), long_look, trained(stopped=False), study="limited")
     (trial,) = storage.get_all_trials(storage.get_study_id_from_name("limited"))
     assert (trial.state, trial.user_attrs.get("failure")) == (TrialState.COMPLETE, None)
 

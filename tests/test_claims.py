@@ -936,3 +936,17 @@ def test_a_trial_that_somebody_asked_for_at_the_same_moment_is_left_to_him(
 
     monkeypatch.setattr(claims, "start_waiting", late)
     assert claims.claim(storage, ledger.find(storage, study), me, GRACE) is None
+
+
+def test_reasons_with_text_that_a_database_refuses_are_kept(either_url: str, trivial: Definition, me: Owner) -> None:
+    opened = database.create(either_url)
+    registry.create(trivial, opened, {"fingerprint": "0" * 16})
+    claim = claims.claim(opened, ledger.find(opened, "trivial"), me, 60.0)
+    assert claim is not None
+    reason = "the trainer ended: see caf\udce9/log\0"
+    claims.requeue(opened, claim, "crashed", reason)
+    (attempt,) = attempts_at(opened, claim.trial_id)
+    assert attempt.reason == r"the trainer ended: see caf\udce9/log\0"
+    transactions.write(opened, "none", lambda connection: slots.beat(connection, {me: "CPU"}, {me: reason}))
+    assert [slot.closed for slot in transactions.read(opened, slots.present)] == [attempt.reason]
+    opened.engine.dispose()

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +32,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from search import dashboard, guard
 from search.errors import DashboardError
 from storage import artifacts, claims, database, ledger, retention, settings
-from storage.errors import SettingsError, StorageError
+from storage.errors import SettingsError, StorageError, StudyGone
 from storage.owners import Owner
 from storage.transactions import PatientStorage
 from studies import notes, registry
@@ -635,6 +637,42 @@ def test_nothing_is_uploaded_and_no_file_is_removed(
     assert sorted((home / "yard" / "artifacts").rglob("*")) == files
     unneeded = retention.unneeded(place, home / "yard" / "artifacts", 5)
     assert [file.why for file in unneeded] == ["its study is gone"], "prune removes them when it is asked to"
+
+
+def test_a_study_is_deleted_while_a_worker_records_epochs(
+    home: Path, either_url: str, trivial: Definition, me: Owner
+) -> None:
+    opened = database.create(either_url)
+    registry.create(trivial, opened, {"fingerprint": "0" * 16})
+    study = ledger.find(opened, "trivial")
+    claim = claims.claim(opened, study, me, 60.0)
+    assert claim is not None
+    for _ in range(100):
+        opened.create_new_trial(study.id)
+    over, lost = threading.Event(), threading.Event()
+
+    def record() -> None:
+        storage = database.connect(either_url)
+        try:
+            for number in itertools.takewhile(lambda _: not over.is_set(), itertools.count(1)):
+                claims.record_epochs(storage, claim, {number: 0.5})
+        except (StudyGone, claims.ClaimLost):
+            lost.set()
+        finally:
+            storage.engine.dispose()
+
+    worker = threading.Thread(target=record)
+    worker.start()
+    app = dashboard.application(opened, home)
+    try:
+        assert Answer(app, "DELETE", f"/api/studies/{study.id}", {}).status == 204
+        assert registry.names(opened) == []
+        assert lost.wait(30)
+    finally:
+        over.set()
+        worker.join()
+    assert Answer(app, "GET", f"/api/studies/{study.id}").status == 404
+    opened.engine.dispose()
 
 
 # --- the command ------------------------------------------------------------------------------------------

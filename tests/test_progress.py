@@ -307,6 +307,15 @@ def test_lines_are_whole_lines_whatever_their_length(storage: RDBStorage, claim:
     ]
 
 
+def test_lines_go_on_when_somebody_broke_the_study_s_attributes(storage: RDBStorage, claim: Claim) -> None:
+    output = io.StringIO()
+    lines = Lines(Console(file=output, width=200), lambda name: results.status(name, storage))
+    storage.set_study_user_attr(claim.study_id, "trialyard:state", 4)
+    lines.ended(claim, storage.get_trial(claim.trial_id))
+    assert output.getvalue().startswith("trivial trial 0 runs elsewhere; study 'trivial'")
+    assert "trialyard:state" in output.getvalue()
+
+
 def test_every_outcome_has_its_text() -> None:
     def trial(state: TrialState, **given: object) -> str:
         return ending(optuna.trial.create_trial(state=state, **given))  # type: ignore[arg-type]

@@ -44,6 +44,15 @@ def test_the_script_is_the_recorded_one(trialyard: Call) -> None:
     assert text == out
 
 
+def test_the_limits_of_a_worker_are_those_of_each_job(trialyard: Call) -> None:
+    code, out, _ = trialyard("work", "digits", "--slurm", "2", "--minutes", "230", "--idle-minutes", "5", "--print")
+    assert code == 0
+    assert out.splitlines()[-1].endswith(" work digits --minutes 230.0 --idle-minutes 5.0")
+    code, out, err = trialyard("work", "digits", "--slurm", "2", "--minutes", "0", "--print")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: --minutes is a number of minutes above 0, and 0 is not")
+
+
 def test_the_signal_comes_early_enough_for_the_checkpoints() -> None:
     job = slurm.ArrayJob(jobs=1)
     assert "--signal=B:TERM@90\n" in slurm.script(job, Settings())
