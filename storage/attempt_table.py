@@ -8,6 +8,7 @@ versions.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    bindparam,
     func,
     insert,
     select,
@@ -196,16 +198,20 @@ def start(
 
 def locked(connection: Connection, trial_id: int) -> tuple[TrialState, Attempt] | None:
     """Locks a trial's row; returns its state and its last attempt. None: there is no such trial, or no attempt."""
-    rows = connection.execute(
+    row = connection.execute(_query_of_locked(), {"trial": trial_id}).mappings().first()
+    return None if row is None else (row["state"], _attempt(row))
+
+
+@cache  # every change of a trial asks, and to build the query takes longer than to run it
+def _query_of_locked() -> Select[Any]:
+    return (
         select(TrialModel.state, table)
         .join(table, table.c.trial_id == TrialModel.trial_id)
-        .where(TrialModel.trial_id == trial_id)
+        .where(TrialModel.trial_id == bindparam("trial"))
         .order_by(table.c.attempt.desc())
         .limit(1)
         .with_for_update(of=TrialModel)
     )
-    row = rows.mappings().first()
-    return None if row is None else (row["state"], _attempt(row))
 
 
 def lock_study(connection: Connection, study_id: int) -> None:
