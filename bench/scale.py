@@ -350,8 +350,8 @@ def measure_slots(arguments: argparse.Namespace, url: str) -> None:
 
 
 @contextmanager
-def server(url: str | None) -> Iterator[str]:
-    """A new database on the server at `url`, or on one that this function starts."""
+def server(url: str | None, connections: int = 100) -> Iterator[str]:
+    """A new database on the server at `url`, or on one that this function starts, with so many connections."""
     if url is not None:
         yield url
         return
@@ -359,6 +359,10 @@ def server(url: str | None) -> Iterator[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         started = get_server(Path(folder) / "data", cleanup_mode="delete")
+        if connections != 100:  # PostgreSQL's default
+            started.psql(f"ALTER SYSTEM SET max_connections = {connections};")
+            started.stop()
+            started.start()
         yield started.get_uri()
         started.cleanup()
 

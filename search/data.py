@@ -25,6 +25,7 @@ from search.images import Array, Images, chosen, length, mapped
 from studies.definition import Data
 from studies.model_rules import STORED_FUNCTION
 from studies.sources import find_modules, is_folder, is_function
+from studies.wording import one_line
 
 DOWNLOAD_SECONDS = 600
 # In the order of the labels, as their authors list them.
@@ -213,7 +214,7 @@ def _existing(name: str, folders: Sequence[Path]) -> Path:
     """The data file or folder `name`. Raises DataError if there is none."""
     path = Path(name)
     # Its folder may have been moved since the study was created: then it is usually the current one.
-    existing_path = path if path.exists() else _find(path.name, [Path(), *folders])
+    existing_path = _find(name, [Path()]) or _find(path.name, [Path(), *folders])
     what = "folder" if is_folder(name) else "file"
     if existing_path is None or existing_path.is_dir() != is_folder(name):
         raise DataError(
@@ -244,7 +245,13 @@ def _from_folder(name: str, data: Data, folders: Sequence[Path]) -> _Source:
 
 
 def _find(file: str, folders: Sequence[Path]) -> Path | None:
-    return next((folder / file for folder in folders if (folder / file).exists()), None)
+    try:
+        return next((folder / file for folder in folders if (folder / file).exists()), None)
+    except OSError as error:  # a name that is too long, or a folder that one may not read
+        raise DataError(
+            f"{one_line(file, 60)} cannot be looked for ({error.strerror or error}): correct dataset, or the "
+            "folders of TRIALYARD_DATA"
+        ) from None
 
 
 def _digits() -> _Source:
@@ -252,9 +259,7 @@ def _digits() -> _Source:
 
     The source has no test set: every fifth image (359) is taken for one.
     """
-    from sklearn.datasets import load_digits  # takes 1.5 s, too long for every command
-
-    source = load_digits()
+    source = _scikit_learn("sklearn.datasets").load_digits()
     images = _enlarged(source.images.astype(np.float64) * (255.0 / 16.0), 28)
     x, y = np.rint(images).astype(np.uint8)[..., np.newaxis], source.target
     test = np.arange(len(y)) % 5 == 4
@@ -265,6 +270,16 @@ def _digits() -> _Source:
         "y_test": lambda: y[test],
     }
     return _Source(arrays=arrays, test_images=int(test.sum()))
+
+
+def _scikit_learn(module: str) -> Any:
+    """This module of scikit-learn, which takes 1.5 s to import: too long for every command. Raises MachineError."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # one that does not fit the installed NumPy raises anything
+        raise MachineError(
+            f"scikit-learn cannot be imported ({type(error).__name__}: {one_line(error, 200)}): install it again"
+        ) from error
 
 
 def _enlarged(images: Array, size: int) -> Array:
@@ -367,15 +382,18 @@ def _where_to_look(module: str) -> str:
 
 def _download(name: str, folder: Path) -> Path:
     """Lets Keras download `name`, in another process, and stores it as ``<folder>/<name>.npz``."""
-    result = subprocess.run(
-        [sys.executable, "-P", "-m", "search.download", name, str(folder / f"{name}.npz")],
-        capture_output=True,
-        text=True,
-        timeout=DOWNLOAD_SECONDS,
-        check=False,
-    )
-    if result.returncode != 0:
-        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+    try:
+        result = subprocess.run(
+            [sys.executable, "-P", "-m", "search.download", name, str(folder / f"{name}.npz")],
+            capture_output=True,
+            text=True,
+            timeout=DOWNLOAD_SECONDS,
+            check=False,
+        )
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1] if result.returncode != 0 else None
+    except subprocess.TimeoutExpired:
+        reason = f"it was not done after {DOWNLOAD_SECONDS:.0f} s"
+    if reason is not None:
         raise DataError(
             f"{name}.npz is not in a folder of TRIALYARD_DATA and cannot be downloaded ({reason[:200]}): put the file "
             "into a folder and set TRIALYARD_DATA to it, or try the study `digits`, which needs no network"
@@ -534,10 +552,9 @@ def _require_all_classes(y: Array, what: str) -> None:
 
 def _split(indices: Array, y: Array, size: int, seed: int, setting: str, name: str) -> tuple[Array, Array]:
     """Splits off `size` of the `indices`, stratified by their classes in `y`. Returns the rest and these, in order."""
-    from sklearn.model_selection import train_test_split  # see _digits
-
+    model_selection = _scikit_learn("sklearn.model_selection")
     try:
-        parts = train_test_split(indices, test_size=size, stratify=y[indices], random_state=seed)
+        parts = model_selection.train_test_split(indices, test_size=size, stratify=y[indices], random_state=seed)
     except ValueError as error:
         classes = len(np.unique(y[indices]))
         raise DataError(

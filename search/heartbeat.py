@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -10,7 +11,7 @@ from optuna.exceptions import OptunaError
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.devices import Slot
-from storage import claims, database, owners
+from storage import claims, database, owners, silence
 from storage.claims import Claim
 from storage.errors import StorageError
 from storage.ledger import State
@@ -21,6 +22,7 @@ from storage.transactions import PatientStorage, write
 log = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 2.0
+LOOK_SECONDS = 0.02  # between two looks at whether a connection is free
 
 
 class Pulse:
@@ -85,20 +87,29 @@ class Heartbeat:
         self._thread.join(LEAVE_SECONDS)
 
     def _run(self) -> None:
-        while True:
-            self._beat()
-            if self._done.wait(self._seconds):
-                break
+        with silence.watching(self._seconds) as runs:
+            while not self._done.is_set():
+                runs()
+                self._beat()
+                self._done.wait(self._seconds)
         try:
             write(self._storage, None, lambda connection: leave(connection, list(self._slots)))
         except (OptunaError, SQLAlchemyError, StorageError, OSError) as error:
             log.debug("the slots stay in the list of workers until they are forgotten: %s", error)
 
+    def _is_exhausted(self) -> bool:
+        """Whether the worker's connection stays in use for a whole interval: usually it is free in a moment."""
+        look_until = time.monotonic() + self._seconds
+        while database.is_exhausted(self._storage):
+            if time.monotonic() > look_until or self._done.wait(LOOK_SECONDS):
+                return True
+        return False
+
     def _beat(self) -> None:
         with self._lock:
             held, closed = dict(self._pulses), dict(self._closed)
-        # Slow transactions of the slots may hold all connections for longer than the grace period.
-        storage = self._spare if database.is_exhausted(self._storage) else self._storage
+        # Transactions of the slots may hold the worker's connection for longer than the grace period.
+        storage = self._spare if self._is_exhausted() else self._storage
         try:
             states = claims.beat(storage, self._slots, list(held), closed)
         except Exception as error:

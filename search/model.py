@@ -243,9 +243,20 @@ def call_own(
 
 def targets(model: keras.Model, y: Array, classes: int) -> Array:
     """The labels `y`, (n,), as the model's loss takes them: as they are for a sparse one, else one-hot (n, classes)."""
+    losses = losses_of(model)
+    sparse = len(losses) == 1 and str(name_of(losses[0])).startswith("sparse_")
+    return y if sparse else keras.utils.to_categorical(y, classes)
+
+
+def losses_of(model: keras.Model) -> list[Any]:
+    """The losses that the model was compiled with, of each output one; that of the only output may be in a list."""
     loss = getattr(model, "loss", None)
-    name = str(getattr(loss, "name", getattr(loss, "__name__", loss)))
-    return y if name.startswith("sparse_") else keras.utils.to_categorical(y, classes)
+    return list(loss.values() if isinstance(loss, Mapping) else loss) if isinstance(loss, Mapping | list) else [loss]
+
+
+def name_of(loss: Any) -> Any:
+    """The name of one of Keras's losses, or of a user's own function; a loss that is given by name is its name."""
+    return getattr(loss, "name", getattr(loss, "__name__", loss))
 
 
 def _compile(model: keras.Model, h: Hyperparameters, steps: tuple[int, int]) -> None:

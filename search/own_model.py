@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from random import Random
+from types import FunctionType
 from typing import Any
 
 import keras
@@ -16,7 +17,7 @@ from search.batches import batches
 from search.data import Dataset
 from search.errors import ModelError
 from search.images import Array
-from search.model import NOT_OF_THE_MODEL, accuracy_of, build, call_own, targets
+from search.model import NOT_OF_THE_MODEL, accuracy_of, build, call_own, losses_of, name_of, targets
 from studies import model_rules, recipe
 from studies.definition import Definition
 from studies.space import Point, high_point, low_point, random_point
@@ -59,7 +60,7 @@ def _check_outputs(net: keras.Model, name: str, images: Array, classes: int) -> 
         f"{name} must give probabilities, and for the first images the outputs of the {classes} classes sum to "
         f"{sums.min():.3g} to {sums.max():.3g}"
     )
-    if _wants_probabilities(net.loss):
+    if _wants_probabilities(net):
         raise ModelError(f'{problem}: end it with layers.Activation("softmax", dtype="float32")')
     return [f"{problem}: its loss may allow that, but exported models give what the model gives"]
 
@@ -75,11 +76,11 @@ def _dtype(outputs: Any) -> str:
     return str(keras.backend.standardize_dtype(outputs.dtype))
 
 
-def _wants_probabilities(loss: Any) -> bool:
-    """Whether it is one of Keras's cross-entropies of probabilities."""
-    name = getattr(loss, "name", getattr(loss, "__name__", loss))
+def _wants_probabilities(net: keras.Model) -> bool:
+    """Whether its loss is one of Keras's cross-entropies of probabilities."""
     known = ("categorical_crossentropy", "sparse_categorical_crossentropy")
-    return name in known and not getattr(loss, "from_logits", False)
+    losses = losses_of(net)
+    return any(name_of(loss) in known and not getattr(loss, "from_logits", False) for loss in losses)
 
 
 def _check_momentum(net: keras.Model, name: str) -> None:
@@ -95,9 +96,11 @@ def _train_one_batch(net: keras.Model, name: str, images: Array, wanted: Array) 
     try:
         measured = net.fit(**batches(images, wanted, len(images)), shuffle=False, verbose=0).history
     except Exception as error:  # a user's own code may raise anything
+        own_loss = any(isinstance(loss, FunctionType) for loss in losses_of(net))
+        about_loss = ", or its loss, which gets class numbers only if its name begins with sparse_" if own_loss else ""
         raise ModelError(
             f"{name} cannot be trained on a batch of {len(images)} images with labels of the shape {wanted.shape} "
-            f"({_in_one_line(error)}): correct the function"
+            f"({_in_one_line(error)}): correct the function{about_loss}"
         ) from error
     accuracy_of(measured, name)
 
@@ -109,11 +112,16 @@ def _check_saving(net: keras.Model, name: str, images: Array) -> None:
             net.save(file)
         except Exception as error:  # as above
             raise ModelError(f"{name} cannot be saved ({_in_one_line(error)}): {SERIALIZABLE}") from error
-        try:
-            loaded = keras.models.load_model(file, compile=False)
-        except Exception as error:  # as above
-            advice = INSTEAD_OF_LAMBDA if "lambda" in str(error).lower() else SERIALIZABLE
-            raise ModelError(f"{name} can be saved, but not loaded again ({_in_one_line(error)}): {advice}") from error
+        check_file(file, net, name, images)
+
+
+def check_file(file: Path, net: keras.Model, name: str, images: Array) -> None:
+    """Raises ModelError unless the model that was saved to `file` loads, and gives what `net` gives for `images`."""
+    try:
+        loaded = keras.models.load_model(file, compile=False)
+    except Exception as error:  # a user's own layers may raise anything
+        advice = INSTEAD_OF_LAMBDA if "lambda" in str(error).lower() else SERIALIZABLE
+        raise ModelError(f"{name} can be saved, but not loaded again ({_in_one_line(error)}): {advice}") from error
     expected, outputs = (_flat_outputs(model, images) for model in (net, loaded))
     if not np.allclose(expected, outputs, rtol=MODEL_RELATIVE, atol=MODEL_ABSOLUTE):
         raise ModelError(

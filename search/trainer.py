@@ -5,6 +5,7 @@ environment that pins its device, and the process may crash, hang or run out of 
 """
 
 import contextlib
+import errno
 import logging
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from search.messages import Failed, Job, Message, Ready, Stop, StopMode
 from storage.errors import DiskError
 from storage.settings import environment_without_secrets
 from studies.sources import module_folders
+from studies.wording import one_line
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +140,11 @@ class Trainer:
             message = self._connection.recv() if self._connection.poll(seconds) else None
         except (EOFError, OSError):
             raise self._died() from None
+        except Exception as error:  # reading a damaged message may raise anything
+            raise self.hung(
+                f"sent a message that cannot be read ({type(error).__name__}: {one_line(error, 200)})",
+                ready=self._ready,
+            ) from error
         if isinstance(message, Ready):
             self._ready = True
         if isinstance(message, Failed) and not self._ready:
@@ -184,15 +191,15 @@ class Trainer:
     def _start(self) -> None:
         self.kill()
         self._first, self._jobs, self._ready = None, 0, False
-        ours, theirs = Pipe()
-        self._connection = ours
-        with contextlib.closing(theirs), self._log() as output:
-            try:
+        try:
+            self._connection, theirs = Pipe()
+            with contextlib.closing(theirs), self._log() as output:
                 self._process = launch(self.slot, theirs.fileno(), output)
-            except OSError as error:  # the machine has no memory, or no number, for another process
-                raise TrainerDied(
-                    f"a trainer process cannot be started ({error.strerror or error})", out_of_memory=False, ready=False
-                ) from error
+        except (OSError, MemoryError) as error:  # this process may open no more files, or the machine is full
+            reason = getattr(error, "strerror", None) or str(error) or "no memory is left"
+            raise TrainerDied(
+                f"a trainer process cannot be started ({reason})", out_of_memory=False, ready=False
+            ) from error
         self._send(self.slot)
 
     def _log(self) -> IO[bytes]:
@@ -200,6 +207,8 @@ class Trainer:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             return self.log_file.open("ab")
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
             raise DiskError(
                 f"the log {self.log_file} cannot be written ({error.strerror or error}): is the disk full, or the "
                 "folder another user's?"

@@ -17,10 +17,11 @@ from search.answers import Answers
 from search.batches import batches
 from search.data import Dataset
 from search.device_errors import is_of_the_disk
-from search.errors import DataError, MetricError
+from search.errors import DataError, MetricError, ModelError
 from search.images import Array
 from search.messages import Batches, Epoch, Repeated, StopMode, Trained, best_epoch, versions
 from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary, targets
+from search.own_model import IMAGES, check_file
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, PREDICTIONS, SUMMARY, stored
 from storage.errors import StorageError
 
@@ -190,7 +191,7 @@ def train(
     answers = unsaved = None
     if not stop.stopped:
         kept = _kept(net, kept_weights, model, hyperparameters, dataset)
-        unsaved = _save(kept, folder / MODEL)
+        unsaved = _save(kept, folder / MODEL, model, dataset)
         answers = None if more_seeds else Answers.of(kept, dataset, _evaluation_batch(batch_size))
     predictions = answers.predictions if answers is not None else None
     if predictions is not None:
@@ -329,13 +330,21 @@ def _write_history(path: Path, history: list[Epoch]) -> None:
         temporary.write_text(json.dumps([epoch.to_json() for epoch in history], indent=1), encoding="utf-8")
 
 
-def _save(net: keras.Model, path: Path) -> str | None:
-    """Saves the model; returns why it cannot be saved. What was measured must not be lost for that."""
+def _save(net: keras.Model, path: Path, model: str, dataset: Dataset) -> str | None:
+    """Saves the model; returns why it cannot be saved. What was measured must not be lost for that.
+
+    A user's own `model` is loaded again: where it was checked, it had other hyperparameters.
+    """
     try:
         with stored(path) as temporary:
             net.save(temporary)
+            if ":" in model:
+                check_file(temporary, net, model, dataset.x_train[:IMAGES])
     except StorageError:
         raise
+    except ModelError as error:
+        log.warning("%s", error)
+        return str(error)[:500]
     except Exception as error:  # a user's own layers may raise anything
         if is_of_the_disk(error):
             raise

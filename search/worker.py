@@ -13,6 +13,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from optuna.exceptions import OptunaError
+from sqlalchemy.exc import SQLAlchemyError
+
 from search import checks
 from search.attempt import Attempt, StudyHandle
 from search.devices import Slot, common_precision
@@ -35,6 +38,7 @@ from storage.trial_cache import TrialCache
 from studies import definition as definitions
 from studies import registry
 from studies.definition import Definition
+from studies.wording import one_line
 
 log = logging.getLogger(__name__)
 
@@ -346,11 +350,13 @@ class _OpenStudies:
                 self._handles = [handle for handle in self._handles if _key(handle.study) != _key(study)]
                 self._leave_for_now(study, error)
 
-    def _leave_for_now(self, study: Study, error: TrialyardError) -> None:
-        before = self._left.get(_key(study))
-        if before is None or before.reason != str(error):
-            log.warning("study %s is left to other workers: %s", study.name, error)
-        self._left[_key(study)] = _Left(reason=str(error), until=time.monotonic() + LEFT_SECONDS)
+    def _leave_for_now(self, study: Study, error: Exception) -> None:
+        before, reason = self._left.get(_key(study)), str(error)
+        if not isinstance(error, TrialyardError):
+            reason = f"{type(error).__name__}: {one_line(error, 300)}"
+        if before is None or before.reason != reason:
+            log.warning("study %s is left to other workers: %s", study.name, reason)
+        self._left[_key(study)] = _Left(reason=reason, until=time.monotonic() + LEFT_SECONDS)
 
     def _look(self) -> list[StudyHandle]:
         handles = []
@@ -401,6 +407,12 @@ class _OpenStudies:
         except TrialyardError as error:
             if not self._leave or not self._exists(study):
                 raise
+            self._leave_for_now(study, error)
+            return None
+        except Exception as error:  # reading its images runs code of libraries, and of its users
+            if not self._leave or isinstance(error, (OptunaError, SQLAlchemyError)) or not self._exists(study):
+                raise
+            log.debug("the whole error", exc_info=error)
             self._leave_for_now(study, error)
             return None
         return StudyHandle(

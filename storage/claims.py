@@ -240,9 +240,13 @@ def _lost_trials(storage: RDBStorage, connection: Connection, study: Study, grac
     not_before = storage.last_away if isinstance(storage, PatientStorage) else float("-inf")
     silent = watched_seconds(study.incarnation, [(trial_id, attempt) for trial_id, _, attempt in running], not_before)
     lost = []
+    gone: dict[tuple[str, int, float], bool] = {}  # by process: each is asked for once, and not for each of its slots
     for trial_id, number, attempt in running:
         owner, seconds = attempt.owner, silent[trial_id, attempt.attempt]
-        if owner.gone():
+        process = owner.machine, owner.pid, owner.born
+        if process not in gone:
+            gone[process] = owner.gone()
+        if gone[process]:
             reason = f"process {owner.pid} on {owner.host} ended"
         elif not owner.is_here and seconds >= max(grace_seconds, MISSED_BEATS * attempt.beat_seconds):
             reason = f"no sign of process {owner.pid} on {owner.host} for {seconds:.0f} s"

@@ -27,6 +27,7 @@ from storage.mounts import network_kind
 from storage.settings import sqlite_url
 from storage.tables import ALL_TABLES
 from storage.transactions import (
+    LOCK_SECONDS,
     PatientStorage,
     cause_of,
     file_identity,
@@ -37,6 +38,7 @@ from storage.transactions import (
     lock_row,
     log_first_failure,
     missing_privilege,
+    read,
     read_only_text,
     redact,
     schema_head,
@@ -48,7 +50,9 @@ log = logging.getLogger(__name__)
 
 
 BUSY_SECONDS = 60.0  # how long a statement waits for another process's transaction, on SQLite
-MOST_CONNECTIONS = 4  # of a process to a server; while all are in use, a heartbeat has one more (see `spare`)
+MOST_CONNECTIONS = 4  # of a process to a server, such as the dashboard's
+POOL_SECONDS = LOCK_SECONDS + 30.0  # for a connection: another thread may wait with it for a study's lock
+CONNECTIONS_OF_WORKER = 1  # for all its slots, which take turns: a server allows a hundred connections in all
 KINDS = "sqlite:///folder/studies.db or postgresql://user@host/database"
 
 # Optuna counts and looks up trials by scanning a study's; with 10,000 of them a claim took four times as long.
@@ -64,11 +68,11 @@ OUR_TABLES = (attempt_table.table, deletions.table, hits.table, slots.table)
 # --- connecting -------------------------------------------------------------------------------------------
 
 
-def connect(url: str, patience: float = 0.0) -> PatientStorage:
+def connect(url: str, patience: float = 0.0, connections: int = MOST_CONNECTIONS) -> PatientStorage:
     """Optuna's storage on the database at `url`, which must exist already (see `create`).
 
     `patience` is how many seconds a call waits for a database that is away; connecting itself is tried once (but see
-    `connect_with_retries`).
+    `connect_with_retries`). `connections` is the most that the process has to a server: its threads wait for one.
     Raises StorageError where the URL does not parse, is of no known kind, or there is no database of ours there.
     """
     parsed = _parsed(url)
@@ -84,7 +88,7 @@ def connect(url: str, patience: float = 0.0) -> PatientStorage:
     if lacking:
         raise StorageError(f"the database {redact(url)} {lacking}")
     if _revision(parsed) == schema_head():
-        storage = PatientStorage.on_current_tables(_rendered(parsed), _settings(parsed))
+        storage = PatientStorage.on_current_tables(_rendered(parsed), _settings(parsed, connections))
     else:
         storage = _storage(parsed)  # which says what is wrong
     storage.patience = patience
@@ -108,7 +112,9 @@ def file_at(url: str) -> Path | None:
 
 
 def connect_with_retries(url: str, patience: float) -> PatientStorage:
-    """As `connect`, but tried again for `patience` seconds while the server is away: workers start before it does.
+    """As `connect`, for a worker: tried again for `patience` seconds while the server is away, which starts later.
+
+    All slots of the worker share CONNECTIONS_OF_WORKER.
 
     Raises StorageError as `connect` does: at once where waiting would not help, as with a wrong password, a database
     that is not there or was never made ours, and at the end of the patience.
@@ -122,7 +128,7 @@ def connect_with_retries(url: str, patience: float) -> PatientStorage:
         before_sleep=log_first_failure,
         reraise=True,
     )
-    storage: PatientStorage = retrying(connect, url, patience)
+    storage: PatientStorage = retrying(connect, url, patience, CONNECTIONS_OF_WORKER)
     _require_writable(storage)
     return storage
 
@@ -132,9 +138,8 @@ def _require_writable(storage: PatientStorage) -> None:
     if sqlite_file(storage) is not None:
         return  # the first change says so
     query = text("SELECT current_setting('transaction_read_only') = 'on' AND NOT pg_is_in_recovery()")
-    with storage.engine.connect() as connection:
-        if connection.execute(query).scalar():
-            raise StorageError(read_only_text(storage.engine.url, "its transactions are read-only"))
+    if read(storage, lambda connection: connection.execute(query).scalar()):
+        raise StorageError(read_only_text(storage.engine.url, "its transactions are read-only"))
 
 
 # What a server that is there says of a connection that it will never accept. Nothing else tells it from one that is
@@ -211,8 +216,11 @@ def spare(storage: PatientStorage) -> PatientStorage:
 
 def is_exhausted(storage: PatientStorage) -> bool:
     """Whether all connections to a server are in use, so that the next transaction waits for one of them."""
-    pool = storage.engine.pool
-    return isinstance(pool, QueuePool) and pool.checkedout() >= MOST_CONNECTIONS
+    pool, options = storage.engine.pool, storage.engine_kwargs
+    if not isinstance(pool, QueuePool) or sqlite_file(storage) is not None:
+        return False
+    most: int = options["pool_size"] + options["max_overflow"]
+    return pool.checkedout() >= most
 
 
 def connect_any_version(url: str) -> PatientStorage:
@@ -422,13 +430,16 @@ def _shown(url: str) -> str:
     return "***@" + url.rpartition("@")[2] if "@" in url else url
 
 
+def _uri(path: str) -> str:
+    """The file's URI, with an empty host, since what follows the two slashes of a path //x would be one."""
+    return "file://" + urllib.parse.quote(os.path.abspath(path))
+
+
 def _open(path: str) -> sqlite3.Connection:
     file = Path(path)
     if file.exists() and not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
         return _open_read_only(path)
-    connection = sqlite3.connect(
-        f"file:{urllib.parse.quote(path)}?mode=rw", uri=True, timeout=BUSY_SECONDS, check_same_thread=False
-    )
+    connection = sqlite3.connect(f"{_uri(path)}?mode=rw", uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
     connection.execute("PRAGMA journal_mode = WAL")
     # With WAL this is safe against a killed process; a power cut may undo the last moments, never damage the
     # file, and what it undoes is a trial that runs again.
@@ -439,7 +450,7 @@ def _open(path: str) -> sqlite3.Connection:
 
 def _open_read_only(path: str) -> sqlite3.Connection:
     """A connection to a file on a read-only mount, or in another user's folder."""
-    uri = f"file:{urllib.parse.quote(path)}?mode=ro"
+    uri = f"{_uri(path)}?mode=ro"
     wal = Path(f"{path}-wal")
     # SQLite wants to make a log, unless `immutable` says that the file does not change, as it does while a log exists.
     unchanging = not wal.exists() or wal.stat().st_size == 0
@@ -448,7 +459,7 @@ def _open_read_only(path: str) -> sqlite3.Connection:
     )
 
 
-def _settings(url: URL) -> dict[str, Any]:
+def _settings(url: URL, connections: int = MOST_CONNECTIONS) -> dict[str, Any]:
     """What an engine on `url` is made with."""
     path = file_of(url)
     if path is not None:
@@ -457,9 +468,9 @@ def _settings(url: URL) -> dict[str, Any]:
         # What the lock makes visible must be seen: the default of a server, a database or a user may be another.
         "isolation_level": "READ COMMITTED",
         "pool_pre_ping": True,  # a restarted server leaves dead connections in the pool
-        "pool_size": 1,  # an idle process holds one connection: servers allow a hundred in all
-        # For moments: one transaction waits for the study's lock, beside epochs, beats and reads.
-        "max_overflow": MOST_CONNECTIONS - 1,
+        "pool_size": 1,  # an idle process holds one connection
+        "max_overflow": connections - 1,
+        "pool_timeout": POOL_SECONDS,
         "connect_args": {
             "connect_timeout": 10,
             "prepare_threshold": None,  # prepared statements do not pass a transaction-pooling proxy

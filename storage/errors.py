@@ -14,6 +14,7 @@ TrialyardError
 ├── ClaimLost          another worker owns this trial now (never shown to a user: the result is dropped)
 ├── DefinitionError    (studies) a definition breaks a rule
 ├── StudyError         (studies) no such study, or it exists with another definition
+├── PackageError       (studies) a package that Trialyard itself needs cannot be imported
 ├── DataError          (search) images or labels cannot be loaded or do not fit
 ├── ModelError         (search) a model cannot be built
 │   └── MetricError      it does not report what trials are judged by

@@ -378,13 +378,25 @@ def set_priority(storage: RDBStorage, study: Study, priority: int) -> None:
 
 def record_test_opening(storage: RDBStorage, study: Study) -> int:
     """Counts that a confirmation will open the test images of `study`; returns how many have. Raises StudyGone."""
+    call = uuid.uuid4().hex
 
     def work(connection: Connection) -> int:
-        openings = current(connection, study).test_openings + 1
+        existing = current(connection, study)
+        if _last_test_opening(connection, study.id) == call:
+            return existing.test_openings  # the commit succeeded, but its answer was lost
+        openings = existing.test_openings + 1
         _set_attribute(connection, study.id, "test_openings", openings)
+        _set_attribute(connection, study.id, "last_test_opening", call)
         return openings
 
     return write(storage, study.name, work)
+
+
+def _last_test_opening(connection: Connection, study_id: int) -> str | None:
+    """The call that counted last."""
+    stored, key = StudyUserAttributeModel, f"{attributes.PREFIX}last_test_opening"
+    value = connection.execute(select(stored.value_json).where(stored.study_id == study_id, stored.key == key)).scalar()
+    return None if value is None else json.loads(value)
 
 
 def _set_attribute(connection: Connection, study_id: int, name: str, value: Any) -> None:

@@ -1,5 +1,6 @@
 """Adds trials to the queue of a study that exists."""
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from sqlalchemy import Connection
 
 from storage import attributes, ledger
 from storage.ledger import Study
-from storage.tables import insert_waiting, next_number, set_trial_attributes
+from storage.tables import insert_waiting, next_number, numbers_queued_by, set_trial_attributes
 from storage.transactions import write
 
 RETRY_OF = "retry_of"  # user attribute of a trial that repeats a failed one: that one's number
@@ -29,14 +30,18 @@ def enqueue(storage: RDBStorage, study: Study, trials: Sequence[Queued]) -> list
     A failed trial that another one repeats already is left out. The budget grows where it has no room for them. Raises
     StudyGone.
     """
+    call = uuid.uuid4().hex
 
     def work(connection: Connection) -> list[int]:
         existing = ledger.current(connection, study)
+        done = numbers_queued_by(connection, study.id, call)
+        if done:
+            return done  # the commit succeeded, but its answer was lost
         repeated = attributes.of_all_trials(connection, study.id, RETRY_OF)
         first = next_number(connection, study.id)
         wanted = [trial for trial in trials if trial.retry_of is None or trial.retry_of not in repeated]
         for number, trial in enumerate(wanted, start=first):
-            trial_id = insert_waiting(connection, study.id, number, trial.point)
+            trial_id = insert_waiting(connection, study.id, number, trial.point, call)
             if trial.retry_of is not None:
                 set_trial_attributes(connection, trial_id, {RETRY_OF: trial.retry_of})
         taken = existing.finished + existing.running + existing.waiting + len(wanted)

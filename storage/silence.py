@@ -3,10 +3,14 @@
 A heartbeat is taken as a value that changes, not as a time. So nobody is dead because the database's clock was set, or
 because the machine slept: both stop every heartbeat, and the watcher's own monotonic clock, which stops while the
 machine sleeps, has counted nothing meanwhile.
+
+A process that was stopped (a paused container, SIGSTOP) has watched nobody meanwhile, though its monotonic clock went
+on: the others may have been stopped with it. So a worker's heartbeat shows that this process runs, too (`watching`).
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from time import monotonic
@@ -24,8 +28,41 @@ class _Look:
     at: float  # by the monotonic clock
 
 
+class _Watch:
+    """Calls at a steady interval; where they did not come, this process was stopped."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._called = seconds, monotonic()
+        self._stopped_until = float("-inf")
+
+    def runs(self) -> None:
+        """Notes a call."""
+        self._stopped_until = self.stopped_until()
+        self._called = monotonic()
+
+    def stopped_until(self) -> float:
+        """When this process was stopped last, by the monotonic clock; now, if calls are missing now."""
+        now = monotonic()
+        return now if now - self._called > MISSED_CALLS * self._seconds else self._stopped_until
+
+
+MISSED_CALLS = 3  # one may take long: the database is busy
 _looks: dict[str, dict[Key, _Look]] = {}  # by the study's incarnation, which no other database has
+_watches: list[_Watch] = []
 _lock = threading.Lock()  # a worker's slots look at the same time
+
+
+@contextmanager
+def watching(seconds: float) -> Iterator[Callable[[], None]]:
+    """While the block runs, what it yields must be called every `seconds`. While it is not, nobody was watched."""
+    watch = _Watch(seconds)
+    with _lock:
+        _watches.append(watch)
+    try:
+        yield watch.runs
+    finally:
+        with _lock:
+            _watches.remove(watch)
 
 
 def watched_seconds(incarnation: str, running: Iterable[tuple[int, Attempt]], not_before: float) -> dict[Key, float]:
@@ -36,6 +73,7 @@ def watched_seconds(incarnation: str, running: Iterable[tuple[int, Attempt]], no
     """
     now = monotonic()
     with _lock:
+        not_before = max([not_before, *(watch.stopped_until() for watch in _watches)])
         before = _looks.get(incarnation, {})
         looks = {}
         for trial_id, attempt in running:

@@ -108,14 +108,33 @@ def insert_trial(
     return int(trial_id)
 
 
-def insert_waiting(connection: Connection, study_id: int, number: int, point: Mapping[str, Any]) -> int:
+QUEUED_BY = "trialyard:queued_by"  # system attribute of a trial: the call that added it to the queue
+
+
+def insert_waiting(
+    connection: Connection, study_id: int, number: int, point: Mapping[str, Any], queued_by: str | None = None
+) -> int:
     """Inserts a trial that is to be tried with the hyperparameters `point`, as Optuna's own queue has it; returns its
-    id.
+    id. `numbers_queued_by` finds it again.
     """
     trial_id = insert_trial(connection, study_id, number, TrialState.WAITING)
-    row = {"trial_id": trial_id, "key": "fixed_params", "value_json": json.dumps(dict(point))}
-    connection.execute(insert(TrialSystemAttributeModel).values(row))
+    values = {"fixed_params": dict(point)} | ({} if queued_by is None else {QUEUED_BY: queued_by})
+    rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in values.items()]
+    connection.execute(insert(TrialSystemAttributeModel), rows)
     return trial_id
+
+
+def numbers_queued_by(connection: Connection, study_id: int, queued_by: str) -> list[int]:
+    """The numbers of the trials that one call added to the queue of a study, in order."""
+    stored = TrialSystemAttributeModel
+    return list(
+        connection.execute(
+            select(TrialModel.number)
+            .join(stored, stored.trial_id == TrialModel.trial_id)
+            .where(TrialModel.study_id == study_id, stored.key == QUEUED_BY, stored.value_json == json.dumps(queued_by))
+            .order_by(TrialModel.number)
+        ).scalars()
+    )
 
 
 def update_trial(connection: Connection, trial_id: int, **columns: Any) -> None:

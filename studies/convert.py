@@ -43,7 +43,7 @@ def main(model: str, format: str, target: str, shape: str = "", module: str = ""
         sys.exit(NOT_LOADED)
     if not shape and getattr(net, "input_shape", None) is None:
         sys.exit(f"{type(net).__name__} is a subclass of keras.Model, and the shape of its images is not recorded")
-    if format != "savedmodel" and any(layer.compute_dtype != "float32" for layer in net.layers):
+    if format != "savedmodel" and any(layer.compute_dtype != "float32" for layer in net._flatten_layers()):
         net = _in_float32(net)
     import numpy as np
 
@@ -101,7 +101,7 @@ def _in_float32(net: "keras.Model") -> "keras.Model":
     def cloned(layer: Any) -> Any:
         return type(layer).from_config(layer.get_config() | {"dtype": "float32"})
 
-    copy = clone_model(net, clone_function=cloned)
+    copy = clone_model(net, clone_function=cloned, recursive=True)  # a backbone is a model in the model
     copy.set_weights(net.get_weights())
     return copy
 

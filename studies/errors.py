@@ -7,5 +7,9 @@ class DefinitionError(TrialyardError):
     """A definition breaks a rule: the message names the key, the value, the rule and what to do."""
 
 
+class PackageError(TrialyardError):
+    """A package that Trialyard itself needs cannot be imported."""
+
+
 class StudyError(TrialyardError):
     """There is no such study, or it exists with another definition."""

@@ -67,10 +67,12 @@ def publish(
     """Writes the notes and figures of study `name`, unless they are up to date or were written a moment ago.
 
     `cached` is the same storage with Optuna's cache of finished trials. `last` ignores the pause, because this worker
-    ends. `force` writes them even if nothing in the study has changed.
+    ends; but not while trials run elsewhere, whose workers write them again: a hundred that end together would each
+    draw all figures. `force` writes them even if nothing in the study has changed.
     Returns whether the notes and figures in the database are up to date, as far as this caller knows.
     """
     study = registry.find(name, storage)
+    last = last and study.running == 0
     lock = f"{name} (notes)"  # a lock of its own: a claim must not wait for it
     if not write(storage, lock, lambda connection: _take_turn(connection, study, last)) and not force:
         return _is_current(storage, study)

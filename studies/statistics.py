@@ -1,8 +1,10 @@
 """Intervals and tests for accuracies, each with its source. Knows no database and no study.
 
-A training's *hits* say for each of the same images whether the model got it right. All intervals are of 95 %.
+A training's *hits* say for each of the same images whether the model got it right. All intervals are of 95 %. What
+needs scipy raises PackageError if it cannot be imported.
 """
 
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from studies.errors import PackageError
+from studies.wording import one_line
 
 CONFIDENCE = 0.95
 MIN_SEEDS = 6  # with fewer, no sign-flip test can give p < 0.05: its smallest p is 2 / 2^n
@@ -34,9 +39,7 @@ def wilson(right: int, images: int) -> Interval:
     It says nothing of a winner that was chosen for its accuracy. Source: Wilson 1927, as scipy computes it. Raises
     ValueError unless 0 <= right <= images and images > 0.
     """
-    from scipy import stats  # takes a second: most commands need no statistics
-
-    found = stats.binomtest(right, images).proportion_ci(CONFIDENCE, method="wilson")
+    found = _stats().binomtest(right, images).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(low=float(found.low), high=float(found.high))
 
 
@@ -63,10 +66,8 @@ def _t_interval(values: Sequence[float], share_of_variance: Any) -> Interval | N
     count = len(values)
     if count < 2:
         return None
-    from scipy import stats
-
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread * math.sqrt(share_of_variance(count))
+    half = float(_stats().t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread * math.sqrt(share_of_variance(count))
     # No accuracy is outside 0 to 1, so nothing is lost.
     return Interval(low=max(0.0, mean - half), high=min(1.0, mean + half))
 
@@ -118,9 +119,7 @@ def sign_flip_p(first: Sequence[float], second: Sequence[float]) -> float | None
     differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     if len(differences) < MIN_SEEDS:
         return None
-    from scipy import stats
-
-    found = stats.permutation_test(
+    found = _stats().permutation_test(
         (differences,),
         np.mean,
         permutation_type="samples",
@@ -166,12 +165,10 @@ def mcnemar_p(first: Hits, second: Hits) -> float:
 
     `first` and `second` are (images,). Source: McNemar 1947; Dietterich 1998 on what it is for.
     """
-    from scipy import stats
-
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     if only_first + only_second == 0:
         return 1.0
-    return float(stats.binomtest(only_first, only_first + only_second).pvalue)
+    return float(_stats().binomtest(only_first, only_first + only_second).pvalue)
 
 
 def difference_of_models(first: Hits, second: Hits) -> Interval:
@@ -185,3 +182,13 @@ def difference_of_models(first: Hits, second: Hits) -> Interval:
     difference = (only_first - only_second) / images
     error = math.sqrt(only_first + only_second - (only_first - only_second) ** 2 / images) / images
     return Interval(low=difference - 1.96 * error, high=difference + 1.96 * error)
+
+
+def _stats() -> Any:
+    """scipy.stats, which takes a second to import: most commands need no statistics. Raises PackageError."""
+    try:
+        return importlib.import_module("scipy.stats")
+    except Exception as error:  # one that does not fit the installed NumPy raises anything
+        raise PackageError(
+            f"scipy cannot be imported ({type(error).__name__}: {one_line(error, 200)}): install it again"
+        ) from error

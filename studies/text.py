@@ -233,18 +233,28 @@ def compared(found: "StudyComparison") -> str:
         ]
         for side in (found.first, found.second)
     ]
-    titles = ["study", "best", "95 % interval", "images", "trial", "hyperparameters", "trials", "epochs", "seconds"]
+    titles = [
+        "study",
+        "best",
+        "95 % sampling error",
+        "images",
+        "trial",
+        "hyperparameters",
+        "trials",
+        "epochs",
+        "seconds",
+    ]
     sentences = [
-        f"The best of {found.first.study} less that of {found.second.study}: {found.difference:+.4f}, 95 % interval "
-        f"{_interval(found.interval, '+.4f')}."
+        f"The best of {found.first.study} less that of {found.second.study}: {found.difference:+.4f}, 95 % sampling "
+        f"error {_interval(found.interval, '+.4f')}."
     ]
     if found.p is not None:
         sentences.append(f"McNemar's test on the same images: p {found.p:.3g}.")
     if found.first.judged_on != found.second.judged_on:
         sentences.append("They were judged by different images: validation and test accuracies are not comparable.")
     sentences.append(
-        "These are the sampling errors of two models. Both were chosen as the best of many, and another seed gives "
-        "other models: `trialyard confirm` measures that."
+        "A sampling error is what other images would change. But both models were chosen as the best of many, and "
+        "another seed gives other models: `trialyard confirm` measures that."
     )
     return paragraphs([rows_text(titles, cells), bullets(sentences)])
 

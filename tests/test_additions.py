@@ -8,7 +8,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 import studies
-from storage import claims, database, ledger, promises
+from storage import claims, database, ledger, promises, queue, transactions
 from storage.owners import Owner
 from storage.transactions import PatientStorage
 from studies import registry
@@ -129,3 +129,25 @@ def test_the_commands_do_the_same(finished_study: str, start: Callable[..., Any]
     assert "write it as depth=5" in ended(start("enqueue", finished_study, "dropout"), 2)[1]
     assert "must be from 0 to 0.7" in ended(start("enqueue", finished_study, "dropout=7"), 1)[1]
     assert studies.status(finished_study).waiting == 2
+
+
+def test_an_answer_that_was_lost_counts_nothing_twice(
+    storage: PatientStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks between the commit and its answer, and the same is written again."""
+
+    def twice(storage: PatientStorage, study: str | None, work: Callable[[Any], Any]) -> Any:
+        transactions.write(storage, study, work)
+        return transactions.write(storage, study, work)
+
+    monkeypatch.setattr(queue, "write", twice)
+    monkeypatch.setattr(ledger, "write", twice)
+    for number in (0, 1):
+        assert studies.enqueue(study, {"dropout": number / 2}, storage) == number
+    _end(storage, study, me, 0.5, fails=True)
+    assert studies.retry(study, storage) == [2]
+    found = ledger.find(storage, study)
+    assert (found.finished, found.waiting) == (1, 2)
+    assert [ledger.record_test_opening(storage, found) for _ in range(2)] == [1, 2]
+    assert ledger.find(storage, study).test_openings == 2
+    assert promises.check(storage) == []

@@ -212,6 +212,36 @@ def test_a_study_is_counted_as_of_one_moment(storage: PatientStorage, study: str
     assert len([text for text in statements if text.startswith("SELECT") and "FROM trials" in text]) == 1
 
 
+def test_what_a_trial_sends_does_not_grow_with_the_study(
+    storage: PatientStorage, study: str, me: Owner, elsewhere: Owner
+) -> None:
+    """Statements, of which each takes a network's round trip: many workers share one database."""
+    ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=100, hours=None))
+    statements: list[str] = []
+    sqlalchemy.event.listen(storage.engine, "before_cursor_execute", lambda *event: statements.append(event[2]))
+
+    def sent(call: Callable[[], Any]) -> int:
+        statements.clear()
+        call()
+        return len(statements)
+
+    def of_one_trial() -> dict[str, int]:
+        held: list[Claim] = []
+        return {
+            "claim": sent(lambda: held.append(_claim(storage, study, me))),
+            "report": sent(lambda: claims.record_epochs(storage, held[0], {1: 0.5})),
+            "beat": sent(lambda: claims.beat(storage, {me: "Some Processor"}, held)),
+            "finish": sent(lambda: claims.finish(storage, held[0], TrialState.COMPLETE, 0.5, {"epochs": 1})),
+        }
+
+    _claim(storage, study, elsewhere)
+    beside_one = of_one_trial()
+    for number in range(20):
+        _claim(storage, study, replace(elsewhere, slot=f"cpu:{number}"))
+    assert of_one_trial() == beside_one
+    assert sum(beside_one.values()) <= 40, beside_one
+
+
 def test_no_trial_starts_after_the_study_s_hours(storage: PatientStorage, me: Owner) -> None:
     short = parse(OTHER.replace("trials = 2", "trials = 2\nhours = 1e-7"))
     registry.create(short, storage, {"fingerprint": "1" * 16})
@@ -394,6 +424,24 @@ def test_silence_while_the_database_is_away_does_not_count(
     assert _claim(storage, study, me).number == 2
     pass_time(GRACE)
     assert _claim(storage, study, me).trial_id == held.trial_id
+
+
+def test_a_worker_that_was_stopped_with_the_others_takes_nobody_s_trial(
+    storage: PatientStorage, study: str, me: Owner, elsewhere: Owner, pass_time: Callable[[float], None]
+) -> None:
+    """As paused containers: their monotonic clocks go on meanwhile, and none of them sends a heartbeat."""
+    held = _claim(storage, study, elsewhere)
+    with silence.watching(GRACE / 6) as runs:
+        _claim(storage, study, me)
+        pass_time(2 * GRACE)
+        assert _claim(storage, study, me).number == 2, "before its own first heartbeat"
+        runs()
+        for _ in range(6):
+            other = claims.claim(storage, ledger.find(storage, study), me, GRACE)
+            assert other is None or other.trial_id != held.trial_id
+            pass_time(GRACE / 6)
+            runs()
+        assert _claim(storage, study, me).trial_id == held.trial_id, "it stays silent"
 
 
 @pytest.mark.parametrize("error", [psutil.NoSuchProcess(1), psutil.AccessDenied(1)])

@@ -62,6 +62,8 @@ def test_two_studies_are_compared_image_by_image(storage: PatientStorage) -> Non
     assert side.interval == statistics.wilson(int(right[0].sum()), 200)
     shown = text.compared(found)
     assert f"p {found.p:.3g}" in shown
+    assert "95 % sampling error" in shown, "no interval of the chosen one's accuracy"
+    assert "interval" not in shown
     assert "not comparable" not in shown
 
 

@@ -1,5 +1,6 @@
 """Images keep their stored type and are split by class; invalid data is refused in one sentence."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,28 @@ def test_a_single_array_is_not_an_npz(tmp_path: Path) -> None:
 def test_a_missing_file_names_the_folders_and_the_variable(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"none.npz does not exist, and neither .* nor {tmp_path} has .*TRIALYARD_DATA"):
         data.load("none.npz", Data(), [tmp_path])
+
+
+def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^file-file.* cannot be looked for \(File name too long\): correct dataset"):
+        data.load("file-" * 100 + ".npz", Data(), [tmp_path])
+
+
+def test_a_slow_download_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "DOWNLOAD_SECONDS", 0.01)
+    with pytest.raises(
+        DataError, match=r"cannot be downloaded \(it was not done after 0 s\): put the file into a folder"
+    ):
+        data.load("mnist", Data(), [tmp_path])
+
+
+@pytest.mark.parametrize("module", ["sklearn.datasets", "sklearn.model_selection"])
+def test_a_broken_scikit_learn_is_the_machine_s_fault(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        MachineError, match=rf"scikit-learn cannot be imported \(ModuleNotFoundError: .*{module}.* again"
+    ):
+        data.load("digits", Data(), [])
 
 
 def test_a_limit_too_small_for_the_classes_is_refused(write_npz: Write) -> None:

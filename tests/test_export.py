@@ -188,7 +188,10 @@ def test_formats_give_the_same_predictions(finished: RDBStorage, home: Path, sav
 
 
 @pytest.mark.long
-def test_a_model_in_bfloat16_is_converted_in_float32(finished: RDBStorage, home: Path, saved: Path) -> None:
+@pytest.mark.parametrize("is_inner", [False, True], ids=["plain", "in another model, as a backbone is"])
+def test_a_model_in_bfloat16_is_converted_in_float32(
+    finished: RDBStorage, home: Path, saved: Path, is_inner: bool
+) -> None:
     """Its interpreters have no bfloat16, in which `precision = "auto"` trains where the machine has it."""
     import tensorflow as tf
 
@@ -199,6 +202,8 @@ def test_a_model_in_bfloat16_is_converted_in_float32(finished: RDBStorage, home:
     half = keras.models.clone_model(net, clone_function=in_bfloat16)
     half.set_weights(net.get_weights())
     assert half.layers[1].compute_dtype == "bfloat16"
+    if is_inner:
+        half = keras.Sequential([keras.Input((8, 8, 1)), half])
     half.save(next((home / "yard" / "artifacts").glob("trivial-*/1/1/model.keras")))
     images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1)).astype(np.float32)
     folder = studies.export("trivial", home / "lite", "tflite", finished)

@@ -40,6 +40,19 @@ def sparse(h, shape, classes):
     net.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     return net
 
+def sparse_in_a_list(h, shape, classes):
+    net = _net(shape, classes)
+    net.compile("adam", ["sparse_categorical_crossentropy"], metrics=["accuracy"])
+    return net
+
+def own_loss(h, shape, classes):
+    def numbers(true, predicted):
+        return keras.losses.sparse_categorical_crossentropy(true, predicted)
+
+    net = _net(shape, classes)
+    net.compile("adam", numbers, metrics=["accuracy"])
+    return net
+
 def wrong_loss(h, shape, classes):
     net = keras.Sequential([keras.Input(shape), layers.Flatten(), layers.Dense(classes + 1)])
     net.compile("adam", "categorical_crossentropy", metrics=["accuracy"])
@@ -150,6 +163,10 @@ def test_a_good_model_passes_without_a_note(check: Callable[..., Any], function:
     [
         ("logits", r"must give probabilities, .* sum to .*: end it with layers.Activation\(\"softmax\""),
         ("wrong_loss", r"cannot be trained on a batch of 16 images with labels of the shape \(16, 10\) \(ValueError"),
+        (
+            "own_loss",
+            r"cannot be trained .* or its loss, which gets class numbers only if its name begins with sparse_",
+        ),
         ("without_accuracy", r"trials are judged by the metric accuracy"),
         ("unsaveable", r"cannot be saved \(NotImplementedError: .*get_config"),
         ("with_lambda", r"can be saved, but not loaded again .*: write the Lambda layer as a class with"),
@@ -225,4 +242,5 @@ def test_a_keras_json_with_channels_first_does_not_matter() -> None:
 
 
 def test_labels_have_the_form_of_the_loss(check: Callable[..., Any]) -> None:
-    assert check("sparse", space="batch_size = { low = 8, high = 16 }") == ()
+    for function in ("sparse", "sparse_in_a_list"):
+        assert check(function, space="batch_size = { low = 8, high = 16 }") == ()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from conftest import SMALL, Command
+from conftest import COMMAND, SMALL, Command
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
@@ -305,6 +305,19 @@ def test_lines_are_whole_lines_whatever_their_length(storage: RDBStorage, claim:
         "trivial trial 0 is back in the queue; 0 of 5 done, best none yet",
         "trivial trial 0 begins (attempt 2): ",
     ]
+
+
+def test_a_search_goes_on_when_its_output_is_closed(
+    home: Path, write_small: Callable[..., Path], start: Command
+) -> None:
+    """As in ``trialyard run small.toml 2>&1 | head -1``."""
+    search = start("run", str(write_small(trials=2, epochs=2)), program=COMMAND)
+    assert search.stderr is not None
+    assert "small" in search.stderr.readline()
+    search.stderr.close()
+    assert search.wait(240) == 0
+    found = results.status("small", f"sqlite:///{home}/yard/studies.db")
+    assert (found.ended, found.finished) == (True, 2)
 
 
 def test_lines_go_on_when_somebody_broke_the_study_s_attributes(storage: RDBStorage, claim: Claim) -> None:

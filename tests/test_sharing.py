@@ -2,6 +2,7 @@
 
 import pickle
 import time
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,6 +32,10 @@ from studies.definition import Definition
 from studies.errors import StudyError
 
 Write = Callable[..., Path]
+REFUSALS: dict[str, Exception] = {
+    "refused": WorkerError("this machine has other images"),
+    "broken": AttributeError("of some library"),
+}
 
 
 @pytest.fixture
@@ -49,8 +54,8 @@ def open_studies(
     monkeypatch.setattr(worker, "LOOK_SECONDS", 0.0)
 
     def check_fit(study: ledger.Study, *_: object) -> Definition:
-        if study.name == "refused":
-            raise WorkerError("this machine has other images")
+        if study.name in REFUSALS:
+            raise REFUSALS[study.name]
         return definitions.from_json(study.definition)
 
     monkeypatch.setattr(worker, "check_fit", check_fit)
@@ -133,6 +138,33 @@ def test_a_higher_priority_goes_first_and_blocks_nobody_when_it_has_nothing_left
     assert _take(one, me, 5).study == "later"
     # Who names studies has said which goes first.
     assert _shares(open_studies("later", "usual"), me, 3) == {"later": 3}
+
+
+@pytest.mark.parametrize("name", list(REFUSALS))
+def test_a_study_that_cannot_be_served_is_looked_at_again_after_minutes(
+    storage: PatientStorage,
+    trivial: Definition,
+    open_studies: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    for each in (name, "usual"):
+        _create(storage, trivial, each)
+    one, now = open_studies(), time.monotonic()
+    monkeypatch.setattr(worker, "time", types.SimpleNamespace(monotonic=lambda: now))
+
+    def served() -> set[str]:
+        return {handle.study.name for handle in one.now()}
+
+    assert served() == {"usual"}
+    assert f"study {name} is left to other workers: " in caplog.text
+    assert str(REFUSALS[name]) in caplog.text
+    monkeypatch.delitem(REFUSALS, name)
+    now += worker.LEFT_SECONDS - 1
+    assert served() == {"usual"}
+    now += 1
+    assert served() == {"usual", name}
 
 
 def test_a_priority_that_is_no_whole_number_is_refused(storage: PatientStorage, trivial: Definition) -> None:

@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
 
 from storage.hits import Hits
 from studies import statistics
+from studies.errors import PackageError
 from studies.statistics import Interval
 
 
@@ -104,3 +106,9 @@ def test_mcnemar_s_test() -> None:
     second = np.array([True] * 900 + [False] * 25 + [True] * 12 + [False] * 63)
     assert statistics.mcnemar_p(first, second) == pytest.approx(0.0470310274)
     assert statistics.mcnemar_p(first, first) == 1.0
+
+
+def test_a_broken_scipy_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(PackageError, match=r"^scipy cannot be imported \(ModuleNotFoundError: .*\): install it again$"):
+        statistics.wilson(90, 100)

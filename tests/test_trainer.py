@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 
 from search import trainer as trainers
 from search.devices import Device, Slot, cpu
-from search.messages import Batches, Checked, Epoch, Failed, Job, Resumed, Trained
+from search.messages import Batches, Checked, Epoch, Failed, Job, Resumed, Stop, Trained
 from search.trainer import Trainer, TrainerDied
 from search.trainer_process import send_if_read
 from storage.artifacts import CHECKPOINT
@@ -177,6 +178,33 @@ def test_a_process_that_closes_its_connection_and_lives_is_killed(
         trainer.receive(1.0)
     assert process.wait(30) == -signal.SIGKILL
     assert trainer.pid is None, "the next job starts a new process"
+
+
+@pytest.mark.parametrize("left", [0, 2, 3], ids=["for the connection", "for the log", "for the process"])
+def test_a_worker_that_may_open_no_more_files_starts_no_trainer(trainer: Trainer, job: Make, left: int) -> None:
+    small, limits = job(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_free = os.dup(0)
+    os.close(next_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_free + left, limits[1]))
+    try:
+        with pytest.raises(TrainerDied, match=r"cannot be started \(Too many open files\)") as died:
+            trainer.submit(small)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not died.value.ready, "the job is not to blame"
+
+
+@pytest.mark.parametrize("sent", [b"no pickle", pickle.dumps(Stop(mode="keep")).replace(b"Stop", b"Spot")])
+def test_a_message_that_cannot_be_read_is_the_end_of_its_process_alone(tmp_path: Path, sent: bytes) -> None:
+    trainer = Trainer(Slot(device=cpu()), tmp_path / "log")
+    ours, theirs = Pipe()
+    process = subprocess.Popen(["sleep", "60"])
+    trainer._process, trainer._connection = process, ours
+    theirs.send_bytes(sent)
+    with pytest.raises(TrainerDied, match=rf"process {process.pid} sent a message that cannot be read .*was killed"):
+        trainer.receive(1.0)
+    assert process.wait(30) == -signal.SIGKILL
+    theirs.close()
 
 
 def test_a_trainer_ends_when_its_worker_is_killed(job: Make, tmp_path: Path) -> None:

@@ -550,20 +550,27 @@ class Applied(keras.layers.Layer):
     def call(self, x):
         return self.function(x)
 
-def build(hyperparameters, image_shape, classes):
-    return keras.Sequential([keras.Input(image_shape), Applied(lambda x: x / 255), keras.layers.Flatten(),
+def build(hyperparameters, image_shape, classes, scaled=None):
+    return keras.Sequential([keras.Input(image_shape), scaled or Applied(lambda x: x / 255), keras.layers.Flatten(),
                              keras.layers.Dense(classes, "softmax")])
+
+def unloadable(*arguments):
+    return build(*arguments, scaled=keras.layers.Lambda(lambda x: x / 255))
 """
 
 
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [("build", "NotImplementedError: "), ("unloadable", "unsaveable:unloadable can be saved, but not loaded again (")],
+)
 def test_a_model_that_cannot_be_saved_keeps_its_value(
-    dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None]
+    dataset: Dataset, tmp_path: Path, write_module: Callable[[str, str], None], function: str, reason: str
 ) -> None:
     """`check` refuses such a model; one that only some hyperparameters make unsaveable comes to its end."""
     write_module("unsaveable", UNSAVEABLE)
-    trained, records = _train(dataset, tmp_path, model="unsaveable:build")
+    trained, records = _train(dataset, tmp_path, model=f"unsaveable:{function}")
     assert trained.value == max(record.val_accuracy for record in records)
     assert trained.hits is not None
     assert trained.unsaved is not None
-    assert trained.unsaved.startswith("NotImplementedError: ")
+    assert trained.unsaved.startswith(reason)
     assert not (tmp_path / MODEL).exists()

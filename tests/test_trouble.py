@@ -282,6 +282,41 @@ def test_slots_that_wait_for_a_study_s_lock_hold_one_connection(server: PatientS
     other.engine.dispose()
 
 
+def test_all_slots_of_a_worker_share_one_connection(server: PatientStorage) -> None:
+    """A server allows a hundred connections in all, and a study has a hundred workers of eight slots."""
+    worker = database.connect_with_retries(server.engine.url.render_as_string(hide_password=False), 0.0)
+    mine = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+        "AND application_name = 'trialyard'"  # the server's own vacuuming is another one
+    )
+    server.engine.dispose()
+
+    def work(slot: str) -> None:
+        for _ in range(10):
+            claim = claims.claim(worker, ledger.find(worker, "trivial"), owners.this_slot(slot), 60.0)
+            assert claim is not None
+            claims.record_epochs(worker, claim, {1: 0.5})
+            claims.finish(worker, claim, TrialState.COMPLETE, 0.5, {})
+
+    with ThreadPoolExecutor() as pool, server.engine.connect() as look, Heartbeat(worker, 60.0, [Slot(device=cpu())]):
+
+        def others() -> int:
+            look.rollback()
+            return int(look.execute(mine).scalar_one())
+
+        while others() > 1:  # the server takes a moment to notice that a connection was closed
+            time.sleep(0.05)
+        slots = [pool.submit(work, f"cpu:{number}") for number in range(8)]
+        seen = []
+        while not all(slot.done() for slot in slots):
+            seen.append(others())
+            time.sleep(0.02)
+        assert [slot.result() for slot in slots] == [None] * 8
+    assert max(seen) == 1
+    assert ledger.find(server, "trivial").finished == 80
+    worker.engine.dispose()
+
+
 def test_trials_that_optuna_adds_beside_workers_get_numbers_of_their_own(server: PatientStorage) -> None:
     """`study.ask` and `study.enqueue_trial` take Optuna's lock, a claim and an import ours: each takes both."""
 
