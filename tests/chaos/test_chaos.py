@@ -110,17 +110,19 @@ class Yard:
         """SIGKILL to a trainer or to a worker, which is started again; returns whether there was one to be killed.
 
         Only where each of its trials has got an epoch further since it was claimed: a trial that is killed four times
-        in a row before that fails, and rightly so.
+        in a row before that fails, and rightly so. And no trainer that is just starting: a worker closes a slot whose
+        trainer ends before it has imported Keras.
         """
         at = self.dice.randrange(len(SLOTS))
         pid = self.workers[at].pid
         held = claims.running_trials(self.storage, self.study_id)
         runs = _runs(self.home)
         mine = [_last_epochs(runs[one.number], one.attempt) for one in held if one.pid == pid]
-        if not mine or not all(mine):
+        trainers = [each for each in psutil.Process(pid).children() if _has_begun_a_trial(each)]
+        if not mine or not all(mine) or not trainers:
             return False
         if self.kills.pop() == "trainer":
-            self.dice.choice(psutil.Process(pid).children()).kill()
+            self.dice.choice(trainers).kill()
         else:
             self.workers[at].kill()
             self.workers[at].wait()
@@ -202,6 +204,17 @@ def _runs(home: Path) -> dict[int, dict[tuple[int, int], Run]]:
             elif epoch:
                 run.epochs += (int(epoch),)
     return runs
+
+
+def _has_begun_a_trial(trainer: psutil.Process) -> bool:
+    """Whether the log of the slot, which all its trainers write, has a trial that began after this one's start."""
+    try:
+        log = next((Path(file.path) for file in trainer.open_files() if "trainer-" in file.path), None)
+        text = "" if log is None else log.read_text(encoding="utf-8", errors="replace")
+        begun = [match[1] for match in map(LINE.match, text.splitlines()) if match and match[4] == "begins"]
+        return bool(begun) and datetime.fromisoformat(begun[-1]).timestamp() >= trainer.create_time()
+    except psutil.Error:
+        return False  # it has just ended
 
 
 def _last_epochs(runs: dict[tuple[int, int], Run], attempt: int) -> tuple[int, ...]:
