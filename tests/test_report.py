@@ -706,6 +706,27 @@ def test_workers_publish_as_trials_end_and_the_last_state_before_they_leave(
     assert "3 of 12 trials" in get_note(optuna.load_study(study_name="digits", storage=storage))
 
 
+def test_a_worker_that_ends_leaves_the_notes_to_those_that_still_train(
+    storage: PatientStorage, run: Callable[..., Claim], publish: Callable[..., bool], me: Owner
+) -> None:
+    """A hundred workers that end together would each draw all figures."""
+
+    def note() -> str:
+        return str(get_note(optuna.load_study(study_name="digits", storage=storage)))
+
+    registry.create(definitions.load("digits"), storage, DATA)
+    run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
+    assert publish("digits")
+    running = claims.claim(storage, ledger.find(storage, "digits"), me, 60.0)
+    assert running is not None
+    run("digits", {"depth": 3, "dropout": 0.2}, COMPLETE, 0.8)
+    assert not publish("digits"), "within the pause"
+    assert "1 of 12 trials" in note()
+    claims.finish(storage, running, COMPLETE, 0.7, {})
+    assert publish("digits")
+    assert "3 of 12 trials" in note()
+
+
 def test_a_study_that_takes_a_deleted_one_s_name_and_number_shows_its_own_trials(
     storage: PatientStorage, run: Callable[..., Claim], artifacts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
