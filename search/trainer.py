@@ -7,9 +7,11 @@ environment that pins its device, and the process may crash, hang or run out of 
 import contextlib
 import errno
 import logging
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from multiprocessing.connection import Connection, Pipe
@@ -56,6 +58,7 @@ class Trainer:
         self._growth = memory_growth
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[Any, Any] | None = None
+        self._temporary: Path | None = None  # the process's folder for temporary files
         self._sending = threading.Lock()  # a stop may come from the worker's main thread
         self._first: int | None = None  # bytes that the process held after its first job
         self._jobs = 0  # of this process
@@ -161,7 +164,9 @@ class Trainer:
                 log.warning("the trainer process %d was killed and does not end: see its device", self._process.pid)
         if self._connection is not None:
             self._connection.close()
-        self._process = self._connection = None
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)  # a process that hangs may still write there
+        self._process = self._connection = self._temporary = None
 
     def resident(self) -> int | None:
         """The bytes of memory that the process holds; None while there is none."""
@@ -192,9 +197,10 @@ class Trainer:
         self.kill()
         self._first, self._jobs, self._ready = None, 0, False
         try:
+            self._temporary = Path(tempfile.mkdtemp(prefix="trialyard-trainer-"))
             self._connection, theirs = Pipe()
             with contextlib.closing(theirs), self._log() as output:
-                self._process = launch(self.slot, theirs.fileno(), output)
+                self._process = launch(self.slot, theirs.fileno(), output, self._temporary)
         except (OSError, MemoryError) as error:  # this process may open no more files, or the machine is full
             reason = getattr(error, "strerror", None) or str(error) or "no memory is left"
             raise TrainerDied(
@@ -233,23 +239,28 @@ class Trainer:
         )
 
 
-def launch(slot: Slot, descriptor: int, output: IO[bytes]) -> "subprocess.Popen[bytes]":
+def launch(slot: Slot, descriptor: int, output: IO[bytes], temporary: Path) -> "subprocess.Popen[bytes]":
     """Starts a trainer process that talks over the socket `descriptor` and prints to `output`."""
     return subprocess.Popen(
         # -P: a user's search.py or storage/ in the current folder must not be imported in place of ours.
-        [sys.executable, "-P", "-m", "search.trainer_process", str(descriptor)],
+        [sys.executable, "-P", "-m", "search.trainer_process", str(descriptor), str(temporary)],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
-        env=environment(slot),
+        env=environment(slot, temporary),
         pass_fds=(descriptor,),
         start_new_session=True,  # a Ctrl-C in the terminal is for the worker, which then says what to do
     )
 
 
-def environment(slot: Slot) -> dict[str, str]:
-    """The environment variables of the trainer process of `slot`: this process's, without secrets."""
-    return environment_without_secrets() | {"TF_CPP_MIN_LOG_LEVEL": "2"} | module_folders() | slot.environment()
+def environment(slot: Slot, temporary: Path) -> dict[str, str]:
+    """The environment variables of the trainer process of `slot`: this process's, without secrets.
+
+    Its temporary files go into the folder `temporary`. TensorFlow deletes its own only when a process ends by itself,
+    and a trainer is killed.
+    """
+    ours = {"TF_CPP_MIN_LOG_LEVEL": "2", "TMPDIR": str(temporary)}
+    return environment_without_secrets() | ours | module_folders() | slot.environment()
 
 
 def _memory_kills(files: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))) -> int:

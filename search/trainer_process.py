@@ -13,6 +13,7 @@ import hashlib
 import os
 import queue
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -37,10 +38,11 @@ if TYPE_CHECKING:
     from search.data import Dataset
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, temporary: Path) -> None:
     """Imports Keras for the slot that comes first, says so, and trains one job after another.
 
-    Until the worker's end of the socket closes, or Keras cannot be imported.
+    Until the worker's end of the socket closes, or Keras cannot be imported. The worker deletes the folder of temporary
+    files, `temporary`; if it is gone, this process does.
     """
     # Whoever ends a whole process group, or a service, means the worker, which then says what to do.
     for number in STOPPING_SIGNALS:
@@ -48,8 +50,9 @@ def main(descriptor: int) -> None:
     connection: Connection[Any, Any] = Connection(descriptor)
     try:
         slot: Slot = connection.recv()
-    except (EOFError, OSError):
-        return  # the worker has ended already
+    except (EOFError, OSError):  # the worker has ended already
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
     jobs: queue.Queue[Job] = queue.Queue()
     stops: list[StopMode] = []
 
@@ -60,6 +63,7 @@ def main(descriptor: int) -> None:
             try:
                 message = connection.recv()
             except (EOFError, OSError):
+                shutil.rmtree(temporary, ignore_errors=True)
                 os._exit(0)
             if isinstance(message, Job):
                 stops.clear()
@@ -312,4 +316,4 @@ def _log(line: str) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(TrialyardError, BrokenPipeError):
-        main(int(sys.argv[1]))
+        main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -133,13 +133,12 @@ def started_outside(connection: Connection, study_id: int) -> list[int]:
 
 def first_began(study_id: int | InstrumentedAttribute[int]) -> Select[datetime]:
     """The query for when the first trial of a study began. Imported trials have not run here."""
-    return (
-        select(table.c.began)
-        .join(TrialModel, TrialModel.trial_id == table.c.trial_id)
-        .where(TrialModel.study_id == study_id, table.c.attempt == 1)
-        .order_by(TrialModel.number)
-        .limit(1)
-    )
+    # A scalar subquery, not a join: before PostgreSQL has statistics of these tables, it joins all attempts of the
+    # database and sorts them, at each claim. So it goes through the trials by number, and stops at the first.
+    began = select(table.c.began).where(table.c.trial_id == TrialModel.trial_id, table.c.attempt == 1)
+    of_trial = began.correlate(TrialModel).scalar_subquery()
+    mine = TrialModel.study_id == study_id
+    return select(of_trial).where(mine, of_trial.is_not(None)).order_by(TrialModel.number).limit(1)
 
 
 def durations(connection: Connection, study_id: int, last: int) -> list[float]:

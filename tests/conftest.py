@@ -454,11 +454,11 @@ def command(warm: Warm) -> Callable[..., str]:
 def warm_trainers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainer processes that the test itself starts are forks, see `warm`, unless its environment needs new ones."""
 
-    def fork(slot: Slot, descriptor: int, output: IO[bytes]) -> Any:
+    def fork(slot: Slot, descriptor: int, output: IO[bytes], temporary: Path) -> Any:
         warm: Warm = request.getfixturevalue("warm")
         if not warm.fits(os.environ):
-            return NEW_TRAINER(slot, descriptor, output)
-        return warm.start_trainer(Path.cwd(), trainer.environment(slot), descriptor, output.fileno())
+            return NEW_TRAINER(slot, descriptor, output, temporary)
+        return warm.start_trainer(Path.cwd(), trainer.environment(slot, temporary), descriptor, output.fileno())
 
     monkeypatch.setattr(trainer, "launch", fork)
 

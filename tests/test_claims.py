@@ -242,6 +242,33 @@ def test_what_a_trial_sends_does_not_grow_with_the_study(
     assert sum(beside_one.values()) <= 40, beside_one
 
 
+def test_a_claim_reads_few_rows_in_a_database_without_statistics(postgresql_url: str, me: Owner) -> None:
+    """A new PostgreSQL knows nothing of the tables' sizes yet: a claim must not read and sort all attempts then."""
+    storage = database.create(postgresql_url)
+    registry.create(parse(OTHER), storage, {"fingerprint": "1" * 16})
+    study = ledger.find(storage, "other")
+    ledger.raise_budget(storage, study, Budget(trials=1000, hours=None))
+    for _ in range(100):
+        _finish(storage, _claim(storage, "other", me))
+    asked: list[tuple[str, Any]] = []
+    sqlalchemy.event.listen(storage.engine, "before_cursor_execute", lambda *event: asked.append(event[2:4]))
+    assert claims.claim(storage, study, me, GRACE) is not None
+    read: dict[str, float] = {}
+    with storage.engine.connect() as connection:
+        for statement, parameters in [ask for ask in asked if ask[0].startswith("SELECT")]:
+            explained = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters)
+            read[statement] = _rows_read(explained.scalar_one()[0]["Plan"])
+    assert len(read) >= 3, "the statements of a claim were not seen"
+    assert max(read.values()) <= 30, read
+    storage.engine.dispose()
+
+
+def _rows_read(plan: dict[str, Any]) -> float:
+    """The rows that a plan's steps returned in all."""
+    below = sum(_rows_read(step) for step in plan.get("Plans", []))
+    return float(plan["Actual Rows"]) * float(plan["Actual Loops"]) + below
+
+
 def test_no_trial_starts_after_the_study_s_hours(storage: PatientStorage, me: Owner) -> None:
     short = parse(OTHER.replace("trials = 2", "trials = 2\nhours = 1e-7"))
     registry.create(short, storage, {"fingerprint": "1" * 16})

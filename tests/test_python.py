@@ -211,7 +211,7 @@ def test_trainers_find_the_modules_beside_a_script_of_another_folder(
     done = subprocess.run(
         [sys.executable, "-P", "-c", program],
         cwd=home,
-        env=trainer.environment(Slot(device=cpu())),
+        env=trainer.environment(Slot(device=cpu()), home),
         capture_output=True,
         text=True,
         timeout=120,

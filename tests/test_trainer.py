@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -209,11 +210,16 @@ def test_a_message_that_cannot_be_read_is_the_end_of_its_process_alone(tmp_path:
 
 def test_a_trainer_ends_when_its_worker_is_killed(job: Make, tmp_path: Path) -> None:
     (tmp_path / "job").write_bytes(pickle.dumps(job(epochs=100_000)))
+    (tmp_path / "tmp").mkdir()
     worker = subprocess.Popen(
-        [sys.executable, "-c", ALONE, str(tmp_path / "job"), str(tmp_path / "log")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", ALONE, str(tmp_path / "job"), str(tmp_path / "log")],
+        env=os.environ | {"TMPDIR": str(tmp_path / "tmp")},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert worker.stdout is not None
     pid = int(worker.stdout.readline())
+    assert [path.name.startswith("trialyard-trainer-") for path in (tmp_path / "tmp").iterdir()] == [True]
     worker.kill()
     worker.wait()
     worker.stdout.close()
@@ -221,6 +227,21 @@ def test_a_trainer_ends_when_its_worker_is_killed(job: Make, tmp_path: Path) -> 
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the trainer outlived its worker"
         time.sleep(0.05)
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_killed_trainer_leaves_no_temporary_files(
+    trainer: Trainer, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorFlow writes some for each model, and deletes them only when a process ends by itself."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    trainer.submit(job())
+    assert isinstance(_messages(trainer)[-1], Trained)
+    (folder,) = tmp_path.glob("trialyard-trainer-*")
+    if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
+        assert list(folder.glob("__autograph_generated_file*"))
+    trainer.kill()
+    assert not folder.exists()
 
 
 def test_failures_of_data_and_models_are_distinguished(trainer: Trainer, job: Make) -> None:

@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
@@ -251,6 +252,7 @@ def _train(descriptor: int, output: int, variables: Mapping[str, str]) -> NoRetu
         os.setsid()
         os.environ.clear()
         os.environ.update(variables)
+        tempfile.tempdir = None  # the command may have looked it up
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         _outputs(output, output)
@@ -259,7 +261,7 @@ def _train(descriptor: int, output: int, variables: Mapping[str, str]) -> NoRetu
         os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
         from search import trainer_process
 
-        trainer_process.main(descriptor)
+        trainer_process.main(descriptor, Path(variables["TMPDIR"]))
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
@@ -277,8 +279,8 @@ def main() -> None:
     arguments = _serve(int(sys.argv[1]))
     from search import cli, trainer
 
-    def launch(slot: Any, descriptor: int, output: IO[bytes]) -> ForkedTrainer:
-        return ForkedTrainer(descriptor, output.fileno(), trainer.environment(slot))
+    def launch(slot: Any, descriptor: int, output: IO[bytes], temporary: Path) -> ForkedTrainer:
+        return ForkedTrainer(descriptor, output.fileno(), trainer.environment(slot, temporary))
 
     trainer.launch = launch
     sys.argv = ["-c", *arguments[2:]] if arguments[:1] == ["-c"] else ["trialyard", *arguments]
