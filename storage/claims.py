@@ -86,7 +86,10 @@ def delete(storage: RDBStorage, study: Study, grace_seconds: float) -> None:
     """
 
     def work(connection: Connection) -> None:
-        current = _after_taking_back(storage, connection, study, grace_seconds)
+        _take_back(
+            connection, study, _lost_trials(storage, connection, ledger.current(connection, study), grace_seconds)
+        )
+        current = ledger.current(connection, study)
         if current.state != "stopped" and current.running:
             raise StorageError(
                 f"study {study.name!r} has {many(current.running, 'running trial')}: "
@@ -150,15 +153,19 @@ def claim(
     Raises StudyGone if the study was deleted, whether or not there is another one of its name.
     """
     made: list[Claim] = []
+    gone: list[_Lost] = []
 
     def is_worth_the_lock(connection: Connection) -> bool:
         current = ledger.current(connection, study)
-        return _may_start(current) or bool(_lost_trials(storage, connection, current, grace_seconds))
+        # Without the lock: beside hundreds of running trials this takes longer than all the rest.
+        gone[:] = _lost_trials(storage, connection, current, grace_seconds)
+        return _may_start(current) or bool(gone)
 
     def work(connection: Connection) -> Claim | None:
         if made and _owns(connection, made[0]):
             return made[0]  # done already: the commit succeeded, but its answer was lost
-        current = _after_taking_back(storage, connection, study, grace_seconds)
+        _take_back(connection, study, gone)
+        current = ledger.current(connection, study)
         if not _may_start(current):
             return None
         waiting = connection.execute(
@@ -203,18 +210,14 @@ def _checkpoint(study: Study, number: int, attempt: Attempt) -> str:
     return attempt.checkpoint or str(folder / artifacts.CHECKPOINT)
 
 
-def _after_taking_back(storage: RDBStorage, connection: Connection, study: Study, grace_seconds: float) -> Study:
-    """Puts the RUNNING trials of workers that are gone back into the queue; returns the study after that."""
-    current = ledger.current(connection, study)
-    taken = False
-    for lost in _lost_trials(storage, connection, current, grace_seconds):
-        # Heartbeats and epochs are recorded without the study's lock: one may have come a moment ago.
-        state, attempt = attempt_table.locked(connection, lost.trial_id) or (None, None)
-        if state == TrialState.RUNNING and attempt == lost.attempt:
-            log.warning("study %s: trial %d goes back to the queue: %s", study.name, lost.number, lost.reason)
-            _put_back(connection, lost.trial_id, lost.attempt.attempt, "lost", lost.reason)
-            taken = True
-    return ledger.current(connection, study) if taken else current
+def _take_back(connection: Connection, study: Study, lost: Sequence["_Lost"]) -> None:
+    """Puts the RUNNING trials of workers that are gone back into the queue."""
+    for trial in lost:
+        # One may have been taken back since. And heartbeats and epochs are recorded without the study's lock.
+        state, attempt = attempt_table.locked(connection, trial.trial_id) or (None, None)
+        if state == TrialState.RUNNING and attempt == trial.attempt:
+            log.warning("study %s: trial %d goes back to the queue: %s", study.name, trial.number, trial.reason)
+            _put_back(connection, trial.trial_id, trial.attempt.attempt, "lost", trial.reason)
 
 
 @dataclass(frozen=True, kw_only=True)
