@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from search.errors import AcceleratorError, DeviceError, MachineError
@@ -30,6 +29,7 @@ from storage.errors import ClaimLost, DiskError, ObjectStoreAway, ObjectStoreErr
 from storage.faults import Fault
 from storage.settings import Settings
 from storage.transactions import PatientStorage
+from storage.trial_cache import TrialCache
 from studies import pictures, recipe, sampling
 from studies.definition import Definition
 from studies.lessons import WithLessons
@@ -47,20 +47,20 @@ class StudyHandle:
     study: ledger.Study
     definition: Definition
     storage: PatientStorage
-    cached: BaseStorage  # a `TrialCache` of the same storage, for samplers and pruners
+    cached: TrialCache  # of the same storage, for samplers and pruners
     sources: Mapping[str, str] = field(default_factory=dict)  # see `studies.registry.sources`
     precision: str | None = None  # Keras's dtype policy that the study began with
 
-    def opened(self, number: int) -> optuna.Study:
-        """Optuna's study for trial `number`. One for each trial, because it caches what it has read of others."""
+    def opened(self, claim: Claim) -> optuna.Study:
+        """Optuna's study for a claimed trial. One for each trial, because it caches what it has read of others."""
         study = optuna.load_study(
             study_name=self.study.name,
             storage=WithLessons(self.cached, self.definition.sampler.kind),  # type: ignore[arg-type]
-            sampler=sampling.sampler(self.definition, number),
+            sampler=sampling.sampler(self.definition, claim.number),
             pruner=sampling.pruner(self.definition),
         )
         # The cache must have read a trial before its parameters can be set.
-        study.get_trials(deepcopy=False)
+        self.cached.has_begun(claim.study_id, claim.trial_id)
         return study
 
 
@@ -109,7 +109,7 @@ class Attempt:
         """
         failure: Failed | None = None
         try:
-            self._opened = self.handle.opened(self.claim.number)
+            self._opened = self.handle.opened(self.claim)
             with self._files:
                 outcome = self._record(self._train())
             failure = outcome.failure

@@ -312,7 +312,8 @@ def begin(
         if rows:
             connection.execute(insert(stored), rows)
 
-    write(storage, claim.study, work)
+    # Unless they must be unique, the lock of the trial's row is enough.
+    write(storage, claim.study if unique else None, work)
 
 
 def _is_taken(connection: Connection, claim: Claim, params: Mapping[str, tuple[BaseDistribution, Any]]) -> bool:

@@ -13,6 +13,7 @@ from search.proposal import hyperparameters_of
 from storage import claims, faults, ledger
 from storage.owners import Owner
 from storage.transactions import PatientStorage
+from storage.trial_cache import TrialCache
 from studies import registry, results, sampling
 from studies.definition import Definition, parse
 from studies.lessons import WithLessons
@@ -72,7 +73,7 @@ def test_only_the_sampler_sees_such_a_trial_as_a_bad_one(
     definition = trivial.model_copy(update={"sampler": trivial.sampler.model_copy(update={"kind": kind})})
     registry.create(definition, storage, {"fingerprint": "0" * 16})
     study = ledger.find(storage, definition.name)
-    cached = optuna.storages.get_storage(storage)
+    cached = TrialCache(storage)
     handle = StudyHandle(study=study, definition=definition, storage=storage, cached=cached)
     error = {"kind": "error", "message": "ValueError: of the model"}
     ends: list[Callable[[claims.Claim], None]] = [
@@ -83,10 +84,10 @@ def test_only_the_sampler_sees_such_a_trial_as_a_bad_one(
     for end in ends:
         claim = claims.claim(storage, study, me, 60.0)
         assert claim is not None
-        hyperparameters_of(definition, storage, handle.opened(claim.number), claim)
+        hyperparameters_of(definition, storage, handle.opened(claim), claim)
         claims.record_epochs(storage, claim, {1: 0.99})
         end(claim)
-    _, bad, other = handle.opened(3).get_trials(deepcopy=False)
+    _, bad, other = handle.opened(claim).get_trials(deepcopy=False)
     assert (bad.state, bad.values) == seen
     assert bad.intermediate_values == {}, "a trial that went well for long would pass for a good one"
     assert other.state == TrialState.FAIL, "what is not the hyperparameters' fault teaches nothing"

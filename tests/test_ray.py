@@ -161,6 +161,20 @@ def test_each_trainer_sees_the_gpu_that_ray_gives_it_and_a_killed_actor_or_comma
     for number in (0, 1):
         assert f"slot ray:{number}: there was nothing to do for --idle-minutes 0.05: this worker ends" in err
 
+    # The minutes count from the command's start: what runs when they are over is handed over.
+    ended(start("delete", "small", "--yes"))
+    ended(start("create", str(write_small(trials=2, epochs=5000))))
+    _, err = ended(start("work", "small", "--ray", "auto", "--workers", "2", "--minutes", "0.7"))
+    for number in (0, 1):
+        assert f"slot ray:{number}: --minutes 0.7 are over: this worker ends" in err
+    for number in (0, 1):
+        (attempt,) = studies.attempts("small", number, storage)
+        assert attempt.outcome == "interrupted"
+        assert attempt.epoch
+        assert attempt.checkpoint
+    assert studies.status("small", storage).waiting == 2
+    assert promises.check(storage) == []
+
 
 # A folder that is another one in each process is what a local disk is on several machines.
 REFUSED = """

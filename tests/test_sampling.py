@@ -96,7 +96,7 @@ class Searched:
         return claim
 
     def suggest(self, claim: Claim) -> Point:
-        return hyperparameters_of(self.study.definition, self.study.storage, self.study.opened(claim.number), claim)
+        return hyperparameters_of(self.study.definition, self.study.storage, self.study.opened(claim), claim)
 
     def finish(self, claim: Claim, value: float, state: TrialState = TrialState.COMPLETE) -> None:
         claims.finish(self.storage, claim, state, value, {})
@@ -220,7 +220,7 @@ def test_an_interrupted_trial_runs_again_with_its_own_points(searched: Any, kind
 def test_a_trial_that_died_between_two_suggestions_keeps_the_first(searched: Any) -> None:
     study = searched(_definition(PLAIN))
     claim = study.claim()
-    trial = optuna.Trial(study.study.opened(claim.number), claim.trial_id)
+    trial = optuna.Trial(study.study.opened(claim), claim.trial_id)
     first = trial.suggest_categorical("depth", (3, 5, 7))
     claims.requeue(study.storage, claim, "crashed", "a test")
     point = study.suggest(study.claim())
@@ -349,7 +349,7 @@ def test_a_sampler_whose_package_is_missing_is_refused_with_what_to_install(monk
 def _trained(study: Searched, values: list[float]) -> int | None:
     """Reports `values`, one per epoch, and ends the trial. Returns the epoch after which it was pruned, if it was."""
     claim = study.claim()
-    opened = study.study.opened(claim.number)
+    opened = study.study.opened(claim)
     hyperparameters_of(study.study.definition, study.study.storage, opened, claim)
     for epoch, value in enumerate(values, start=1):
         claims.record_epochs(study.storage, claim, {epoch: value})
@@ -477,7 +477,7 @@ def test_two_slots_at_once_never_have_one_point(searched: Any) -> None:
     """Both read the trials before either has recorded its point."""
     study = searched(_definition(DISCRETE, sampler="random", trials=6))
     claimed = [study.claim() for _ in range(6)]
-    opened = [study.study.opened(claim.number) for claim in claimed]
+    opened = [study.study.opened(claim) for claim in claimed]
     for each in opened:  # as one read them at the same moment
         trials = each.get_trials(deepcopy=True)
         each.get_trials = lambda *_, trials=trials, **__: trials
@@ -495,7 +495,7 @@ def test_a_trial_that_waits_again_keeps_its_point_from_others(searched: Any) -> 
     second = study.claim()
     claims.requeue(study.storage, first, "interrupted", "a signal")
     assert json.dumps(point, sort_keys=True) not in {json.dumps(study.suggest(second), sort_keys=True)}
-    assert _taken(study.storage, study.study.opened(second.number), second) == {_key_of(point)}
+    assert _taken(study.storage, study.study.opened(second), second) == {_key_of(point)}
 
 
 def test_a_space_that_others_have_used_up_ends_the_study_with_a_sentence(searched: Any) -> None:

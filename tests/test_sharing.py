@@ -26,6 +26,7 @@ from storage.claims import Claim
 from storage.owners import Owner
 from storage.settings import Settings
 from storage.transactions import PatientStorage, write
+from storage.trial_cache import TrialCache
 from studies import definition as definitions
 from studies import registry
 from studies.definition import Definition
@@ -177,7 +178,8 @@ def test_a_priority_that_is_no_whole_number_is_refused(storage: PatientStorage, 
 
 
 def _handle(storage: PatientStorage, name: str, definition: Definition) -> StudyHandle:
-    return StudyHandle(study=ledger.find(storage, name), definition=definition, storage=storage, cached=storage)
+    cached = TrialCache(storage)
+    return StudyHandle(study=ledger.find(storage, name), definition=definition, storage=storage, cached=cached)
 
 
 def test_a_trial_that_cannot_end_in_time_is_not_claimed(

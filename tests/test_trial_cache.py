@@ -1,12 +1,13 @@
 """The cache of trials that samplers and pruners use: right after every change, and as fast with many waiting trials."""
 
 import random
+from collections.abc import Iterator
 
 import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from storage import claims, ledger
+from storage import claims, ledger, trial_cache
 from storage.claims import Claim
 from storage.owners import Owner
 from storage.transactions import PatientStorage
@@ -16,25 +17,55 @@ from studies import registry
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_has_all_trials_but_those_that_wait(storage: PatientStorage, study: str, me: Owner, seed: int) -> None:
+    cache, study_id = TrialCache(storage), ledger.find(storage, study).id
+    for _ in _changes(storage, study, me, seed):
+        expected = [trial for trial in storage.get_all_trials(study_id) if trial.state != TrialState.WAITING]
+        assert cache.get_all_trials(study_id) == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_beside_many_running_trials_it_has_all_that_have_ended_and_one_that_was_just_claimed(
+    storage: PatientStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(trial_cache, "FEW", 0)
+    monkeypatch.setattr(trial_cache, "SECONDS_EACH", 1e6)
+    cache, study_id = TrialCache(storage), ledger.find(storage, study).id
+    old = 0
+    for claim in _changes(storage, study, me, seed):
+        if claim is not None:
+            cache.has_begun(study_id, claim.trial_id)
+        stored, found = storage.get_all_trials(study_id), cache.get_all_trials(study_id)
+        assert [trial for trial in found if trial.state.is_finished()] == [
+            trial for trial in stored if trial.state.is_finished()
+        ]
+        assert claim is None or claim.trial_id in {trial._trial_id for trial in found}
+        old += found != [trial for trial in stored if trial.state != TrialState.WAITING]
+    assert old, "every look has read the trials that run"
+
+
+def _changes(storage: PatientStorage, study: str, me: Owner, seed: int) -> Iterator[Claim | None]:
+    """Changes of trials as they come, in any order; after each the claim, if it was one."""
     found = ledger.raise_budget(storage, ledger.find(storage, study), ledger.Budget(trials=100, hours=None))
     assert found.trials == 100
-    dice, cache, held = random.Random(seed), TrialCache(storage), list[Claim]()
-    opened, study_id = registry.open(study, storage), ledger.find(storage, study).id
-    for _ in range(60):
-        change = dice.choice(["enqueue", "claim", "claim", "requeue", "finish"])
+    dice, held, opened = random.Random(seed), list[Claim](), registry.open(study, storage)
+    for _ in range(80):
+        change = dice.choice(["enqueue", "claim", "claim", "epoch", "requeue", "finish"])
+        claim: Claim | None = None
         if change == "enqueue":
             opened.enqueue_trial({"dropout": dice.random() / 2})
         elif change == "claim":
             claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
             held += [claim] if claim is not None else []
         elif held:
-            claim = held.pop(dice.randrange(len(held)))
-            if change == "requeue":
-                claims.requeue(storage, claim, "interrupted", "told to stop")
+            ending = held.pop(dice.randrange(len(held)))
+            if change == "epoch":
+                claims.record_epochs(storage, ending, {dice.randint(1, 9): dice.random()})
+                held.append(ending)
+            elif change == "requeue":
+                claims.requeue(storage, ending, "interrupted", "told to stop")
             else:
-                claims.finish(storage, claim, TrialState.COMPLETE, dice.random(), {})
-        expected = [trial for trial in storage.get_all_trials(study_id) if trial.state != TrialState.WAITING]
-        assert cache.get_all_trials(study_id) == expected
+                claims.finish(storage, ending, TrialState.COMPLETE, dice.random(), {})
+        yield claim
 
 
 def test_a_look_reads_no_waiting_trial(
