@@ -1,4 +1,4 @@
-"""What can go wrong with a trial: whose fault it is, and what follows. Kinds of failures are named nowhere else.
+"""What can go wrong with a trial: whose fault it is, and what follows. No other file says what follows from a kind.
 
 A kind is the ``kind`` of a trial's user attribute `failure`, of a trainer's message about a failed job, or the outcome
 of an attempt.
@@ -26,7 +26,8 @@ class Fault:
     # What becomes of the trainer process. "fresh": it is replaced, and what failed in a process that has run other
     # jobs before is tried once more in a new one, because one of those jobs may have caused the failure.
     process: Literal["kept", "replaced", "fresh"] = "fresh"
-    # How often in a row, without a new epoch, a trial waits again before it fails. None: always.
+    # How often in a row, without a new epoch, a trial waits again before it fails. None: always. An attempt that ends
+    # by another kind with a number here counts as "crashed", with the limit of that.
     retries: int | None = None
     # A study in which no trial has ended well pauses after so many failures in a row that are alike. None: never.
     pauses_after: int | None = 3

@@ -2,32 +2,38 @@
 
 Optuna reads every unfinished trial again at each look, which is once an epoch where there is a pruner. Those of a grid
 wait as rows: with 10,000 of them a look took five seconds. No sampler or pruner of ours asks for waiting trials. And
-where hundreds run, each of their workers would read all of them at each epoch of each of its own.
+where hundreds run, each of their workers read all epochs of all of them: 0.4 s beside 800, some eight times in a trial.
 """
 
+import json
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from functools import lru_cache
 from time import monotonic
 from typing import Any
 
+from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
-from sqlalchemy import select
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection, Row, func, select
 
-from storage.tables import CachedStorage, StudyInfo, TrialModel
+from storage.tables import CachedStorage, StudyInfo, TrialModel, TrialParamModel, TrialSystemAttributeModel
 from storage.transactions import read
 
 NOT_WAITING = tuple(state for state in TrialState if state != TrialState.WAITING)
 FINISHED = tuple(state for state in TrialState if state.is_finished())
-# Up to so many trials that run are read at each look. More are read again after so many seconds for each of them: to
-# read one takes 0.2 to 0.5 ms, so a process does that for two hundredths of its time at most.
+# Up to so many trials that run are read as Optuna reads them, at each look. More are read in brief, and again only
+# after so many seconds for each of them: to read one takes 0.02 ms, so a process reads for 1 % of its time at most.
 FEW = 30
-SECONDS_EACH = 0.02
+SECONDS_EACH = 0.002
 
 
 class TrialCache(CachedStorage):
     """As Optuna's own. A trial that waits is not among the trials; `get_trial` gives it.
 
-    A trial that has ended is always seen as such. The values of trials that run, and which ones run, may be some
-    seconds old where more than FEW do.
+    Where more than FEW run, they may be some seconds old, and have only what samplers and pruners ask for: number,
+    hyperparameters and system attributes (in which successive halving keeps the scores of its rungs). A trial that has
+    ended is always whole, and seen at the next look.
     """
 
     def __init__(self, backend: RDBStorage) -> None:
@@ -35,7 +41,7 @@ class TrialCache(CachedStorage):
         self._again: dict[int, float] = {}  # by study, when trials that run are to be read again
 
     def has_begun(self, study_id: int, trial_id: int) -> None:
-        """This trial was claimed just now: the next look has it, as it is then. Raises KeyError if it is gone."""
+        """This trial was claimed just now: the next look has it, as it is now. Raises KeyError if it is gone."""
         trial = self._backend.get_trial(trial_id)
         with self._lock:
             study = self._studies.setdefault(study_id, StudyInfo())
@@ -46,39 +52,94 @@ class TrialCache(CachedStorage):
         with self._lock:
             study = self._studies.setdefault(study_id, StudyInfo())
             if monotonic() < self._again.get(study_id, 0.0):
-                self._read_finished(study_id, study)
+                # The last finished one stays as it is: trials that began since, and before it, are not known yet.
+                self._read(study_id, study, FINISHED)
+                return
+            last, unfinished = read(self._backend, lambda connection: _unfinished(connection, study_id))
+            waiting = {row.trial_id for row in unfinished if row.state == TrialState.WAITING}
+            running = [row for row in unfinished if row.trial_id not in waiting]
+            if len(running) > FEW:
+                brief = read(self._backend, lambda connection: _in_brief(connection, study_id, running))
+                self._add_trials_to_cache(study_id, brief)
+                ended = self._read(study_id, study, FINISHED)
+                self._again[study_id] = monotonic() + SECONDS_EACH * len(running)
             else:
-                self._read_all(study_id, study)
+                ended = self._read(study_id, study, NOT_WAITING, without=waiting)
+            numbers = self._trial_id_to_study_id_and_number
+            for trial_id in waiting & numbers.keys():  # they ran, and went back to the queue
+                study.trials.pop(numbers[trial_id][1], None)
+            # A later look must find those that end now, though trials that began after them have finished already.
+            study.unfinished_trial_ids |= {row.trial_id for row in unfinished}
+            study.unfinished_trial_ids -= ended
+            # Of those that began after `last` some may run, unknown.
+            known = {trial_id for trial_id in ended if trial_id <= last}
+            study.last_finished_trial_id = max({study.last_finished_trial_id} | known)
 
-    def _read_all(self, study_id: int, study: Any) -> None:
-        stored = TrialModel
-        ids = select(stored.trial_id).where(stored.study_id == study_id, stored.state == TrialState.WAITING)
-        waiting = read(self._backend, lambda connection: set(connection.execute(ids).scalars()))
+    def _read(self, study_id: int, study: Any, states: Sequence[TrialState], without: Collection[int] = ()) -> set[int]:
+        """Reads trials in these states that are not known to have finished; returns which of them have."""
         trials = self._backend._get_trials(
             study_id,
-            states=NOT_WAITING,
-            included_trial_ids=study.unfinished_trial_ids - waiting,
+            states=states,
+            included_trial_ids=study.unfinished_trial_ids.difference(without),
             trial_id_greater_than=study.last_finished_trial_id,
         )
         self._add_trials_to_cache(study_id, trials)
-        numbers = self._trial_id_to_study_id_and_number
-        for trial_id in waiting & numbers.keys():  # they ran, and went back to the queue
-            study.trials.pop(numbers[trial_id][1], None)
-        finished = {trial._trial_id for trial in trials if trial.state.is_finished()}
-        # A later look must find those that end now, though trials that began after them have finished already.
-        study.unfinished_trial_ids |= waiting | {trial._trial_id for trial in trials}
-        study.unfinished_trial_ids -= finished
-        study.last_finished_trial_id = max({study.last_finished_trial_id} | finished)
-        running = len(trials) - len(finished)
-        self._again[study_id] = monotonic() + SECONDS_EACH * running if running > FEW else 0.0
+        ended = {trial._trial_id for trial in trials if trial.state.is_finished()}
+        study.unfinished_trial_ids |= {trial._trial_id for trial in trials}
+        study.unfinished_trial_ids -= ended
+        return ended
 
-    def _read_finished(self, study_id: int, study: Any) -> None:
-        # The last finished one stays as it is: trials that began since, and before it, are not known yet.
-        trials = self._backend._get_trials(
-            study_id,
-            states=FINISHED,
-            included_trial_ids=study.unfinished_trial_ids,
-            trial_id_greater_than=study.last_finished_trial_id,
+
+def _unfinished(connection: Connection, study_id: int) -> tuple[int, Sequence[Row[Any, Any, Any]]]:
+    """The id of the study's last trial, and the rows of those that wait or run."""
+    stored = TrialModel
+    last = connection.execute(select(func.max(stored.trial_id)).where(stored.study_id == study_id)).scalar()
+    columns = select(stored.trial_id, stored.number, stored.state)
+    states = (TrialState.WAITING, TrialState.RUNNING)
+    rows = connection.execute(columns.where(stored.study_id == study_id, stored.state.in_(states)))
+    return -1 if last is None else last, rows.all()
+
+
+def _in_brief(connection: Connection, study_id: int, running: Sequence[Row[Any, Any, Any]]) -> list[FrozenTrial]:
+    mine = (TrialModel.study_id == study_id, TrialModel.state == TrialState.RUNNING)
+    params, attributes = defaultdict[int, dict[str, Any]](dict), defaultdict[int, dict[str, Any]](dict)
+    distributions = defaultdict[int, dict[str, BaseDistribution]](dict)
+    of = TrialParamModel
+    rows = connection.execute(
+        select(of.trial_id, of.param_name, of.param_value, of.distribution_json)
+        .join(TrialModel, TrialModel.trial_id == of.trial_id)
+        .where(*mine)
+        .order_by(of.param_id)
+    )
+    for trial_id, name, value, distribution_json in rows:
+        distribution = distributions[trial_id][name] = _distribution(distribution_json)
+        params[trial_id][name] = distribution.to_external_repr(value)
+    stored = TrialSystemAttributeModel
+    others = connection.execute(
+        select(stored.trial_id, stored.key, stored.value_json)
+        .join(TrialModel, TrialModel.trial_id == stored.trial_id)
+        .where(*mine)
+    )
+    for trial_id, key, value_json in others:
+        attributes[trial_id][key] = json.loads(value_json)
+    return [
+        FrozenTrial(
+            number=row.number,
+            trial_id=row.trial_id,
+            state=TrialState.RUNNING,
+            value=None,
+            datetime_start=None,
+            datetime_complete=None,
+            params=params[row.trial_id],
+            distributions=distributions[row.trial_id],
+            user_attrs={},
+            system_attrs=attributes[row.trial_id],
+            intermediate_values={},
         )
-        self._add_trials_to_cache(study_id, trials)
-        study.unfinished_trial_ids -= {trial._trial_id for trial in trials}
+        for row in running
+    ]
+
+
+@lru_cache(maxsize=1000)
+def _distribution(text: str) -> BaseDistribution:
+    return json_to_distribution(text)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -12,6 +13,7 @@ import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import keras
 import pytest
@@ -21,7 +23,7 @@ from optuna.trial import TrialState
 
 import studies
 from search import dashboard
-from storage import artifacts, attempt_files, claims, database, ledger, owners, retention, settings
+from storage import artifacts, attempt_files, claims, database, ledger, owners, promises, retention, settings
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, PREDICTIONS, SUMMARY
 from storage.errors import ClaimLost
 from storage.object_store import ObjectStore
@@ -294,6 +296,41 @@ def test_another_machine_goes_on_from_the_last_checkpoint(
     # What the first attempt left is gone, and nothing of it was counted.
     assert {PurePosixPath(path).parent.name for path in _objects(at_store, tmp_path)} == {"2"}
     ended(start("replay", "slow", "0", variables=variables | {"TRIALYARD_HOME": str(home / "third")}))
+
+
+def test_workers_that_are_killed_lose_nothing(
+    home: Path, tmp_path: Path, at_store: str, write_npz: Callable[..., Path], start: Command
+) -> None:
+    """They get SIGKILL at any moment of an epoch; each next worker has nothing but the database and the store."""
+    _write_slow(home, write_npz, trials=3, epochs=4, pause=0.5, units=2000)
+    ended(start("create", "slow.toml"))
+    variables = os.environ | {"TRIALYARD_STORAGE": f"sqlite:///{home}/yard/studies.db"}
+    opened = database.connect(f"sqlite:///{home}/yard/studies.db")
+    study, dice = ledger.find(opened, "slow"), random.Random(1)
+
+    def worker(number: int) -> Any:
+        return start("work", "slow", variables=variables | {"TRIALYARD_HOME": str(home / f"machine-{number}")})
+
+    def epochs() -> int:
+        return sum(len(trial.intermediate_values) for trial in opened.get_all_trials(study.id))
+
+    for kill in range(4):
+        process, before = worker(kill), epochs()
+        _wait_for(lambda before=before: epochs() > before + 1)  # type: ignore[misc]
+        time.sleep(dice.uniform(0.0, 0.6))
+        process.kill()
+        process.communicate()
+    ended(worker(4))
+    trials = opened.get_all_trials(study.id)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
+    attempts = [attempt for trial in trials for attempt in attempts_at(opened, trial._trial_id)]
+    assert [attempt.outcome for attempt in attempts].count("finished") == 3
+    assert {attempt.outcome for attempt in attempts} == {"finished", "lost"}
+    assert any(attempt.resumed_after for attempt in attempts), "a next worker went on from a checkpoint in the store"
+    assert promises.check(opened) == []
+    store = ObjectStore(at_store, home / "other")
+    assert _named(opened, "slow") <= set(_objects(at_store, tmp_path))
+    assert retention.unneeded(opened, store, 5) == []
 
 
 def test_a_worker_that_lost_its_claim_overwrites_nothing(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from storage import claims, ledger, trial_cache
@@ -41,6 +42,27 @@ def test_beside_many_running_trials_it_has_all_that_have_ended_and_one_that_was_
         assert claim is None or claim.trial_id in {trial._trial_id for trial in found}
         old += found != [trial for trial in stored if trial.state != TrialState.WAITING]
     assert old, "every look has read the trials that run"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_running_trials_have_what_samplers_and_pruners_ask_for(
+    storage: PatientStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(trial_cache, "FEW", 0)
+    monkeypatch.setattr(trial_cache, "SECONDS_EACH", 0.0)
+    cache, study_id = TrialCache(storage), ledger.find(storage, study).id
+    distribution, compared = FloatDistribution(0.0, 1.0), 0
+    for claim in _changes(storage, study, me, seed):
+        if claim is not None:
+            claims.begin(storage, claim, {"dropout": (distribution, 0.5)})
+            storage.set_trial_system_attr(claim.trial_id, "completed_rung_0", 0.25)
+        stored = [trial for trial in storage.get_all_trials(study_id) if trial.state != TrialState.WAITING]
+        for trial in stored:
+            if trial.state == TrialState.RUNNING:
+                trial.intermediate_values, trial.user_attrs, trial.datetime_start = {}, {}, None
+                compared += 1
+        assert cache.get_all_trials(study_id) == stored
+    assert compared
 
 
 def _changes(storage: PatientStorage, study: str, me: Owner, seed: int) -> Iterator[Claim | None]:
