@@ -59,7 +59,6 @@ class StudyHandle:
             sampler=sampling.sampler(self.definition, claim.number),
             pruner=sampling.pruner(self.definition),
         )
-        # The cache must have read a trial before its parameters can be set.
         self.cached.has_begun(claim.study_id, claim.trial_id)
         return study
 
@@ -140,6 +139,8 @@ class Attempt:
             # A package that this machine cannot import says nothing of the trial.
             kind = "import" if isinstance(failed.__cause__, ImportError) else "sampler"
             return _failed(Failed(kind=kind, message=str(failed)))
+        # Samplers keep away from the points of trials that run: now this one has its own.
+        self.handle.cached.has_begun(self.claim.study_id, self.claim.trial_id)
         self._recipe = recipe.of_trial(definition, self.claim.number, point)
         for listener in self._listeners:
             listener.began(self.claim, point, self._recipe.epochs * self._recipe.repeats)

@@ -52,7 +52,7 @@ def hyperparameters_of(definition: Definition, storage: PatientStorage, opened: 
     Raises ClaimLost, SpaceExhausted and SamplerFailed.
     """
     point, params = _suggested(definition, storage, opened, claim, draw=0)
-    if definition.size is None or _is_given(opened, claim):
+    if definition.size is None or _is_given(storage, opened, claim):
         claims.begin(storage, claim, params)
         return point
     taken, draw = _taken(storage, opened, claim), 0
@@ -93,12 +93,17 @@ def _suggested(
         raise SamplerFailed(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def _is_given(opened: optuna.Study, claim: Claim) -> bool:
-    """Whether the trial has its hyperparameters already: it was listed, or has begun before."""
+def _is_given(storage: PatientStorage, opened: optuna.Study, claim: Claim) -> bool:
+    """Whether the trial has its hyperparameters already: it was listed, or has begun before.
+
+    Raises ClaimLost if it is not among the trials that run, and KeyError if the study was deleted.
+    """
     for trial in _trials(opened):
         if trial._trial_id == claim.trial_id:
             return bool(_point_of(trial))
-    raise KeyError(claim.trial_id)  # the study was deleted: as Optuna's storage says it
+    if claims.trial_exists(storage, claim):
+        raise claims.lost(claim)  # it went back to the queue
+    raise KeyError(claim.trial_id)  # as Optuna's storage says it
 
 
 def _taken(storage: PatientStorage, opened: optuna.Study, claim: Claim) -> set[str]:

@@ -197,7 +197,7 @@ class Trainer:
         self.kill()
         self._first, self._jobs, self._ready = None, 0, False
         try:
-            self._temporary = Path(tempfile.mkdtemp(prefix="trialyard-trainer-"))
+            self._temporary = _temporary_folder()
             self._connection, theirs = Pipe()
             with contextlib.closing(theirs), self._log() as output:
                 self._process = launch(self.slot, theirs.fileno(), output, self._temporary)
@@ -237,6 +237,18 @@ class Trainer:
             out_of_memory=out_of_memory,
             ready=self._ready,
         )
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="trialyard-"))
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise DiskError(
+            f"no folder for temporary files can be made ({error.strerror or error}): is the disk full? TMPDIR names "
+            "another place"
+        ) from error
 
 
 def launch(slot: Slot, descriptor: int, output: IO[bytes], temporary: Path) -> "subprocess.Popen[bytes]":

@@ -13,8 +13,8 @@ import hashlib
 import os
 import queue
 import select
-import shutil
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -51,7 +51,7 @@ def main(descriptor: int, temporary: Path) -> None:
     try:
         slot: Slot = connection.recv()
     except (EOFError, OSError):  # the worker has ended already
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_later(temporary)
         return
     jobs: queue.Queue[Job] = queue.Queue()
     stops: list[StopMode] = []
@@ -63,7 +63,7 @@ def main(descriptor: int, temporary: Path) -> None:
             try:
                 message = connection.recv()
             except (EOFError, OSError):
-                shutil.rmtree(temporary, ignore_errors=True)
+                _remove_later(temporary)
                 os._exit(0)
             if isinstance(message, Job):
                 stops.clear()
@@ -83,6 +83,12 @@ def main(descriptor: int, temporary: Path) -> None:
         end = _run(jobs.get(), connection, stops, datasets)
         _give_back_memory()
         connection.send(end)
+
+
+def _remove_later(folder: Path) -> None:
+    # By another process: a folder with much in it takes long, and this one must leave its device now.
+    with contextlib.suppress(OSError):
+        subprocess.Popen(["rm", "-rf", "--", str(folder)], stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 def _import_keras(slot: Slot) -> Failed | None:

@@ -47,6 +47,7 @@ from storage.tables import (
     delete_study,
     insert_trial,
     next_number,
+    points_in_queue,
     set_trial_attributes,
     start_waiting,
     update_trial,
@@ -317,18 +318,30 @@ def begin(
 
 
 def _is_taken(connection: Connection, claim: Claim, params: Mapping[str, tuple[BaseDistribution, Any]]) -> bool:
-    stored, of_trials = TrialParamModel, defaultdict[int, dict[str, float]](dict)
+    of_trials = defaultdict[int, dict[str, Any]](dict)
+    stored, others = TrialParamModel, (TrialModel.study_id == claim.study_id, TrialModel.trial_id != claim.trial_id)
     rows = connection.execute(
         select(stored.trial_id, stored.param_name, stored.param_value)
         .join(TrialModel, TrialModel.trial_id == stored.trial_id)
-        .where(TrialModel.study_id == claim.study_id, stored.trial_id != claim.trial_id)
+        .where(*others)
     )
     for trial_id, name, value in rows:
         of_trials[trial_id][name] = value
     own = {name: distribution.to_internal_repr(value) for name, (distribution, value) in params.items()}
-    return any(
-        point.keys() == own.keys() and all(math.isclose(point[name], own[name], rel_tol=1e-9) for name in own)
-        for point in of_trials.values()
+    if any(_is_same(point, own) for point in of_trials.values()):
+        return True
+    # A trial that was listed has its point before it begins.
+    listed = points_in_queue(connection, *others)
+    return any(_is_same(point, {name: value for name, (_, value) in params.items()}) for point in listed)
+
+
+def _is_same(point: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    # Steps of a float are sums, which differ in the last digits.
+    return point.keys() == other.keys() and all(
+        math.isclose(point[name], value, rel_tol=1e-9)
+        if isinstance(value, float) and isinstance(point[name], (int, float))
+        else point[name] == value
+        for name, value in other.items()
     )
 
 

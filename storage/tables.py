@@ -26,7 +26,7 @@ from optuna.storages._rdb.models import (
 )
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
 __all__ = [
     "ALL_TABLES",
@@ -122,6 +122,18 @@ def insert_waiting(
     rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in values.items()]
     connection.execute(insert(TrialSystemAttributeModel), rows)
     return trial_id
+
+
+def points_in_queue(connection: Connection, *where: ColumnElement[bool]) -> list[dict[str, Any]]:
+    """The hyperparameters of such trials that were given with the queue and wait or run."""
+    stored = TrialSystemAttributeModel
+    rows = connection.execute(
+        select(stored.value_json)
+        .join(TrialModel, TrialModel.trial_id == stored.trial_id)
+        .where(*where, stored.key == "fixed_params", TrialModel.state.in_((TrialState.WAITING, TrialState.RUNNING)))
+    )
+    points = [json.loads(value) for value in rows.scalars()]
+    return [point for point in points if isinstance(point, dict)]
 
 
 def numbers_queued_by(connection: Connection, study_id: int, queued_by: str) -> list[int]:

@@ -17,7 +17,7 @@ from scipy.stats import qmc
 from search.attempt import StudyHandle
 from search.proposal import SpaceExhausted, _taken, hyperparameters_of
 from search.proposal import _key as _key_of
-from storage import claims, database, ledger
+from storage import claims, database, ledger, trial_cache
 from storage.claims import Claim
 from storage.owners import Owner
 from storage.trial_cache import TrialCache
@@ -343,6 +343,23 @@ def test_a_sampler_whose_package_is_missing_is_refused_with_what_to_install(monk
     sampling.check_installed(_definition(PLAIN, sampler="tpe"))
 
 
+@pytest.mark.parametrize("kind", DRAWING)
+def test_a_sampler_proposes_the_same_where_many_run(searched: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Many running trials are read in brief: all that a sampler of ours asks for is there."""
+    found = []
+    for few in (1000, 0):
+        monkeypatch.setattr(trial_cache, "FEW", few)
+        monkeypatch.setattr(trial_cache, "SECONDS_EACH", 0.0)
+        study = searched(_definition(PLAIN, sampler=kind, trials=40))
+        points = study.draw(12, value=0.5)
+        for value in (0.2, 0.9):
+            claim = study.claim()
+            points.append(study.suggest(claim))
+            claims.record_epochs(study.storage, claim, {1: value})
+        found.append([*points, *study.draw(4, value=None), *study.draw(2, value=0.7), *study.draw(1)])
+    assert found[0] == found[1]
+
+
 # --- pruners ----------------------------------------------------------------------------------------------
 
 
@@ -402,6 +419,31 @@ def test_wilcoxon_ends_a_configuration_whose_repeats_are_worse(searched: Any) ->
     assert _trained(study, [0.92 + each for each in luck]) is None
     # Better in every second repeat: it is not known to be worse.
     assert _trained(study, [0.92 + each + (0.01 if at % 2 else -0.01) for at, each in enumerate(luck)]) is None
+
+
+@pytest.mark.parametrize("kind", PRUNERS)
+def test_a_pruner_decides_the_same_where_many_run(searched: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """As above: successive halving compares a trial with those that run, too."""
+    found = []
+    for few in (1000, 0):
+        monkeypatch.setattr(trial_cache, "FEW", few)
+        monkeypatch.setattr(trial_cache, "SECONDS_EACH", 0.0)
+        study = searched(_definition(PLAIN, pruner=kind, epochs=9))
+        for value in (0.4, 0.45, 0.5, 0.55, 0.6, 0.65):
+            _trained(study, [value] * 9)
+        running = [study.claim() for _ in range(6)]
+        for claim in running:
+            study.suggest(claim)
+        opened, decisions = [study.study.opened(claim) for claim in running], []
+        for epoch in range(1, 9):
+            for index, claim in enumerate(running):
+                claims.record_epochs(study.storage, claim, {epoch: 0.8 - 0.1 * index + 0.01 * epoch})
+                trial = study.storage.get_trial(claim.trial_id)
+                decisions.append(opened[index].pruner.prune(opened[index], trial))
+        found.append(decisions)
+        assert any(decisions)
+        assert not all(decisions)
+    assert found[0] == found[1]
 
 
 def test_without_a_pruner_nothing_is_pruned(searched: Any) -> None:

@@ -26,6 +26,7 @@ from search.messages import Batches, Checked, Epoch, Failed, Job, Resumed, Stop,
 from search.trainer import Trainer, TrainerDied
 from search.trainer_process import send_if_read
 from storage.artifacts import CHECKPOINT
+from storage.errors import DiskError
 from studies import definition as definitions
 from studies.recipe import Recipe
 
@@ -219,7 +220,7 @@ def test_a_trainer_ends_when_its_worker_is_killed(job: Make, tmp_path: Path) -> 
     )
     assert worker.stdout is not None
     pid = int(worker.stdout.readline())
-    assert [path.name.startswith("trialyard-trainer-") for path in (tmp_path / "tmp").iterdir()] == [True]
+    assert [path.name.startswith("trialyard-") for path in (tmp_path / "tmp").iterdir()] == [True]
     worker.kill()
     worker.wait()
     worker.stdout.close()
@@ -227,7 +228,20 @@ def test_a_trainer_ends_when_its_worker_is_killed(job: Make, tmp_path: Path) -> 
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the trainer outlived its worker"
         time.sleep(0.05)
-    assert list((tmp_path / "tmp").iterdir()) == []
+    while any((tmp_path / "tmp").iterdir()):
+        assert time.monotonic() < deadline, "its temporary files are still there"
+        time.sleep(0.05)
+
+
+def test_a_place_for_temporary_files_that_cannot_be_written_is_the_machine_s_fault(
+    trainer: Trainer, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    with pytest.raises(
+        DiskError, match=r"no folder for temporary files .*Not a directory.*: is the disk full\? TMPDIR"
+    ):
+        trainer.submit(job())
 
 
 def test_a_killed_trainer_leaves_no_temporary_files(
@@ -237,7 +251,7 @@ def test_a_killed_trainer_leaves_no_temporary_files(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     trainer.submit(job())
     assert isinstance(_messages(trainer)[-1], Trained)
-    (folder,) = tmp_path.glob("trialyard-trainer-*")
+    (folder,) = tmp_path.glob("trialyard-*")
     if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
         assert list(folder.glob("__autograph_generated_file*"))
     trainer.kill()

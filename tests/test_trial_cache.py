@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import optuna
 import pytest
@@ -63,6 +64,39 @@ def test_many_running_trials_have_what_samplers_and_pruners_ask_for(
                 compared += 1
         assert cache.get_all_trials(study_id) == stored
     assert compared
+
+
+def test_a_trial_that_is_claimed_and_ends_during_a_look_is_seen(
+    storage: PatientStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, cache = ledger.find(storage, study), TrialCache(storage)
+    claim = claims.claim(storage, found, me, 60.0)
+    assert claim is not None
+    assert len(cache.get_all_trials(found.id)) == 1
+    claims.requeue(storage, claim, "interrupted", "told to stop")
+    unfinished = trial_cache._unfinished
+
+    def then_it_ends(*arguments: Any) -> Any:
+        seen = unfinished(*arguments)
+        monkeypatch.setattr(trial_cache, "_unfinished", unfinished)
+        again = claims.claim(storage, found, me, 60.0)
+        assert again is not None
+        claims.finish(storage, again, TrialState.COMPLETE, 0.5, {})
+        return seen
+
+    monkeypatch.setattr(trial_cache, "_unfinished", then_it_ends)
+    cache.get_all_trials(found.id)
+    assert [trial.values for trial in cache.get_all_trials(found.id)] == [[0.5]]
+
+
+def test_a_trial_that_went_back_to_the_queue_is_still_there(storage: PatientStorage, study: str, me: Owner) -> None:
+    found, cache = ledger.find(storage, study), TrialCache(storage)
+    claim = claims.claim(storage, found, me, 60.0)
+    assert claim is not None
+    cache.has_begun(found.id, claim.trial_id)
+    claims.requeue(storage, claim, "interrupted", "told to stop")
+    assert cache.get_all_trials(found.id) == []
+    assert cache.get_trial(claim.trial_id).state == TrialState.WAITING
 
 
 def _changes(storage: PatientStorage, study: str, me: Owner, seed: int) -> Iterator[Claim | None]:
