@@ -25,7 +25,7 @@ from storage.artifact_store import ArtifactStore
 from storage.artifacts import SUMMARY, inside
 from storage.owners import database_now
 from storage.tables import StudySystemAttributeModel, dashboard_note_prefix, dashboard_plot_prefix
-from storage.transactions import write
+from storage.transactions import read, write
 from studies import confirmation, findings, notebook, registry, results, text
 from studies.content import of_trials
 from studies.predictions import Answered
@@ -74,6 +74,9 @@ def publish(
     study = registry.find(name, storage)
     last = last and study.running == 0
     lock = f"{name} (notes)"  # a lock of its own: a claim must not wait for it
+    # Most often it is not its turn: a hundred workers would wait for the lock, each with its only connection.
+    if not force and not read(storage, lambda connection: _is_turn(connection, study, last)):
+        return _is_current(storage, study)
     if not write(storage, lock, lambda connection: _take_turn(connection, study, last)) and not force:
         return _is_current(storage, study)
     # Plotly takes a moment to import, which no command should spend that draws nothing.
@@ -102,18 +105,21 @@ def publish(
     histories = [trial.user_attrs.get("history") for trial in by_note_key.values()]
     artifact_store.of(artifacts).fetch_all([*histories, *filter(None, map(_summary_of, histories))])
 
+    stored_before = read(storage, lambda connection: _stored(connection, study.id))
+    trial_notes = {
+        key: text.trial_note(trial, definition, results.curves_of([trial], artifacts), _summary(trial, artifacts))
+        for key, trial in by_note_key.items()
+        if not _has_note(stored_before, key)
+    }
+
     def work(connection: Connection) -> bool:
         stored = _stored(connection, study.id)
         published = _published(stored)
         finished = content.counts.finished
         if published is not None and published.finished > finished:
             return False  # another worker has published newer results meanwhile
-        wanted = dict(attributes)
-        for key, trial in by_note_key.items():
-            # The note of a finished trial never changes. Ours is one piece, until a user edits it.
-            if MARK not in str(stored.get(f"{key}0")) and MARK not in _body(stored, key):
-                curve = results.curves_of([trial], artifacts)
-                wanted[key] = text.trial_note(trial, definition, curve, _summary(trial, artifacts))
+        # The note of a finished trial never changes.
+        wanted = attributes | {key: note for key, note in trial_notes.items() if not _has_note(stored, key)}
         changes = _changes(stored, wanted, keep=by_note_key)
         now = _published_at(connection)
         spent = round(time.monotonic() - began, 3)
@@ -177,6 +183,11 @@ def _trials_with_note(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 def _version_key(note_key: str) -> str:
     return f"{note_key.removesuffix('note_str:')}note_ver"
+
+
+def _has_note(stored: Mapping[str, Any], note_key: str) -> bool:
+    """Whether a trial has a note of ours: it is one piece, until a user edits it."""
+    return MARK in str(stored.get(f"{note_key}0")) or MARK in _body(stored, note_key)
 
 
 def _changes(stored: Mapping[str, Any], wanted: Mapping[str, str], keep: Iterable[str]) -> dict[str, Any]:
@@ -250,16 +261,22 @@ def _apply(connection: Connection, study_id: int, changes: Mapping[str, Any]) ->
 # --- which worker publishes -------------------------------------------------------------------------------
 
 
+def _is_turn(connection: Connection, study: ledger.Study, last: bool) -> bool:
+    """Whether there is something to publish, and the pause is over."""
+    published = _last_published(connection, study.id)
+    if published is None:
+        return True
+    if (published.finished, published.state) == _finished_and_state(connection, study):
+        return False
+    age = (database_now(connection) - datetime.fromisoformat(published.at)).total_seconds()
+    return last or not 0 <= age < max(PAUSE_SECONDS, published.seconds / SHARE)
+
+
 def _take_turn(connection: Connection, study: ledger.Study, last: bool) -> bool:
     """Whether the caller shall publish now; if so, the other workers wait for the pause."""
-    published = _last_published(connection, study.id)
-    if published is not None:
-        if (published.finished, published.state) == _finished_and_state(connection, study):
-            return False
-        age = (database_now(connection) - datetime.fromisoformat(published.at)).total_seconds()
-        if not last and 0 <= age < max(PAUSE_SECONDS, published.seconds / SHARE):
-            return False
-    now = _published_at(connection)
+    if not _is_turn(connection, study, last):
+        return False
+    published, now = _last_published(connection, study.id), _published_at(connection)
     turn = _Published(at=now) if published is None else _Published(**(asdict(published) | {"at": now}))
     _apply(connection, study.id, {STATE: asdict(turn)})
     return True

@@ -24,7 +24,7 @@ from optuna_dashboard._serializer import serialize_frozen_trial
 
 from search import dashboard
 from search.publisher import Publisher
-from storage import claims, database, ledger, promises
+from storage import claims, database, ledger, promises, transactions
 from storage.claims import Claim
 from storage.hits import Hits
 from storage.ledger import Imported
@@ -760,6 +760,32 @@ def test_a_failure_to_publish_is_logged_and_nothing_else(
     with caplog.at_level(logging.WARNING), Publisher(storage, artifacts) as publisher:
         publisher.ended(claim, storage.get_trial(claim.trial_id))
     assert "the notes and figures of study digits were not written: a figure that cannot be drawn" in caplog.text
+
+
+def test_a_worker_whose_turn_it_is_not_does_not_wait_for_one_that_publishes(
+    storage: PatientStorage, run: Callable[..., Claim], publish: Callable[..., bool]
+) -> None:
+    """It would keep its only connection meanwhile, which its slots and its heartbeat need."""
+    registry.create(definitions.load("digits"), storage, DATA)
+    run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
+    assert publish("digits")
+    run("digits", {"depth": 5, "dropout": 0.1}, COMPLETE, 0.8)
+    holds, free = threading.Event(), threading.Event()
+
+    def hold(connection: sqlalchemy.Connection) -> None:
+        holds.set()
+        assert free.wait(240.0)
+
+    other = threading.Thread(target=transactions.write, args=(storage, "digits (notes)", hold))
+    other.start()
+    holds.wait()
+    answers: list[bool] = []
+    worker = threading.Thread(target=lambda: answers.append(publish("digits", last=False)))
+    worker.start()
+    worker.join(60.0)
+    free.set()
+    other.join()
+    assert answers == [False]
 
 
 def test_workers_do_not_wait_for_a_slow_database(
