@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
@@ -209,16 +210,11 @@ class Trainer:
         self._send(self.slot)
 
     def _log(self) -> IO[bytes]:
-        try:
+        with _disk_errors(
+            f"the log {self.log_file} cannot be written", "is the disk full, or the folder another user's?"
+        ):
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             return self.log_file.open("ab")
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise
-            raise DiskError(
-                f"the log {self.log_file} cannot be written ({error.strerror or error}): is the disk full, or the "
-                "folder another user's?"
-            ) from error
 
     def _died(self) -> TrainerDied:
         assert self._process is not None
@@ -239,16 +235,20 @@ class Trainer:
         )
 
 
-def _temporary_folder() -> Path:
+@contextlib.contextmanager
+def _disk_errors(what: str, hint: str) -> Iterator[None]:
+    """Makes DiskErrors of the system's errors, but not of one that this process has no file descriptor left."""
     try:
-        return Path(tempfile.mkdtemp(prefix="trialyard-"))
+        yield
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise
-        raise DiskError(
-            f"no folder for temporary files can be made ({error.strerror or error}): is the disk full? TMPDIR names "
-            "another place"
-        ) from error
+        raise DiskError(f"{what} ({error.strerror or error}): {hint}") from error
+
+
+def _temporary_folder() -> Path:
+    with _disk_errors("no folder for temporary files can be made", "is the disk full? TMPDIR names another place"):
+        return Path(tempfile.mkdtemp(prefix="trialyard-"))
 
 
 def launch(slot: Slot, descriptor: int, output: IO[bytes], temporary: Path) -> "subprocess.Popen[bytes]":

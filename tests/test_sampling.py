@@ -19,6 +19,7 @@ from search.proposal import SpaceExhausted, _taken, hyperparameters_of
 from search.proposal import _key as _key_of
 from storage import claims, database, ledger, trial_cache
 from storage.claims import Claim
+from storage.errors import ClaimLost
 from storage.owners import Owner
 from storage.trial_cache import TrialCache
 from studies import registry, sampling
@@ -513,6 +514,31 @@ def test_points_that_run_or_wait_are_not_proposed(searched: Any) -> None:
     points = [json.dumps(point, sort_keys=True) for point in study.draw(6, None)]
     assert json.loads(points[0]) == {"depth": 3, "dropout": 0.1}
     assert len(set(points)) == 6
+
+
+def test_a_listed_point_is_taken_before_its_trial_has_begun(searched: Any) -> None:
+    """Another worker may have claimed that trial since this one has looked."""
+    listed = "[[points]]\ndepth = 3\ndropout = 0.1\n"
+    study = searched(_definition(DISCRETE + listed, sampler="random", trials=6))
+    study.claim()
+    claim, space = study.claim(), study.study.definition.space
+
+    def begin(point: Point) -> None:
+        params = {name: (space[name].distribution(), value) for name, value in point.items()}
+        claims.begin(study.storage, claim, params, unique=True)
+
+    with pytest.raises(claims.PointTaken):
+        begin({"depth": 3, "dropout": 0.1})
+    begin({"depth": 5, "dropout": 0.1})
+
+
+def test_a_trial_that_goes_back_before_it_has_its_point_is_lost_and_the_worker_goes_on(searched: Any) -> None:
+    study = searched(_definition(DISCRETE, sampler="random", trials=6))
+    claim = study.claim()
+    opened = study.study.opened(claim)
+    claims.requeue(study.storage, claim, "interrupted", "as if it had been taken back")
+    with pytest.raises(ClaimLost):
+        hyperparameters_of(study.study.definition, study.study.storage, opened, claim)
 
 
 def test_two_slots_at_once_never_have_one_point(searched: Any) -> None:
