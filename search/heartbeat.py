@@ -98,11 +98,15 @@ class Heartbeat:
             log.debug("the slots stay in the list of workers until they are forgotten: %s", error)
 
     def _is_exhausted(self) -> bool:
-        """Whether the worker's connection stays in use for a whole interval: usually it is free in a moment."""
+        """Whether the worker's connection stays in use for a whole interval: usually it is free in a moment.
+
+        At the worker's end nothing is urgent: its slots have no trial any more.
+        """
         look_until = time.monotonic() + self._seconds
-        while database.is_exhausted(self._storage):
-            if time.monotonic() > look_until or self._done.wait(LOOK_SECONDS):
+        while not self._done.is_set() and database.is_exhausted(self._storage):
+            if time.monotonic() > look_until:
                 return True
+            self._done.wait(LOOK_SECONDS)
         return False
 
     def _beat(self) -> None:

@@ -319,6 +319,37 @@ def test_all_slots_of_a_worker_share_one_connection(server: PatientStorage) -> N
     worker.engine.dispose()
 
 
+def test_a_worker_that_ends_opens_no_second_connection(server: PatientStorage) -> None:
+    """Its last figures may be written at this moment, with the only connection."""
+    worker = database.connect(server.engine.url.render_as_string(hide_password=False), connections=1)
+    mine = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'trialyard'"
+    )
+    server.engine.dispose()
+    seen = []
+    heartbeat = Heartbeat(worker, 10.0, [Slot(device=cpu())])
+    with worker.engine.connect() as connection:
+
+        def look() -> None:
+            seen.append(int(connection.execute(mine).scalar_one()))
+            connection.rollback()
+
+        end = time.monotonic() + 30
+        while not seen or seen[-1] > 1:  # the server takes a moment to notice that a connection was closed
+            assert time.monotonic() < end, seen
+            look()
+        seen.clear()
+        with ThreadPoolExecutor() as pool, heartbeat:
+            time.sleep(0.1)  # the heartbeat waits for the connection by now
+            ended = pool.submit(heartbeat.__exit__, None, None, None)
+            while not ended.done():
+                look()
+                time.sleep(0.001)
+    assert len(seen) > 10
+    assert max(seen) == 1
+    worker.engine.dispose()
+
+
 @pytest.mark.parametrize("full", ["from the start", "after the first connection"])
 def test_a_worker_waits_for_a_server_that_is_full(
     own_server: PostgresServer, monkeypatch: pytest.MonkeyPatch, full: str
