@@ -3,6 +3,7 @@
 All that a trial writes to the database is written here, through `storage.claims`.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -133,7 +134,9 @@ class Attempt:
         try:
             point = hyperparameters_of(definition, self.handle.storage, self._opened, self.claim)
         except SpaceExhausted as exhausted:
-            ledger.set_state(self.handle.storage, self.handle.study, "stopped")
+            others = ledger.counts(self.handle.storage, self.claim.study_id)
+            if others.running <= 1 and others.waiting == 0:  # stopping would take other slots' trials from them
+                ledger.set_state(self.handle.storage, self.handle.study, "stopped")
             return _failed(Failed(kind="exhausted", message=str(exhausted)))
         except SamplerFailed as failed:
             # A package that this machine cannot import says nothing of the trial.
@@ -288,8 +291,11 @@ class Attempt:
         trial = self.handle.storage.get_trial(self.claim.trial_id)
         # A trial that starts over still has values of later steps, from its last attempt.
         trial.intermediate_values = {at: value for at, value in trial.intermediate_values.items() if at <= step}
+        # What failed trials teach is for samplers: a pruner would count them among the complete ones.
+        study = copy.copy(self._opened)
+        study._storage = self.handle.cached
         try:
-            return self._opened.pruner.prune(self._opened, trial)
+            return study.pruner.prune(study, trial)
         except UpdateFinishedTrialError as error:  # some pruners store state in the trial
             raise claims.ended_elsewhere(self.claim) from error
         except Exception as error:

@@ -210,6 +210,19 @@ def test_a_trainer_that_dies_when_the_trial_is_another_s_ends_no_worker(
     assert _only(storage).state == TrialState.RUNNING
 
 
+def test_failed_trials_teach_the_sampler_and_not_the_pruner(storage: PatientStorage, tmp_path: Path, me: Owner) -> None:
+    """The median of 5 complete trials is not that of one complete trial and four without a score."""
+    kinds = '[sampler]\nkind = "random"\n\n[pruner]\nkind = "median"\n'
+    registry.create(parse(TRIVIAL.replace("= 5", "= 9") + kinds, name="median"), storage, {"fingerprint": "0" * 16})
+    _run(storage, tmp_path, me, epoch(1, 0.9), epoch(2, 0.9), trained(stopped=False), study="median")
+    for _ in range(4):
+        _run(storage, tmp_path, me, Failed(kind="nan", message="its loss is NaN"), study="median")
+    last = _run(storage, tmp_path, me, epoch(1, 0.5), epoch(2, 0.6), trained(stopped=False), study="median")
+    states = [trial.state for trial in storage.get_all_trials(storage.get_study_id_from_name("median"))]
+    assert states == [TrialState.COMPLETE, *[TrialState.FAIL] * 4, TrialState.COMPLETE]
+    assert last.requests == []
+
+
 def test_a_pruner_that_finds_the_trial_ended_ends_no_worker(
     storage: PatientStorage,
     tmp_path: Path,
@@ -449,6 +462,24 @@ def test_a_space_that_is_used_up_ends_its_study_with_a_sentence(
         "kind": "exhausted",
         "message": "all 2 combinations of the space have a trial: nothing is left to search",
     }
+    assert ledger.find(storage, "used-up").has_ended
+
+
+def test_a_space_that_is_used_up_takes_no_trial_from_another_slot(
+    storage: PatientStorage, tmp_path: Path, me: Owner
+) -> None:
+    space = "[space]\ndropout = { choices = [0.0, 0.1] }\n"
+    definition = parse(TRIVIAL.partition("[space]")[0] + space + "\n[fixed]\ndepth = 3\n", name="used-up")
+    study = registry.create(definition, storage, {"fingerprint": "0" * 16}).study
+    import_trials("used-up", [{"dropout": 0.0, "accuracy": 0.9}], storage)
+    last_point = claims.claim(storage, study, replace(me, slot="cpu:1"), 60.0)
+    assert last_point is not None
+    claims.begin(storage, last_point, {"dropout": (definition.space["dropout"].distribution(), 0.1)})
+    _run(storage, tmp_path, me, study="used-up")
+    assert ledger.find(storage, "used-up").state == "open"
+    claims.finish(storage, last_point, TrialState.COMPLETE, 0.8, {})
+    states = [trial.state for trial in storage.get_all_trials(last_point.study_id)]
+    assert states == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL]
     assert ledger.find(storage, "used-up").has_ended
 
 
