@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial
 
 from search.errors import WorkerError
-from storage import database, ledger, promises, retention, settings, slots, transactions
+from storage import database, ledger, promises, retention, settings, slots, test_openings, transactions
 from storage.errors import ObjectStoreError, SettingsError
 from storage.ledger import Study
 from storage.retention import UnneededFile
@@ -400,7 +400,7 @@ def confirm(
     registry.check_data(searched, checked.data)
     registry.check_sources(searched, checked.sources)
     if definition.name not in registry.names(opened):
-        ledger.record_test_opening(opened, searched)
+        test_openings.record(opened, searched.name, str(searched.data.get("fingerprint")))
     created = registry.create(definition, opened, checked.data).study
     if not created.has_ended:
         registry.check_software(created, opened, checks.software() | checked.sources)

@@ -129,7 +129,6 @@ SHAPES: Mapping[str, Callable[[Any], bool]] = {
     "data": lambda value: isinstance(value, dict),
     "software": _is_software,
     "precision": lambda value: isinstance(value, str),
-    "test_openings": _is_count,
     "priority": lambda value: isinstance(value, int) and not isinstance(value, bool),
 }
 

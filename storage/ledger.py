@@ -79,7 +79,6 @@ class Study:
     state: State
     pause_reason: str | None  # why Trialyard paused it; None: it did not
     priority: int  # workers that share their slots take trials of a higher one first
-    test_openings: int  # confirmations of it that were created: each opens its test images
     finished: int  # trials that are complete, pruned or failed: they count against the budget for good
     running: int  # by workers
     outside: int  # RUNNING trials that no worker started, such as those of a `study.ask()`: no budget is kept for them
@@ -376,29 +375,6 @@ def set_priority(storage: RDBStorage, study: Study, priority: int) -> None:
     write(storage, study.name, work)
 
 
-def record_test_opening(storage: RDBStorage, study: Study) -> int:
-    """Counts that a confirmation will open the test images of `study`; returns how many have. Raises StudyGone."""
-    call = uuid.uuid4().hex
-
-    def work(connection: Connection) -> int:
-        existing = current(connection, study)
-        if _last_test_opening(connection, study.id) == call:
-            return existing.test_openings  # the commit succeeded, but its answer was lost
-        openings = existing.test_openings + 1
-        _set_attribute(connection, study.id, "test_openings", openings)
-        _set_attribute(connection, study.id, "last_test_opening", call)
-        return openings
-
-    return write(storage, study.name, work)
-
-
-def _last_test_opening(connection: Connection, study_id: int) -> str | None:
-    """The call that counted last."""
-    stored, key = StudyUserAttributeModel, f"{attributes.PREFIX}last_test_opening"
-    value = connection.execute(select(stored.value_json).where(stored.study_id == study_id, stored.key == key)).scalar()
-    return None if value is None else json.loads(value)
-
-
 def _set_attribute(connection: Connection, study_id: int, name: str, value: Any) -> None:
     stored, key = StudyUserAttributeModel, attributes.PREFIX + name
     connection.execute(delete(stored).where(stored.study_id == study_id, stored.key == key))
@@ -483,7 +459,6 @@ def _load(connection: Connection, *where: ColumnElement[bool]) -> list[Study]:
             state=study.values.get("state") or "open",
             pause_reason=study.values.get("pause_reason"),
             priority=study.values.get("priority") or 0,
-            test_openings=study.values.get("test_openings") or 0,
             **progress[study.study_id],
         )
         for study in complete

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Connection, and_, delete, func, insert, select, update
 from sqlalchemy.orm import aliased
 
-from storage import attempt_table
+from storage import attempt_table, test_openings
 from storage.artifacts import CHECKPOINT
 from storage.attributes import PREFIX, SHAPES, decoded, number
 from storage.errors import trials_text
@@ -63,6 +63,7 @@ def upgrade(connection: Connection) -> list[str]:
                 )
             else:
                 _continue_with_this_version(connection, study_id)
+        _move_openings(connection, study_id, name)
         definition = decoded(_attribute(connection, study_id, "definition"))
         if SHAPES["definition"](definition):
             name_metric(connection, study_id, definition)
@@ -72,6 +73,18 @@ def upgrade(connection: Connection) -> list[str]:
             trials_are = _trials_are(list(unscored.values()))
             done.append(f"study {name}: {trials_are} now marked as failed, without a finite score")
     return done
+
+
+def _move_openings(connection: Connection, study_id: int, name: str) -> None:
+    """Moves the count of the openings of a study's test images from an attribute to the table."""
+    count, data = (decoded(_attribute(connection, study_id, key)) for key in ("test_openings", "data"))
+    fingerprint = data.get("fingerprint") if isinstance(data, dict) else None
+    if isinstance(count, int) and isinstance(fingerprint, str):
+        for _ in range(count):
+            test_openings.add(connection, uuid.uuid4().hex, name, fingerprint)
+    keys = [f"{PREFIX}{key}" for key in ("test_openings", "last_test_opening")]
+    stored = StudyUserAttributeModel
+    connection.execute(delete(stored).where(stored.study_id == study_id, stored.key.in_(keys)))
 
 
 def _move_attempts(connection: Connection, study_id: int, name: str) -> int:

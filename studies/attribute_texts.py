@@ -17,7 +17,6 @@ TITLES = {
     "definition": "definition (TOML)",
     "precision": "precision",
     "software": "software",
-    "test_openings": "how often its test images were opened",
 }
 FINDINGS = "what was found"
 

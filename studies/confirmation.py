@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from storage import attributes, hits, ledger
+from storage import attributes, hits, ledger, test_openings
 from storage.errors import many
 from storage.hits import Hits
 from storage.ledger import Study
@@ -89,7 +90,8 @@ class Confirmed:
     trained: int  # trainings that are complete
     trainings: int  # in all
     images: int | None  # test images
-    openings: int  # how often confirmations, of any study in the database, opened these test images
+    openings: int  # how often confirmations, of any study that the database has or had, opened these test images
+    chosen_by: tuple[str, ...]  # studies of the same data that choose by these test images, as the notebook did
     estimates: tuple[Estimate, ...]  # the highest mean first
     comparisons: tuple[Comparison, ...]  # of the first with each other one
     winner: int | None  # the trial that is better than every other candidate; None: a tie, or not known yet
@@ -232,7 +234,8 @@ def _is_same(other: Study, stored: Mapping[str, Any]) -> bool:
 
 
 def _free_name(study: Study, storage: RDBStorage) -> str:
-    taken, base = registry.names(storage), f"{study.name[:88]}-confirm"
+    # Other programs may have studies in the same database.
+    taken, base = optuna.get_all_study_names(storage), f"{study.name[:88]}-confirm"
     names = (base if number == 1 else f"{base}-{number}" for number in range(1, 10_000))
     return next(name for name in names if name not in taken)
 
@@ -264,6 +267,7 @@ def of_study(confirmation: Study, storage: RDBStorage) -> Confirmed:
         trainings=confirmation.budget.total,
         images=next((run.hits.images for side in runs.values() for run in side.values() if run.hits), None),
         openings=_openings(confirmation, storage),
+        chosen_by=_chosen_by(confirmation, storage),
         estimates=tuple(estimates),
         comparisons=tuple(compared),
         winner=winner,
@@ -274,9 +278,15 @@ def of_study(confirmation: Study, storage: RDBStorage) -> Confirmed:
 
 def _openings(confirmation: Study, storage: RDBStorage) -> int:
     # Whoever searches again after a confirmation does so under another name, and may have chosen by what it showed.
+    return max(1, test_openings.count(storage, str(confirmation.data.get("fingerprint"))))
+
+
+def _chosen_by(confirmation: Study, storage: RDBStorage) -> tuple[str, ...]:
     fingerprint = confirmation.data.get("fingerprint")
-    return max(
-        1, sum(each.test_openings for each in ledger.studies(storage) if each.data.get("fingerprint") == fingerprint)
+    return tuple(
+        study.name
+        for study, definition in registry.with_definitions(storage)
+        if definition.protocol == "test" and study.finished and study.data.get("fingerprint") == fingerprint
     )
 
 

@@ -203,7 +203,12 @@ def _confirmed_sentences(found: "Confirmed") -> list[str]:
             "not independent of them."
         )
     else:
-        sentences.append("These test images were opened by this confirmation only.")
+        sentences.append("No other confirmation that this database knows of opened these test images.")
+    if found.chosen_by:
+        sentences.append(
+            f"These studies chose by the test images: {', '.join(found.chosen_by)}. What was learned from them is not "
+            "independent of these images."
+        )
     return sentences
 
 

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 import search
 import studies
-from storage import database, hits, ledger
+from storage import database, hits, ledger, test_openings
 from storage.transactions import read
 from studies import confirmation, registry, text
 from studies import definition as definitions
@@ -161,7 +161,11 @@ def test_the_result_is_the_same_in_python_json_report_note_and_terminal(confirme
     assert found.smallest in found.tied
 
     assert f"{first.mean:.4f}" in confirmed.out
-    for words in ("No test is made: with 2 seeds", "A tie: these measurements", "opened by this confirmation only"):
+    for words in (
+        "No test is made: with 2 seeds",
+        "A tie: these measurements",
+        "No other confirmation that this",
+    ):
         assert words in " ".join(confirmed.out.split())
     report = studies.report("small", format="markdown")
     assert "## Confirmed on the test images" in report
@@ -194,8 +198,24 @@ def test_again_it_trains_nothing_and_another_number_of_seeds_opens_the_images_ag
     studies.delete("small-confirm-2")
     with pytest.raises(StudyError, match="was not confirmed yet"):
         studies.confirmed("small")
+    # Also when the study is gone, and the same images are searched and confirmed again.
     storage = database.connect(confirmed.url)
-    assert registry.find("small", storage).test_openings == 2
+    fingerprint = registry.find("small", storage).data["fingerprint"]
+    studies.delete("small")
+    assert test_openings.count(storage, fingerprint) == 2
+
+
+def test_studies_that_chose_by_the_test_images_are_named(confirmed: Done, write_npz: Callable[..., Path]) -> None:
+    _make("shown", confirmed, write_npz)
+    assert studies.confirmed("small").chosen_by == ("shown",)
+    assert "These studies chose by the test images: shown." in text.confirmed(studies.confirmed("small"))
+
+
+def test_a_confirmation_takes_no_name_of_another_program_s_study(confirmed: Done) -> None:
+    storage = database.connect(confirmed.url)
+    optuna.create_study(study_name="small-confirm-2", storage=confirmed.url)
+    definition = confirmation.definition_of(registry.find("small", storage), storage, 1, 1)
+    assert definition.name == "small-confirm-3"
 
 
 def test_what_others_added_is_left_out(confirmed: Done) -> None:

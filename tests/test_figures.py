@@ -405,6 +405,7 @@ def test_a_confirmation_shows_each_seed_and_the_interval_of_the_mean() -> None:
         trainings=2,
         images=100,
         openings=1,
+        chosen_by=(),
         estimates=(estimate, replace(estimate, trial=5, mean=None, accuracies=())),
         comparisons=(),
         winner=None,

@@ -12,7 +12,7 @@ from conftest import TRIVIAL, attempts_at
 from optuna.trial import TrialState
 
 from search import checks
-from storage import attempt_table, attributes, claims, database, ledger, legacy, metric, promises
+from storage import attempt_table, attributes, claims, database, ledger, legacy, metric, promises, test_openings
 from storage.errors import StorageError
 from storage.owners import Owner
 from storage.tables import TrialHeartbeatModel, TrialValueModel, set_trial_attributes, update_trial, value_row
@@ -213,6 +213,17 @@ def test_older_studies_among_current_ones_are_named(
         results.status(old, storage)
     with pytest.raises(StorageError, match="of an older Trialyard: run `trialyard storage upgrade`"):
         registry.create(trivial, storage, DATA)
+
+
+def test_openings_of_test_images_move_to_their_table(storage: PatientStorage, study: str, either_url: str) -> None:
+    """They were counted in an attribute of the study, which was deleted with it."""
+    study_id = registry.find(study, storage).id
+    for name, value in (("test_openings", 2), ("last_test_opening", "a" * 32)):
+        storage.set_study_user_attr(study_id, f"trialyard:{name}", value)
+    for _ in range(2):
+        database.upgrade(either_url)
+        assert test_openings.count(storage, DATA["fingerprint"]) == 2
+    assert not [name for name in storage.get_study_user_attrs(study_id) if "opening" in name]
 
 
 def test_another_program_s_study_is_not_upgraded(storage: PatientStorage, study: str, either_url: str) -> None:
