@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import OptunaError, UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -32,7 +32,7 @@ def is_of_the_database(error: Exception, storage: PatientStorage, claim: Claim) 
     """Whether the database raised an error that came out of a sampler or a pruner, which read it; else it is theirs."""
     if isinstance(error, KeyError):  # Optuna's word for a row that is missing
         return not claims.trial_exists(storage, claim)
-    return isinstance(error, (TrialyardError, OptunaError, SQLAlchemyError))
+    return isinstance(error, (TrialyardError, StorageInternalError, SQLAlchemyError))
 
 
 class SamplerFailed(Exception):  # noqa: N818 - it is an event

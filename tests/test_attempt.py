@@ -71,7 +71,10 @@ def _only(storage: PatientStorage) -> optuna.trial.FrozenTrial:
     return trial
 
 
-@pytest.mark.parametrize("error", [AssertionError("inside it"), KeyError("inside it"), ValueError("inside it")])
+@pytest.mark.parametrize(
+    "error",
+    [AssertionError("inside it"), KeyError("inside it"), ValueError("inside it"), optuna.TrialPruned("inside it")],
+)
 def test_an_error_of_a_sampler_or_a_pruner_never_ends_a_worker(
     storage: PatientStorage,
     tmp_path: Path,
