@@ -35,35 +35,51 @@ class Scored:
 def scored(trials: Sequence[FrozenTrial]) -> list[Scored]:
     """At most SAMPLE of the complete and pruned trials with their scores, the best first.
 
-    Two trials are compared by their best accuracy up to the last epoch that both reached. So a trial that was pruned
-    after epoch 2 is compared with what the others had after epoch 2.
+    Two complete trials are compared by their values. A pruned trial is compared with each other one by what both had
+    after the last epoch that both reached: the best accuracy so far, or the mean so far where the steps are repeats.
+    Where one of the two has no accuracy at that epoch, such as an imported trial, each beats the other by half.
     """
     known = [trial for trial in trials if is_feasible(trial) and (is_scored(trial) or _is_pruned(trial))]
     known = known[:: max(1, math.ceil(len(known) / SAMPLE))]
     if len(known) < 2:
         return [Scored(trial=trial, score=1.0) for trial in known]
     # Only epochs that some trial reported: other programs may report at any step.
-    columns = {
-        step: at for at, step in enumerate(sorted({step for trial in known for step in trial.intermediate_values}))
-    }
-    # A complete trial without any epoch, such as an imported one, went to the end.
-    last = np.array([columns.get(max(trial.intermediate_values, default=-1), len(columns) - 1) for trial in known])
-    best = np.full((len(known), max(1, len(columns))), -np.inf)
-    for row, trial in enumerate(known):
-        for epoch, value in trial.intermediate_values.items():
-            if math.isfinite(value):
-                best[row, columns[epoch]] = value
-        best[row] = np.maximum.accumulate(best[row])
-        if is_scored(trial):
-            best[row, last[row] :] = float(trial.values[0])
+    steps = sorted({step for trial in known for step in trial.intermediate_values})
+    # After the column of each step there is one for the end, which every complete trial reached: also an imported one,
+    # which has no epochs, and one that ended early because it had stopped improving.
+    reached = np.array([_reached(trial, steps) for trial in known])
+    last = np.array(
+        [len(steps) if is_scored(trial) else steps.index(max(trial.intermediate_values)) for trial in known]
+    )
     rows = np.arange(len(known))
     wins = np.zeros(len(known))
     for row in range(len(known)):
         both = np.minimum(last[row], last)
-        ours, theirs = best[row, both], best[rows, both]
-        wins[row] = (ours > theirs).sum() + (ours == theirs).sum() / 2 - 0.5  # not itself
+        ours, theirs = reached[row, both], reached[rows, both]
+        even = (ours == theirs) | np.isnan(ours) | np.isnan(theirs)
+        wins[row] = (ours > theirs).sum() + even.sum() / 2 - 0.5  # not itself
     found = [Scored(trial=trial, score=float(win) / (len(known) - 1)) for trial, win in zip(known, wins, strict=True)]
     return sorted(found, key=lambda each: (-each.score, each.trial.number))
+
+
+def _reached(trial: FrozenTrial, steps: Sequence[int]) -> list[float]:
+    """The accuracy that the trial had after each of `steps`, and at its end; NaN where it is not known."""
+    has_repeats = "repeats" in trial.user_attrs
+    end = float(trial.values[0]) if is_scored(trial) else math.nan
+    own_last = max(trial.intermediate_values, default=math.inf)
+    best, total, count = -math.inf, 0.0, 0
+    reached: list[float] = []
+    for step in steps:
+        value = trial.intermediate_values.get(step, math.nan)
+        if math.isfinite(value):
+            best, total, count = max(best, value), total + value, count + 1
+        if step >= own_last and is_scored(trial):
+            reached.append(end)
+        elif count:
+            reached.append(total / count if has_repeats else best)
+        else:
+            reached.append(math.nan)
+    return [*reached, end]
 
 
 def _is_pruned(trial: FrozenTrial) -> bool:

@@ -403,6 +403,24 @@ def test_a_trial_is_compared_with_others_at_the_last_epoch_that_both_reached() -
     ]
 
 
+def test_only_a_pruned_trial_is_compared_before_its_end() -> None:
+    # With `patience_epochs`, the first one ended after two epochs. The second was behind it then, and won.
+    early = _scored(0, 5, [0.9, 0.95])
+    later = _scored(1, 3, [0.9, 0.94, 0.99])
+    assert [each.trial.number for each in importance.scored([early, later])] == [1, 0]
+
+
+def test_a_pruned_trial_does_not_beat_an_imported_one_which_has_no_epochs() -> None:
+    imported, pruned = _scored(0, 5, []), _scored(1, 3, [0.2], TrialState.PRUNED)
+    trained = _scored(2, 7, [0.1, 0.6])
+    # The pruned one beats the trained one after epoch 1, and the trained one the imported one at the end.
+    assert [(each.trial.number, each.score) for each in importance.scored([imported, pruned, trained])] == [
+        (1, 0.75),
+        (2, 0.5),
+        (0, 0.25),
+    ]
+
+
 def test_trials_without_epochs_and_foreign_steps_are_compared_at_the_end() -> None:
     trained = [_scored(number, 5, [0.5, 0.97]) for number in range(3)]
     imported: list[FrozenTrial] = []
