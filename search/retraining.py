@@ -64,12 +64,23 @@ class Replayed:
     epochs: tuple[ReplayedEpoch, ...]
     recorded_value: float
     replayed_value: float
+    recorded_repeats: tuple[float, ...] = ()  # the values of the repeats; none if the trial was trained once
+    replayed_repeats: tuple[float, ...] = ()
     tolerance: float  # how far the values may be apart; 0 where the numbers must be the same
 
     @property
     def is_exact(self) -> bool:
-        """Whether every epoch has the same numbers."""
-        return all(epoch.is_equal for epoch in self.epochs) and self.recorded_value == self.replayed_value
+        """Whether every recorded epoch, every repeat and the value have the same numbers.
+
+        Without its files the epochs of a trial with repeats are not recorded here: the database has its repeats alone.
+        """
+        repeats_are_equal = self.recorded_repeats == self.replayed_repeats
+        return self.first_different is None and repeats_are_equal and self.recorded_value == self.replayed_value
+
+    @property
+    def first_different(self) -> int | None:
+        """The first epoch that is recorded with other numbers; None if there is none."""
+        return next((each.epoch for each in self.epochs if each.recorded is not None and not each.is_equal), None)
 
     @property
     def holds(self) -> bool:
@@ -131,6 +142,7 @@ def replay(
     trained = _train(wanted, recipe.of_trial(definition, number, trial.params), slot, here, compare)
     exact = not differences and slot.device.kind == "cpu" and trained.precision == "float32"
     value = float(trial.values[0])
+    repeats = tuple(attributes.numbers(recorded.get("repeats")))
     return Replayed(
         study=study.name,
         trial=number,
@@ -139,6 +151,8 @@ def replay(
         epochs=tuple(epochs),
         recorded_value=value,
         replayed_value=trained.value,
+        recorded_repeats=repeats,
+        replayed_repeats=trained.repeats if repeats else (),
         tolerance=0.0 if exact else _tolerance(value, trained),
     )
 

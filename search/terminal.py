@@ -355,14 +355,22 @@ def print_replayed(found: "Replayed") -> None:
     what = f"trial {found.trial} of {found.study}: {found.replayed_value:.4f}, and {found.recorded_value:.4f} recorded"
     again = "" if found.attempts <= 1 else f", though the recorded training took {found.attempts} attempts"
     if found.is_exact:
-        epochs = "its epoch" if len(found.epochs) == 1 else f"all {len(found.epochs)} epochs"
-        verdict = f"the same in {epochs}, to the last bit{again}"
+        verdict = f"the same in {_compared(found)}, to the last bit{again}"
     elif found.tolerance == 0.0:
-        first = next((epoch.epoch for epoch in found.epochs if not epoch.is_equal), len(found.epochs))
-        verdict = f"not the same from epoch {first} on, and it should be"
+        first = found.first_different
+        where = f"from epoch {first} on" if first is not None else f"in {_compared(found)}"
+        verdict = f"not the same {where}, and it should be"
     else:
         verdict = f"{'within' if found.holds else 'not within'} the tolerance of {found.tolerance:.4f}"
     out.print(f"{what}: {verdict}", markup=False)
+
+
+def _compared(found: "Replayed") -> str:
+    """What of the two trainings was compared: the epochs, or what the database has where they are not recorded."""
+    if all(epoch.recorded is not None for epoch in found.epochs):
+        return "its epoch" if len(found.epochs) == 1 else f"all {len(found.epochs)} epochs"
+    what = f"all {len(found.recorded_repeats)} repeats" if found.recorded_repeats else "its value"
+    return f"{what} (not every epoch is recorded on this machine)"
 
 
 def _print_markdown(markdown: str) -> None:

@@ -99,6 +99,14 @@ def test_repeats_are_run_shown_and_replayed(home: Path, write_small: Callable[..
     assert f"{repeats[0]:.4f}, {repeats[1]:.4f}, {repeats[2]:.4f}; the mean counts" in ended(start("best", "small"))[0]
     out, _ = ended(start("replay", "small", "0"))
     assert "the same in all 6 epochs, to the last bit" in out
+    # On a machine without the trial's files, the database still has the repeats.
+    (home / "yard" / "artifacts" / best.user_attrs["history"]).unlink()
+    out, err = ended(start("replay", "small", "0"))
+    assert "the same in all 3 repeats (not every epoch is recorded on this machine), to the last bit" in out
+    assert err.count(", not recorded") == 6
+    _change(home, 0, repeats=[repeats[0], repeats[1], repeats[2] + 1e-9])
+    out, _ = ended(start("replay", "small", "0"), code=1)
+    assert "not the same in all 3 repeats" in out
 
 
 def test_an_epoch_without_a_finite_accuracy_is_equal_to_itself() -> None:
