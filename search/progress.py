@@ -266,8 +266,10 @@ def ending(trial: FrozenTrial) -> str:
     if trial.state == TrialState.COMPLETE:
         return f"complete: {trial.values[0]:.4f}"
     if trial.state == TrialState.PRUNED:
-        score = "" if trial.last_step is None else f": {trial.intermediate_values[trial.last_step]:.4f}"
-        return f"pruned after {attributes.last_step_text(trial)}{score}"
+        value = attributes.mean_of_repeats(trial)
+        if value is None and trial.last_step is not None:
+            value = trial.intermediate_values[trial.last_step]
+        return f"pruned after {attributes.last_step_text(trial)}{'' if value is None else f': {value:.4f}'}"
     if trial.state == TrialState.FAIL:
         failure = attributes.failure(trial.user_attrs.get("failure"))
         return f"failed ({failure['kind']}): {failure['message']}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import ColumnElement, Connection, Select, select
 
 from storage.errors import StudyUnreadable
@@ -159,6 +159,15 @@ def numbers(value: Any) -> list[float]:
 def last_step_text(trial: FrozenTrial) -> str:
     """The last step of a trial for people: an epoch, or a repeat where it was trained several times."""
     return f"{'repeat' if 'repeats' in trial.user_attrs else 'epoch'} {trial.last_step}"
+
+
+def mean_of_repeats(trial: FrozenTrial) -> float | None:
+    """The value of a pruned trial whose steps are repeats: their mean, because each one alone is luck.
+
+    None for every other trial: where the steps are epochs, the last or the best one says how far it came.
+    """
+    has_mean = trial.state == TrialState.PRUNED and "repeats" in trial.user_attrs and trial.values is not None
+    return number(trial.values[0]) if has_mean else None
 
 
 def of_all_trials(connection: Connection, study_id: int, key: str) -> list[Any]:

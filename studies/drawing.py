@@ -13,6 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
+from storage import attributes
 from storage.errors import many
 from storage.ranking import is_scored
 from studies.definition import Definition
@@ -121,7 +122,7 @@ def trial_text(trial: FrozenTrial, definition: Definition) -> str:
     """What a dot says when the mouse is over it."""
     value = accuracy(trial)
     score = "" if value is None else f"<br>{score_title(definition)} {value:.4f}"
-    pruned = f", pruned after epoch {trial.last_step}" if trial.state == TrialState.PRUNED else ""
+    pruned = f", pruned after {attributes.last_step_text(trial)}" if trial.state == TrialState.PRUNED else ""
     label = f"<br>{html.escape(str(trial.user_attrs['label']))}" if "label" in trial.user_attrs else ""
     return f"trial {trial.number}{pruned}<br>{params_text(trial.params)}{score}{label}"
 

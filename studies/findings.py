@@ -305,6 +305,9 @@ def _counts(trial: FrozenTrial) -> bool:
 def _reached(trial: FrozenTrial) -> float:
     if is_scored(trial):
         return float(trial.values[0])
+    mean = attributes.mean_of_repeats(trial)
+    if mean is not None:
+        return mean
     return max((value for value in trial.intermediate_values.values() if math.isfinite(value)), default=0.0)
 
 

@@ -340,7 +340,9 @@ def trial_note(
         return paragraphs(lines)
     judged = definition.judged_on
     if trial.state == TrialState.PRUNED:
-        lines.append(f"Pruned after {attributes.last_step_text(trial)}.")
+        mean = attributes.mean_of_repeats(trial)
+        with_mean = "" if mean is None else f", with a mean {judged} accuracy of {mean:.4f}"
+        lines.append(f"Pruned after {attributes.last_step_text(trial)}{with_mean}.")
     elif trial.values is not None:
         best_epoch, epochs = attributes.number(attrs.get("best_epoch")), attributes.number(attrs.get("epochs"))
         which_epoch = "" if best_epoch is None or epochs is None else f" (epoch {best_epoch} of {epochs})"

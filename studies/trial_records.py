@@ -49,7 +49,8 @@ class TrialRecord:
     number: int
     state: State
     rank: int | None  # of a complete and feasible trial; trials of equal score share it (1, 1, 3)
-    score: float | None  # accuracy from 0 to 1 that it is judged by; of an unfinished or pruned trial the last one
+    # Accuracy from 0 to 1 that it is judged by; of an unfinished or pruned trial the last one, or the repeats' mean.
+    score: float | None
     error: float | None  # the score's sampling error: half of its 95 % interval; None: of an unknown number of images
     epochs: int | None  # that were trained
     seconds: float | None  # of training, without the start
@@ -232,7 +233,10 @@ def _record(trial: FrozenTrial, rank: int | None, last: Attempt | None, images: 
 
 
 def _last_score(trial: FrozenTrial) -> float | None:
-    return None if trial.last_step is None else attributes.number(trial.intermediate_values[trial.last_step])
+    mean = attributes.mean_of_repeats(trial)
+    if mean is not None or trial.last_step is None:
+        return mean
+    return attributes.number(trial.intermediate_values[trial.last_step])
 
 
 def _reason(trial: FrozenTrial, last: Attempt | None) -> str | None:

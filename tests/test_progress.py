@@ -336,6 +336,8 @@ def test_every_outcome_has_its_text() -> None:
     failure = {"failure": {"kind": "nan", "message": "the loss became nan"}}
     assert trial(TrialState.COMPLETE, value=0.98765) == "complete: 0.9877"
     assert trial(TrialState.PRUNED, intermediate_values={1: 0.1, 2: 0.2}) == "pruned after epoch 2: 0.2000"
+    repeated = {"value": 0.6, "intermediate_values": {1: 0.8, 2: 0.4}, "user_attrs": {"repeats": [0.8, 0.4]}}
+    assert trial(TrialState.PRUNED, **repeated) == "pruned after repeat 2: 0.6000"
     assert trial(TrialState.FAIL, user_attrs=failure) == "failed (nan): the loss became nan"
     assert trial(TrialState.FAIL) == "failed (unknown): no reason was stored"
     assert trial(TrialState.WAITING) == "is back in the queue"

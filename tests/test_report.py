@@ -32,7 +32,7 @@ from storage.owners import Owner
 from storage.tables import TrialSystemAttributeModel
 from storage.transactions import PatientStorage
 from studies import definition as definitions
-from studies import findings, importance, notebook, notes, registry
+from studies import drawing, findings, importance, notebook, notes, registry
 from studies.content import collect
 from studies.definition import Definition, parse
 from studies.errors import StudyError
@@ -382,6 +382,19 @@ def test_pruned_trials_count_by_what_they_had_when_they_were_pruned() -> None:
     assert "The best accuracy by depth: 5 0.9680 (10 complete), 7 0.2190 (0 complete, 10 pruned)." in influences
     alike = [sentence for sentence in influences if sentence.startswith("With dropout 0.25 alike")]
     assert alike == ["With dropout 0.25 alike: depth 5 0.9500, depth 7 0.2030 (pruned after epoch 1)."]
+
+
+def test_a_pruned_trial_with_repeats_counts_by_their_mean() -> None:
+    """Its best repeat is luck, which the means of the others do not have."""
+    repeats = [0.98, 0.95, 0.95, 0.95]
+    pruned = _scored(0, 5, repeats, TrialState.PRUNED, repeats=repeats)
+    pruned.values = [0.9575]
+    complete = _scored(1, 7, [0.97, 0.96, 0.97, 0.96, 0.97], repeats=[0.97, 0.96, 0.97, 0.96, 0.97])
+    complete.values = [0.966]
+    influences = findings.findings([pruned, complete], definitions.load("digits"), {}).influences
+    assert "The best accuracy by depth: 7 0.9660 (1 complete), 5 0.9575 (0 complete, 1 pruned)." in influences
+    assert [each.trial.number for each in importance.scored([pruned, complete])] == [1, 0]
+    assert ", pruned after repeat 4<br>" in drawing.trial_text(pruned, definitions.load("digits"))
 
 
 def test_what_the_best_have_in_common_is_said() -> None:

@@ -23,7 +23,7 @@ from storage.artifacts import PREDICTIONS
 from storage.owners import Owner
 from storage.ranking import ranks
 from storage.tables import TrialUserAttributeModel
-from studies import registry, statistics
+from studies import registry, statistics, text
 from studies.errors import StudyError
 from studies.predictions import Predictions
 from studies.trial_records import TrialRecord, flat
@@ -64,6 +64,16 @@ def test_every_trial_has_a_record_whatever_became_of_it(storage: RDBStorage, eve
     assert [record.number for record in studies.trials(every_state, storage, limit=2)] == [4, 5]
     assert [record.number for record in studies.trials(every_state, storage, state="failed")] == [2]
     assert studies.trials(every_state, storage, state="failed", limit=9) == [records[2]]
+
+
+def test_the_score_of_a_pruned_trial_with_repeats_is_their_mean(storage: RDBStorage, study: str) -> None:
+    repeats = {"intermediate_values": {1: 0.8, 2: 0.4}, "user_attrs": {"repeats": [0.8, 0.4]}}
+    pruned = optuna.trial.create_trial(state=TrialState.PRUNED, value=0.6, **repeats)
+    registry.open(study, storage).add_trial(pruned)
+    (record,) = studies.trials(study, storage)
+    assert (record.score, record.reason) == (0.6, "after repeat 2")
+    note = text.trial_note(pruned, registry.definition_of(study, storage), [])
+    assert "Pruned after repeat 2, with a mean validation accuracy of 0.6000." in note
 
 
 @pytest.mark.parametrize(
