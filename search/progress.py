@@ -27,6 +27,7 @@ from storage import attributes
 from storage.claims import Claim
 from storage.errors import StudyUnreadable
 from storage.ledger import Study
+from storage.metric import epochs_judged_on
 from storage.transactions import PatientStorage
 from studies.definition import from_json
 from studies.errors import DefinitionError, StudyError
@@ -73,9 +74,12 @@ class Lines(Listener):
     def __init__(self, console: Console, status: Callable[[str], Status]) -> None:
         self._console, self._status = console, status
         self._epochs: dict[tuple[str, int], int] = {}
+        self._judged_on: dict[str, str] = {}  # which images, by the study's incarnation
 
     def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
         """Prints the trial's hyperparameters."""
+        if claim.incarnation not in self._judged_on:
+            self._judged_on[claim.incarnation] = self._epochs_judged_on(claim.study)
         self._epochs[claim.study, claim.number] = epochs
         again = f" (attempt {claim.attempt})" if claim.attempt > 1 else ""
         self._print(f"{claim.study} trial {claim.number} begins{again}: {shown(point)}")
@@ -84,7 +88,7 @@ class Lines(Listener):
         """Prints the epoch's accuracies and speed."""
         self._print(
             f"{claim.study} trial {claim.number} epoch {record.epoch}/{self._epochs[claim.study, claim.number]}: "
-            f"accuracy {record.accuracy:.4f}, validation {record.val_accuracy:.4f}, "
+            f"accuracy {record.accuracy:.4f}, {self._judged_on[claim.incarnation]} {record.val_accuracy:.4f}, "
             f"{record.images_per_second:,.0f} images/s"
         )
 
@@ -104,6 +108,12 @@ class Lines(Listener):
     def deleted(self, claim: Claim) -> None:
         """Prints it."""
         self._print(f"study {claim.study} was deleted, and its trial {claim.number} with it")
+
+    def _epochs_judged_on(self, study: str) -> str:
+        try:
+            return epochs_judged_on(self._status(study).protocol)
+        except (StudyError, StudyUnreadable):  # deleted or damaged a moment ago: the trial will end
+            return "validation"
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -243,7 +253,7 @@ class LiveTable(Listener):
 
     def _drawn(self) -> Group:
         wide = self._console.width >= WIDE_COLUMNS
-        titles = ["slot", "trial", "epoch", "", "validation", *(["images/s"] if wide else []), "time", "left"]
+        titles = ["slot", "trial", "epoch", "", self._judged_on(), *(["images/s"] if wide else []), "time", "left"]
         with self._lock:
             lines = [Text(self._progress(status), style="bold") for status in self._statuses.values()]
             table = Table(box=None, padding=(0, 2, 0, 0))
@@ -253,6 +263,11 @@ class LiveTable(Listener):
             for name, slot in self._slots.items():
                 table.add_row(name, *(["-"] if slot is None else slot.cells(wide)))
         return Group(*lines, table)
+
+    def _judged_on(self) -> str:
+        """The title of the accuracies: which images they are of, if they are the same kind in all studies."""
+        kinds = {epochs_judged_on(status.protocol) for status in self._statuses.values()}
+        return "validation" if not kinds else kinds.pop() if len(kinds) == 1 else "accuracy"
 
     def _progress(self, status: Status) -> str:
         own = [slot.running for slot in self._slots.values() if slot is not None and slot.claim.study == status.study]

@@ -36,6 +36,14 @@ def judged_on(protocol: object) -> JudgedOn:
     return "test" if protocol in ("test", "confirmation") else "validation"
 
 
+def epochs_judged_on(protocol: object) -> JudgedOn:
+    """Which images are evaluated after each epoch.
+
+    Those of `judged_on`, except in a confirmation, which opens the test images once, after the last epoch.
+    """
+    return "test" if protocol == "test" else "validation"
+
+
 def name_metric(connection: Connection, study_id: int, definition: Mapping[str, Any]) -> None:
     """Names the metric of a study, unless it has a name."""
     stored = StudySystemAttributeModel

@@ -13,7 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
-from storage import attributes
+from storage import attributes, metric
 from storage.errors import many
 from storage.ranking import is_scored
 from studies.definition import Definition
@@ -140,7 +140,7 @@ def score_title(definition: Definition) -> str:
 
 def images(kind: str, definition: Definition) -> str:
     """`kind`, but "test" for the validation images of a study with the notebook's protocol."""
-    return "test" if kind == "validation" and definition.protocol == "test" else kind
+    return metric.epochs_judged_on(definition.protocol) if kind == "validation" else kind
 
 
 def size_text(definition: Definition) -> str:

@@ -44,8 +44,11 @@ def write(folder: Path, class_names: Sequence[str] = ()) -> list[str]:
 
 
 def curves(history: Sequence[dict[str, Any]]) -> str:
-    """Loss and accuracy by epoch; training is a solid line, validation a dashed one. `history` is that of the file."""
-    parts = [_text(SIZE / 2, 18, "solid: training, dashed: judged", anchor="middle")]
+    """Loss and accuracy by epoch; a solid line of the training images, a dashed one of the others.
+
+    `history` is that of the file.
+    """
+    parts = [_text(SIZE / 2, 18, "solid: training images, dashed: other images", anchor="middle")]
     for top, kind, colour in ((30, "accuracy", BLUE), (220, "loss", ORANGE)):
         lines = [[record[key] for record in history] for key in (kind, f"val_{kind}")]
         known = [value for line in lines for value in line if value is not None]

@@ -59,7 +59,7 @@ def _recorded_accuracies(curves: Sequence[Curve], definition: Definition) -> go.
         ],
         "Accuracy by epoch, best trials first (their losses are not on this machine)",
         "epoch",
-        drawing.score_title(definition),
+        f"{drawing.images('validation', definition)} accuracy",
         xaxis=drawing.count_axis(max(len(curve.val_accuracy) for curve in curves)),
         yaxis=drawing.accuracy_axis(values),
     )

@@ -16,6 +16,7 @@ from storage import attributes
 from storage.artifacts import inside
 from storage.errors import many
 from storage.ledger import left_waiting_text
+from storage.metric import epochs_judged_on
 from studies import findings
 from studies.definition import Definition, to_toml
 from studies.statistics import MIN_SEEDS, Interval, seeds_needed
@@ -338,7 +339,7 @@ def trial_note(
         failure = attributes.failure(attrs.get("failure"))
         lines += [f"Failed ({escaped(failure['kind'])}):", fenced(failure["message"])]
         return paragraphs(lines)
-    judged = definition.judged_on
+    judged, by_epoch = definition.judged_on, epochs_judged_on(definition.protocol)
     if trial.state == TrialState.PRUNED:
         mean = attributes.mean_of_repeats(trial)
         with_mean = "" if mean is None else f", with a mean {judged} accuracy of {mean:.4f}"
@@ -358,11 +359,11 @@ def trial_note(
     if curve is not None and curve.loss:
         lines.append(
             f"- last epoch, {len(curve.loss)}: loss {curve.loss[-1]:.4f}, accuracy {curve.accuracy[-1]:.4f}; "
-            f"{judged} loss {curve.val_loss[-1]:.4f}, accuracy {curve.val_accuracy[-1]:.4f}"
+            f"{by_epoch} loss {curve.val_loss[-1]:.4f}, accuracy {curve.val_accuracy[-1]:.4f}"
         )
     elif trial.last_step is not None:
         value = trial.intermediate_values[trial.last_step]
-        lines.append(f"- last, {attributes.last_step_text(trial)}: {judged} accuracy {value:.4f}")
+        lines.append(f"- last, {attributes.last_step_text(trial)}: {by_epoch} accuracy {value:.4f}")
     if isinstance(attrs.get("parameters"), int):
         lines.append(f"- model: {escaped(definition.model)} with {attrs['parameters']:,} weights")
         if len(summary) > LAYERS:

@@ -10,6 +10,7 @@ from typing import Any
 from storage import settings
 from storage.attempt_table import Attempt
 from storage.errors import many
+from storage.metric import epochs_judged_on
 from studies import definition as definitions
 from studies import findings, predictions, registry, results, trial_records
 from studies.definition import Definition
@@ -73,7 +74,9 @@ def head(content: TrialContent) -> str:
     """The first paragraph: what became of the trial, and its score."""
     record, attrs = content.details.record, content.details.attributes
     rank = "" if record.rank is None else f", rank {record.rank}"
-    score = "" if record.score is None else f"; {content.definition.judged_on} accuracy **{record.score_text}**"
+    is_complete, definition = record.state in ("complete", "imported"), content.definition
+    images = definition.judged_on if is_complete else epochs_judged_on(definition.protocol)
+    score = "" if record.score is None else f"; {images} accuracy **{record.score_text}**"
     epochs = "" if record.epochs is None else f", after {many(record.epochs, 'epoch')}"
     reason = "" if record.reason is None else f" ({escaped(record.reason)})"
     lines = [f"**{record.state}**{rank}{reason}{score}{epochs}."]
@@ -111,7 +114,7 @@ def sections(content: TrialContent) -> list[Section]:
 
 def _curve(curve: Curve, definition: Definition) -> str:
     """A row for each epoch."""
-    judged = definition.judged_on if definition.confirm is None else "validation"
+    judged = epochs_judged_on(definition.protocol)
     columns = {
         "loss": curve.loss,
         "accuracy": curve.accuracy,

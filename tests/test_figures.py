@@ -28,10 +28,11 @@ from studies import (
     results,
     search_figures,
     space_figures,
+    text,
 )
 from studies.confirmation import Confirmed, Estimate
 from studies.confirmation_figure import confirmed_estimates
-from studies.definition import Definition, parse
+from studies.definition import Candidate, Confirm, Data, Definition, parse
 from studies.errors import StudyError
 from studies.statistics import Interval
 
@@ -87,9 +88,9 @@ def artifacts(tmp_path: Path) -> Path:
         {"epoch": e, "loss": 1 / e, "accuracy": 0.9, "val_loss": 2 / e, "val_accuracy": 0.8, "seconds": 1.0}
         for e in (1, 2, 3)
     ]
-    for number, text in ((3, json.dumps(history)), (5, '{"epoch": 1}')):
+    for number, content in ((3, json.dumps(history)), (5, '{"epoch": 1}')):
         (tmp_path / "digits" / str(number)).mkdir(parents=True)
-        (tmp_path / "digits" / str(number) / "history.json").write_text(text, encoding="utf-8")
+        (tmp_path / "digits" / str(number) / "history.json").write_text(content, encoding="utf-8")
     return tmp_path
 
 
@@ -140,6 +141,30 @@ def test_without_any_history_the_accuracy_by_epoch_is_drawn(
     figure = search_figures.learning_curves(results.curves_of(trials, tmp_path), digits)
     assert list(_trace(figure, "trial 3").y) == [0.5, 0.95]
     assert "not on this machine" in figure.layout.title.text
+
+
+CONFIRM = Confirm(
+    study="digits",
+    incarnation="a" * 32,
+    candidates=(Candidate(trial=0, epochs=2, hyperparameters={"depth": 3, "dropout": 0.1}),),
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "images"),
+    [({}, "validation"), ({"confirm": CONFIRM}, "validation"), ({"data": Data(validation="test")}, "test")],
+)
+def test_accuracies_by_epoch_are_named_after_their_images(
+    trials: list[FrozenTrial], digits: Definition, artifacts: Path, change: dict[str, Any], images: str
+) -> None:
+    """A confirmation is judged by test images, which it reads only after the last epoch."""
+    definition = digits.model_copy(update=change)
+    figure = search_figures.learning_curves(results.curves_of(trials[:1], artifacts), definition)
+    assert figure.layout.yaxis.title.text == f"{images} accuracy"
+    assert f"- last, epoch 2: {images} accuracy 0.9000" in text.trial_note(trials[0], definition, [])
+    assert f"; {images} loss 0.6667" in text.trial_note(
+        trials[3], definition, results.curves_of(trials[3:4], artifacts)
+    )
 
 
 def test_accuracy_against_dropout_has_a_colour_a_depth_and_marks_pruned_trials(

@@ -116,7 +116,9 @@ def test_pictures_are_svg_and_escape_the_names_of_classes() -> None:
         assert "<b>" not in svg
         assert re.search(r"(?<![a-z-])background|<rect[^>]*fill=\"(white|#fff)", svg) is None
     history = [{"loss": None, "accuracy": 0.5, "val_loss": 1.0, "val_accuracy": 0.4}]
-    ElementTree.fromstring(pictures.curves(history))
+    curves = pictures.curves(history)
+    ElementTree.fromstring(curves)
+    assert "dashed: other images" in curves  # in a confirmation, those do not judge the trial
 
 
 def test_a_search_keeps_what_its_best_models_got_wrong(

@@ -307,6 +307,29 @@ def test_lines_are_whole_lines_whatever_their_length(storage: RDBStorage, claim:
     ]
 
 
+@pytest.mark.parametrize(
+    ("protocol", "images"), [("validation", "validation"), ("test", "test"), ("confirmation", "validation")]
+)
+def test_an_epoch_s_accuracy_is_named_after_its_images(
+    storage: RDBStorage, claim: Claim, protocol: str, images: str
+) -> None:
+    def status(name: str) -> results.Status:
+        return dataclasses.replace(results.status(name, storage), protocol=protocol)
+
+    output = io.StringIO()
+    lines = Lines(Console(file=output, width=200), status)
+    lines.began(claim, {}, epochs=8)
+    lines.epoch(claim, RECORD)
+    assert f"accuracy 0.8100, {images} 0.8725" in output.getvalue()
+    console = Console(file=io.StringIO(), force_terminal=True, width=110, color_system=None)
+    table = LiveTable(console, [claim.study], ["cpu:0"], status)
+    table._refresh()
+    with console.capture() as capture:
+        console.print(table._drawn())
+    titles = capture.get().splitlines()[1]
+    assert titles.split() == ["slot", "trial", "epoch", images, "images/s", "time", "left", "hyperparameters"]
+
+
 def test_a_search_goes_on_when_its_output_is_closed(
     home: Path, write_small: Callable[..., Path], start: Command
 ) -> None:

@@ -1,6 +1,7 @@
 """Every trial of a study can be seen: as a record, in the terminal, as CSV, and as a table of pandas."""
 
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -23,7 +24,8 @@ from storage.artifacts import PREDICTIONS
 from storage.owners import Owner
 from storage.ranking import ranks
 from storage.tables import TrialUserAttributeModel
-from studies import registry, statistics, text
+from studies import registry, statistics, text, trial_report
+from studies.definition import Candidate, Confirm
 from studies.errors import StudyError
 from studies.predictions import Predictions
 from studies.trial_records import TrialRecord, flat
@@ -104,6 +106,21 @@ def test_equal_scores_share_a_rank(storage: RDBStorage, study: str) -> None:
     rows = studies.leaderboard(study, storage)
     assert [(row.rank, row.number) for row in rows] == [(1, 1), (1, 2), (3, 0), (4, 3)]
     assert [row.rank for row in studies.leaderboard(study, storage, top=2)] == [1, 1]
+
+
+def test_the_report_of_a_confirmation_s_running_trial_names_the_images_of_its_epochs(
+    storage: RDBStorage, every_state: str
+) -> None:
+    """The test images judge it, but only after its last epoch."""
+    candidate = Candidate(trial=0, epochs=2, hyperparameters={"dropout": 0.1})
+    confirm = Confirm(study="searched", incarnation="a" * 32, candidates=(candidate,))
+    for number, state, images in ((0, "complete", "test"), (3, "running", "validation")):
+        content = trial_report.collect(every_state, number, storage)
+        assert content.details.record.state == state
+        definition = content.definition.model_copy(update={"confirm": confirm})
+        report = trial_report.report(dataclasses.replace(content, definition=definition))
+        assert f"; {images} accuracy **0." in report
+        assert "| epoch | validation accuracy |" in report
 
 
 def test_trials_in_the_terminal(finished_study: str, trialyard: Call) -> None:
