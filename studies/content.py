@@ -31,6 +31,7 @@ class Content:
     counts: Counts  # of the trials by state
     budget: int  # trials
     state: State
+    has_ended: bool  # nothing is left to run: also where the hours are over
     findings: Findings
     failures: tuple[str, ...]  # why trials failed, the most frequent reason first, each with its number of trials
     environment: Mapping[str, str]  # what the trials ran on: different values with their numbers of trials
@@ -72,6 +73,7 @@ def of_trials(study: Study, trials: Sequence[FrozenTrial], storage: RDBStorage) 
         ),
         budget=study.budget.total,
         state=study.state,
+        has_ended=study.has_ended,
         findings=findings.findings(trials, definition, study.data, hits_of_best),
         failures=_failures(trials),
         class_names=class_names(study.data),

@@ -78,7 +78,8 @@ def head(content: "Content") -> str:
         )
     )
     is_spent = counts.finished >= content.budget
-    progress = "has ended" if is_spent else f"is {content.state}"
+    is_out_of_time = content.has_ended and content.state == "open"
+    progress = "has ended" if is_spent or is_out_of_time else f"is {content.state}"
     lines = [
         escaped(content.definition.description),
         f"**{counts.finished} of {many(content.budget, 'trial')}** ({by_state}); the study {progress}.",

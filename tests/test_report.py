@@ -32,7 +32,7 @@ from storage.owners import Owner
 from storage.tables import TrialSystemAttributeModel
 from storage.transactions import PatientStorage
 from studies import definition as definitions
-from studies import drawing, findings, importance, notebook, notes, registry
+from studies import drawing, findings, importance, notebook, notes, registry, results
 from studies.content import collect
 from studies.definition import Definition, parse
 from studies.errors import StudyError
@@ -274,6 +274,23 @@ def test_a_study_with_one_trial_has_a_report(storage: PatientStorage, run: Calla
     assert conclusions.influences == (
         "These trials do not show which hyperparameter matters most: chance could give as much.",
     )
+
+
+def test_the_report_of_a_study_that_is_out_of_time_says_that_it_has_ended(
+    storage: PatientStorage, run: Callable[..., Claim]
+) -> None:
+    """As `status` does. A person may stop or pause it all the same."""
+    registry.create(definitions.load("digits"), storage, DATA)
+    run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.9)
+    assert "the study is open." in report("digits", storage, format="markdown")
+    study = ledger.find(storage, "digits")
+    storage.set_study_user_attr(study.id, "trialyard:budget", {"trials": 12, "hours": 1e-9})
+    assert results.status("digits", storage).ended
+    assert "**1 of 12 trials** (1 complete, 0 pruned, 0 failed, 0 running, 2 waiting); the study has ended." in report(
+        "digits", storage, format="markdown"
+    )
+    registry.stop("digits", storage)
+    assert "the study is stopped." in report("digits", storage, format="markdown")
 
 
 def test_the_report_warns_of_the_notebook_s_protocol_and_labels(storage: PatientStorage, home: Path) -> None:
