@@ -260,7 +260,8 @@ def _influences(trials: Sequence[FrozenTrial], definition: Definition) -> list[s
 def _of_the_best(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
     """Which values the best trials have in common."""
     best = ranked(trials)[:BEST]
-    if len(best) < BEST or len(trials) < 2 * BEST:
+    # The best of what was measured: trials that wait, run or failed are not among those that they were better than.
+    if len(best) < BEST or sum(map(_counts, trials)) < 2 * BEST:
         return []
     sentences = []
     for name, parameter in definition.space.items():

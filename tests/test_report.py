@@ -421,6 +421,17 @@ def test_what_the_best_have_in_common_is_said() -> None:
     assert "The 5 best have dropout from 0.1 to 0.5; 0 to 0.7 was searched." in influences
 
 
+@pytest.mark.parametrize("state", [TrialState.WAITING, TrialState.RUNNING, FAIL])
+def test_the_best_have_nothing_in_common_before_others_were_measured(state: TrialState) -> None:
+    trials = [_scored(number, 3, [0.9]) for number in range(5)]
+    unmeasured = [_scored(number, 5, [], state) for number in range(5, 10)]
+    influences = findings.findings([*trials, *unmeasured], definitions.load("digits"), {}).influences
+    assert not any("5 best" in sentence for sentence in influences)
+    pruned = [_scored(number, 5, [0.1], PRUNED) for number in range(5, 10)]
+    influences = findings.findings([*trials, *pruned], definitions.load("digits"), {}).influences
+    assert "All 5 best have depth 3." in influences
+
+
 def test_a_trial_is_compared_with_others_at_the_last_epoch_that_both_reached() -> None:
     slow = _scored(0, 5, [0.1, 0.5, 0.99])
     fast = _scored(1, 3, [0.6], TrialState.PRUNED)
