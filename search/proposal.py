@@ -1,8 +1,7 @@
 """Which hyperparameters a claimed trial gets: those that it has, or new ones that no other trial of the study has."""
 
-import json
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from functools import cache
 from typing import Any
 
@@ -20,7 +19,7 @@ from storage.errors import TrialyardError
 from storage.transactions import PatientStorage
 from studies import sampling
 from studies.definition import Definition
-from studies.space import Point, Space, grid, suggest
+from studies.space import Point, Space, grid, key_of, suggest
 
 log = logging.getLogger(__name__)
 
@@ -59,16 +58,16 @@ def hyperparameters_of(definition: Definition, storage: PatientStorage, opened: 
     # Trial n has one point of the sequence, and each draw of a Gaussian process takes seconds.
     draws = 0 if definition.sampler.kind in ("qmc", "gp") else REDRAWS
     while True:
-        while _key(point) in taken and draw < draws:
+        while key_of(point) in taken and draw < draws:
             draw += 1
             point, params = _suggested(definition, storage, opened, claim, draw)
-        if _key(point) in taken:
+        if key_of(point) in taken:
             point = _free(definition, claim, taken)
             params = {name: (definition.space[name].distribution(), value) for name, value in point.items()}
         try:
             claims.begin(storage, claim, params, unique=True)
         except claims.PointTaken:
-            taken.add(_key(point))  # another slot was faster
+            taken.add(key_of(point))  # another slot was faster
         else:
             return point
 
@@ -110,7 +109,7 @@ def _taken(storage: PatientStorage, opened: optuna.Study, claim: Claim) -> set[s
     """The points that other trials have or will have."""
     waiting = storage.get_all_trials(claim.study_id, deepcopy=False, states=(TrialState.WAITING,))
     others = (trial for trial in (*_trials(opened), *waiting) if trial._trial_id != claim.trial_id)
-    return {_key(_point_of(trial)) for trial in others}
+    return {key_of(_point_of(trial)) for trial in others}
 
 
 def _point_of(trial: FrozenTrial) -> Point:
@@ -123,14 +122,8 @@ def _trials(opened: optuna.Study) -> list[FrozenTrial]:
     return opened.get_trials(deepcopy=False)
 
 
-def _key(point: Mapping[str, Any]) -> str:
-    # Steps of a float are sums, which differ in the last digits.
-    values = {name: f"{value:.10g}" if isinstance(value, float) else value for name, value in point.items()}
-    return json.dumps(values, sort_keys=True)
-
-
 def _free(definition: Definition, claim: Claim, taken: set[str]) -> Point:
-    free = [point for point in grid(definition.space) if _key(point) not in taken]
+    free = [point for point in grid(definition.space) if key_of(point) not in taken]
     if not free:
         raise SpaceExhausted(f"all {definition.size} combinations of the space have a trial: nothing is left to search")
     seed = sampling.seed_of(definition, claim.number, purpose=0)

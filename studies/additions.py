@@ -13,7 +13,7 @@ from studies import registry
 from studies.definition import Definition
 from studies.errors import DefinitionError, StudyError
 from studies.registry import StorageLike
-from studies.space import is_whole
+from studies.space import is_whole, key_of
 
 
 def enqueue(name: str, point: Mapping[str, Any], storage: StorageLike = None) -> int:
@@ -34,7 +34,7 @@ def enqueue(name: str, point: Mapping[str, Any], storage: StorageLike = None) ->
     definition = _open_for_more(study)
     checked = _checked(definition, point)
     for trial in opened.get_all_trials(study.id, deepcopy=False):
-        if trial.state != TrialState.FAIL and _point_of(trial) == checked:
+        if trial.state != TrialState.FAIL and key_of(_point_of(trial)) == key_of(checked):
             raise StudyError(f"trial {trial.number} of study {name!r} has these hyperparameters already")
     (number,) = queue.enqueue(opened, study, [Queued(point=checked)])
     return number

@@ -7,7 +7,6 @@ images. The test images judge each training once, after its last epoch. It is a 
 whose trials are run as all others are.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +27,7 @@ from studies import findings, registry, results, statistics
 from studies.definition import Candidate, Definition
 from studies.errors import StudyError
 from studies.registry import StorageLike
-from studies.space import is_whole
+from studies.space import is_whole, key_of
 from studies.statistics import MIN_SEEDS, Interval
 
 TOP = 3  # candidates, unless another number is asked for
@@ -205,7 +204,7 @@ def _candidates(study: Study, storage: RDBStorage, definition: Definition) -> li
     for trial in findings.ranked(complete):
         if not is_whole(trial.params, definition.space):
             continue  # another program added it, and does not say all
-        by_configuration.setdefault(json.dumps(trial.params, sort_keys=True), trial)
+        by_configuration.setdefault(key_of(trial.params), trial)
     return [
         Candidate(
             trial=trial.number,

@@ -286,6 +286,25 @@ def is_whole(point: Mapping[str, Any], space: Space) -> bool:
     return set(needed) == set(point) and all(broken_rule(space[name], point[name]) is None for name in needed)
 
 
+def key_of(point: Mapping[str, Any]) -> str:
+    """What points with the same hyperparameters have in common, and no others.
+
+    The steps of a float are sums, which differ in the last digits: 0.1 + 0.2 is 0.30000000000000004, and a person or a
+    table writes 0.3.
+
+    >>> key_of({"dropout": 0.1 + 0.2}) == key_of({"dropout": 0.3})
+    True
+    """
+    return json.dumps({name: _rounded(value) for name, value in point.items()}, sort_keys=True)
+
+
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    value = float(f"{value:.10g}")
+    return int(value) if value.is_integer() else value  # another program may have stored 0 for 0.0
+
+
 def size(space: Space) -> int | None:
     """How many different points the space has; None if infinitely many, or more than GRID_LIMIT."""
     values = [parameter.points() for parameter in space.values()]

@@ -88,6 +88,13 @@ depth = 5
 """
 
 
+def test_a_point_that_differs_in_the_last_digit_is_the_same_one(storage: PatientStorage, study: str, me: Owner) -> None:
+    """Optuna adds up the steps of a range, and a person writes the sum."""
+    _end(storage, study, me, 0.1 + 0.2)
+    with pytest.raises(StudyError, match="trial 0 of study 'trivial' has these hyperparameters already"):
+        studies.enqueue(study, {"dropout": 0.3}, storage)
+
+
 @pytest.mark.parametrize(
     ("name", "point", "words"),
     [

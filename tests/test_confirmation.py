@@ -13,6 +13,8 @@ import numpy as np
 import optuna
 import pytest
 from conftest import SMALL, Command, ended
+from optuna.distributions import FloatDistribution
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sklearn.datasets import load_digits
 
@@ -248,6 +250,18 @@ def test_what_others_added_is_left_out(confirmed: Done) -> None:
     first, second = definition.confirm.candidates
     assert (first.hyperparameters, first.epochs) == ({"dropout": 0.11}, 3)
     assert second.trial < 3
+
+
+def test_a_configuration_that_was_tried_twice_is_one_candidate(storage: RDBStorage, study: str) -> None:
+    """Optuna adds up the steps of a range; a person who repeats the trial writes the sum."""
+    opened = registry.open(study, storage)
+    kinds = {"dropout": FloatDistribution(0.0, 0.7)}
+    for rate, value in ((0.1 + 0.2, 0.9), (0.3, 0.8), (0.4, 0.7)):
+        opened.add_trial(optuna.trial.create_trial(params={"dropout": rate}, distributions=kinds, value=value))
+    registry.stop(study, storage)
+    definition = confirmation.definition_of(registry.find(study, storage), storage, None, 2)
+    assert definition.confirm is not None
+    assert [candidate.trial for candidate in definition.confirm.candidates] == [0, 2]
 
 
 def test_a_confirmation_is_created_by_confirm_alone(confirmed: Done, start: Command) -> None:

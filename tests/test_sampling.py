@@ -16,7 +16,6 @@ from scipy.stats import qmc
 
 from search.attempt import StudyHandle
 from search.proposal import SpaceExhausted, _taken, hyperparameters_of
-from search.proposal import _key as _key_of
 from storage import claims, database, ledger, trial_cache
 from storage.claims import Claim
 from storage.errors import ClaimLost
@@ -26,7 +25,7 @@ from studies import registry, sampling
 from studies.definition import Definition, parse
 from studies.errors import DefinitionError
 from studies.imported import import_trials
-from studies.space import Point, broken_rule
+from studies.space import Point, broken_rule, key_of
 
 NO_TORCH = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="Optuna's GPSampler needs PyTorch, which is not installed"
@@ -563,7 +562,7 @@ def test_a_trial_that_waits_again_keeps_its_point_from_others(searched: Any) -> 
     second = study.claim()
     claims.requeue(study.storage, first, "interrupted", "a signal")
     assert json.dumps(point, sort_keys=True) not in {json.dumps(study.suggest(second), sort_keys=True)}
-    assert _taken(study.storage, study.study.opened(second), second) == {_key_of(point)}
+    assert _taken(study.storage, study.study.opened(second), second) == {key_of(point)}
 
 
 def test_a_space_that_others_have_used_up_ends_the_study_with_a_sentence(searched: Any) -> None:
