@@ -126,6 +126,7 @@ class NotebookRow:
     notebook: float
     trial: int | None  # None: no complete trial repeats it yet
     epochs: int | None  # of that trial; the notebook's had 20
+    limit: int | None  # training images of the study, if it has fewer than all 60,000, which the notebook had
     ours: float | None  # after the last epoch for its conclusions, of the best one for its sweeps: as the notebook did
     interval: Interval | None  # of our accuracy less the notebook's, from sampling alone
 
@@ -160,10 +161,11 @@ def compare_notebook(name: str, storage: StorageLike = None) -> list[NotebookRow
         )
     trials = opened.get_all_trials(study.id, deepcopy=False, states=(TrialState.COMPLETE,))
     by_params = {tuple(sorted(trial.params.items())): trial for trial in trials if is_scored(trial)}
-    return [_notebook_row(result, by_params.get(tuple(sorted(point.items())))) for point, result in rows]
+    limit = definition.data.limit
+    return [_notebook_row(result, by_params.get(tuple(sorted(point.items()))), limit) for point, result in rows]
 
 
-def _notebook_row(result: notebook.Result, trial: FrozenTrial | None) -> NotebookRow:
+def _notebook_row(result: notebook.Result, trial: FrozenTrial | None, limit: int | None) -> NotebookRow:
     ours = None if trial is None else notebook.measured(result, trial)
     rate = result.dense_dropout if result.source == "sweep of depth 3" else result.conv_dropout
     return NotebookRow(
@@ -173,6 +175,7 @@ def _notebook_row(result: notebook.Result, trial: FrozenTrial | None) -> Noteboo
         notebook=result.accuracy,
         trial=None if trial is None else trial.number,
         epochs=None if trial is None else _epochs(trial),
+        limit=limit,
         ours=ours,
         interval=None
         if ours is None

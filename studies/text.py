@@ -285,12 +285,15 @@ def compared_with_notebook(rows: "Sequence[NotebookRow]") -> str:
     sentences = [
         f"Accuracies on MNIST's 10,000 test images, {'after the last epoch' if conclusion else 'of the best epoch'}, "
         "as the notebook measured them. Each was measured once.",
-        "The interval is the sampling error of the difference alone; another seed changes an accuracy by about 0.0005.",
+        "The interval is the sampling error of the difference alone. Another seed changes an accuracy, too: by 0.0003 "
+        "to 0.002 in the five rows that were trained from two seeds (docs/notebook.md).",
     ]
     epochs = sorted({row.epochs for row in rows if row.epochs is not None} - {20})
     if epochs:
         noun = "epoch" if epochs == [1] else "epochs"
         sentences.append(f"Trials with {' or '.join(map(str, epochs))} {noun}: the notebook trained for 20.")
+    if rows[0].limit is not None and rows[0].limit < 60_000:
+        sentences.append(f"The study trains with {rows[0].limit:,} images: the notebook trained with 60,000.")
     return paragraphs([rows_text(titles, cells), bullets(sentences)])
 
 

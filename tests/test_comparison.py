@@ -103,13 +103,14 @@ def test_conclusions_are_compared_after_the_last_epoch_and_sweeps_at_the_best(st
     assert "after the last epoch" in shown
     assert "not run yet" in shown
     assert "epochs: the notebook" not in shown
+    assert "60,000" not in shown
 
     trials = storage.get_all_trials(conclusion.id)
     figure = notebook_figures.notebook_comparison(trials, definitions.load("notebook-conclusion"))
     assert figure is not None
     assert list(figure.data[1].y) == [0.9921] * 3
 
-    sweep = _created(storage, definitions.load("notebook-dropout-7", epochs=3))
+    sweep = _created(storage, definitions.load("notebook-dropout-7", epochs=3, limit=6000))
     _run(storage, sweep, {"conv_dropout": 0.0}, [0.9, 0.98, 0.97])
     rows = comparison.compare_notebook("notebook-dropout-7", storage)
     assert [row.rate for row in rows] == pytest.approx([index / 100 for index in range(8)])
@@ -117,6 +118,7 @@ def test_conclusions_are_compared_after_the_last_epoch_and_sweeps_at_the_best(st
     shown = text.compared_with_notebook(rows)
     assert "of the best epoch" in shown
     assert "Trials with 3 epochs: the notebook trained for 20." in shown
+    assert "The study trains with 6,000 images: the notebook trained with 60,000." in shown
 
 
 @pytest.mark.parametrize("name", ["trivial", "notebook-dropout-7-labelled", "notebook"])
