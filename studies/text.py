@@ -14,12 +14,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage import attributes
 from storage.artifacts import inside
-from storage.errors import many
+from storage.errors import many, trials_text
 from storage.ledger import left_waiting_text
 from storage.metric import epochs_judged_on
 from studies import findings
 from studies.definition import Definition, to_toml
-from studies.statistics import MIN_SEEDS, Interval, seeds_needed
+from studies.statistics import Interval, holm, seeds_needed
 
 if TYPE_CHECKING:
     from studies.comparison import NotebookRow, StudyComparison
@@ -178,22 +178,12 @@ def _confirmed_sentences(found: "Confirmed") -> list[str]:
     ]
     if found.trained < found.trainings:
         sentences.append(f"{found.trained} of {found.trainings} trainings are complete.")
-    paired = min((each.seeds for each in found.comparisons), default=0)
-    needed = seeds_needed(len(found.estimates))
-    if found.comparisons and paired < MIN_SEEDS:
-        smallest = 2 / 2**paired
-        sentences.append(
-            f"No test is made: with {many(paired, 'seed')} its smallest possible p is 2 / 2^{paired} = "
-            f"{smallest:.3g}, and not below 0.05. {needed} seeds are needed."
-        )
-    elif found.comparisons and paired < needed:
-        sentences.append(
-            f"No winner is possible: with {len(found.estimates)} candidates {needed} seeds are needed for a corrected "
-            "p below 0.05."
-        )
+    sentences += _too_few_seeds(found)
     if found.winner is not None:
+        with_result = " that has a result" if any(each.mean is None for each in found.estimates) else ""
         sentences.append(
-            f"The winner is trial {found.winner}: it is better than each other candidate by more than chance explains."
+            f"The winner is trial {found.winner}: it is better than each other candidate{with_result} by more than "
+            "chance explains."
         )
     elif found.tied:
         trials = ", ".join(map(str, found.tied))
@@ -210,6 +200,30 @@ def _confirmed_sentences(found: "Confirmed") -> list[str]:
         sentences.append(
             f"These studies chose by the test images: {', '.join(found.chosen_by)}. What was learned from them is not "
             "independent of these images."
+        )
+    return sentences
+
+
+def _too_few_seeds(found: "Confirmed") -> list[str]:
+    """Which comparisons have too few seeds for a test, and whether all have too few for a winner.
+
+    A training that failed is missing in the comparisons of its candidate alone.
+    """
+    needed = seeds_needed(len(found.estimates))
+    untested = [each for each in found.comparisons if each.p is None]
+    sentences = []
+    for seeds in sorted({each.seeds for each in untested}):
+        first, others = untested[0].first, [each.other for each in untested if each.seeds == seeds]
+        which = f" of trial {first} with {trials_text(others)}" if len(others) < len(found.comparisons) else ""
+        sentences.append(
+            f"No test is made{which}: with {many(seeds, 'seed')} its smallest possible p is 2 / 2^{seeds} = "
+            f"{2 / 2**seeds:.3g}, and not below 0.05. {needed} seeds are needed."
+        )
+    smallest = holm([2 / 2**each.seeds for each in found.comparisons])
+    if not untested and max(smallest, default=0.0) >= 0.05:
+        sentences.append(
+            f"No winner is possible: with {len(found.estimates)} candidates {needed} seeds are needed for a corrected "
+            "p below 0.05."
         )
     return sentences
 

@@ -24,7 +24,8 @@ from storage import database, hits, ledger, test_openings
 from storage.transactions import read
 from studies import confirmation, registry, text
 from studies import definition as definitions
-from studies.confirmation import Run
+from studies.confirmation import Confirmed, Run
+from studies.definition import Candidate
 from studies.errors import StudyError
 
 # Test arrays that leave a line for each time they are read, and cannot be read at all while a search runs.
@@ -285,6 +286,61 @@ def test_a_candidate_without_any_result_is_never_recommended() -> None:
     assert [(each.other, each.seeds) for each in found] == [(2, 1)]
     assert confirmation.verdict([0, 2], found) == (None, (0, 2))
     assert confirmation.verdict([0], []) == (None, ())
+
+
+def _result(trainings: dict[int, dict[int, int]]) -> Confirmed:
+    """The result of a confirmation: for each candidate and seed how many of 200 test images were right."""
+    runs: dict[int, dict[int, Run]] = {number: {} for number in trainings}
+    for number, by_seed in trainings.items():
+        for seed, right in by_seed.items():
+            measured = hits.Hits.of(np.arange(200) < right, "test", "a")
+            runs[number][seed] = Run(accuracy=right / 200, hits=measured)
+    candidates = [Candidate(trial=number, epochs=1, hyperparameters={}) for number in runs]
+    estimates = tuple(confirmation._estimate(each, runs[each.trial], None) for each in candidates)
+    order = [each.trial for each in estimates if each.mean is not None]
+    compared = confirmation.comparisons(order, runs)
+    winner, tied = confirmation.verdict(order, compared)
+    return Confirmed(
+        study="small",
+        confirmation="small-confirm",
+        seeds=8,
+        trained=sum(map(len, runs.values())),
+        trainings=8 * len(runs),
+        images=200,
+        openings=1,
+        estimates=estimates,
+        comparisons=tuple(compared),
+        winner=winner,
+        tied=tied,
+        smallest=None,
+    )
+
+
+def test_the_comparison_that_lacks_seeds_is_named() -> None:
+    """Three trainings of one candidate failed; the others have all eight seeds."""
+    best, good, few = ({seed: right + seed for seed in range(seeds)} for right, seeds in ((190, 8), (150, 8), (140, 5)))
+    found = _result({0: best, 1: good, 2: few})
+    assert [each.p is None for each in found.comparisons] == [False, True]
+    shown = text.confirmed(found)
+    assert "No test is made of trial 0 with trial 2: with 5 seeds its smallest possible p is" in shown
+    assert "No test is made: " not in shown
+    assert (found.winner, found.tied) == (None, (0, 2))
+
+
+@pytest.mark.parametrize(("seeds", "possible"), [(6, False), (7, True)])
+def test_too_few_seeds_for_a_winner_are_said(seeds: int, possible: bool) -> None:
+    trainings = {number: dict.fromkeys(range(seeds), 190 - 40 * number) for number in range(3)}
+    found = _result(trainings)
+    assert ("No winner is possible: with 3 candidates 7 seeds are needed" in text.confirmed(found)) is not possible
+    assert (found.winner == 0) is possible
+
+
+def test_a_winner_is_not_better_than_a_candidate_without_a_result() -> None:
+    both = {number: dict.fromkeys(range(8), 190 - 40 * number) for number in range(2)}
+    assert "better than each other candidate by more" in text.confirmed(_result(both))
+    shown = text.confirmed(_result(both | {2: {}}))
+    assert "The winner is trial 0: it is better than each other candidate that has a result by more" in shown
+    assert "Trial 2 has no result" in shown
 
 
 def test_a_copy_of_the_database_has_the_same_result(confirmed: Done) -> None:
