@@ -140,9 +140,12 @@ def print_best(study: str, trial: "FrozenTrial", settings: "Settings", others: S
         attributes.number(attrs.get(key))
         for key in ("best_epoch", "epochs", "parameters", "seconds", "images_per_second")
     ]
+    # With repeats, the best epoch is one of a repeat, and the epochs are those of all.
+    which = f"best epoch {best_epoch} of {epochs}"
+    which = f"{epochs} epochs in {many(len(repeats), 'repeat')}" if repeats else which
     if None not in numbers:  # else others added it
         out.print(
-            f"  training         best epoch {best_epoch} of {epochs}, {parameters:,} weights, "
+            f"  training         {which}, {parameters:,} weights, "
             f"{seconds:.1f} s, {speed:,.0f} images/s in {attrs.get('precision')}",
             markup=False,
         )

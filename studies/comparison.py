@@ -34,7 +34,7 @@ class Side:
     value: float
     judged_on: str  # "validation" or "test"
     images: int | None  # that it was judged by
-    interval: Interval | None  # the sampling error of that accuracy: Wilson
+    interval: Interval | None  # the sampling error of that accuracy: Wilson; None of a mean of several repeats
     finished: int  # trials
     epochs: int  # that were trained, of all finished trials
     seconds: float  # of training, of all finished trials
@@ -47,7 +47,8 @@ class StudyComparison:
     first: Side
     second: Side
     difference: float  # of the best accuracies
-    interval: Interval | None  # the sampling error of the difference; paired where both have the same images
+    # The sampling error of the difference; paired where both have the same images. None unless both were measured once.
+    interval: Interval | None
     p: float | None  # McNemar's test; None unless both were judged by the very same images
 
 
@@ -76,7 +77,7 @@ def compare(first: str, second: str, storage: StorageLike = None) -> StudyCompar
     if our_hits is not None and their_hits is not None and our_hits.fingerprint == their_hits.fingerprint:
         pair = our_hits.array(), their_hits.array()
         interval, p = statistics.difference_of_models(*pair), statistics.mcnemar_p(*pair)
-    elif ours.images and theirs.images:
+    elif ours.images and theirs.images and ours.interval and theirs.interval:
         interval = statistics.difference_of_two(ours.value, theirs.value, ours.images, theirs.images)
     return StudyComparison(first=ours, second=theirs, difference=ours.value - theirs.value, interval=interval, p=p)
 
@@ -91,6 +92,7 @@ def _side(study: Study, storage: RDBStorage) -> tuple[Side, Hits | None]:
     value = float(best.values[0])
     # Other programs may store percent.
     images = known if isinstance(known, int) and known > 0 and 0.0 <= value <= 1.0 else None
+    was_measured_once = len(attributes.numbers(best.user_attrs.get("repeats"))) < 2
     trials = storage.get_all_trials(study.id, deepcopy=False)
     finished = [trial for trial in trials if trial.state.is_finished()]
     side = Side(
@@ -100,7 +102,7 @@ def _side(study: Study, storage: RDBStorage) -> tuple[Side, Hits | None]:
         value=value,
         judged_on=definition.judged_on,
         images=images,
-        interval=None if images is None else statistics.wilson(round(value * images), images),
+        interval=statistics.wilson(round(value * images), images) if images is not None and was_measured_once else None,
         finished=len(finished),
         epochs=sum(_epochs(trial) for trial in finished),
         seconds=sum(attributes.number(trial.user_attrs.get("seconds")) or 0.0 for trial in finished),

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from optuna.trial import FrozenTrial
 
 from storage.artifacts import HISTORY, MODEL
-from storage.attributes import encoded
+from storage.attributes import encoded, numbers
 from storage.errors import nearest
 from storage.ledger import Study
 from storage.settings import environment_without_secrets
@@ -43,9 +43,9 @@ METRICS = ("best_epoch", "epochs", "parameters", "seconds", "images_per_second")
 README = """\
 # A model of the study {study}
 
-Trial {number}: {judged} accuracy {value:.4f}. It takes images of (n, height, width, channels) on the scale 0 to 255
-(multiply values from 0 to 1 by 255), and gives class probabilities. Keras loads it; Trialyard is not needed. In this
-folder:
+Trial {number}: {judged} accuracy {value:.4f}{mean}. It takes images of (n, height, width, channels) on the scale 0 to
+255 (multiply values from 0 to 1 by 255), and gives class probabilities. Keras loads it; Trialyard is not needed. In
+this folder:
 
 ```python
 import keras
@@ -56,7 +56,7 @@ probabilities = model.predict(images)
 {answer}
 ```
 
-- `model.keras`: the model, with the weights of its best epoch
+- `model.keras`: the model, with the weights of {epoch}
 - `history.json`: losses and accuracies of every epoch
 - `definition.toml`: the definition; `trialyard run definition.toml` searches it again
 - `trial.json`: hyperparameters, metrics, seed, software, and the fingerprint of the data
@@ -144,7 +144,9 @@ def _record(study: Study, trial: FrozenTrial, definition: Definition) -> dict[st
         "protocol": attributes.get("protocol"),
         "hyperparameters": {**definition.fixed, **trial.params},
         "searched": list(trial.params),
-        "metrics": {"val_accuracy": trial.values[0]} | {key: attributes.get(key) for key in METRICS},
+        "metrics": {"test_accuracy" if definition.judged_on == "test" else "val_accuracy": trial.values[0]}
+        | {key: attributes.get(key) for key in METRICS}
+        | {key: attributes[key] for key in ("repeats",) if key in attributes},
         "seed": attributes.get("seed"),
         "data": {"dataset": definition.dataset, "fingerprint": attributes.get("data_fingerprint")}
         | {key: study.data[key] for key in ("class_names",) if key in study.data},
@@ -175,11 +177,18 @@ def _readme(
     # A subclassed model does not know the shape of its images.
     zeros = "(1, *model.input_shape[1:])" if shape is None else str((1, *shape))
     import_line, about_own_model = _about_own_model(definition.model)
+    repeats = numbers(trial.user_attrs.get("repeats"))
+    mean, epoch = "", "its last epoch" if definition.confirm is not None else "its best epoch"
+    if len(repeats) > 1:
+        mean = f", the mean of {len(repeats)} trainings; this model is the best one's, with {max(repeats):.4f}"
+        epoch = "the best epoch of all its trainings"
     return README.format(
         study=name,
         number=trial.number,
         judged=definition.judged_on,
         value=trial.values[0],
+        mean=mean,
+        epoch=epoch,
         module=import_line,
         library="tensorflow as tf" if from_files else "numpy as np",
         images=_images(definition, shape) if from_files else f"images = np.zeros({zeros})  # yours",

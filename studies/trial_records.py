@@ -51,7 +51,9 @@ class TrialRecord:
     rank: int | None  # of a complete and feasible trial; trials of equal score share it (1, 1, 3)
     # Accuracy from 0 to 1 that it is judged by; of an unfinished or pruned trial the last one, or the repeats' mean.
     score: float | None
-    error: float | None  # the score's sampling error: half of its 95 % interval; None: of an unknown number of images
+    # The score's sampling error: half of its 95 % interval. None for an unknown number of images, and for the mean of
+    # several repeats, whose error is another one.
+    error: float | None
     epochs: int | None  # that were trained
     seconds: float | None  # of training, without the start
     params: dict[str, Any]
@@ -213,7 +215,8 @@ def _record(trial: FrozenTrial, rank: int | None, last: Attempt | None, images: 
     if state == "complete" and attrs.get("imported") is True:
         state = "imported"
     score = float(trial.values[0]) if is_scored(trial) else _last_score(trial)
-    is_known = score is not None and 0.0 <= score <= 1.0 and images is not None and state != "imported"
+    was_measured_once = state != "imported" and len(attributes.numbers(attrs.get("repeats"))) < 2
+    is_known = score is not None and 0.0 <= score <= 1.0 and images is not None and was_measured_once
     epochs = attributes.number(attrs.get("epochs"))
     if epochs is None and last is not None:
         epochs = last.epoch

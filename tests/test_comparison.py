@@ -25,6 +25,7 @@ def _run(
     params: Mapping[str, Any],
     epochs: list[float],
     hits: Hits | None = None,
+    **attributes: Any,
 ) -> int:
     """The next trial of the study, which ends with these accuracies by epoch; returns its number."""
     claim = claims.claim(storage, study, owners.this_slot("cpu:0"), 60.0)
@@ -32,7 +33,7 @@ def _run(
     space = definitions.from_json(study.definition).space
     claims.begin(storage, claim, {name: (space[name].distribution(), value) for name, value in params.items()})
     claims.record_epochs(storage, claim, dict(enumerate(epochs, start=1)))
-    claims.finish(storage, claim, TrialState.COMPLETE, max(epochs), {"seconds": 2.5}, hits=hits)
+    claims.finish(storage, claim, TrialState.COMPLETE, max(epochs), {"seconds": 2.5} | attributes, hits=hits)
     return claim.number
 
 
@@ -65,6 +66,15 @@ def test_two_studies_are_compared_image_by_image(storage: PatientStorage) -> Non
     assert "95 % sampling error" in shown, "no interval of the chosen one's accuracy"
     assert "interval" not in shown
     assert "not comparable" not in shown
+
+
+def test_the_mean_of_several_repeats_has_no_sampling_error_of_one_accuracy(storage: PatientStorage) -> None:
+    first, second = (_created(storage, _named(name), validation=200) for name in ("first", "second"))
+    _run(storage, first, {"dropout": 0.1}, [0.9], repeats=[0.88, 0.92])
+    _run(storage, second, {"dropout": 0.1}, [0.9])
+    found = comparison.compare("first", "second", storage)
+    assert (found.first.interval, found.first.images, found.interval) == (None, 200, None)
+    assert found.second.interval == statistics.wilson(180, 200)
 
 
 def test_other_splits_are_not_paired_and_other_images_are_refused(storage: PatientStorage) -> None:

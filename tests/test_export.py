@@ -23,9 +23,12 @@ import studies
 from storage import claims, database, ledger, owners
 from studies import convert, exports, registry
 from studies import definition as definitions
-from studies.definition import Definition, parse, to_toml
+from studies.definition import Candidate, Confirm, Data, Definition, parse, to_toml
 from studies.errors import StudyError
 
+CONFIRM = Confirm(
+    study="x", incarnation="a" * 32, candidates=(Candidate(trial=0, epochs=2, hyperparameters={"dropout": 0.1}),)
+)
 FILES = ["README.md", "definition.toml", "history.json", "model.keras", "trial.json"]
 
 
@@ -92,6 +95,51 @@ def test_an_export_has_all_and_its_readme_is_true(finished: RDBStorage, home: Pa
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=True
     )
     assert re.fullmatch(r"\[\d\]", result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "attributes", "name", "words"),
+    [
+        ({}, {}, "val_accuracy", ("validation accuracy 0.9000. It takes", "the weights of its best epoch")),
+        (
+            {"data": Data(validation="test")},
+            {},
+            "test_accuracy",
+            ("test accuracy 0.9000. It takes", "the weights of its best epoch"),
+        ),
+        (
+            {"confirm": CONFIRM},
+            {},
+            "test_accuracy",
+            ("test accuracy 0.9000. It takes", "the weights of its last epoch"),
+        ),
+        (
+            {},
+            {"repeats": [0.88, 0.92]},
+            "val_accuracy",
+            (
+                "validation accuracy 0.9000, the mean of 2 trainings; this model is the best one's, with 0.9200. It",
+                "the weights of the best epoch of all its trainings",
+            ),
+        ),
+    ],
+)
+def test_an_accuracy_is_named_after_what_it_is(
+    finished: RDBStorage,
+    trivial: Definition,
+    change: dict[str, Any],
+    attributes: dict[str, Any],
+    name: str,
+    words: tuple[str, str],
+) -> None:
+    definition, trial = trivial.model_copy(update=change), create_trial(value=0.9, user_attrs=attributes)
+    metrics = exports._record(ledger.find(finished, "trivial"), trial, definition)["metrics"]
+    assert [key for key in metrics if key.endswith("accuracy")] == [name]
+    assert metrics[name] == 0.9
+    assert metrics.get("repeats") == attributes.get("repeats")
+    readme = exports._readme("trivial", trial, definition, None, [8, 8, 1])
+    for word in words:
+        assert word in readme
 
 
 def test_any_trial_that_has_its_model_can_be_taken(finished: RDBStorage, home: Path) -> None:

@@ -97,6 +97,7 @@ def test_repeats_are_run_shown_and_replayed(home: Path, write_small: Callable[..
     assert best.values == [pytest.approx(np.mean(repeats))]
     assert studies.leaderboard("small")[0].deviation == pytest.approx(np.std(repeats, ddof=1), abs=1e-6)
     assert f"{repeats[0]:.4f}, {repeats[1]:.4f}, {repeats[2]:.4f}; the mean counts" in ended(start("best", "small"))[0]
+    assert "  training         6 epochs in 3 repeats, " in ended(start("best", "small"))[0]
     out, _ = ended(start("replay", "small", "0"))
     assert "the same in all 6 epochs, to the last bit" in out
     # On a machine without the trial's files, the database still has the repeats.

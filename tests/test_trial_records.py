@@ -25,7 +25,7 @@ from storage.owners import Owner
 from storage.ranking import ranks
 from storage.tables import TrialUserAttributeModel
 from studies import registry, statistics, text, trial_report
-from studies.definition import Candidate, Confirm
+from studies.definition import Candidate, Confirm, Definition
 from studies.errors import StudyError
 from studies.predictions import Predictions
 from studies.trial_records import TrialRecord, flat
@@ -76,6 +76,15 @@ def test_the_score_of_a_pruned_trial_with_repeats_is_their_mean(storage: RDBStor
     assert (record.score, record.reason) == (0.6, "after repeat 2")
     note = text.trial_note(pruned, registry.definition_of(study, storage), [])
     assert "Pruned after repeat 2, with a mean validation accuracy of 0.6000." in note
+
+
+def test_the_mean_of_several_repeats_has_no_sampling_error(storage: RDBStorage, trivial: Definition) -> None:
+    registry.create(trivial, storage, {"fingerprint": "0" * 16, "validation": 100})
+    opened = registry.open(trivial.name, storage)
+    for attributes in ({}, {"repeats": [0.88, 0.92]}, {"repeats": [0.9]}):
+        opened.add_trial(optuna.trial.create_trial(value=0.9, user_attrs=attributes))
+    texts = [record.score_text for record in studies.trials(trivial.name, storage)]
+    assert texts == ["0.900 ± 0.060", "0.9000", "0.900 ± 0.060"]
 
 
 @pytest.mark.parametrize(
