@@ -14,6 +14,7 @@ from search.devices import Slot
 from storage import claims, database, owners, silence
 from storage.claims import Claim
 from storage.errors import StorageError
+from storage.holdings import let_go
 from storage.ledger import State
 from storage.owners import Owner
 from storage.slots import leave
@@ -74,6 +75,7 @@ class Heartbeat:
         finally:
             with self._lock:
                 del self._pulses[claim]
+            let_go(claim.incarnation, claim.trial_id, claim.attempt)
 
     def __enter__(self) -> "Heartbeat":
         self._thread.start()

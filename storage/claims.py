@@ -35,6 +35,7 @@ from storage import slots as slot_rows
 from storage.attempt_table import Attempt, Outcome
 from storage.errors import ClaimLost, StorageError, StudyUnreadable, many
 from storage.hits import Hits
+from storage.holdings import hold, holds
 from storage.ledger import State, Study
 from storage.owners import Owner, database_now
 from storage.silence import watched_seconds
@@ -194,6 +195,7 @@ def claim(
             checkpoints=tuple(_checkpoint(study, number, attempt) for attempt in reversed(earlier)),
         )
         made[:] = [new]
+        hold(study.incarnation, trial_id, new.attempt)  # before other slots of this process can see it
         return new
 
     # Most looks of idle workers find nothing: they leave the lock to others.
@@ -234,7 +236,8 @@ class _Lost:
 def _lost_trials(storage: RDBStorage, connection: Connection, study: Study, grace_seconds: float) -> list[_Lost]:
     """The RUNNING trials of a study whose workers are gone.
 
-    A process of this machine is gone when it has ended, however long it was silent. One of another machine is gone when
+    A process of this machine is gone when it has ended, however long it was silent; a worker of this very process also
+    when it does not hold the trial any more. One of another machine is gone when
     this process has watched it silent for the grace period, and for as long as three heartbeats of that worker take.
     """
     if study.running == 0:
@@ -252,6 +255,8 @@ def _lost_trials(storage: RDBStorage, connection: Connection, study: Study, grac
             gone[process] = owner.gone()
         if gone[process]:
             reason = f"process {owner.pid} on {owner.host} ended"
+        elif owner.is_this_process and not holds(study.incarnation, trial_id, attempt.attempt):
+            reason = f"the worker in process {owner.pid} on {owner.host} ended, though the process goes on"
         elif not owner.is_here and seconds >= max(grace_seconds, MISSED_BEATS * attempt.beat_seconds):
             reason = f"no sign of process {owner.pid} on {owner.host} for {seconds:.0f} s"
         else:

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 from sqlalchemy import ColumnElement, Connection, DateTime, func, literal_column, select, text
 
+SAME_SECONDS = 1.0  # two looks at one process's start may differ by less
+
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
@@ -26,6 +28,12 @@ class Owner:
         """Whether this is a process of this very machine, or container: `gone` tells whether it has ended."""
         return on_this_machine(self.machine)
 
+    @property
+    def is_this_process(self) -> bool:
+        """Whether this is the process that asks."""
+        own = self.is_here and self.pid == os.getpid()
+        return own and abs(_born(psutil.Process()) - self.born) <= SAME_SECONDS
+
     def gone(self) -> bool:
         """Whether this was a process of this very machine and has ended; False if that is not known."""
         if not self.is_here:
@@ -33,7 +41,7 @@ class Owner:
         try:
             process = psutil.Process(self.pid)
             # A killed process stays in the table as a zombie until its parent looks.
-            return process.status() == psutil.STATUS_ZOMBIE or abs(_born(process) - self.born) > 1.0
+            return process.status() == psutil.STATUS_ZOMBIE or abs(_born(process) - self.born) > SAME_SECONDS
         except psutil.NoSuchProcess:
             return not _is_hidden(self.pid)
         except psutil.AccessDenied:

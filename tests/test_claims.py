@@ -691,6 +691,23 @@ def test_a_heartbeat_notices_a_lost_claim(storage: PatientStorage, study: str, m
     assert not other.lost
 
 
+def test_what_a_worker_gave_up_is_taken_back_though_its_process_goes_on(
+    storage: PatientStorage, study: str, me: Owner
+) -> None:
+    """In a notebook a worker may end by any error: nobody would take its trial back before the kernel ends."""
+    claim, other = _claim(storage, study, me), replace(me, slot="cpu:1")
+    heartbeat = Heartbeat(storage, 60.0, [])
+    with heartbeat.of(claim):
+        assert _claim(storage, study, other).number == 1, "it holds trial 0"
+    again = _claim(storage, study, me)
+    assert (again.number, again.attempt) == (0, 2)
+    (first, _) = attempts_at(storage, claim.trial_id)
+    assert first.outcome == "lost"
+    assert first.reason == f"the worker in process {me.pid} on {me.host} ended, though the process goes on"
+    with pytest.raises(ClaimLost):
+        claims.finish(storage, claim, TrialState.COMPLETE, 0.9, {})
+
+
 # --- many processes ---------------------------------------------------------------------------------------
 
 
