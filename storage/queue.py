@@ -27,8 +27,8 @@ class Queued:
 def enqueue(storage: RDBStorage, study: Study, trials: Sequence[Queued]) -> list[int]:
     """Adds waiting trials to `study`, all or nothing; returns their numbers.
 
-    A failed trial that another one repeats already is left out. The budget grows where it has no room for them. Raises
-    StudyGone.
+    A failed trial that another one repeats already is left out. The budget grows by those that repeat a failed one, and
+    where it has no room for the others. Raises StudyGone.
     """
     call = uuid.uuid4().hex
 
@@ -45,7 +45,10 @@ def enqueue(storage: RDBStorage, study: Study, trials: Sequence[Queued]) -> list
             if trial.retry_of is not None:
                 set_trial_attributes(connection, trial_id, {RETRY_OF: trial.retry_of})
         taken = existing.finished + existing.running + existing.waiting + len(wanted)
-        needed = replace(existing.budget, trials=taken - existing.budget.imported)
+        # A repeated trial has spent its part of the budget without a result.
+        repeats = sum(trial.retry_of is not None for trial in wanted)
+        trials_needed = max(taken - existing.budget.imported, existing.budget.trials + repeats)
+        needed = replace(existing.budget, trials=trials_needed)
         if wanted and needed.trials > existing.budget.trials:
             ledger.set_larger_budget(connection, study.id, needed)
         return list(range(first, first + len(wanted)))
