@@ -6,6 +6,7 @@ that each study has.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import logging
@@ -193,6 +194,10 @@ for _name in (
     setattr(PatientStorage, _name, _retried(_name))
 
 
+# What SQLite says where another process writes, and where the disk is full or does not answer: space may be made.
+PASSING = ("locked", "disk is full", "disk I/O error")
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether `error` says that the database is away or busy, and not that it was asked for something wrong."""
     seen: BaseException | None = error
@@ -201,7 +206,7 @@ def is_transient(error: BaseException) -> bool:
             return True  # all connections are in others' hands, who wait for a server that does not answer
         if isinstance(seen, DBAPIError):
             if isinstance(seen.orig, sqlite3.Error):
-                return "locked" in str(seen.orig)  # it calls a missing table operational, too
+                return any(words in str(seen.orig) for words in PASSING)  # it calls a missing table operational, too
             passing = _state_of(seen) in (ASLEEP, READ_ONLY)
             return passing or seen.connection_invalidated or isinstance(seen, (OperationalError, InterfaceError))
         seen = seen.__cause__
@@ -442,6 +447,10 @@ def _study_lock(path: Path, study: str) -> Iterator[None]:
             f"see who holds {error.lock_file}, end it, and run the command again"
         ) from None
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Locked(
+                f"study {study!r} cannot be locked ({error.strerror}: {error.filename}): make space on that disk"
+            ) from None
         url = sqlalchemy.make_url(f"sqlite:///{path}")
         raise StorageError(read_only_text(url, f"{error.strerror}: {error.filename}")) from error
     try:

@@ -1,11 +1,13 @@
 """The database in trouble: read-only, locked, with other defaults, with other writers."""
 
 import contextlib
+import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -348,6 +350,62 @@ def test_a_worker_that_ends_opens_no_second_connection(server: PatientStorage) -
     assert len(seen) > 10
     assert max(seen) == 1
     worker.engine.dispose()
+
+
+def _wait_for(seen: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not seen():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_worker_waits_for_space_on_the_disk_of_sqlite(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    storage = database.create(f"sqlite:///{tmp_path}/full.db")
+    registry.create(parse(TRIVIAL), storage, DATA)
+    claim = claims.claim(storage, ledger.find(storage, "trivial"), owners.this_slot("cpu:0"), 60.0)
+    assert claim is not None
+    full = threading.Event()
+    full.set()
+
+    @sqlalchemy.event.listens_for(storage.engine, "checkout")
+    def limit(connection: Any, *_: Any) -> None:
+        connection.execute(f"PRAGMA max_page_count = {1 if full.is_set() else 1_000_000}")  # 1: no more than it has
+
+    epochs = dict.fromkeys(range(1, 3000), 0.5)
+    with pytest.raises(OperationalError, match="database or disk is full"):
+        claims.record_epochs(storage, claim, epochs)
+    storage.patience = 60.0
+    with ThreadPoolExecutor() as pool:
+        recorded = pool.submit(claims.record_epochs, storage, claim, epochs)
+        _wait_for(lambda: "to be tried again: database or disk is full" in caplog.text)
+        full.clear()
+        assert recorded.result() == "open"
+    assert len(storage.get_trial(claim.trial_id).intermediate_values) == len(epochs)
+    storage.engine.dispose()
+
+
+def test_a_lock_file_for_which_there_is_no_space_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = database.create(f"sqlite:///{tmp_path}/full.db")
+    registry.create(parse(TRIVIAL), storage, DATA)
+    real = transactions.lock_file
+
+    def full(path: Path, name: str) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(transactions, "lock_file", full)
+    study = ledger.find(storage, "trivial")
+    with pytest.raises(StorageError, match=r"'trivial' cannot be locked \(No space left .*: make space on that disk"):
+        ledger.set_state(storage, study, "paused")
+    storage.patience = 60.0
+    with ThreadPoolExecutor() as pool:
+        paused = pool.submit(ledger.set_state, storage, study, "paused")
+        _wait_for(lambda: "to be tried again: study 'trivial' cannot be locked" in caplog.text)
+        monkeypatch.setattr(transactions, "lock_file", real)
+        paused.result()
+    assert ledger.find(storage, "trivial").state == "paused"
+    storage.engine.dispose()
 
 
 @pytest.mark.parametrize("full", ["from the start", "after the first connection"])
