@@ -132,6 +132,8 @@ class RaySlot:
         # A node may have the data in folders of its own.
         settings = Settings(**plan.settings | {"data": (*plan.settings["data"], *settings_of_node.load().data)})
         opened = database.connect_with_retries(settings.url, settings.patience_seconds)
+        # The driver's own check says nothing of this node: it may lack the package, the credentials or the way there.
+        settings.artifact_store.check(settings.patience_seconds)
         if not plan.leave:
             for study in ledger.studies(opened):
                 if study.name in (plan.names or ()) and not study.has_ended:
