@@ -328,10 +328,10 @@ def submit_to_slurm(
     job = slurm.array_job(jobs, gpus, sbatch, [*names, *(["--forever"] if forever else [])], given)
     if not submit:
         return slurm.Submitted(script=slurm.script(job, here))
-    if names:
-        opened = database.connect(here.url)
-        for name in names:
-            registry.find(name, opened)
+    opened = database.connect(here.url)
+    for name in names:
+        registry.find(name, opened)
+    here.artifact_store.check()
     return slurm.submit(job, here)
 
 

@@ -37,6 +37,16 @@ class Server:
             assert time.monotonic() < until, "moto's server did not start"
             time.sleep(0.1)
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """What a client needs in its environment."""
+        return {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": "a-user",
+            "AWS_SECRET_ACCESS_KEY": "the-secret",
+            "AWS_REGION": "us-east-1",
+        }
+
     def close(self) -> None:
         self._process.terminate()
         self._process.wait(10)

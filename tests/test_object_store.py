@@ -93,17 +93,13 @@ def bucket(server: Server) -> str:
 def at_store(home: Path, server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Has commands and this process use the bucket; its URL."""
     url = f"s3://{bucket}/of-the-team"
-    for name, value in _variables(server.port, url).items():
+    for name, value in _variables(server, url).items():
         monkeypatch.setenv(name, value)
     return url
 
 
-def _variables(port: int, url: str) -> dict[str, str]:
-    return {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "a-user",
-        "AWS_SECRET_ACCESS_KEY": "the-secret",
-        "AWS_REGION": "us-east-1",
+def _variables(server: Server, url: str) -> dict[str, str]:
+    return server.variables | {
         "TRIALYARD_ARTIFACTS": url,
         "TRIALYARD_WORKERS": "1",
         "TRIALYARD_CHECKPOINT_SECONDS": "0",

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import Call, ended, until
+from object_server import Server, free_port
 from slurm_cluster import PARTITION, SlurmCluster
 
 import search
@@ -19,7 +20,7 @@ import studies
 from search import slurm
 from search.errors import SlurmError
 from storage import database, mounts, promises
-from storage.errors import SettingsError
+from storage.errors import ObjectStoreError, SettingsError, StorageError
 from storage.settings import Settings
 
 RECORDED = Path(__file__).parent / "recorded" / "slurm-job.sh"
@@ -117,20 +118,47 @@ def test_what_a_cluster_cannot_run_is_not_submitted(
 
 
 def test_several_nodes_need_artifacts_that_all_see(
-    pretended_slurm: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    pretended_slurm: Path, home: Path, postgresql_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRIALYARD_STORAGE", "postgresql://me@server/db")
+    monkeypatch.setenv("TRIALYARD_STORAGE", postgresql_url)
     monkeypatch.setattr(mounts, "MOUNTS", home / "mounts")
     (home / "mounts").write_text("/dev/sda1 / ext4 rw 0 0\n", encoding="utf-8")
     with pytest.raises(SlurmError, match=r"artifacts folder .*\(ext4\).*2 nodes: set TRIALYARD_ARTIFACTS"):
         search.submit_to_slurm(jobs=2)
     assert not pretended_slurm.exists()
-    monkeypatch.setenv("TRIALYARD_ARTIFACTS", "s3://bucket/trialyard")
-    assert search.submit_to_slurm(jobs=2).job == "12"
     (home / "mounts").write_text("/dev/sda1 / ext4 rw 0 0\nserver@tcp:/x /shared lustre rw 0 0\n", encoding="utf-8")
     monkeypatch.setenv("TRIALYARD_ARTIFACTS", "/shared/artifacts")
     assert search.submit_to_slurm(jobs=2).job == "12"
     assert "#SBATCH --array=1-2\n" in pretended_slurm.read_text(encoding="utf-8")
+
+
+def test_a_database_that_does_not_answer_is_found_out_before_anything_is_submitted(
+    pretended_slurm: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIALYARD_ARTIFACTS", "s3://bucket/trialyard")
+    monkeypatch.setenv("TRIALYARD_STORAGE", f"postgresql://me@127.0.0.1:{free_port()}/db")
+    with pytest.raises(StorageError, match="the database postgresql"):
+        search.submit_to_slurm(jobs=2, forever=True)
+    assert not pretended_slurm.exists()
+
+
+@pytest.mark.long
+def test_a_store_that_cannot_be_used_is_found_out_before_anything_is_submitted(
+    pretended_slurm: Path, home: Path, postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server()
+    try:
+        for name, value in server.variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TRIALYARD_STORAGE", postgresql_url)
+        monkeypatch.setenv("TRIALYARD_ARTIFACTS", "s3://bucket/trialyard")
+        with pytest.raises(ObjectStoreError, match="the bucket of s3://bucket/trialyard does not exist"):
+            search.submit_to_slurm(jobs=2)
+        assert not pretended_slurm.exists()
+        server.create_bucket("bucket")
+        assert search.submit_to_slurm(jobs=2).job == "12"
+    finally:
+        server.close()
 
 
 # --- a real Slurm -----------------------------------------------------------------------------------------
