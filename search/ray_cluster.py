@@ -1,6 +1,7 @@
 """A Ray cluster: the connection to it, what its nodes have, and our code on them."""
 
 import importlib
+import importlib.metadata
 import logging
 import os
 import pickle
@@ -146,6 +147,10 @@ def lost_head(why: str) -> str:
     )
 
 
+def lost_slot(why: str) -> str:
+    return f"Ray cannot run this slot ({why}): `ray status` and the log files of Ray on its node show more"
+
+
 def in_one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -249,6 +254,8 @@ class Remote:
     def __init__(self, ray: Any, folder: str) -> None:
         self._ray = ray
 
+        own = importlib.metadata.version("trialyard")
+
         def slot_module() -> Any:
             import importlib
             import sys
@@ -266,28 +273,52 @@ class Remote:
             except ImportError as error:
                 return pickle.dumps(str(error))
 
-        class TrialyardSlot:
-            def __init__(self, plan: bytes, number: int) -> None:
-                import pickle
+        def problem() -> str | None:
+            import importlib.metadata
 
+            try:
+                found = importlib.metadata.version("trialyard")
+                slot_module()
+            except ImportError as error:
+                return f"cannot run Trialyard ({error}): install it there, for the Python that Ray runs in"
+            return (
+                None if found == own else f"has Trialyard {found}, and the command has {own}: install the same version"
+            )
+
+        class TrialyardSlot:
+            # Ours is imported in `run`: an error here would be taken for Ray's, and the node may be a later one.
+            def __init__(self, plan: bytes, number: int) -> None:
                 import ray
 
-                module = slot_module()
-                gpu_ids = [str(gpu) for gpu in ray.get_gpu_ids()]
-                self.slot = module.RaySlot(pickle.loads(plan), number, gpu_ids)
+                self.given = plan, number, [str(gpu) for gpu in ray.get_gpu_ids()]
+                self.slot: Any = None
+                self.is_stopped = False
 
             def run(self) -> bytes:
                 import pickle
+                import socket
 
+                if (reason := problem()) is not None:
+                    return pickle.dumps(f"the node {socket.gethostname()} {reason}")
+                if self.slot is None:
+                    plan, number, gpu_ids = self.given
+                    self.slot = slot_module().RaySlot(pickle.loads(plan), number, gpu_ids)
+                if self.is_stopped:
+                    self.slot.stop()
                 return pickle.dumps(self.slot.run())
 
             def events(self, seconds: float) -> bytes:
                 import pickle
+                import time
 
-                return pickle.dumps(self.slot.events(seconds))
+                if self.slot is None:
+                    time.sleep(seconds)
+                return pickle.dumps([] if self.slot is None else self.slot.events(seconds))
 
             def stop(self) -> None:
-                self.slot.stop()
+                self.is_stopped = True  # first: `run` makes the slot, and looks then
+                if self.slot is not None:
+                    self.slot.stop()
 
         self._look = ray.remote(num_cpus=0)(look)
         self._actor = ray.remote(TrialyardSlot)

@@ -31,6 +31,7 @@ from search.ray_cluster import (
     installed,
     living_nodes,
     lost_head,
+    lost_slot,
     shared_marker,
     survey,
     where_of,
@@ -114,10 +115,12 @@ def work(
             else listeners
         )
         slots = [_Slot(number, remote.actor(plan, number, own if is_sqlite else None)) for number in range(count)]
+        driver = _Driver(ray, slots, storage, settings, shown, plan)
         try:
-            return _Driver(ray, slots, storage, settings, shown, plan).run()
+            return driver.run()
         except ray.exceptions.RayError as error:
-            raise RayError(lost_head(in_one_line(error))) from error
+            why = in_one_line(error)
+            raise RayError(lost_slot(why) if driver.head_answers() else lost_head(why)) from error
         finally:
             for slot in slots:
                 with contextlib.suppress(ray.exceptions.RayError):
@@ -193,6 +196,7 @@ class _Driver:
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         self._head = (host, int(port))
         self._head_asked = self._head_answered = time.monotonic()
+        self._head_error = ""
 
     def run(self) -> bool:
         """Returns False if a signal ended the work."""
@@ -241,18 +245,25 @@ class _Driver:
             return False
         return bool(ends & {"done", "left"}) and all(slot.end for slot in present)
 
+    def head_answers(self) -> bool:
+        """Whether the head takes connections now."""
+        try:
+            socket.create_connection(self._head, timeout=EVENTS_SECONDS).close()
+        except OSError as error:
+            self._head_error = error.strerror or str(error)
+            return False
+        return True
+
     def _ask_head(self) -> None:
         """Raises RayError if the head has been away for long. Ray may start it again before that."""
         now = time.monotonic()
         if now - self._head_asked < EVENTS_SECONDS:
             return
         self._head_asked = now
-        try:
-            socket.create_connection(self._head, timeout=EVENTS_SECONDS).close()
+        if self.head_answers():
             self._head_answered = time.monotonic()
-        except OSError as error:
-            if time.monotonic() - self._head_answered > HEAD_SECONDS:
-                raise RayError(lost_head(error.strerror or str(error))) from None
+        elif time.monotonic() - self._head_answered > HEAD_SECONDS:
+            raise RayError(lost_head(self._head_error))
 
     def _look(self) -> None:
         self._ask_head()
@@ -277,13 +288,14 @@ class _Driver:
             value = self._ray.get(call)
         except self._ray.exceptions.RayTaskError as error:
             value = pickle.dumps(End(kind="failed", error=RayError(in_one_line(error))) if name == "run" else [])
-        except self._ray.exceptions.RayActorError:
-            if name == "run":
-                raise
-            if slot.has_left:
+        except self._ray.exceptions.RayActorError as error:
+            if name != "run":
+                if not slot.has_left:  # Ray is starting its process again
+                    slot.call(name, *([EVENTS_SECONDS] if name == "events" else []))
                 return
-            slot.call(name, *([EVENTS_SECONDS] if name == "events" else []))  # Ray is starting its process again
-            return
+            if not self.head_answers():
+                raise
+            value = pickle.dumps(End(kind="failed", error=RayError(lost_slot(in_one_line(error)))))  # the others go on
         slot.answered = time.monotonic()
         if name == "events":
             events = pickle.loads(value)
@@ -294,11 +306,15 @@ class _Driver:
             else:
                 slot.call("events", EVENTS_SECONDS)
         elif name == "run":
-            slot.end = pickle.loads(value)
-            if slot.end is not None and slot.end.error is not None:
-                slot.again_at = time.monotonic() + LEFT_SECONDS
+            end = pickle.loads(value)
+            if isinstance(end, str):  # why its node cannot run it; the process waits: its place is no better for others
+                end = End(kind="failed", error=RayError(end))
+            elif end.error is not None:
                 # While its process lives, nobody on that machine takes back a trial that it held.
                 self._ray.kill(slot.handle, no_restart=False)
+            slot.end = end
+            if end.error is not None:
+                slot.again_at = time.monotonic() + LEFT_SECONDS
 
     def _happened(self, slot: _Slot, event: Event) -> None:
         if event.kind == "log":

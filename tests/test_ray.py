@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,43 @@ def test_a_node_and_then_the_head_are_lost_and_a_plain_worker_finishes_with_the_
         trainer.resume()
     assert "the head of the Ray cluster is lost" in err
     ended(start("work", "small"))
+    _assert_spent(storage, 2)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)  # it may wait for another test's cluster
+def test_a_later_node_that_cannot_run_trialyard_stops_no_other_slot(
+    home: Path,
+    tmp_path: Path,
+    write_small: Write,
+    cluster: Any,
+    new_node: Callable[..., None],
+    postgresql_url: str,
+    start: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody has asked it before: Ray gives it a slot as soon as it is there."""
+    monkeypatch.setenv("TRIALYARD_STORAGE", postgresql_url)
+    storage = database.create(postgresql_url)
+    process = start("work", "--forever", "--ray", cluster.address, "--workers", "4", "--gpus", "0")
+    _wait(lambda: len(read(storage, slots.present)) == 2)
+    (tmp_path / "without" / "search").mkdir(parents=True)
+    (tmp_path / "without" / "search" / "__init__.py").touch()
+    (tmp_path / "other" / "trialyard-0.0.1.dist-info").mkdir(parents=True)
+    metadata = tmp_path / "other" / "trialyard-0.0.1.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: trialyard\nVersion: 0.0.1\n", encoding="utf-8")
+    for folder, why in (
+        ("without", "cannot run Trialyard (No module named 'search.ray_slot'): install it there"),
+        ("other", f"has Trialyard 0.0.1, and the command has {version('trialyard')}: install the same version"),
+    ):
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / folder), str(ROOT)]))
+        new_node("ray start --address", f"--address={cluster.address}", "--num-cpus=1")
+        until(process, why)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ended(start("create", str(write_small(trials=2, epochs=1))))
+    _wait(lambda: studies.status("small", storage).finished == 2, 120.0)
+    process.send_signal(signal.SIGTERM)
+    ended(process, 130)
     _assert_spent(storage, 2)
 
 
