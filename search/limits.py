@@ -23,7 +23,8 @@ LAST_TRIALS = 10  # of a study, whose epochs say how long the next ones take
 class Limits:
     """The time of one worker, for the threads of all its slots; it starts when this object is made.
 
-    A copy that another process gets by pickle has the same end, by that machine's own clock. It is idle from its start.
+    A copy that another process gets by pickle has the same end, by that machine's own clock. A worker is idle from the
+    moment at which its slots start to look for work.
 
     Raises WorkerError unless `minutes` and `idle_minutes` are None, which is no limit, or a positive number.
     """
@@ -40,7 +41,29 @@ class Limits:
         self._end_time = math.inf if minutes is None else time.time() + minutes * 60  # for copies alone: clocks are set
         self._busy = 0  # slots that have a trial
         self._idle_since = monotonic()
+        self._looking = 0  # slots that look for work
+        self._look_began = 0.0  # of the first of them
         self._warned: set[str] = set()
+
+    def start_idle(self) -> None:
+        """The slots start to look for work: what came before, such as waiting for the database, was not idle."""
+        self._idle_since = monotonic()
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Around a look for work: its time is not idle, because it may check a study, or wait for a study's lock."""
+        with self._lock:
+            self._looking += 1
+            if self._looking == 1:
+                self._look_began = monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._looking -= 1
+                if not self._looking:
+                    now = monotonic()
+                    self._idle_since = min(now, self._idle_since + now - self._look_began)
 
     @contextmanager
     def busy(self) -> Iterator[None]:
@@ -74,7 +97,8 @@ class Limits:
         if self.minutes_are_over():
             return f"--minutes {self._minutes:g} are over"
         with self._lock:
-            idle = 0.0 if self._busy else monotonic() - max(self._idle_since, last_away)
+            now = self._look_began if self._looking else monotonic()
+            idle = 0.0 if self._busy else now - max(self._idle_since, last_away)
         if self._idle_minutes is not None and idle >= self._idle_minutes * 60:
             return f"there was nothing to do for --idle-minutes {self._idle_minutes:g}"
         return None

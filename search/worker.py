@@ -103,6 +103,7 @@ def work(
         for listener in all_listeners:
             stack.enter_context(listener)
         stack.enter_context(heartbeat)
+        limits.start_idle()
         for thread in threads:
             thread.start()
         leave_at, over_limit = float("inf"), False
@@ -183,11 +184,15 @@ def _fill(
         if not looks.mine():
             interrupted.wait(TICK_SECONDS)
             continue
-        found = open_studies.now()
-        in_time = [handle for handle in found if limits.has_time_for(handle)]
+        with limits.looking():
+            found = open_studies.now()
+            in_time = [handle for handle in found if limits.has_time_for(handle)]
         for handle in in_time:
             try:
-                claim = claims.claim(handle.storage, handle.study, owner, settings.grace_seconds, settings.beat_seconds)
+                with limits.looking():
+                    claim = claims.claim(
+                        handle.storage, handle.study, owner, settings.grace_seconds, settings.beat_seconds
+                    )
             except (StudyGone, StudyUnreadable):
                 continue  # deleted or overwritten a moment ago; the next look will not find it
             if claim is not None:

@@ -14,6 +14,7 @@ import pytest
 import sqlalchemy
 from conftest import Command, ended
 from optuna.trial import TrialState
+from scripted import Scripted, epoch, trained
 
 import studies
 from search import limits, worker
@@ -21,6 +22,8 @@ from search.attempt import StudyHandle
 from search.devices import Slot, cpu
 from search.errors import WorkerError
 from search.limits import Limits
+from search.messages import Epoch
+from search.progress import Listener
 from storage import attempt_table, claims, database, ledger, owners
 from storage.claims import Claim
 from storage.owners import Owner
@@ -239,6 +242,66 @@ def test_a_worker_is_idle_when_no_slot_has_a_trial_and_the_database_answers(monk
     for bad in (0, -1, float("nan"), float("inf")):
         with pytest.raises(WorkerError, match="is a number of minutes above 0"):
             Limits(idle_minutes=bad)
+
+
+def test_the_time_before_and_of_a_look_for_work_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = [0.0]
+    monkeypatch.setattr(limits, "monotonic", lambda: passed[0])
+    limited = Limits(idle_minutes=2)
+    passed[0] = 600  # the database was away
+    limited.start_idle()
+    assert limited.over() is None
+    passed[0] = 660
+    with limited.looking():
+        passed[0] = 900  # a study's images are read
+        with limited.looking():  # another slot waits for a study's lock
+            passed[0] = 1000
+        passed[0] = 1200
+        assert limited.over() is None
+    passed[0] = 1259
+    assert limited.over() is None
+    passed[0] = 1260
+    assert limited.over() == "there was nothing to do for --idle-minutes 2"
+    with limited.looking(), limited.busy():  # a trial that ends while another slot looks
+        passed[0] = 1300
+    passed[0] = 1419
+    assert limited.over() is None
+    passed[0] = 1420
+    assert limited.over() is not None
+
+
+def test_a_worker_that_took_long_to_start_still_looks_for_work(
+    storage: PatientStorage,
+    trivial: Definition,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What comes before the first look, and the check of a study, may take longer than `--idle-minutes`."""
+    said = []
+
+    def slow_check(study: ledger.Study, *_: object) -> Definition:
+        time.sleep(1.0)
+        return definitions.from_json(study.definition)
+
+    def first_epoch() -> Epoch:
+        said.append(caplog.text)
+        return epoch(1, 0.5)
+
+    def trainer(slot: Slot, _: Settings) -> Scripted:
+        return Scripted(tmp_path, [first_epoch, trained(stopped=False)], slot=slot)
+
+    monkeypatch.setattr(worker, "check_fit", slow_check)
+    monkeypatch.setattr(worker, "_trainer", trainer)
+    monkeypatch.setattr(worker, "Publisher", lambda *_: Listener())
+    _create(storage, trivial, "slow", trials=1)
+    limited = Limits(idle_minutes=0.005)
+    time.sleep(0.4)
+    assert worker.work(None, storage, Settings(home=tmp_path), [Slot(device=cpu())], limits=limited)
+    assert studies.status("slow", storage).complete == 1
+    assert len(said) == 1
+    assert "this worker ends" not in said[0]
+    assert "there was nothing to do for --idle-minutes 0.005: this worker ends" in caplog.text
 
 
 @pytest.mark.long
