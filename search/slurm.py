@@ -90,10 +90,10 @@ def array_job(
     return ArrayJob(jobs=jobs, gpus=int(gpus), sbatch=options, arguments=tuple(words))
 
 
-def script(job: ArrayJob, settings: Settings) -> str:
-    """The text for sbatch."""
+def _options(job: ArrayJob, settings: Settings) -> list[str]:
+    """What sbatch gets, without dashes: ours, then those that were given, which win."""
     seconds = math.ceil(settings.stop_seconds + LEAVE_SECONDS + SPARE_SECONDS)
-    options = [
+    return [
         "job-name=trialyard",
         f"array=1-{job.jobs}",
         "nodes=1",
@@ -104,10 +104,14 @@ def script(job: ArrayJob, settings: Settings) -> str:
         f"signal=B:TERM@{seconds}",
         *job.sbatch,
     ]
+
+
+def script(job: ArrayJob, settings: Settings) -> str:
+    """The text for sbatch."""
     command = shlex.join([sys.executable, "-P", "-m", "trialyard", "work", *job.arguments])
     return (
         "#!/bin/bash\n"
-        + "".join(f"#SBATCH --{_quoted(option)}\n" for option in options)
+        + "".join(f"#SBATCH --{_quoted(option)}\n" for option in _options(job, settings))
         + "# At TERM the worker ends its running batches, writes checkpoints and puts its trials back into the queue.\n"
         "# Slurm sends TERM before the time limit, at preemption, `scontrol requeue` and `scancel`; where it uses\n"
         "# control groups, to this process alone. So the worker takes its place.\n"
@@ -135,7 +139,8 @@ def submit(job: ArrayJob, settings: Settings) -> Submitted:
     _require_gpus(job, nodes)
     _require_shared(settings, {node.host for node in nodes})
     text = script(job, settings)
-    answer = _ask("sbatch", "--parsable", text=text)
+    # On the command line, too: sbatch prefers its variables, such as SBATCH_PARTITION and SBATCH_SIGNAL, to the script.
+    answer = _ask("sbatch", "--parsable", *(f"--{option}" for option in _options(job, settings)), text=text)
     return Submitted(script=text, job=answer.strip().partition(";")[0])
 
 

@@ -83,10 +83,14 @@ def test_the_script_never_has_a_password(home: Path) -> None:
 
 @pytest.fixture
 def pretended_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Programs `sinfo` and `sbatch` of a cluster with the NODES; what is submitted is in the file that is returned."""
+    """Programs `sinfo` and `sbatch` of a cluster with the NODES; what is submitted is in the file that is returned.
+
+    A second file, with the suffix .arguments, has the arguments of `sbatch`, a line each.
+    """
     folder, submitted = tmp_path / "programs", tmp_path / "submitted"
     folder.mkdir()
-    for name, text in {"sinfo": f"printf %s {shlex.quote(NODES)}", "sbatch": f"cat > {submitted}; echo 12"}.items():
+    sbatch = f"""cat > {submitted}; printf '%s\\n' "$@" > {submitted}.arguments; echo 12"""
+    for name, text in {"sinfo": f"printf %s {shlex.quote(NODES)}", "sbatch": sbatch}.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -130,6 +134,18 @@ def test_several_nodes_need_artifacts_that_all_see(
     monkeypatch.setenv("TRIALYARD_ARTIFACTS", "/shared/artifacts")
     assert search.submit_to_slurm(jobs=2).job == "12"
     assert "#SBATCH --array=1-2\n" in pretended_slurm.read_text(encoding="utf-8")
+
+
+def test_sbatch_gets_the_options_of_the_script_on_its_command_line_too(pretended_slurm: Path) -> None:
+    """Its variables, such as SBATCH_PARTITION, win over the script, and its command line wins over both."""
+    job = slurm.ArrayJob(jobs=3, gpus=1, sbatch=("partition=gpu", "comment=two words"))
+    settings = Settings(storage="postgresql://me@server/db", artifacts="s3://bucket/trialyard")
+    submitted = slurm.submit(job, settings)
+    assert submitted.script == pretended_slurm.read_text(encoding="utf-8")
+    in_script = [shlex.split(line)[1] for line in submitted.script.splitlines() if line.startswith("#SBATCH")]
+    assert {"--partition=gpu", "--comment=two words", "--requeue", "--array=1-3"} <= {*in_script}
+    given = pretended_slurm.with_suffix(".arguments").read_text(encoding="utf-8").splitlines()
+    assert given == ["--parsable", *in_script]
 
 
 def test_a_database_that_does_not_answer_is_found_out_before_anything_is_submitted(
@@ -202,7 +218,13 @@ def test_a_study_on_slurm_survives_requeue_scancel_and_a_killed_slurmstepd(
         assert all(word in err for word in words), err
     assert slurm_cluster.tell("squeue", "--noheader") == ""
 
-    code, out, err = trialyard("work", "small", "--slurm", "2", "--sbatch", "cpus-per-task=1", "--sbatch", "time=10")
+    # What a profile may have set for the user's own scripts.
+    for name, value in {"NO_REQUEUE": "1", "ARRAY_INX": "5-9", "SIGNAL": "INT@1", "PARTITION": "nope"}.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    options = [f"partition={PARTITION}", "cpus-per-task=1", "time=10"]
+    code, out, err = trialyard(
+        "work", "small", "--slurm", "2", *(word for each in options for word in ("--sbatch", each))
+    )
     assert code == 0, err
     job = out.split()[4]
     storage = database.connect(f"sqlite:///{home}/yard/studies.db")
