@@ -205,9 +205,33 @@ def test_one_change_gives_what_is_applied_by_itself_another_registry(tmp_path: P
         assert all(image.startswith("registry.example/trialyard:") for image in ours)
 
 
-def test_the_commands_of_the_page_name_what_exists() -> None:
+def _page_commands() -> list[list[str]]:
+    """The words of each command on the page that is kubectl's."""
     page = DEPLOYMENT.partition("## Kubernetes")[2].partition("\n## ")[0]
-    lines = [shlex.split(line, comments=True) for line in re.findall(r"^kubectl .*", page, re.MULTILINE)]
+    return [shlex.split(line, comments=True) for line in re.findall(r"^kubectl .*", page, re.MULTILINE)]
+
+
+def test_an_update_ends_all_pods_that_use_the_database_and_starts_them_with_the_new_image() -> None:
+    deployments = [one for one in OBJECTS if one["kind"] == "Deployment"]
+    names = {one["metadata"]["name"] for one in deployments}
+    lines = _page_commands()
+    upgrade = lines.index(["kubectl", "apply", "--kustomize", "deploy/kubernetes/upgrade"])
+    assert lines[upgrade - 2][4:] == ["deployment", "--all", "--replicas=0"]
+    ended = lines[upgrade - 1]
+    assert ended[1:5] == ["wait", "--namespace", "trialyard", "--for=delete"]
+    selected = re.fullmatch(r"app\.kubernetes\.io/name in \((.*)\)", ended[ended.index("--selector") + 1])
+    assert selected is not None
+    assert set(selected[1].split(", ")) == names
+    started = {word for words in lines[upgrade + 2 :] for word in words if word.startswith("deployment/")}
+    assert started == {f"deployment/{name}" for name in names - {"worker-cpu"}}
+    for one in (one for one in OBJECTS if manifests.pod(one) and "trialyard" in _container(one)["image"]):
+        assert _container(one)["imagePullPolicy"] == "Always", "a node would keep the image that it has"
+    # Otherwise the next `kubectl apply` would undo `kubectl scale`.
+    assert not [one for one in deployments if "worker" in one["metadata"]["name"] and "replicas" in one["spec"]]
+
+
+def test_the_commands_of_the_page_name_what_exists() -> None:
+    lines = _page_commands()
     assert len(lines) > 8
     for words in lines:
         for at, word in enumerate(words):
