@@ -48,7 +48,7 @@ class ArtifactStore(ABC):
 
     @abstractmethod
     def check(self, patience: float = 0.0) -> None:
-        """Finds out whether files can be written, read and removed, before anything is claimed.
+        """Finds out whether files can be written, read, listed and removed, before anything is claimed.
 
         Waits for `patience` seconds for a store that is away. Raises SettingsError or ObjectStoreError.
         """

@@ -57,8 +57,21 @@ class ObjectStore(ArtifactStore):
                 if bytes(self._client.get(probe).bytes()) != content:
                     raise ObjectStoreError(f"{self.url} does not give back what is written to it: use another store")
                 self._client.delete(probe)
+            self._require_listing(f"{probe}-missing")
 
         self.with_patience(once, patience)
+
+    def _require_listing(self, missing: str) -> None:
+        """Raises ObjectStoreError if an object that does not exist is refused: a resume looks for such checkpoints."""
+        try:
+            self._read(PurePosixPath(missing), len)
+        except ObjectStoreAway:
+            raise
+        except ObjectStoreError as error:
+            raise ObjectStoreError(
+                f"{self.url} does not tell this machine which objects are missing: give its credentials the right to "
+                "list the bucket (s3:ListBucket), too"
+            ) from error
 
     def name(self, path: PurePosixPath | str) -> str:
         return f"{self.url}/{path}".rstrip("/")

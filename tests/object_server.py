@@ -1,6 +1,7 @@
 """A real S3 server (moto) for the tests, and a network between it and a worker that a test can cut."""
 
 import contextlib
+import http.client
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 SECONDS = 60.0  # that the server may take to start
 
@@ -137,3 +139,41 @@ def network_to(server: Server) -> Iterator[Network]:
         yield network
     finally:
         network.disconnect()
+
+
+@contextlib.contextmanager
+def without_listing(server: Server) -> Iterator[int]:
+    """The port of a server like Amazon's for those who may not list the bucket: it refuses what does not exist.
+
+    moto knows no such right.
+    """
+
+    class Answers(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            asked = http.client.HTTPConnection("127.0.0.1", server.port)
+            asked.request(self.command, self.path, body, dict(self.headers))
+            answer = asked.getresponse()
+            content, status = answer.read(), answer.status
+            if status == 404:
+                content, status = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>", 403
+            self.send_response(status)
+            for name in ("ETag", "Last-Modified", "Content-Type"):
+                if (value := answer.getheader(name)) is not None:
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+            asked.close()
+
+        do_GET = do_PUT = do_POST = do_DELETE = _answer  # noqa: N815 - the library's names
+
+        def log_message(self, *_: object) -> None:
+            """Prints nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as listener:
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        yield listener.server_port
+        listener.shutdown()

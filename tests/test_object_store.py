@@ -18,7 +18,7 @@ from typing import Any
 import keras
 import pytest
 from conftest import Command, attempts_at, ended
-from object_server import Server, free_port, network_to
+from object_server import Server, free_port, network_to, without_listing
 from optuna.trial import TrialState
 
 import studies
@@ -373,6 +373,7 @@ def test_a_worker_that_lost_its_claim_overwrites_nothing(
     [
         ("no bucket", "the bucket of s3://nobody-has-it does not exist: create it"),
         ("no permission", "refuses this machine .*: give its credentials the right to"),
+        ("no listing", "does not tell this machine which objects are missing: give its credentials the right to list"),
         ("away", "cannot be reached .*: bring it back, or correct TRIALYARD_ARTIFACTS"),
         ("no package", r"needs the package obstore, which is not installed: `pip install '\.\[s3\]'`"),
         ("a password", r"TRIALYARD_ARTIFACTS = 's3://\*\*\*@bucket' cannot be used: expected a folder or a URL"),
@@ -400,7 +401,11 @@ def test_a_store_that_cannot_be_used_is_found_out_before_anything_is_claimed(
     elif problem == "a password":
         monkeypatch.setenv("TRIALYARD_ARTIFACTS", "s3://key:secret@bucket")
     write_small()
-    with server.refusing() if problem == "no permission" else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if problem == "no permission":
+            stack.enter_context(server.refusing())
+        elif problem == "no listing":
+            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{stack.enter_context(without_listing(server))}")
         for command in (("run", "small.toml"), ("check", "small.toml"), ("storage", "check")):
             code, _, err = trialyard(*command)
             assert code == 1, command
