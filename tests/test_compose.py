@@ -310,7 +310,7 @@ def _works_in_kubernetes(project: Path, image: Image) -> None:
     ]
     (project / "files").mkdir()
     cluster = manifests.Cluster(objects, secrets=project / "secrets", files=project / "files")
-    names = ("database", "storage", "dashboard", "worker-cpu", "upgrade", "study")
+    names = ("database", "storage", "dashboard", "tools", "worker-cpu", "upgrade", "study")
     small = {"TRIALYARD_TRIALS": "2", "TRIALYARD_EPOCHS": "1", "TRIALYARD_LIMIT": "400", "TRIALYARD_WORKERS": "1"}
     services = {name: cluster.service(name) for name in names}
     # Kubernetes knows no order of starting; `down` needs one to end them.
@@ -320,7 +320,9 @@ def _works_in_kubernetes(project: Path, image: Image) -> None:
     study = services["study"] = replace(services["study"], image="trialyard:cpu")  # it asks for GPUs; here are none
     with Stack(project, services, image, "trialyard:cpu", "database") as stack:
         # What ends because something is missing is started again.
-        running = {name: stack.start(services[name]) for name in ("database", "storage", "dashboard", "worker-cpu")}
+        running = {
+            name: stack.start(services[name]) for name in ("database", "storage", "dashboard", "tools", "worker-cpu")
+        }
 
         def ready() -> bool:
             for name, one in running.items():
@@ -341,10 +343,16 @@ def _works_in_kubernetes(project: Path, image: Image) -> None:
         assert "best of digits" in stack.run("study", *study.command)
         status = json.loads(stack.run("worker-cpu", "trialyard", "status", "digits", "--json"))
         assert status["complete"] + status["pruned"] == status["budget"] == 2
-        assert Path(json.loads(stack.run("worker-cpu", "trialyard", "best", "digits", "--json"))["model"]).is_file()
+        model = Path(json.loads(stack.run("worker-cpu", "trialyard", "best", "digits", "--json"))["model"])
+        assert model.is_file()
         assert _asked(f"{stack.address('dashboard')}/api/studies", None) == (401, None)
         stack.run("upgrade", *services["upgrade"].command)
-        assert stack.down() == {"dashboard": [0], "worker-cpu": [130], "storage": [0], "database": [0]}
+        stack.run("tools", "touch", "/data/mine.npz")
+        stack.run("worker-cpu", "test", "-f", "/data/mine.npz")
+        stack.run("tools", "trialyard", "delete", "digits", "--yes")
+        assert not model.exists(), "what a study had is gone with it"
+        ended = {"dashboard": [0], "tools": [-15], "worker-cpu": [130], "storage": [0], "database": [0]}
+        assert stack.down() == ended
 
 
 def _beside_it(stack: Stack, password: str, study: str, best: float) -> None:

@@ -111,6 +111,16 @@ def test_what_a_pod_names_exists(manifest: Manifest) -> None:
         assert source["configMapRef"]["name"] in _names("ConfigMap")
 
 
+def _parse(command: str, *arguments: str) -> None:
+    """Parses a command of trialyard; nothing is run."""
+    program: Any = typer.main.get_command(app)
+    commands = program.commands[command]
+    if hasattr(commands, "commands"):
+        command, *arguments = arguments  # type: ignore[assignment]
+        commands = commands.commands[command]
+    commands.make_context(command, [*arguments])
+
+
 @pytest.mark.parametrize("manifest", [pod for pod in PODS if "trialyard" in _container(pod.values[0])["image"]])
 def test_the_image_finds_its_folders_and_its_command(manifest: Manifest) -> None:
     container = _container(manifest)
@@ -120,16 +130,14 @@ def test_the_image_finds_its_folders_and_its_command(manifest: Manifest) -> None
     mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
     # Its root cannot be written to: the home folder and temporary files need volumes.
     assert mounts[image.environment["TRIALYARD_HOME"]] is mounts["/tmp"] is False
-    _, command, *arguments = container["command"]
-    if command in ("work", "run"):
-        assert mounts[image.environment["TRIALYARD_ARTIFACTS"]] is False
-        assert mounts[image.environment["TRIALYARD_DATA"]] is True
-    program: Any = typer.main.get_command(app)
-    commands = program.commands[command]
-    if hasattr(commands, "commands"):
-        command, *arguments = arguments
-        commands = commands.commands[command]
-    commands.make_context(command, [*arguments])  # parsing alone: nothing is run
+    artifacts, data = (mounts.get(image.environment[f"TRIALYARD_{name}"]) for name in ("ARTIFACTS", "DATA"))
+    if container["command"][0] == "trialyard":
+        _parse(*container["command"][1:])
+        if container["command"][1] in ("work", "run"):
+            assert (artifacts, data) == (False, True)
+    else:  # for commands, and files that come in and go out
+        assert manifest["metadata"]["name"] == "tools"
+        assert artifacts is data is False
     (settings,) = [one for one in OBJECTS if (one["kind"], one["metadata"]["name"]) == ("ConfigMap", "settings")]
     for variable in {*settings["data"], *(variable["name"] for variable in container.get("env", []))} - {"HOME"}:
         assert variable.removeprefix("TRIALYARD_").lower() in Settings.model_fields
@@ -242,6 +250,13 @@ def test_the_commands_of_the_page_name_what_exists() -> None:
                 assert name in _names(kind.capitalize()), words
             if word == "--namespace":
                 assert words[at + 1] == "trialyard"
+    # The dashboard's pod could not remove a file of a study that is deleted.
+    typed = [words[words.index("--") + 1 :] for words in lines if words[1] == "exec"]
+    assert typed
+    assert all("deployment/tools" in words for words in lines if words[1] == "exec")
+    for words in typed:
+        if words[0] == "trialyard":
+            _parse(*words[1:])
     secret = next(words for words in lines if words[1:4] == ["create", "secret", "generic"])
     assert secret[4] == "passwords"
     keys = {
