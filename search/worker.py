@@ -197,9 +197,9 @@ def _fill(
                 continue  # deleted or overwritten a moment ago; the next look will not find it
             if claim is not None:
                 looks.found_something()
-                open_studies.served(handle.study)
                 try:
                     with limits.busy(), heartbeat.of(claim) as pulse:
+                        open_studies.served(handle.study)
                         Attempt(
                             handle,
                             claim,
@@ -304,6 +304,8 @@ class _OpenStudies:
         # By id and incarnation: the trials that this worker has claimed since the last look, and in which order it
         # served the studies.
         self._read: dict[tuple[int, str], Study] = {}  # as the last look saw them; a handle's is that of its admission
+        # Of its own: a look may take minutes, and a slot that has claimed a trial must not wait for it.
+        self._counting = threading.Lock()
         self._claimed: Counter[tuple[int, str]] = Counter()
         self._served: dict[tuple[int, str], int] = {}
 
@@ -317,7 +319,7 @@ class _OpenStudies:
 
     def served(self, study: Study) -> None:
         """This worker has claimed a trial of `study`."""
-        with self._lock:
+        with self._counting:
             self._claimed[_key(study)] += 1
             self._served[_key(study)] = max(self._served.values(), default=0) + 1
 
@@ -365,7 +367,8 @@ class _OpenStudies:
 
     def _look(self) -> list[StudyHandle]:
         handles = []
-        self._claimed.clear()
+        with self._counting:
+            self._claimed.clear()
         existing = {study.name: study for study in ledger.studies(self._storage)}
         for name in existing if self._names is None else self._names:
             if name not in existing:

@@ -1,6 +1,7 @@
 """Open studies share the slots of workers, and a worker ends by itself when its time is over."""
 
 import pickle
+import threading
 import time
 import types
 from collections import Counter
@@ -169,6 +170,36 @@ def test_a_study_that_cannot_be_served_is_looked_at_again_after_minutes(
     assert served() == {"usual"}
     now += 1
     assert served() == {"usual", name}
+
+
+def test_a_slot_with_a_trial_does_not_wait_until_another_study_is_checked(
+    storage: PatientStorage, trivial: Definition, open_studies: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checking may take minutes: its images are read, and a model of the user's is tried."""
+    _create(storage, trivial, "usual")
+    one, checking, may_end, has_noted = open_studies(), *(threading.Event() for _ in range(3))
+    (usual,) = one.now()
+    _create(storage, trivial, "large")
+
+    def check_fit(study: ledger.Study, *_: object) -> Definition:
+        checking.set()
+        may_end.wait(60)
+        return definitions.from_json(study.definition)
+
+    def note() -> None:
+        one.served(usual.study)
+        has_noted.set()
+
+    monkeypatch.setattr(worker, "check_fit", check_fit)
+    threads = [threading.Thread(target=one.now), threading.Thread(target=note)]
+    threads[0].start()
+    assert checking.wait(60)
+    threads[1].start()
+    was_noted = has_noted.wait(10)
+    may_end.set()
+    for thread in threads:
+        thread.join()
+    assert was_noted
 
 
 def test_a_priority_that_is_no_whole_number_is_refused(storage: PatientStorage, trivial: Definition) -> None:
