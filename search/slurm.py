@@ -69,7 +69,7 @@ def array_job(
     Limits(options_of_work.get("minutes"), options_of_work.get("idle-minutes"))
     if jobs < 1:
         raise SlurmError(f"{jobs} workers cannot be submitted: give --slurm 1 or more")
-    if gpus < 0 or gpus != int(gpus):
+    if not math.isfinite(gpus) or gpus < 0 or gpus != int(gpus):
         raise SlurmError(
             f"Slurm gives whole GPUs to a job, and --gpus is {gpus:g}: give --gpus 1, and --per-device 2 for two "
             "trials on it"

@@ -64,6 +64,7 @@ def test_the_signal_comes_early_enough_for_the_checkpoints() -> None:
     ("options", "words"),
     [
         (["--gpus", "0.5"], ["whole GPUs", "0.5", "--per-device"]),
+        (["--gpus", "inf"], ["whole GPUs", "inf"]),
         (["--sbatch", "array=1-9"], ["array=1-9", "--slurm N"]),
         (["--sbatch", "partition gpu"], ["partition gpu", "partition=gpu"]),
         (["--sbatch", "comment=a\n#SBATCH --wrap=b"], ["not an option"]),
@@ -74,6 +75,12 @@ def test_an_option_that_cannot_be_is_refused(trialyard: Call, options: list[str]
     assert (code, out, err.count("\n")) == (1, "", 1)
     for word in words:
         assert word in err
+
+
+def test_a_number_of_gpus_that_is_no_number_is_refused_in_python_too(home: Path) -> None:
+    for gpus in (float("nan"), float("inf"), -1):
+        with pytest.raises(SlurmError, match=r"Slurm gives whole GPUs to a job, and --gpus is (nan|inf|-1)"):
+            search.submit_to_slurm(jobs=1, gpus=gpus, submit=False)
 
 
 def test_the_script_never_has_a_password(home: Path) -> None:
