@@ -1,7 +1,8 @@
 """The files of all attempts in an object store: Amazon S3 and what speaks its protocol, Google Cloud Storage, Azure.
 
 Trainer processes write plain files into a folder of this machine, and `keep` copies them. An object appears complete or
-not at all, under a key that no other attempt has. Nobody reads it before a row of the database names it. Objects never
+not at all, under a key that no other attempt has. Nobody reads it before a row of the database names it, but for a
+checkpoint, which a next attempt also looks for if its worker was killed before it could name it. Objects never
 change once they are named, but for checkpoints; so what `fetch` has copied to this machine is read from here.
 """
 

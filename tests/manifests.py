@@ -96,6 +96,7 @@ class Cluster:
         environment = {
             key: value
             for source in container.get("envFrom", [])
+            if not source.get("secretRef", {}).get("optional")  # nobody has made it
             for key, value in self._config(source["configMapRef"]["name"]).items()
         }
         environment |= {variable["name"]: variable["value"] for variable in container.get("env", [])}

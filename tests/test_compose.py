@@ -74,6 +74,20 @@ def test_settings_reach_the_services(tmp_path: Path, docker_compose: str) -> Non
         assert services[name].volumes["/artifacts"] == "/shared/artifacts"
 
 
+def test_an_object_store_reaches_the_services_that_use_trials_files(tmp_path: Path, docker_compose: str) -> None:
+    """By the file that docs/deployment.md shows: TRIALYARD_ARTIFACTS in `.env` is the folder that is mounted."""
+    project = _project(tmp_path, "")
+    (override,) = re.findall(r"^```yaml\n(.*?)^```", DEPLOYMENT, re.MULTILINE | re.DOTALL)
+    (project / "docker-compose.override.yml").write_text(override, encoding="utf-8")
+    variables = {"TRIALYARD_ARTIFACTS": "s3://the-bucket/trialyard", "AWS_ACCESS_KEY_ID": "the-key"}
+    text = "".join(f"{name}={value}\n" for name, value in variables.items())
+    (project / "store.env").write_text(text, encoding="utf-8")
+    services = containers.services(project, containers.resolved(project, docker_compose, "gpu"))
+    have = {name for name, one in services.items() if variables.items() <= one.environment.items()}
+    assert have == {name for name, one in services.items() if "/artifacts" in one.volumes} - {"storage"}
+    assert have == {"dashboard", "worker", "worker-gpu"}
+
+
 @pytest.mark.parametrize("env", ["", EXAMPLE, "TRIALYARD_WORKERS=2\nTRIALYARD_ARTIFACTS=/shared\n"])
 def test_our_reader_reads_the_file_as_compose_does(tmp_path: Path, docker_compose: str, env: str) -> None:
     """The services must run in the same way on a machine without docker-compose."""

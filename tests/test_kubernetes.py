@@ -107,8 +107,12 @@ def test_what_a_pod_names_exists(manifest: Manifest) -> None:
             assert volume["configMap"]["name"] in _names("ConfigMap")
         if "secret" in volume:
             assert volume["secret"]["secretName"] == "passwords"
-    for source in container.get("envFrom", []):
-        assert source["configMapRef"]["name"] in _names("ConfigMap")
+    sources = container.get("envFrom", [])
+    for source in sources:
+        assert "secretRef" in source or source["configMapRef"]["name"] in _names("ConfigMap")
+    # Whoever reads or writes trials' files can have them in an object store; its URL replaces the image's folder.
+    store = {"secretRef": {"name": "store", "optional": True}}
+    assert (store in sources) == ("artifacts" in volumes)
 
 
 def _parse(command: str, *arguments: str) -> None:
@@ -257,8 +261,9 @@ def test_the_commands_of_the_page_name_what_exists() -> None:
     for words in typed:
         if words[0] == "trialyard":
             _parse(*words[1:])
-    secret = next(words for words in lines if words[1:4] == ["create", "secret", "generic"])
-    assert secret[4] == "passwords"
+    secret, store = (words for words in lines if words[1:4] == ["create", "secret", "generic"])
+    assert (secret[4], store[4]) == ("passwords", "store")
+    assert store[store.index("--from-env-file") + 1] == "store.env"
     keys = {
         item["key"]
         for one in OBJECTS
