@@ -9,6 +9,7 @@ change once they are named, but for checkpoints; so what `fetch` has copied to t
 import contextlib
 import logging
 import os
+import re
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -36,6 +37,11 @@ MOST_LISTINGS = 8  # of trials; for more the whole study is listed
 # For one request. A large file takes several, of 5 MB each on its way up.
 CONNECT_TIMEOUT, READ_TIMEOUT, TIMEOUT = timedelta(seconds=5), timedelta(seconds=60), timedelta(hours=1)
 RETRIES, RETRY_SECONDS = 3, 10  # of the client, which knows what is worth a try; who waits longer asks again
+# S3 answers these mistakes with 400, as it does some of what passes (RequestTimeout), or redirects to another region.
+MISTAKES = re.compile(
+    "<Code>(ExpiredToken|InvalidToken|TokenRefreshRequired|InvalidBucketName|AuthorizationHeaderMalformed"
+    "|IllegalLocationConstraintException)</Code>|incorrectly configured region"
+)
 NO_CREDENTIALS = "169.254.169.254"  # the client asks this address of a cloud's machines when it has found none
 
 
@@ -245,6 +251,11 @@ class ObjectStore(ArtifactStore):
                 raise ObjectStoreError(
                     f"there are no credentials for {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
                     "those of your store"
+                ) from error
+            if MISTAKES.search(str(error)) is not None:
+                raise ObjectStoreError(
+                    f"{self.url} cannot be used with these settings ({_cause(error)}): correct the credentials, the "
+                    "region (AWS_REGION) or TRIALYARD_ARTIFACTS"
                 ) from error
             raise ObjectStoreAway(
                 f"{self.url} cannot be reached ({_cause(error)}): bring it back, or correct TRIALYARD_ARTIFACTS or "

@@ -141,6 +141,37 @@ def network_to(server: Server) -> Iterator[Network]:
         network.disconnect()
 
 
+class _Answers(BaseHTTPRequestHandler):
+    """Answers every request with what `answer` gives: status, headers, content."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        raise NotImplementedError
+
+    def do(self) -> None:
+        """Sends it."""
+        status, headers, content = self.answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do  # noqa: N815 - the library's names
+
+    def log_message(self, *_: object) -> None:
+        """Prints nothing."""
+
+
+@contextlib.contextmanager
+def _listening(answers: type[_Answers]) -> Iterator[int]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), answers) as listener:
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        yield listener.server_port
+        listener.shutdown()
+
+
 @contextlib.contextmanager
 def without_listing(server: Server) -> Iterator[int]:
     """The port of a server like Amazon's for those who may not list the bucket: it refuses what does not exist.
@@ -148,32 +179,31 @@ def without_listing(server: Server) -> Iterator[int]:
     moto knows no such right.
     """
 
-    class Answers(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+    class Answers(_Answers):
+        def answer(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
             asked = http.client.HTTPConnection("127.0.0.1", server.port)
             asked.request(self.command, self.path, body, dict(self.headers))
-            answer = asked.getresponse()
-            content, status = answer.read(), answer.status
-            if status == 404:
-                content, status = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>", 403
-            self.send_response(status)
-            for name in ("ETag", "Last-Modified", "Content-Type"):
-                if (value := answer.getheader(name)) is not None:
-                    self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            answered = asked.getresponse()
+            headers = {name: value for name, value in answered.getheaders() if name in ("ETag", "Last-Modified")}
+            content = answered.read()
             asked.close()
+            return (403, {}, _error("AccessDenied")) if answered.status == 404 else (answered.status, headers, content)
 
-        do_GET = do_PUT = do_POST = do_DELETE = _answer  # noqa: N815 - the library's names
+    with _listening(Answers) as port:
+        yield port
 
-        def log_message(self, *_: object) -> None:
-            """Prints nothing."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as listener:
-        threading.Thread(target=listener.serve_forever, daemon=True).start()
-        yield listener.server_port
-        listener.shutdown()
+@contextlib.contextmanager
+def answering(status: int, code: str) -> Iterator[int]:
+    """The port of a server that answers every request with this status and S3's code of an error."""
+
+    class Answers(_Answers):
+        def answer(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+            return status, {}, _error(code)
+
+    with _listening(Answers) as port:
+        yield port
+
+
+def _error(code: str) -> bytes:
+    return f"<Error><Code>{code}</Code><Message>As S3 says it.</Message></Error>".encode()

@@ -18,14 +18,14 @@ from typing import Any
 import keras
 import pytest
 from conftest import Command, attempts_at, ended
-from object_server import Server, free_port, network_to, without_listing
+from object_server import Server, answering, free_port, network_to, without_listing
 from optuna.trial import TrialState
 
 import studies
 from search import dashboard
 from storage import artifacts, attempt_files, claims, database, ledger, owners, promises, retention, settings
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, PREDICTIONS, SUMMARY
-from storage.errors import ClaimLost
+from storage.errors import ClaimLost, ObjectStoreAway, ObjectStoreError
 from storage.object_store import ObjectStore
 from storage.transactions import PatientStorage
 from studies import registry
@@ -413,3 +413,26 @@ def test_a_store_that_cannot_be_used_is_found_out_before_anything_is_claimed(
             assert "Traceback" not in err
             assert "secret" not in err
     assert studies.names(f"sqlite:///{home}/yard/studies.db") == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "is_away"),
+    [
+        (301, "PermanentRedirect", False),  # the bucket is in another region
+        (400, "AuthorizationHeaderMalformed", False),  # the same, with another address
+        (400, "ExpiredToken", False),
+        (400, "InvalidBucketName", False),
+        (400, "RequestTimeout", True),
+        (503, "SlowDown", True),
+    ],
+)
+def test_only_what_passes_is_waited_for(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, status: int, code: str, is_away: bool
+) -> None:
+    with answering(status, code) as port:
+        for name, value in (server.variables | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ObjectStoreError) as error:
+            ObjectStore("s3://bucket/trialyard", tmp_path).check(0.0 if is_away else 5.0)
+    assert isinstance(error.value, ObjectStoreAway) is is_away
+    assert is_away or "correct the credentials, the region (AWS_REGION) or TRIALYARD_ARTIFACTS" in str(error.value)
