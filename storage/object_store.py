@@ -34,8 +34,10 @@ T = TypeVar("T")
 
 AT_ONCE = 16  # downloads of small files
 MOST_LISTINGS = 8  # of trials; for more the whole study is listed
-# For one request. A large file takes several, of 5 MB each on its way up.
+# For one request. A large file takes several, of 5 MB each on its way up. READ_TIMEOUT includes the time in which a
+# part is sent: with the client's 12 parts at once, a network of less than 1 MB/s could upload no large file.
 CONNECT_TIMEOUT, READ_TIMEOUT, TIMEOUT = timedelta(seconds=5), timedelta(seconds=60), timedelta(hours=1)
+PARTS_AT_ONCE = 2  # of one file
 RETRIES, RETRY_SECONDS = 3, 10  # of the client, which knows what is worth a try; who waits longer asks again
 # S3 answers these mistakes with 400, as it does some of what passes (RequestTimeout), or redirects to another region.
 MISTAKES = re.compile(
@@ -130,7 +132,7 @@ class ObjectStore(ArtifactStore):
 
     def keep(self, path: PurePosixPath) -> None:
         with (self.folder / path).open("rb") as file, self._understood():
-            self._client.put(str(path), file)
+            self._client.put(str(path), file, max_concurrency=PARTS_AT_ONCE)
 
     def remove(self, paths: Collection[PurePosixPath]) -> None:
         if not paths:

@@ -84,6 +84,8 @@ class Network:
         self.port, self._server_port = free_port(), server_port
         self.cut_after: int | None = None  # bytes to the server after which each connection is cut
         self.cuts = 0  # connections that were cut in the middle of what they sent
+        self.rate: float | None = None  # bytes a second to the server, of all connections together
+        self._free_at, self._sending = 0.0, threading.Lock()
         self._open: set[socket.socket] = set()
         self._listener: socket.socket | None = None
         self.connect()
@@ -120,9 +122,18 @@ class Network:
                 if to_server and self.cut_after is not None and sent > self.cut_after:
                     self.cuts += 1
                     break
+                if to_server and self.rate is not None:
+                    self._wait(len(piece) / self.rate)
                 target.sendall(piece)
         self._end(source)
         self._end(target)
+
+    def _wait(self, seconds: float) -> None:
+        with self._sending:
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now) + seconds
+            until = self._free_at
+        time.sleep(until - now)
 
     def _end(self, each: socket.socket) -> None:
         self._open.discard(each)
