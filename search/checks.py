@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from search.data import Dataset
 from search.devices import Slot, cpu
 from search.errors import DataError, DeviceError, MachineError, ModelError
 from search.messages import Checked, Failed, Job
-from search.trainer import Trainer, TrainerDied
+from search.trainer import START_SECONDS, Trainer, TrainerDied
 from storage.errors import ObjectStoreError
 from storage.settings import Settings
 from studies import model_rules, recipe, registry, sampling
@@ -32,15 +33,23 @@ from studies.space import Choice, low_point
 
 BATCH_SIZE = 128  # the default, as in search.model, which this process must not import
 POLL_SECONDS = 1.0
+CHECK_SECONDS = 1800.0  # how long loading the data, and building and trying the model, may take
 REMEMBERED_SECONDS = 24 * 3600.0
 
 
-def check(definition: Definition, settings: Settings, measure_on: Slot | None = None) -> Checked:
+def check(
+    definition: Definition,
+    settings: Settings,
+    measure_on: Slot | None = None,
+    stop: threading.Event | None = None,
+) -> Checked:
     """Checks that this machine can train `definition`; returns a summary of its data, and notes.
 
     With `measure_on` it also measures on this slot how large the models are, and how fast they train.
 
-    The data are loaded, and Keras is imported in a trainer process; there a user's own function is called, too.
+    The data are loaded, and Keras is imported in a trainer process; there a user's own function is called, too. What
+    that process does ends when `stop` is set.
+
     Raises DataError, ModelError, MachineError or DefinitionError.
     """
     sampling.check_installed(definition)
@@ -58,9 +67,9 @@ def check(definition: Definition, settings: Settings, measure_on: Slot | None = 
             check_keras(backend())
             return Checked(data=dataset.summary(), notes=dataset.notes)
     try:
-        return _check_in_trainer(definition, settings, measure_on)
+        return _check_in_trainer(definition, settings, measure_on, stop)
     except DeviceError as error:
-        checked = _check_in_trainer(definition, settings, Slot(device=cpu()))
+        checked = _check_in_trainer(definition, settings, Slot(device=cpu()), stop)
         return replace(checked, notes=(*checked.notes, f"the time is that of the processor, because {error}"))
 
 
@@ -178,7 +187,9 @@ def _last_line(trainer: Trainer) -> str:
     return next((f"; it printed: {line.strip()[:300]}" for line in reversed(lines) if line.strip()), "")
 
 
-def _check_in_trainer(definition: Definition, settings: Settings, measure_on: Slot | None) -> Checked:
+def _check_in_trainer(
+    definition: Definition, settings: Settings, measure_on: Slot | None, stop: threading.Event | None
+) -> Checked:
     with _trainer(measure_on) as trainer:
         trainer.submit(
             Job(
@@ -191,8 +202,19 @@ def _check_in_trainer(definition: Definition, settings: Settings, measure_on: Sl
             )
         )
         try:
+            began = time.monotonic()
             while (message := trainer.receive(POLL_SECONDS)) is None:
-                pass
+                if stop is not None and stop.is_set():
+                    raise MachineError(f"the check of {definition.name} was stopped")
+                seconds = time.monotonic() - began
+                if seconds > START_SECONDS and not trainer.ready:
+                    raise trainer.hung_at_start()
+                if seconds > CHECK_SECONDS:
+                    own = " or ".join(name for name in (definition.model, definition.dataset) if is_function(name))
+                    raise MachineError(
+                        f"{own or definition.model} took longer than {CHECK_SECONDS / 60:.0f} minutes on this machine, "
+                        "without a training: does it wait for something?"
+                    )
         except TrainerDied as died:
             if not died.ready:
                 raise _import_error(died, trainer) from None

@@ -7,11 +7,12 @@ import signal
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from optuna.exceptions import OptunaError
 from sqlalchemy.exc import SQLAlchemyError
@@ -43,6 +44,8 @@ from studies.wording import one_line
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0  # for how long the list of open studies is not read again
+WAIT_SECONDS = 1.0  # for how long free slots wait for the checks of new studies: most of them take a moment
+CHECKS = 2  # studies that are checked at once: each check may take the memory of a trainer
 TICK_SECONDS = 0.2
 LEFT_SECONDS = 300.0  # between two looks at a study that this machine cannot train: somebody may have repaired it
 SILENT_SECONDS = 60.0  # since the last heartbeat of a worker that is taken for living
@@ -77,8 +80,17 @@ def work(
     """
     interrupted = stop or threading.Event()
     errors: list[BaseException] = []
-    open_studies = _OpenStudies(names, storage, settings, slots, leave=leave or names is None)
     looks, limits = Looks(), limits or Limits()
+    open_studies = _OpenStudies(
+        names,
+        storage,
+        settings,
+        slots,
+        leave=leave or names is None,
+        interrupted=interrupted,
+        around_check=limits.looking,
+        found_something=looks.found_something,
+    )
     heartbeat = Heartbeat(storage, settings.beat_seconds, slots)
     closed_slots = _ClosedSlots(heartbeat, open_studies, len(slots), forever=names is None)
     all_listeners = [Publisher(storage, settings.artifact_store), *listeners]
@@ -149,15 +161,19 @@ def _warn_of_shared_gpus(storage: PatientStorage, slots: Sequence[Slot]) -> None
             )
 
 
-def check_fit(study: Study, storage: PatientStorage, settings: Settings) -> Definition:
+def check_fit(
+    study: Study, storage: PatientStorage, settings: Settings, stop: threading.Event | None = None
+) -> Definition:
     """Raises a TrialyardError with the reason, unless this machine can train `study` with its data and software.
 
-    The software comes last: a study without trials takes that of the first machine as its own. Returns the study's
-    definition.
+    What the database tells comes first: the rest may take minutes, and ends when `stop` is set. A study without trials
+    takes the software of the first machine as its own, so that is recorded last. Returns the study's definition.
     """
     definition = definitions.from_json(study.definition)
-    checked = checks.check(definition, settings)
     registry.check_direction(study, storage)
+    if study.software is not None:
+        registry.check_software(study, storage, checks.software())
+    checked = checks.check(definition, settings, stop=stop)
     registry.check_data(study, checked.data)
     registry.check_software(study, storage, checks.software() | checked.sources)
     return definition
@@ -281,7 +297,11 @@ class _Left:
 
 
 class _OpenStudies:
-    """The studies that trials are taken from: those that were named, in this order, or all, which share the slots."""
+    """The studies that trials are taken from: those that were named, in this order, or all, which share the slots.
+
+    Where nobody named them, each is checked once before its first trial, by threads of its own: that may take minutes,
+    and the slots go on with the other studies meanwhile.
+    """
 
     def __init__(
         self,
@@ -291,20 +311,30 @@ class _OpenStudies:
         slots: Sequence[Slot],
         *,
         leave: bool,
+        interrupted: threading.Event | None = None,
+        around_check: Callable[[], AbstractContextManager[None]] = nullcontext,
+        found_something: Callable[[], None] = lambda: None,
     ) -> None:
         self._storage, self._settings, self._slots = storage, settings, slots
         self._names, self._leave = names, leave
-        self._lock = threading.Lock()  # the slots' threads look one after another
+        self._interrupted = interrupted or threading.Event()
+        self._around_check, self._found_something = around_check, found_something
+        self._lock = threading.RLock()  # the slots' threads look one after another
+        self._checked = threading.Condition(self._lock)
         self._looked = float("-inf")
-        self._handles: list[StudyHandle] = []
+        self._open: list[Study] = []  # as the last look saw them
         # By id and incarnation: a later study of the same name is another one, and so is a copy under another name.
         self._admitted: dict[tuple[int, str], StudyHandle] = {}
         self._left: dict[tuple[int, str], _Left] = {}
         self._gone: set[str] = set()  # names of those that were named and deleted
+        self._to_check: deque[Study] = deque()
+        self._checking: set[tuple[int, str]] = set()
+        self._wait_until = float("-inf")  # for checks that have just begun
+        self._error: Exception | None = None  # of a check: the database's
         # By id and incarnation: the trials that this worker has claimed since the last look, and in which order it
         # served the studies.
         self._read: dict[tuple[int, str], Study] = {}  # as the last look saw them; a handle's is that of its admission
-        # Of its own: a look may take minutes, and a slot that has claimed a trial must not wait for it.
+        # Of its own: a look waits for the database, and a slot that has claimed a trial must not wait for it.
         self._counting = threading.Lock()
         self._claimed: Counter[tuple[int, str]] = Counter()
         self._served: dict[tuple[int, str], int] = {}
@@ -313,9 +343,16 @@ class _OpenStudies:
         """Those that may have something to do, in the order in which a free slot is to ask them."""
         with self._lock:
             if time.monotonic() - self._looked >= LOOK_SECONDS:
-                self._handles = self._look()
+                self._look()
                 self._looked = time.monotonic()
-            return self._share(self._handles) if self._leave else list(self._handles)
+            self._checked.wait_for(self._is_checked, timeout=max(0.0, self._wait_until - time.monotonic()))
+            if self._error is not None:
+                raise self._error
+            handles = [self._admitted[_key(study)] for study in self._open if _key(study) in self._admitted]
+            return self._share(handles) if self._leave else handles
+
+    def _is_checked(self) -> bool:
+        return not self._checking and not self._to_check
 
     def served(self, study: Study) -> None:
         """This worker has claimed a trial of `study`."""
@@ -344,7 +381,8 @@ class _OpenStudies:
         if self._names is None:
             return False
         with self._lock:
-            return not self._look()
+            self._look()
+            return not self._open
 
     def leave(self, study: Study, error: MachineError) -> None:
         """Leaves `study` to other workers for a while, and says why. Raises `error` if it was named."""
@@ -354,22 +392,24 @@ class _OpenStudies:
         with self._lock:
             if self._admitted.pop(_key(study), None) is not None:  # else another slot was first
                 checks.forget_keras()
-                self._handles = [handle for handle in self._handles if _key(handle.study) != _key(study)]
                 self._leave_for_now(study, error)
 
     def _leave_for_now(self, study: Study, error: Exception) -> None:
-        before, reason = self._left.get(_key(study)), str(error)
-        if not isinstance(error, TrialyardError):
-            reason = f"{type(error).__name__}: {one_line(error, 300)}"
-        if before is None or before.reason != reason:
+        reason = str(error) if isinstance(error, TrialyardError) else f"{type(error).__name__}: {one_line(error, 300)}"
+        with self._lock:
+            before = self._left.get(_key(study))
+            self._left[_key(study)] = _Left(reason=reason, until=time.monotonic() + LEFT_SECONDS)
+            self._open = [other for other in self._open if _key(other) != _key(study)]
+        if (before is None or before.reason != reason) and not self._interrupted.is_set():
             log.warning("study %s is left to other workers: %s", study.name, reason)
-        self._left[_key(study)] = _Left(reason=reason, until=time.monotonic() + LEFT_SECONDS)
 
-    def _look(self) -> list[StudyHandle]:
-        handles = []
+    def _look(self) -> None:
+        """Reads which studies are open, and has the new ones checked."""
         with self._counting:
             self._claimed.clear()
         existing = {study.name: study for study in ledger.studies(self._storage)}
+        self._forget_all_but({_key(study) for study in existing.values()})
+        self._open, new = [], []
         for name in existing if self._names is None else self._names:
             if name not in existing:
                 if name not in self._gone:
@@ -377,23 +417,72 @@ class _OpenStudies:
                 self._gone.add(name)
                 continue
             study = existing[name]
+            key = _key(study)
             if study.state != "open" or study.has_ended:
-                self._admitted.pop(_key(study), None)  # its cached trials take memory
+                self._admitted.pop(key, None)  # its cached trials take memory
                 continue
-            left = self._left.get(_key(study))
-            if _key(study) not in self._admitted and left is not None and time.monotonic() < left.until:
+            left = self._left.get(key)
+            if key not in self._admitted and left is not None and time.monotonic() < left.until:
                 continue
+            self._read[key] = study
+            self._open.append(study)
+            if key not in self._admitted and key not in self._checking:
+                new.append(study)
+        if self._leave:
+            # Those that were never refused first: the check of another one may take long again.
+            self._check(sorted(new, key=lambda study: _key(study) in self._left))
+        else:
+            for study in new:  # it was checked before the work began
+                self._admit_if_it_exists(study)
+
+    def _forget_all_but(self, keys: set[tuple[int, str]]) -> None:
+        """Drops what is known of studies that were deleted: a worker may run for months."""
+        tables: list[dict[tuple[int, str], Any]] = [self._admitted, self._left, self._read]
+        for table in tables:
+            for key in table.keys() - keys:
+                del table[key]
+        with self._counting:
+            self._served = {key: turn for key, turn in self._served.items() if key in keys}
+
+    def _check(self, new: Sequence[Study]) -> None:
+        """Has `new` studies checked by other threads."""
+        waited_for = {_key(study) for study in self._to_check}
+        self._to_check = deque(new)
+        if waited_for >= {_key(study) for study in new}:
+            return  # threads are busy with others
+        self._wait_until = time.monotonic() + WAIT_SECONDS
+        for _ in range(min(CHECKS - len(self._checking), len(new))):
+            # Reserved for the thread here, so that no more of them start than CHECKS.
+            study = self._to_check.popleft()
+            self._checking.add(_key(study))
+            threading.Thread(target=self._check_some, args=(study,), name="check", daemon=True).start()
+
+    def _check_some(self, study: Study | None) -> None:
+        """A thread's work: checks `study`, and then others as long as there are any."""
+        while study is not None:
             try:
-                handle = self._admitted.get(_key(study)) or self._admit(study)
-            except (TrialyardError, KeyError):
-                if self._exists(study):
-                    raise
-                continue  # deleted while it was looked at
-            if handle is not None:
-                self._admitted[_key(study)] = handle
-                handles.append(handle)
-                self._read[_key(study)] = study
-        return handles
+                with self._around_check():
+                    self._admit_if_it_exists(study)
+            except Exception as error:  # noqa: BLE001 - carried to the slots' threads, which raise it
+                self._error = error
+            with self._lock:
+                self._checking.discard(_key(study))
+                over = not self._to_check or self._interrupted.is_set() or self._error is not None
+                study = None if over else self._to_check.popleft()
+                if study is not None:
+                    self._checking.add(_key(study))
+                self._checked.notify_all()
+            self._found_something()
+
+    def _admit_if_it_exists(self, study: Study) -> None:
+        try:
+            handle = self._admit(study)
+        except (TrialyardError, KeyError):
+            if self._exists(study):
+                raise
+            return  # deleted while it was looked at
+        if handle is not None:
+            self._admitted[_key(study)] = handle
 
     def _exists(self, study: Study) -> bool:
         return any(_key(study) == _key(other) for other in ledger.studies(self._storage))
@@ -403,7 +492,7 @@ class _OpenStudies:
         # version. Those that were named have been looked at already.
         try:
             definition = (
-                check_fit(study, self._storage, self._settings)
+                check_fit(study, self._storage, self._settings, self._interrupted)
                 if self._leave
                 else definitions.from_json(study.definition)
             )

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from search import checks, service, terminal
 from search.errors import MachineError
 from storage import claims
 from storage.owners import Owner
+from storage.settings import load
 from storage.transactions import PatientStorage
 from studies import registry
 from studies.definition import Data, Definition
@@ -30,6 +32,25 @@ def test_a_crash_while_keras_is_imported_is_a_sentence_with_what_it_printed(brok
         MachineError, match=r"tensorflow .* by signal SIGABRT before it had imported Keras; it printed: "
     ):
         checks.check_keras("tensorflow")
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_check_that_hangs_ends(
+    home: Path, monkeypatch: pytest.MonkeyPatch, trivial: Definition, stopped: bool
+) -> None:
+    """As where a file server does not answer."""
+    (home / "hanging.py").write_text("import time\n\n\ndef load():\n    time.sleep(600)\n", encoding="utf-8")
+    definition = trivial.model_copy(update={"dataset": "hanging:load"})
+    stop = threading.Event()
+    if stopped:
+        stop.set()
+    else:
+        monkeypatch.setattr(checks, "CHECK_SECONDS", 0.0)
+    reason = (
+        "the check of trivial was stopped" if stopped else "hanging:load took longer than 0 minutes on this machine"
+    )
+    with pytest.raises(MachineError, match=reason):
+        checks.check(definition, load(), stop=stop)
 
 
 def test_that_keras_can_be_imported_is_remembered_for_a_day_and_for_this_installation(

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from scripted import Scripted, epoch, trained
 
 import studies
-from search import limits, worker
+from search import checks, limits, worker
 from search.attempt import StudyHandle
 from search.devices import Slot, cpu
 from search.errors import WorkerError
@@ -200,6 +200,56 @@ def test_a_slot_with_a_trial_does_not_wait_until_another_study_is_checked(
     for thread in threads:
         thread.join()
     assert was_noted
+
+
+def test_a_study_whose_check_hangs_keeps_no_slot_from_the_others(
+    storage: PatientStorage, trivial: Definition, open_studies: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data may be on a file server that does not answer."""
+    for name in ("hangs", "usual"):
+        _create(storage, trivial, name)
+    may_end, began = threading.Event(), Counter[str]()
+
+    def check_fit(study: ledger.Study, *_: object) -> Definition:
+        began[study.name] += 1
+        if study.name == "hangs":
+            may_end.wait(60)
+        return definitions.from_json(study.definition)
+
+    monkeypatch.setattr(worker, "check_fit", check_fit)
+    one, start = open_studies(), time.monotonic()
+    for _ in range(20):
+        assert [handle.study.name for handle in one.now()] == ["usual"]
+    assert time.monotonic() - start < 10 * worker.WAIT_SECONDS
+    may_end.set()
+    end = time.monotonic() + 30
+    while len(one.now()) < 2:
+        assert time.monotonic() < end
+    assert began == {"hangs": 1, "usual": 1}
+
+
+def test_what_a_worker_knows_of_a_deleted_study_is_forgotten(
+    storage: PatientStorage, trivial: Definition, open_studies: Any, me: Owner
+) -> None:
+    _create(storage, trivial, "old")
+    one = open_studies()
+    _finish(storage, _take(one, me))
+    studies.delete("old", storage)
+    assert one.now() == []
+    assert [one._admitted, one._read, one._left, one._served] == [{}] * 4
+
+
+def test_a_study_of_another_version_is_refused_before_its_data_are_read(
+    storage: PatientStorage, trivial: Definition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*_: object, **__: object) -> None:
+        raise AssertionError("the data were read")
+
+    _create(storage, trivial, "old")
+    registry.check_software(ledger.find(storage, "old"), storage, checks.software() | {"keras": "2.0"})
+    monkeypatch.setattr(checks, "check", check)
+    with pytest.raises(StudyError, match=r"study 'old' started with keras 2\.0"):
+        worker.check_fit(ledger.find(storage, "old"), storage, Settings(home=tmp_path))
 
 
 def test_a_priority_that_is_no_whole_number_is_refused(storage: PatientStorage, trivial: Definition) -> None:
