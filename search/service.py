@@ -560,11 +560,8 @@ class Leftovers:
 def leftovers(storage: str | None = None) -> Leftovers:
     """The files that no trial needs, which `prune` removes. Raises StorageError."""
     here = _settings(storage)
-    opened = database.connect(here.url)
-    return Leftovers(
-        files=retention.unneeded(opened, here.artifact_store, here.keep_models),
-        of_others=retention.of_others(opened, here.artifact_store),
-    )
+    files, of_others = retention.leftovers(database.connect(here.url), here.artifact_store, here.keep_models)
+    return Leftovers(files=files, of_others=of_others)
 
 
 def prune(found: Leftovers, storage: str | None = None) -> int:

@@ -5,6 +5,7 @@ database has it: ``<study>-<id>/<trial>/<attempt>/<name>``. Trainer processes al
 `ArtifactStore.folder`.
 """
 
+import logging
 import os
 import re
 from abc import ABC, abstractmethod
@@ -14,6 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from storage import artifacts
+
+log = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 # No other file is ever touched, wherever the settings point.
@@ -61,6 +64,7 @@ class ArtifactStore(ABC):
     def fetch(self, path: object) -> Path | None:
         """The file `path` on this machine; None if it does not exist, or if `path` is not a relative path.
 
+        A file in a folder that this user may not look into does not exist for him, here and in `existing`.
         `path` is a trial's attribute, so it may be anything. Use it for files that never change: not for checkpoints.
         Raises ObjectStoreError.
         """
@@ -79,7 +83,14 @@ class ArtifactStore(ABC):
 
     @abstractmethod
     def files(self) -> Iterator[Stored]:
-        """Every file of every attempt, by path. Raises ObjectStoreError."""
+        """Every file of every attempt, by path, but for those in folders that this user may not look into.
+
+        Such a folder is named in the log. Raises ObjectStoreError.
+        """
+
+    def files_of(self, study: str) -> Iterator[Stored]:
+        """Those `files` that are in a folder whose name begins with `study`, as those of that study are."""
+        return (file for file in self.files() if file.path.parts[0].startswith(study))
 
     @abstractmethod
     def still(self, file: Stored) -> Stored | None:
@@ -123,7 +134,7 @@ class FolderStore(ArtifactStore):
 
     def fetch(self, path: object) -> Path | None:
         found = artifacts.inside(self.folder, path)
-        return found if found is not None and found.is_file() else None
+        return found if found is not None and _is_file(found) else None
 
     def fetch_all(self, paths: Collection[object]) -> None:
         """Does nothing: they are on this machine."""
@@ -131,15 +142,19 @@ class FolderStore(ArtifactStore):
     def open(self, path: PurePosixPath) -> BinaryIO | None:
         found = self.folder / path
         # A link must not lead out of the folder.
-        if found.resolve().is_relative_to(self.folder.resolve()) and found.is_file():
+        if found.resolve().is_relative_to(self.folder.resolve()) and _is_file(found):
             return found.open("rb")
         return None
 
     def existing(self, paths: Collection[PurePosixPath]) -> dict[PurePosixPath, Path | ObjectFile]:
-        return {path: self.folder / path for path in paths if (self.folder / path).is_file()}
+        return {path: self.folder / path for path in paths if _is_file(self.folder / path)}
 
     def files(self) -> Iterator[Stored]:
         return local_files(self.folder)
+
+    def files_of(self, study: str) -> Iterator[Stored]:
+        # A folder of another study that cannot be listed must not be in the way.
+        return local_files(self.folder, study)
 
     def still(self, file: Stored) -> Stored | None:
         return _stored(self.folder, self.folder / file.path)
@@ -157,35 +172,51 @@ def of(where: ArtifactStore | Path) -> ArtifactStore:
     return where if isinstance(where, ArtifactStore) else FolderStore(where.absolute())
 
 
-def local_files(root: Path) -> Iterator[Stored]:
-    """Every file of an attempt below the folder `root`, by path."""
-    for study in _folders(root):
-        for trial in _folders(study):
+def local_files(root: Path, study: str = "") -> Iterator[Stored]:
+    """Every file of an attempt below the folder `root`, by path; only those of folders whose name begins with `study`.
+
+    A folder that this user may not look into is named in the log, and has no files.
+    """
+    for of_study in _scan(root)[0]:
+        for trial in _scan(of_study)[0] if of_study.name.startswith(study) else ():
             if not _NUMBER.fullmatch(trial.name):
                 continue
-            # Older versions had one folder for a trial.
-            for folder in (trial, *(attempt for attempt in _folders(trial) if _NUMBER.fullmatch(attempt.name))):
-                for path in _plain_files(folder):
-                    stored = _stored(root, path)
-                    if stored is not None:
-                        yield stored
+            attempts, files = _scan(trial)  # older versions had one folder for a trial
+            for attempt in attempts:
+                files += _scan(attempt)[1] if _NUMBER.fullmatch(attempt.name) else []
+            for path in files:
+                stored = _stored(root, path)
+                if stored is not None:
+                    yield stored
 
 
 def _stored(root: Path, path: Path) -> Stored | None:
     try:
         status = path.stat()
-    except FileNotFoundError:  # its worker removed it a moment ago
+    except OSError:  # its worker removed it a moment ago, or it is in another user's folder
         return None
     return Stored(path=PurePosixPath(path.relative_to(root)), size=status.st_size, modified=status.st_mtime)
 
 
-def _folders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # it is in another user's folder
+        return False
 
 
-def _plain_files(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        files = [entry.path for entry in entries if entry.is_file(follow_symlinks=False) and OURS.fullmatch(entry.name)]
-    return [Path(path) for path in sorted(files)]
+def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The folders and the files of ours in `folder`, each by name, without links."""
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))
+                elif OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    files.append(Path(entry.path))
+    except (FileNotFoundError, NotADirectoryError):  # it was removed a moment ago, or never made
+        pass
+    except OSError as error:  # another user's
+        log.warning("the files in %s are left out: %s", folder, error.strerror or error)
+    return folders, files

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -87,7 +87,7 @@ def trim(storage: RDBStorage, claim: Claim, root: ArtifactStore | Path, keep: in
             paths -= _named(connection, keep)
         if store.is_far:  # to ask it for each takes too long; who removes one withdraws it from the dashboard, too
             return sorted(_offered(connection, trials, paths))
-        return sorted(path for path in paths if (store.folder / path).exists())
+        return sorted(map(str, store.existing(list(map(PurePosixPath, paths)))))
 
     def remove_all(connection: Connection) -> list[PurePosixPath]:
         gone = []
@@ -126,19 +126,24 @@ def unneeded(
     """
     store = artifact_store.of(root)
     # First the files: a trial is in the database before it has one.
-    files = [file for file in _files(store) if study is None or file.study == study]
+    stored = store.files() if study is None else store.files_of(study)
+    files = [file for file in _files(stored) if study is None or file.study == study]
     return read(storage, lambda connection: _unneeded(connection, store, keep, files))
 
 
-def of_others(storage: RDBStorage, root: ArtifactStore | Path) -> list[str]:
-    """The folders in `root` of studies that this database neither has nor has deleted."""
-    files = list(_files(artifact_store.of(root)))
+def leftovers(storage: RDBStorage, root: ArtifactStore | Path, keep: int) -> tuple[list[UnneededFile], list[str]]:
+    """What is `unneeded`, and the folders in `root` of studies that this database neither has nor has deleted.
 
-    def work(connection: Connection) -> list[str]:
+    Lists the files once: that takes a while in an object store, and names what cannot be listed.
+    """
+    store = artifact_store.of(root)
+    files = list(_files(store.files()))
+
+    def of_others(connection: Connection) -> list[str]:
         studies = _study_ids(connection, files)
         return sorted({file.path.parts[0] for file in files if studies[file.study, file.id] == _UNKNOWN})
 
-    return read(storage, work)
+    return read(storage, lambda connection: (_unneeded(connection, store, keep, files), of_others(connection)))
 
 
 def remove(storage: RDBStorage, root: ArtifactStore | Path, keep: int, listed: Sequence[UnneededFile]) -> int:
@@ -181,9 +186,9 @@ def _remove(store: ArtifactStore, files: Sequence[UnneededFile]) -> bool:
     return True
 
 
-def _files(store: ArtifactStore) -> Iterator[File]:
-    """Every file of ours, by path."""
-    for stored in store.files():
+def _files(found: Iterable[Stored]) -> Iterator[File]:
+    """Those of the files `found` that are ours, in their order."""
+    for stored in found:
         study, *numbers = stored.path.parts[:-1]
         match = _STUDY.fullmatch(study)
         if not numbers or not all(map(_NUMBER.fullmatch, numbers)):

@@ -328,8 +328,8 @@ def file_of(study: Study, trial: FrozenTrial, artifact: Literal["model", "histor
         host = attempts[-1].owner.host if attempts else "another machine"
         raise StudyError(
             f"the {artifact} of trial {trial.number} of study {study.name!r} is not on this machine "
-            f"({store.folder / named} does not exist; it was trained on {host}): set TRIALYARD_ARTIFACTS to the folder "
-            "that has it, or copy it to that path"
+            f"({store.folder / named} does not exist, or this user may not see it; it was trained on {host}): set "
+            "TRIALYARD_ARTIFACTS to the folder that has it, or copy it to that path"
         )
     return path
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import optuna
 import pytest
+from conftest import MODEL_PATH, Call
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from locked_folder import locked
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy import func, select
@@ -251,7 +253,7 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
         **{f"{ended[1].folder.parent}/2/{name}": "of an attempt that does not count" for name in (MODEL, HISTORY)},
         **{f"{deleted}/{name}": "its study is gone" for name in (MODEL, HISTORY, CHECKPOINT)},
     }
-    assert retention.of_others(storage, root) == ["gone", other]
+    assert retention.leftovers(storage, root, 5)[1] == ["gone", other]
     before = set(_files(root))
     assert _offered(storage, study, MODEL) == {0, 1, 2}
     assert retention.remove(storage, root, 2, listed) == 100 * len(listed)
@@ -415,7 +417,7 @@ def test_the_old_folder_of_another_database_s_study_of_the_same_name_stays(
     claims.finish(storage, _claim(storage, study, me), FAIL, None, {})
     _write(root, f"{study}/0", MODEL, HISTORY)
     assert retention.unneeded(storage, root, 5) == []
-    assert retention.of_others(storage, root) == [study]
+    assert retention.leftovers(storage, root, 5)[1] == [study]
     assert studies.delete(study, storage) == 0
     assert retention.unneeded(storage, root, 5) == []
     owning = database.create(f"sqlite:///{tmp_path}/old.db")
@@ -476,3 +478,46 @@ def test_files_that_cannot_be_removed_are_named_and_the_others_go(
     monkeypatch.setattr(artifacts, "remove", refused)
     assert retention.remove(storage, root, 5, retention.unneeded(storage, root, 5)) == 100
     assert f"{root / claim.folder / HISTORY} stays: Permission denied" in caplog.text
+
+
+# --- folders of other users -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_folder_of_another_user_ends_no_command(
+    home: Path, finished_study: str, trialyard: Call, depth: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The folder of a study, a trial or an attempt."""
+    folder = home.joinpath("yard", "artifacts", *MODEL_PATH.parts[:depth])
+    model = f"{home / 'yard' / 'artifacts' / MODEL_PATH}"
+    assert model in trialyard("show", finished_study, "0")[1]
+    with locked(folder):
+        for command in (("best",), ("report",), ("trials",)):
+            assert trialyard(*command, finished_study)[0] == 0
+        code, out, _ = trialyard("show", finished_study, "0")
+        assert (code, model in out) == (0, False)
+        code, _, err = trialyard("export", finished_study, "there")
+        assert (code, err.startswith("error: ")) == (1, True)
+        caplog.clear()
+        assert trialyard("storage", "prune")[:2] == (0, f"0 B are free, below {home}/yard/artifacts\n")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the files in {folder} are left out: Permission denied"
+    ]
+
+
+def test_delete_looks_into_no_other_study_s_folder(
+    home: Path, trivial: Definition, me: Owner, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage: PatientStorage = database.create(f"sqlite:///{home}/yard/studies.db")
+    root = home / "yard" / "artifacts"
+    for name in ("one", "two"):
+        registry.create(trivial.model_copy(update={"name": name}), storage, {"fingerprint": "0" * 16})
+        _end(storage, root, _claim(storage, name, me), COMPLETE, 0.9)
+    (folder,) = root.glob("two-*")
+    with locked(folder):
+        assert studies.delete("one") == 500
+        assert caplog.text == ""
+        assert studies.delete("two") == 0
+        assert f"the files in {folder} are left out: Permission denied" in caplog.text
+    assert registry.names(storage) == []
+    assert len(retention.unneeded(storage, root, 5)) == len(_files(root)) == 5, "the folder's user can remove them"
