@@ -2,8 +2,6 @@
 
 import contextlib
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +20,7 @@ from search.devices import Slot, common_precision, precision_for
 from search.messages import Batches, Epoch
 from search.notebook_display import NotebookLive
 from search.pace import Mark, Running, study_seconds_left
+from search.standard_error import StandardError
 from search.summary import clock, duration, progress_line, shown, so_far
 from storage import attributes
 from storage.claims import Claim
@@ -312,17 +311,6 @@ def display(
     return display_of(lines, studies, storage, [slot.name for slot in slots], console)
 
 
-class _StandardError(Console):
-    """Standard error, which may be closed before the search ends (``2>&1 | head``). A search goes on without it."""
-
-    def on_broken_pipe(self) -> None:
-        """Drops what is still to be shown; Rich ends the program here."""
-        self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stderr.fileno())  # for the log, too
-        os.close(nowhere)
-
-
 def display_of(
     lines: Sequence[str],
     studies: Sequence[Study] | None,
@@ -331,7 +319,7 @@ def display_of(
     console: Console | None = None,
 ) -> list[Listener]:
     """As `display`, for slots of which only the names are known; `lines` are what is said first."""
-    shown = console or _StandardError(stderr=True)
+    shown = console or StandardError()
 
     def ask(name: str) -> Status:
         return status(name, storage)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from search.sparkline import sparkline
+from search.standard_error import StandardError
 from search.summary import duration, not_shown, progress_line, shown
 from storage import artifacts, attributes
 from storage.errors import many, trials_text
@@ -35,7 +36,7 @@ REASON_COLUMNS = 80  # of a trial's reason in a table; `show` has all of it
 WIDE = 160  # columns of a report that goes to a file or a pipe
 
 out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True)
+err = StandardError()
 
 
 def say(line: str) -> None:

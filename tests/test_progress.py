@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
+import logging
 import os
 import re
 import signal
@@ -21,6 +23,8 @@ from conftest import COMMAND, SMALL, Command
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
+from rich.live import Live
+from rich.logging import RichHandler
 from sklearn.datasets import load_digits
 
 from search import notebook_display, progress
@@ -28,10 +32,12 @@ from search.devices import Slot, cpu
 from search.messages import Batches, Epoch
 from search.pace import Mark, Running, study_seconds_left
 from search.progress import Lines, LiveTable, ending
+from search.standard_error import StandardError
 from search.summary import progress_line, shown
 from storage import claims, ledger
 from storage.claims import Claim
 from storage.owners import Owner
+from storage.transactions import PatientStorage
 from studies import results
 
 RECORD = Epoch(
@@ -341,6 +347,73 @@ def test_a_search_goes_on_when_its_output_is_closed(
     assert search.wait(240) == 0
     found = results.status("small", f"sqlite:///{home}/yard/studies.db")
     assert (found.ended, found.finished) == (True, 2)
+
+
+def test_a_search_goes_on_when_the_disk_of_its_log_is_full(
+    home: Path, write_small: Callable[..., Path], start: Command
+) -> None:
+    """As in ``trialyard run small.toml 2> work.log``."""
+    definition = str(write_small(trials=2, epochs=2))
+    full = ["sh", "-c", 'exec "$@" 2> /dev/full', "sh", *COMMAND]
+    assert start("run", definition, program=full).wait(240) == 0
+    found = results.status("small", f"sqlite:///{home}/yard/studies.db")
+    assert (found.ended, found.finished) == (True, 2)
+
+
+@pytest.mark.parametrize("kind", [Lines, LiveTable])
+def test_the_display_goes_on_when_its_terminal_is_gone(
+    storage: PatientStorage, claim: Claim, kind: type[progress.Listener], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after ``disown``, when the window is closed."""
+    monkeypatch.setenv("TERM", "xterm" if kind is LiveTable else "dumb")
+    ours, its = os.openpty()
+    terminal = os.fdopen(its, "w")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        log_handlers = [logging.StreamHandler(), RichHandler(console=StandardError())]
+        (listener,) = progress.display(None, storage, [Slot(device=cpu(), index=0)])
+        assert type(listener) is kind
+        with listener:
+            os.close(ours)
+            with pytest.raises(OSError, match="Input/output error"):
+                os.write(its, b"x")
+            for _ in range(2):
+                listener.began(claim, {"dropout": 0.25}, epochs=8)
+                listener.epoch(claim, RECORD)
+                listener.ended(claim, storage.get_trial(claim.trial_id))
+                listener.deleted(claim)
+            for handler in log_handlers:
+                handler.handle(logging.makeLogRecord({"msg": "a line of the log"}))
+            if isinstance(listener, LiveTable):
+                assert isinstance(listener._live, Live)
+                listener._live.refresh()
+                print("a line of somebody else's", file=sys.stderr)
+                thread = listener._live._refresh_thread
+                assert thread is not None
+                thread.join(1.0)
+                assert thread.is_alive(), "Rich's own thread goes on as well"
+    with contextlib.suppress(OSError):
+        terminal.close()
+
+
+def test_what_cannot_be_written_is_not_kept_and_later_lines_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Disk(io.StringIO):
+        is_full = True
+
+        def write(self, text: str) -> int:
+            if self.is_full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(text)
+
+    disk = Disk()
+    monkeypatch.setattr(sys, "stderr", disk)
+    console = StandardError()
+    console.print("lost")
+    disk.is_full = False
+    console.print("written")
+    assert disk.getvalue() == "written\n"
 
 
 def test_lines_go_on_when_somebody_broke_the_study_s_attributes(storage: RDBStorage, claim: Claim) -> None:
