@@ -24,7 +24,7 @@ DROPOUTS = ("dropout", "dense_dropout", "conv_dropout")
 def learning_curves(curves: Sequence[Curve], definition: Definition) -> go.Figure | None:
     """Loss and accuracy by epoch, of training and validation images, one colour for each trial.
 
-    If no history is on this machine, the validation accuracy from the database instead.
+    If no history is on this machine, the validation accuracy from the database instead: by epoch, or by repeat.
     """
     known = [curve for curve in curves if curve.loss]
     if not known:
@@ -51,14 +51,15 @@ def learning_curves(curves: Sequence[Curve], definition: Definition) -> go.Figur
 def _recorded_accuracies(curves: Sequence[Curve], definition: Definition) -> go.Figure | None:
     if not curves:
         return None
+    step = "repeat" if definition.budget.repeats > 1 else "epoch"
     values = [value for curve in curves for value in curve.val_accuracy]
     return drawing.framed(
         [
             drawing.line(curve, f"trial {curve.number}", curve.val_accuracy, index, "dash")
             for index, curve in enumerate(curves)
         ],
-        "Accuracy by epoch, best trials first (their losses are not on this machine)",
-        "epoch",
+        f"Accuracy by {step}, best trials first (their losses are not on this machine)",
+        step,
         f"{drawing.images('validation', definition)} accuracy",
         xaxis=drawing.count_axis(max(len(curve.val_accuracy) for curve in curves)),
         yaxis=drawing.accuracy_axis(values),

@@ -113,7 +113,8 @@ def sections(content: TrialContent) -> list[Section]:
 
 
 def _curve(curve: Curve, definition: Definition) -> str:
-    """A row for each epoch."""
+    """A row for each epoch; for each repeat if there are several, and the history is not on this machine."""
+    step = "repeat" if definition.budget.repeats > 1 and not curve.val_loss else "epoch"
     judged = epochs_judged_on(definition.protocol)
     columns = {
         "loss": curve.loss,
@@ -122,11 +123,11 @@ def _curve(curve: Curve, definition: Definition) -> str:
         f"{judged} accuracy": curve.val_accuracy,
     }
     known = {name: values for name, values in columns.items() if values}
-    epochs = max(map(len, known.values()), default=0)
-    first = max(0, epochs - MOST_EPOCHS)
-    rows = [[str(at + 1), *(_number(values[at]) for values in known.values())] for at in range(first, epochs)]
-    left_out = [f"The first {many(first, 'epoch')} are left out."] if first else []
-    return paragraphs([rows_text(["epoch", *known], rows, right=True), *left_out]) if rows else ""
+    steps = max(map(len, known.values()), default=0)
+    first = max(0, steps - MOST_EPOCHS)
+    rows = [[str(at + 1), *(_number(values[at]) for values in known.values())] for at in range(first, steps)]
+    left_out = [f"The first {many(first, step)} are left out."] if first else []
+    return paragraphs([rows_text([step, *known], rows, right=True), *left_out]) if rows else ""
 
 
 def _number(value: float) -> str:

@@ -141,6 +141,16 @@ def test_without_any_history_the_accuracy_by_epoch_is_drawn(
     figure = search_figures.learning_curves(results.curves_of(trials, tmp_path), digits)
     assert list(_trace(figure, "trial 3").y) == [0.5, 0.95]
     assert "not on this machine" in figure.layout.title.text
+    assert figure.layout.xaxis.title.text == "epoch"
+
+
+def test_without_any_history_the_accuracy_of_repeats_is_drawn_by_repeat(
+    trials: list[FrozenTrial], digits: Definition, tmp_path: Path
+) -> None:
+    repeated = digits.model_copy(update={"budget": digits.budget.model_copy(update={"repeats": 2})})
+    figure = search_figures.learning_curves(results.curves_of(trials, tmp_path), repeated)
+    assert figure.layout.xaxis.title.text == "repeat"
+    assert figure.layout.title.text.startswith("Accuracy by repeat, best trials first")
 
 
 CONFIRM = Confirm(

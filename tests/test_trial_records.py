@@ -132,6 +132,20 @@ def test_the_report_of_a_confirmation_s_running_trial_names_the_images_of_its_ep
         assert "| epoch | validation accuracy |" in report
 
 
+def test_the_report_of_a_trial_with_repeats_lists_these_where_it_has_no_history(
+    storage: RDBStorage, every_state: str
+) -> None:
+    content = trial_report.collect(every_state, 0, storage)
+    definition = content.definition
+    repeated = definition.model_copy(update={"budget": definition.budget.model_copy(update={"repeats": 2})})
+    for of, titles in ((definition, "| epoch | validation"), (repeated, "| repeat | validation")):
+        assert titles in trial_report.report(dataclasses.replace(content, definition=of))
+    curve = dataclasses.replace(content.details.curve, val_loss=(0.5, 0.4))
+    details = dataclasses.replace(content.details, curve=curve)
+    history = dataclasses.replace(content, definition=repeated, details=details)
+    assert "| epoch | validation" in trial_report.report(history)
+
+
 def test_trials_in_the_terminal(finished_study: str, trialyard: Call) -> None:
     code, out, err = trialyard("trials", finished_study)
     assert (code, err) == (0, "")
