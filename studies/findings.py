@@ -16,7 +16,7 @@ from storage.ranking import is_feasible, is_scored, rank_key
 from studies import importance, model_rules, notebook, sources, statistics
 from studies.definition import Definition
 from studies.model_rules import Number
-from studies.space import Choice, Int, Parameter, values_text
+from studies.space import Choice, Int, Parameter, key_of, values_text
 
 EDGE = 0.02  # share of a continuous range, from either end, that counts as its edge
 NEAR = 50  # so many trials behind the best are compared with it
@@ -233,10 +233,10 @@ def _by_state(trials: Sequence[FrozenTrial], definition: Definition) -> list[str
     if imported:
         sentences.append(f"Imported, not run here: {many(imported, 'trial')}. Their results were not checked.")
     complete = ranked(trials)
-    once = not complete or sum(trial.params == complete[0].params for trial in complete) == 1
-    if (
-        once and definition.budget.repeats == 1 and definition.confirm is None
-    ):  # a confirmation's points have a seed in them
+    keys = [key_of(trial.params) for trial in complete]
+    once = not keys or keys.count(keys[0]) == 1
+    # A confirmation's points have a seed in them.
+    if once and definition.budget.repeats == 1 and definition.confirm is None:
         sentences.append("The best configuration was trained once, with one seed: another seed gives other numbers.")
     return sentences
 

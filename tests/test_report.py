@@ -487,6 +487,15 @@ def test_a_foreign_value_in_percent_is_no_accuracy() -> None:
     assert not any("sampling error" in sentence for sentence in found.best)
 
 
+@pytest.mark.parametrize(("dropout", "once"), [(0.3, False), (0.1, True)])
+def test_points_that_differ_by_a_float_s_last_digits_are_one_configuration(dropout: float, once: bool) -> None:
+    """The steps of a float are sums: 0.1 + 0.2 is 0.30000000000000004, and a table that is imported has 0.3."""
+    trials = [_scored(0, 5, [0.9]), _scored(1, 5, [0.8])]
+    trials[0].params["dropout"], trials[1].params["dropout"] = 0.1 + 0.2, dropout
+    cautions = findings.findings(trials, definitions.load("digits"), {}).cautions
+    assert any("was trained once, with one seed" in sentence for sentence in cautions) is once
+
+
 def test_hits_tell_apart_what_two_accuracies_cannot() -> None:
     """Of 1,000 images the second trial gets 12 wrong that the first gets right, and none the other way round."""
     first = np.ones(1000, dtype=bool)
