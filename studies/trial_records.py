@@ -1,7 +1,7 @@
 """Every trial of a study as a record, whatever became of it, and all that is known of one. Only reads."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC
 from itertools import accumulate
@@ -16,7 +16,7 @@ from storage.artifact_store import ArtifactStore, ObjectFile
 from storage.artifacts import ALL, attempt_folder, inside
 from storage.attempt_table import Attempt, last_of_unfinished, of_trial
 from storage.ledger import Study
-from storage.metric import judged_on, protocol_of
+from storage.metric import JudgedOn, epochs_judged_on, judged_on, protocol_of
 from storage.ranking import is_feasible, is_scored, ranked
 from storage.settings import Settings
 from storage.transactions import read
@@ -197,16 +197,18 @@ def flat(records: Sequence[TrialRecord]) -> list[dict[str, Any]]:
 def _records(study: Study, found: Sequence[FrozenTrial], storage: RDBStorage) -> list[TrialRecord]:
     ranks = {trial.trial_id: trial.rank for trial in read(storage, lambda connection: ranked(connection, study.id))}
     last = read(storage, lambda connection: last_of_unfinished(connection, study.id))
-    images = _images(study)
+    of_values, of_epochs = _images(study, judged_on), _images(study, epochs_judged_on)
     return [
-        _record(trial, ranks.get(trial._trial_id), last.get(trial._trial_id), images)
+        _record(
+            trial, ranks.get(trial._trial_id), last.get(trial._trial_id), of_values if is_scored(trial) else of_epochs
+        )
         for trial in sorted(found, key=lambda trial: trial.number)
     ]
 
 
-def _images(study: Study) -> int | None:
-    """How many images judge the trials that Trialyard ran; None where it is not recorded."""
-    images = attributes.number(study.data.get(judged_on(protocol_of(study.definition))))
+def _images(study: Study, kind: Callable[[object], JudgedOn]) -> int | None:
+    """How many images judge the trials that Trialyard ran, or their epochs; None where it is not recorded."""
+    images = attributes.number(study.data.get(kind(protocol_of(study.definition))))
     return int(images) if images else None
 
 

@@ -87,6 +87,23 @@ def test_the_mean_of_several_repeats_has_no_sampling_error(storage: RDBStorage, 
     assert texts == ["0.900 ± 0.060", "0.9000", "0.900 ± 0.060"]
 
 
+def test_the_error_of_a_confirmation_s_running_trial_is_that_of_its_validation_images(
+    storage: RDBStorage, trivial: Definition, me: Owner
+) -> None:
+    """The test images judge it, but only after its last epoch."""
+    candidate = Candidate(trial=0, epochs=2, hyperparameters={"dropout": 0.1})
+    confirm = Confirm(study="searched", incarnation="a" * 32, candidates=(candidate,))
+    data = {"fingerprint": "0" * 16, "validation": 100, "test": 10_000}
+    registry.create(trivial.model_copy(update={"confirm": confirm}), storage, data)
+    done, runs = (claims.claim(storage, ledger.find(storage, trivial.name), me, 60.0) for _ in range(2))
+    assert done is not None
+    assert runs is not None
+    claims.finish(storage, done, TrialState.COMPLETE, 0.9, {})
+    claims.record_epochs(storage, runs, {1: 0.9}, epoch=1)
+    errors = [record.error for record in studies.trials(trivial.name, storage, limit=2)]
+    assert errors == [statistics.sampling_error(0.9, 10_000), statistics.sampling_error(0.9, 100)]
+
+
 @pytest.mark.parametrize(
     ("score", "images", "text"),
     [
