@@ -308,6 +308,7 @@ def _result(trainings: dict[int, dict[int, int]]) -> Confirmed:
         trainings=8 * len(runs),
         images=200,
         openings=1,
+        chosen_by=(),
         estimates=estimates,
         comparisons=tuple(compared),
         winner=winner,
