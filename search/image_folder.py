@@ -18,9 +18,9 @@ from search.errors import DataError
 from search.images import Array
 from storage.errors import many
 from storage.settings import environment_without_secrets
+from studies.class_folders import SUFFIXES, files_below, files_by_class, identities_above
 from studies.definition import Data
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")  # those of keras.utils.image_dataset_from_directory
 FORMAT = 1  # of the converted file: another number makes it again
 
 
@@ -43,7 +43,7 @@ def listing(folder: Path, data: Data) -> Listing:
     """
     parts = {part: folder / part for part in ("train", "test") if (folder / part).is_dir()}
     base = parts.get("train", folder)
-    by_class = _by_class(base, folder)
+    by_class = files_by_class(base, folder)
     if not by_class:
         raise DataError(
             f"{base}/ has no images ({', '.join(SUFFIXES)}) in sub-folders: put the images of each class into a "
@@ -61,7 +61,7 @@ def listing(folder: Path, data: Data) -> Listing:
         for path in sorted(folder.iterdir())
         if path.is_dir() and path.name not in parts and not path.name.startswith(".")
     ]
-    tests = _by_class(parts["test"], folder) if "test" in parts else {}
+    tests = files_by_class(parts["test"], folder) if "test" in parts else {}
     unknown = sorted(tests.keys() - by_class.keys())
     if unknown:
         raise DataError(
@@ -79,55 +79,10 @@ def listing(folder: Path, data: Data) -> Listing:
     return Listing(folder=folder, classes=classes, train=train, test=test, notes=tuple(notes))
 
 
-def _files(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
-    """All files below `folder` in a fixed order, without hidden ones.
-
-    `above` identifies the folders that contain this one. A link to one of them is not followed: it would repeat its
-    images.
-    """
-    identity = _identity(folder)
-    if identity in above:
-        return
-    folders = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            folders.append(path)
-        else:
-            yield path
-    for path in folders:
-        yield from _files(path, above | {identity})
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    """The same for a folder and a link to it."""
-    status = folder.stat()
-    return status.st_dev, status.st_ino
-
-
-def _identities_above(folder: Path) -> frozenset[tuple[int, int]]:
-    return frozenset(map(_identity, folder.resolve().parents))
-
-
-def _by_class(base: Path, folder: Path) -> dict[str, list[str]]:
-    """The image files of each sub-folder of `base` that has any, relative to `folder`."""
-    found = {}
-    above = _identities_above(base) | {_identity(base)}
-    for path in sorted(base.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            files = [
-                file.relative_to(folder).as_posix() for file in _files(path, above) if file.suffix.lower() in SUFFIXES
-            ]
-            if files:
-                found[path.name] = files
-    return found
-
-
 def _other_files(base: Path) -> Iterator[str]:
     others = Counter(
         path.suffix.lower() or path.name
-        for path in _files(base, _identities_above(base))
+        for path in files_below(base, identities_above(base))
         if path.suffix.lower() not in SUFFIXES
     )
     loose = sum(path.suffix.lower() in SUFFIXES for path in base.iterdir() if path.is_file())

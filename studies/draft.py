@@ -11,11 +11,14 @@ import tomli_w
 from storage.errors import nearest
 from studies import definition as definitions
 from studies import model_rules, script
+from studies.class_folders import files_by_class
 from studies.errors import DefinitionError
 from studies.sources import idx_array, is_folder
 
 OWN = "own"
 MODELS = (*model_rules.NAMES, OWN)
+STEPS = 6  # at least so many batches in the files of a folder: check needs one after the splits, and an epoch several
+LARGEST_BATCH = 128
 SMALL_GREY = ("mnist", "fashion_mnist", "digits")  # what the notebook's convnets were made for
 
 SPACES = {
@@ -144,6 +147,8 @@ def draft(
         space, fixed = SPACES.get(model, SPACES[OWN]), FIXED.get(model, "")
     if len(files) > 0:
         _require_current_folder(file, module)
+    if not re.search(r"^batch_size = ", space, re.MULTILINE):  # else a script has it
+        fixed = _batch_size(data) + fixed
     text = _text(name, data, model, file, trials, epochs, space, fixed)
     definitions.parse(text, source=str(file), folder=file.parent)  # so that a mistake in an argument is said
     return {file: text, **files}
@@ -194,6 +199,21 @@ def _data_table(data: str) -> str:
     if not (folder / "test").is_dir():
         lines += _line("test = 0.2", "the share of the images kept for `trialyard confirm`")
     return f"[data]\n{lines}"
+
+
+def _batch_size(data: str) -> str:
+    """The line for a folder of images: by default a batch has more images than a small folder leaves to train with."""
+    folder = Path(data)
+    if not is_folder(data):
+        return ""
+    base = folder / "train" if (folder / "train").is_dir() else folder
+    files = sum(map(len, files_by_class(base, folder).values()))
+    if files == 0:  # an empty folder, or IDX files
+        return ""
+    size = LARGEST_BATCH
+    while size > 1 and size * STEPS > files:
+        size //= 2
+    return _line(f"batch_size = {size}", "images that one step of the training sees")
 
 
 def _line(text: str, comment: str) -> str:

@@ -29,7 +29,7 @@ def _block(language: str, number: int = 0) -> str:
 
 
 def test_the_definition_of_the_page_is_the_one_that_init_writes(home: Path) -> None:
-    write_digits(home / "photos", 20, CLASSES)
+    write_digits(home / "photos", 200, CLASSES)
     (file,) = search.init("photos/")
     assert file.read_text(encoding="utf-8") == _block("toml")
 
@@ -89,7 +89,7 @@ SMALLER = (
     ("epochs = 10", "epochs = 1"),
     ("high = 3 }", "high = 2 }"),
     ("width = ", "# width = "),
-    ("[fixed]", "[fixed]\nwidth = 0.25\nbatch_size = 16"),
+    ("[fixed]", "[fixed]\nwidth = 0.25"),
     ('kind = "hyperband"', 'kind = "none"'),
 )
 

@@ -12,7 +12,7 @@ import pytest
 from image_files import write_digits
 
 import search
-from search import checks, data
+from search import checks, data, image_folder
 from studies import definition as definitions
 from studies import draft, model_rules
 from studies.errors import DefinitionError
@@ -65,6 +65,16 @@ def test_a_folder_of_images_gets_a_size_and_test_images(home: Path) -> None:
     (home / "split" / "train").mkdir(parents=True)
     (home / "split" / "test").mkdir()
     assert definitions.load(str(search.init("split/")[0])).data.test is None
+
+
+@pytest.mark.parametrize(("count", "size"), [(4, 1), (120, 16), (800, 128)])
+@pytest.mark.parametrize("model", ["resnet", "own"])
+def test_the_batches_of_a_draft_fit_a_small_folder(home: Path, count: int, size: int, model: str) -> None:
+    write_digits(home / "photos", count)
+    definition = definitions.load(str(search.init("photos", model=model)[0]))
+    assert definition.fixed["batch_size"] == size
+    listed = image_folder.listing(home / "photos", definition.data)
+    assert size <= 0.8 * len(listed.train), "the validation images are a tenth"
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "train-images.idx3-ubyte"])
