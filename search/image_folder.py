@@ -18,9 +18,10 @@ from search.errors import DataError
 from search.images import Array
 from storage.errors import many
 from storage.settings import environment_without_secrets
-from studies.class_folders import SUFFIXES, files_below, files_by_class, identities_above
+from studies.class_folders import SUFFIXES, files_below, files_by_class, identities_above, parts
 from studies.definition import Data
 
+PARTS = {"train", "test", "val", "valid", "validation"}  # no classes, where there are no others
 FORMAT = 1  # of the converted file: another number makes it again
 
 
@@ -41,10 +42,16 @@ def listing(folder: Path, data: Data) -> Listing:
     Without ``test/``, the share `data.test` of each class is kept as test images, chosen by the names of the files.
     Raises DataError if there are no images, or only those of one class.
     """
-    parts = {part: folder / part for part in ("train", "test") if (folder / part).is_dir()}
-    base = parts.get("train", folder)
-    by_class = files_by_class(base, folder)
-    if not by_class:
+    found = parts(folder)
+    if "test" in found and "train" not in found:
+        raise DataError(
+            f"{folder}/ has test/ with a sub-folder for each class, but no such train/: move the folders of the images "
+            "to train with into train/, or rename test/ if it is a class"
+        )
+    by_class = found.get("train") or files_by_class(folder, folder)
+    no_classes = by_class.keys() <= PARTS  # also if there are no images at all
+    base = folder / "train" if "train" in found or (no_classes and "train" in by_class) else folder
+    if no_classes:
         raise DataError(
             f"{base}/ has no images ({', '.join(SUFFIXES)}) in sub-folders: put the images of each class into a "
             "sub-folder of their own, which has the name of the class"
@@ -53,30 +60,46 @@ def listing(folder: Path, data: Data) -> Listing:
     if len(classes) < 2:
         raise DataError(f"{base}/ has images of only the class {classes[0]!r}: add a sub-folder of another class")
     notes = [*_other_files(base)]
-    if "train" not in parts:
+    if "train" not in found:
+        _require_classes(by_class, folder)
         train, test = _kept_for_test(by_class, base, data.test or 0.0)
         return Listing(folder=folder, classes=classes, train=train, test=test, notes=tuple(notes))
     notes += [
-        f"{path}/ is not read, only train/ and test/ are"
+        f"{path}/ is not read, only the sub-folders of train/ and test/ are"
         for path in sorted(folder.iterdir())
-        if path.is_dir() and path.name not in parts and not path.name.startswith(".")
+        if path.is_dir() and path.name not in found and not path.name.startswith(".")
     ]
-    tests = files_by_class(parts["test"], folder) if "test" in parts else {}
+    tests = found.get("test", {})
     unknown = sorted(tests.keys() - by_class.keys())
     if unknown:
         raise DataError(
-            f"{parts['test']}/ has the class {unknown[0]!r}, and {base}/ has only {', '.join(classes)}: give both the "
+            f"{folder}/test/ has the class {unknown[0]!r}, and {base}/ has only {', '.join(classes)}: give both the "
             "same sub-folders"
         )
-    if "test" in parts and data.test is not None:
+    if "test" in found and data.test is not None:
         raise DataError(f"data.test = {data.test:g} is for folders without test/, and {folder}/ has one: leave it out")
     numbers = {name: number for number, name in enumerate(classes)}
-    if "test" in parts:
+    if "test" in found:
         train = tuple((file, numbers[name]) for name, files in by_class.items() for file in files)
         test = tuple((file, numbers[name]) for name, files in tests.items() for file in files)
     else:
         train, test = _kept_for_test(by_class, base, data.test or 0.0)
     return Listing(folder=folder, classes=classes, train=train, test=test, notes=tuple(notes))
+
+
+def _require_classes(by_class: Mapping[str, list[str]], folder: Path) -> None:
+    """Raises DataError if the sub-folders are parts of the data under other names, such as ``Training/``."""
+    # The sub-folders of each with images in them; "" stands for its own images.
+    inner = {
+        name: {"" if file.count("/") == 1 else file.split("/")[1] for file in files} for name, files in by_class.items()
+    }
+    classes = next((inner[name] for name in inner if "train" in name.lower()), set())
+    if len(classes) > 1 and "" not in classes and all(each <= classes for each in inner.values()):
+        raise DataError(
+            f"{folder}/ has the sub-folders {', '.join(by_class)}, and these have sub-folders of the same names "
+            f"({', '.join(sorted(classes)[:5])}): call them train/ and test/, or, if they are classes, put the images "
+            "into them and not into sub-folders"
+        )
 
 
 def _other_files(base: Path) -> Iterator[str]:

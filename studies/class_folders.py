@@ -22,6 +22,15 @@ def files_by_class(base: Path, folder: Path) -> dict[str, list[str]]:
     return found
 
 
+def parts(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """The images of ``train/`` and ``test/`` by their class, if they are parts of the data. Raises OSError.
+
+    A folder of this name whose images are in no sub-folder is a class as any other.
+    """
+    found = {part: files_by_class(folder / part, folder) for part in ("train", "test") if (folder / part).is_dir()}
+    return {part: by_class for part, by_class in found.items() if by_class}
+
+
 def files_below(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
     """All files below `folder` in a fixed order, without hidden ones. Raises OSError.
 

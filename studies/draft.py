@@ -9,9 +9,8 @@ from typing import Any
 import tomli_w
 
 from storage.errors import nearest
+from studies import class_folders, model_rules, script
 from studies import definition as definitions
-from studies import model_rules, script
-from studies.class_folders import files_by_class
 from studies.errors import DefinitionError
 from studies.sources import idx_array, is_folder
 
@@ -196,7 +195,7 @@ def _data_table(data: str) -> str:
     if not is_folder(data) or any(idx_array(path.name) for path in _entries(folder)):
         return ""
     lines = _line("size = [64, 64]", "height and width that every image is resized to")
-    if not (folder / "test").is_dir():
+    if "test" not in class_folders.parts(folder):
         lines += _line("test = 0.2", "the share of the images kept for `trialyard confirm`")
     return f"[data]\n{lines}"
 
@@ -206,8 +205,8 @@ def _batch_size(data: str) -> str:
     folder = Path(data)
     if not is_folder(data):
         return ""
-    base = folder / "train" if (folder / "train").is_dir() else folder
-    files = sum(map(len, files_by_class(base, folder).values()))
+    by_class = class_folders.parts(folder).get("train") or class_folders.files_by_class(folder, folder)
+    files = sum(map(len, by_class.values()))
     if files == 0:  # an empty folder, or IDX files
         return ""
     size = LARGEST_BATCH

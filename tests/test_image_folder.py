@@ -208,6 +208,15 @@ def test_a_bad_file_whose_name_is_not_utf_8_is_named(
         (["1.png", "2.png"], r"has no images \(\.bmp.*put the images of each class into a sub-folder"),
         (["cats/1.png"], r"has images of only the class 'cats': add a sub-folder of another class"),
         (["cats/1.png", "dogs/1.txt"], r"has images of only the class 'cats'"),
+        (
+            ["cats/1.png", "dogs/1.png", "test/cats/1.png", "test/dogs/1.png"],
+            r"has test/ with a sub-folder for each class, but no such train/: move the folders of the images to train",
+        ),
+        (
+            ["Training/cats/1.png", "Training/dogs/1.png", "Testing/dogs/1.png"],
+            r"the sub-folders Testing, Training, and these .* names \(cats, dogs\): call them train/ and test/",
+        ),
+        (["train/cat.1.png", "train/dog.1.png", "test/1.png"], r"/train/ has no images .* in sub-folders: put"),
     ],
 )
 def test_a_folder_without_images_of_two_classes_is_refused(tmp_path: Path, files: list[str], problem: str) -> None:
@@ -215,6 +224,30 @@ def test_a_folder_without_images_of_two_classes_is_refused(tmp_path: Path, files
         write_png(tmp_path / name, GREY)
     with pytest.raises(DataError, match=problem):
         image_folder.listing(tmp_path, Data())
+
+
+@pytest.mark.parametrize(
+    ("files", "classes"),
+    [
+        (["car/1.png", "plane/1.png", "train/1.png"], ("car", "plane", "train")),
+        (["car/1.png", "test/1.png", "train/1.png"], ("car", "test", "train")),
+        (["cats/2020/1.png", "cats/2021/1.png", "dogs/2020/1.png", "dogs/2021/1.png"], ("cats", "dogs")),
+        (["trained/left/1.png", "trained/right/1.png", "wild/left/1.png", "wild/2.png"], ("trained", "wild")),
+    ],
+)
+def test_a_class_may_have_any_name_and_deeper_folders(tmp_path: Path, files: list[str], classes: list[str]) -> None:
+    for name in files:
+        write_png(tmp_path / name, GREY)
+    listed = image_folder.listing(tmp_path, Data())
+    assert (listed.classes, len(listed.train), listed.notes) == (classes, len(files), ())
+
+
+def test_test_images_without_classes_are_noted(tmp_path: Path) -> None:
+    for name in ("train/a/1", "train/a/2", "train/b/1", "train/b/2", "test/1"):
+        write_png(tmp_path / f"{name}.png", GREY)
+    listed = image_folder.listing(tmp_path, Data(test=0.5))
+    assert (len(listed.train), len(listed.test)) == (2, 2)
+    assert listed.notes == (f"{tmp_path}/test/ is not read, only the sub-folders of train/ and test/ are",)
 
 
 def test_what_is_not_read_is_noted(tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ def test_a_folder_of_images_gets_a_size_and_test_images(home: Path) -> None:
     assert (definition.name, definition.model, definition.trials) == ("my-photos", "resnet", 3)
     assert definition.dataset == f"{home}/my photos/"
     assert (definition.data.size, definition.data.test) == ((64, 64), 0.2)
-    (home / "split" / "train").mkdir(parents=True)
-    (home / "split" / "test").mkdir()
+    write_digits(home / "split" / "train", 20)
+    write_digits(home / "split" / "test", 10)
     assert definitions.load(str(search.init("split/")[0])).data.test is None
 
 
