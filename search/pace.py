@@ -64,4 +64,7 @@ def study_seconds_left(status: "Status", running: Sequence[Running], slots: int,
         trial_seconds = mean(measured)
     begun = [trial_seconds if (own := trial.seconds_left(now)) is None else own for trial in running[:left]]
     rest = (left - len(begun)) * trial_seconds
-    return max([(sum(begun) + rest) / min(max(1, slots), left), *begun])
+    seconds = (sum(begun) + rest) / min(max(1, slots), left)
+    if status.hours_left is not None:  # a trial that starts within the hours runs to its end
+        seconds = min(seconds, 3600.0 * status.hours_left + trial_seconds if status.hours_left > 0 else 0.0)
+    return max([seconds, *begun])

@@ -346,4 +346,6 @@ def _estimate(status: Status, slots: int) -> list[str]:
         return []
     where = "this slot" if slots == 1 else f"these {slots} slots"
     left = status.budget - status.finished
-    return [f"{status.study}: about {duration(seconds)} on {where}, for {left} more trial{'' if left == 1 else 's'}"]
+    most = "" if status.hours_left is None else "at most "  # the hours may be over before
+    trials = f"{most}{left} more trial{'' if left == 1 else 's'}"
+    return [f"{status.study}: about {duration(seconds)} on {where}, for {trials}"]

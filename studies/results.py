@@ -81,7 +81,8 @@ class Status:
     best: float | None  # the best value so far
     best_number: int | None
     trial_seconds: float | None  # the mean time of the last finished trials; None before one has finished
-    seconds_left: float | None  # estimated from it and the slots that are free for the study
+    hours_left: float | None  # until no trial starts any more, 0 if that was before; None: no such limit
+    seconds_left: float | None  # estimated from these two and the slots that are free for the study
     workers: tuple[RunningTrial, ...]
     outside: tuple[int, ...]  # numbers of RUNNING trials that no worker started, but for example a `study.ask()`
     failures: tuple[str, ...]  # why trials failed, as "kind: message", each reason once
@@ -471,6 +472,7 @@ def status_of(study: Study, storage: RDBStorage) -> Status:
         best=best[0].value if best else None,
         best_number=best[0].number if best else None,
         trial_seconds=trial_seconds,
+        hours_left=_hours_left(study),
         seconds_left=_seconds_left(storage, study, trial_seconds),
         workers=tuple(claims.running_trials(storage, study.id)) if counts.running else (),
         outside=_outside(storage, study) if study.outside else (),
@@ -573,13 +575,22 @@ def _failures(storage: RDBStorage, study_id: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{failure['kind']}: {failure['message']}" for failure in failures))
 
 
+def _hours_left(study: Study) -> float | None:
+    hours = study.budget.hours
+    if hours is None or study.first_began is None:
+        return hours
+    return max(0.0, hours - (study.read_at - study.first_began).total_seconds() / 3600.0)
+
+
 def _seconds_left(storage: RDBStorage, study: Study, trial_seconds: float | None) -> float | None:
     """How long the rest of the budget takes: trials take as long as the last ones did, in the slots that are free."""
-    left = study.budget.total - study.finished
-    if left <= 0:
+    left, hours = study.budget.total - study.finished, _hours_left(study)
+    if left <= 0 or study.has_ended:
         return 0.0
     if trial_seconds is None:
         return None
     grace = settings.load().grace_seconds
     slots = sum(slot.study in (study.name, None) and slot.silent_seconds <= grace for slot in workers(storage))
-    return trial_seconds * left / max(1, min(slots, left))
+    # A trial that starts within the hours runs to its end.
+    longest = math.inf if hours is None else 3600.0 * hours + trial_seconds
+    return min(longest, trial_seconds * left / max(1, min(slots, left)))

@@ -175,6 +175,24 @@ def test_the_time_left_follows_from_the_pace(
 
 
 @pytest.mark.parametrize(
+    ("hours", "running", "expected"),
+    [
+        (1.0, [], 400.0),  # 8 trials in 2 slots
+        (0.05, [], 280.0),  # 180 s, and the trials that start until then
+        (0.05, [_running(half=500.0)], 500.0),  # it runs to its end
+        (0.0, [_running(half=20.0)], 20.0),
+        (0.0, [], 0.0),
+    ],
+)
+def test_the_time_left_ends_with_the_hours_of_the_budget(
+    storage: RDBStorage, study: str, hours: float, running: list[Running], expected: float
+) -> None:
+    status = results.status(study, storage)
+    status = dataclasses.replace(status, budget=10, complete=2, trial_seconds=100.0, hours_left=hours)
+    assert study_seconds_left(status, running, slots=2, now=1000.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
     ("options", "kind"),
     [
         ({"force_terminal": True, "_environ": {"TERM": "xterm"}}, LiveTable),

@@ -178,6 +178,29 @@ def test_the_time_left_follows_from_finished_trials_and_free_slots(storage: RDBS
     assert results.status(study, storage).seconds_left == 90.0
 
 
+def test_the_hours_of_a_budget_limit_the_time_left(storage: RDBStorage, study: str, me: Owner) -> None:
+    def status() -> results.Status:
+        budget = ledger.Budget(trials=1000, hours=1.0)
+        return results.status_of(dataclasses.replace(ledger.find(storage, study), budget=budget), storage)
+
+    assert results.status(study, storage).hours_left is None
+    assert status().hours_left == 1.0, "they begin with the first trial"
+    _end(storage, study, me, (COMPLETE, 0.7))
+    rows = attempt_table.table
+
+    def moved(minutes_ago: int, minutes: int) -> results.Status:
+        with storage.engine.begin() as connection:
+            began = owners.database_now(connection) - timedelta(minutes=minutes_ago)
+            values = {"began": began, "ended": began + timedelta(minutes=minutes)}
+            connection.execute(sqlalchemy.update(rows).values(**values))
+        return status()
+
+    # 999 trials of 10 minutes would take days; one that starts in the last of the 20 minutes takes 10 more.
+    assert moved(minutes_ago=40, minutes=10).seconds_left == pytest.approx(1800.0, abs=30.0)
+    late = moved(minutes_ago=61, minutes=10)
+    assert (late.hours_left, late.seconds_left, late.ended) == (0.0, 0.0, True)
+
+
 def test_reading_changes_nothing(storage: RDBStorage, study: str, me: Owner) -> None:
     _end(storage, study, me, (COMPLETE, 0.7), (FAIL, None))
 
