@@ -186,8 +186,8 @@ class LiveTable(Listener):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._done.set()
-        self._live.stop()
         self._thread.join(LEAVE_SECONDS)
+        self._live.stop()
 
     def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
         """Shows the trial in its slot's row."""
@@ -229,14 +229,18 @@ class LiveTable(Listener):
 
     def _run(self) -> None:
         while not self._done.wait(TICK_SECONDS):
-            if time.monotonic() - self._asked < STATUS_SECONDS:
-                continue
-            try:
-                self._refresh()
-            except Exception as error:
-                # Whatever failed: the next look may succeed, and nothing else depends on the display.
-                log.warning("the display waits for the database: %s", error)
-                log.debug("the whole error", exc_info=error)
+            if time.monotonic() - self._asked >= STATUS_SECONDS:
+                self._try_refresh()
+        if isinstance(self._live, NotebookLive):  # its last picture stays in the cell
+            self._try_refresh()
+
+    def _try_refresh(self) -> None:
+        try:
+            self._refresh()
+        except Exception as error:
+            # Whatever failed: the next look may succeed, and nothing else depends on the display.
+            log.warning("the display waits for the database: %s", error)
+            log.debug("the whole error", exc_info=error)
 
     def _refresh(self) -> None:
         """Asks the database how far the studies are."""

@@ -231,9 +231,12 @@ def test_a_notebook_draws_the_table_over_itself(
         deadline = time.monotonic() + 30
         while not any("starting" in text for text in drawn) and time.monotonic() < deadline:
             time.sleep(0.02)
+        monkeypatch.setattr(progress, "STATUS_SECONDS", 60.0)  # nobody asks until the end
+        claims.finish(storage, claim, TrialState.COMPLETE, 0.75, {})
         table.ended(claim, storage.get_trial(claim.trial_id))
     assert any("starting" in text for text in drawn)
     assert "starting" not in drawn[-1]
+    assert "1 of 5 trials, best 0.7500" in drawn[-1], "the last picture stays in the cell"
 
 
 def test_an_estimate_comes_first_where_earlier_trials_give_one(storage: RDBStorage, claim: Claim) -> None:
