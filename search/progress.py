@@ -264,7 +264,9 @@ class LiveTable(Listener):
                 table.add_column(title, header_style="dim", no_wrap=True)
             table.add_column("hyperparameters", header_style="dim")
             for name, slot in self._slots.items():
-                table.add_row(name, *(["-"] if slot is None else slot.cells(wide)))
+                cells = ["-"] if slot is None else slot.cells(wide)
+                # Not as Rich's markup: a choice may be "[relu]", which would vanish.
+                table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in (name, *cells)))
         return Group(*lines, table)
 
     def _judged_on(self) -> str:

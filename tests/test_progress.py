@@ -128,6 +128,15 @@ def test_the_live_table_shows_how_far_the_epoch_is_and_how_long_the_rest_takes(
     assert drawn()[1][4:6] == ["0:25", "0:43"]
 
 
+def test_a_choice_with_brackets_is_shown_as_it_is(storage: RDBStorage, claim: Claim) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=110, color_system=None)
+    table = LiveTable(console, [claim.study], ["cpu:0"], lambda name: results.status(name, storage))
+    table.began(claim, {"block": "[bold]", "end": "[/x]"}, epochs=8)
+    with console.capture() as capture:
+        console.print(table._drawn())
+    assert "block [bold], end [/x]" in capture.get()
+
+
 def test_a_trial_that_goes_on_starts_where_it_is(storage: RDBStorage, claim: Claim, clock: Clock) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=110, color_system=None)
     table = LiveTable(console, [claim.study], ["cpu:0"], lambda name: results.status(name, storage))
