@@ -39,6 +39,7 @@ from search.options import (
     TrialsOption,
     WorkersOption,
     YesOption,
+    invocation,
     settings_of,
 )
 from storage.errors import TrialyardError, many
@@ -147,7 +148,7 @@ def create(
     )
     study, budget = creation.study.name, creation.study.budget
     say(
-        f"study {study}: {many(budget.trials, 'trial')}; `trialyard work {study}` runs them"
+        f"study {study}: {many(budget.trials, 'trial')}; {invocation(f'work {study}', storage)} runs them"
         if creation.changed
         else f"study {study} exists already, and nothing was changed"
     )
@@ -184,18 +185,19 @@ def run(
     except service.Interrupted as stop:
         _exit_after(stop)
     except StudyError:
-        _print_problems(definition.name, here)
+        _print_problems(definition.name, here, storage)
         raise
-    _print_problems(definition.name, here)
+    _print_problems(definition.name, here, storage)
     if as_json:
         print_json(record(definition.name, trial, here))
         return
     rows = results.leaderboard(definition.name, here.url)
     print_rows(rows)
-    print_not_shown(results.status(definition.name, here.url), len(rows))
+    print_not_shown(results.status(definition.name, here.url), len(rows), storage)
     out.print()
     print_best(definition.name, trial, here, results.as_good_as_best(definition.name, here.url))
-    print_end(definition.name, here.url, can_confirm=service.can_confirm(definition.name, storage=here.url))
+    can_confirm = service.can_confirm(definition.name, storage=here.url)
+    print_end(definition.name, here.url, storage=storage, can_confirm=can_confirm)
 
 
 @app.command(rich_help_panel=OPERATE)
@@ -260,10 +262,10 @@ def work(
         _exit_after(stop)
     existing = registry.names(here.url)  # some may have been deleted meanwhile
     for status in [results.status(name, here.url) for name in names if name in existing]:
-        _print_closed(status)
+        _print_closed(status, storage)
         say(progress_line(status))
     if not names and not forever:
-        say("there is no study to work on: `trialyard create digits` makes one")
+        say(f"there is no study to work on: {invocation('create digits', storage)} makes one")
 
 
 @app.command(rich_help_panel=START)
@@ -396,7 +398,7 @@ def import_results(
     elif study == notebook.NAME:
         new = service.import_notebook(storage=url)
         content = "has the notebook's 21 results" if new else "exists already, and nothing was added"
-        line = f"study {study} {content}: `trialyard leaderboard {study}` shows them"
+        line = f"study {study} {content}: {invocation(f'leaderboard {study}', storage)} shows them"
     else:
         raise typer.BadParameter(f"a file is missing: `trialyard import {study} results.csv`")
     say(line)
@@ -522,7 +524,7 @@ def _exit_after(stop: "Interrupted") -> NoReturn:
     raise typer.Exit(130) from None
 
 
-def _print_problems(study: str, here: "Settings") -> None:
+def _print_problems(study: str, here: "Settings", storage: str | None) -> None:
     """Says that a study is not open, and why trials of it failed."""
     from search.terminal import failures_text, warn
     from studies import results
@@ -531,18 +533,19 @@ def _print_problems(study: str, here: "Settings") -> None:
         status = results.status(study, here.url)
     except TrialyardError:
         return  # there is none: the error that follows says so
-    _print_closed(status)
+    _print_closed(status, storage)
     if status.failures:
         warn(failures_text(status))
 
 
-def _print_closed(status: "Status") -> None:
+def _print_closed(status: "Status", storage: str | None) -> None:
     from search.terminal import pause_text, warn
 
     if status.pause_reason is not None:
-        warn(f"study {status.study} is {pause_text(status)}")
+        warn(f"study {status.study} is {pause_text(status, storage)}")
     elif status.state != "open":
-        warn(f"study {status.study} is {status.state}: `trialyard resume {status.study}`, and the same command goes on")
+        resume = invocation(f"resume {status.study}", storage)
+        warn(f"study {status.study} is {status.state}: {resume}, and the same command goes on")
 
 
 def main() -> None:

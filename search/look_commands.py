@@ -6,7 +6,7 @@ from typing import Annotated, get_args
 import typer
 
 from search.completion import study_names
-from search.options import JsonOption, StorageOption, StudyArgument, settings_of
+from search.options import JsonOption, StorageOption, StudyArgument, invocation, settings_of
 
 
 def status(
@@ -29,9 +29,9 @@ def status(
         print_json(records[0] if study else everything)
         return
     for each in statuses:
-        print_status(each)
+        print_status(each, storage)
     if not statuses:
-        say("there is no study yet: `trialyard create digits` makes one")
+        say(f"there is no study yet: {invocation('create digits', storage)} makes one")
     print_workers(workers)
 
 
@@ -64,7 +64,7 @@ def leaderboard(
         print_json([dataclasses.asdict(row) for row in rows])
     else:
         print_rows(rows)
-        print_not_shown(results.status(study, url), len(rows))
+        print_not_shown(results.status(study, url), len(rows), storage)
 
 
 def trials(

@@ -1,5 +1,6 @@
 """The options that several commands have, and the settings that they lead to."""
 
+import shlex
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -71,6 +72,14 @@ StudyArgument = Annotated[
 SourceArgument = Annotated[
     str, typer.Argument(metavar="NAME|FILE", help="A ready definition (see `trialyard catalog`), or a TOML file.")
 ]
+
+
+def invocation(text: str, storage: str | None) -> str:
+    """The command ``trialyard {text}``, to be copied from a message: with the database that this one was given.
+
+    `storage` is the option's value. It has no password, see `settings_of`.
+    """
+    return f"`trialyard {text}`" if storage is None else f"`trialyard {text} --storage {shlex.quote(storage)}`"
 
 
 def settings_of(storage: str | None) -> "Settings":

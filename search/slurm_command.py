@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from search.options import invocation
 from storage.errors import many
 
 
@@ -45,6 +46,6 @@ def submit(*studies: str, asked: Asked, **options: Any) -> bool:
     else:
         say(
             f"Slurm has the job {submitted.job} with {many(asked.jobs, 'worker')}: `squeue --job {submitted.job}` "
-            f"shows it, `scancel {submitted.job}` ends it, `trialyard status` shows its trials"
+            f"shows it, `scancel {submitted.job}` ends it, {invocation('status', options['storage'])} shows its trials"
         )
     return True

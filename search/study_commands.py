@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from search.options import StorageOption, StudyArgument, settings_of
+from search.options import StorageOption, StudyArgument, invocation, settings_of
 
 
 def pause(study: StudyArgument, storage: StorageOption = None) -> None:
@@ -14,7 +14,7 @@ def pause(study: StudyArgument, storage: StorageOption = None) -> None:
     from studies import registry
 
     registry.pause(study, settings_of(storage).url)
-    say(f"study {study} is paused: `trialyard resume {study}` lets its workers go on")
+    say(f"study {study} is paused: {invocation(f'resume {study}', storage)} lets its workers go on")
 
 
 def resume(study: StudyArgument, storage: StorageOption = None) -> None:
@@ -23,7 +23,7 @@ def resume(study: StudyArgument, storage: StorageOption = None) -> None:
     from studies import registry
 
     registry.resume(study, settings_of(storage).url)
-    say(f"study {study} is open: `trialyard work {study}` works on it where no worker waits")
+    say(f"study {study} is open: {invocation(f'work {study}', storage)} works on it where no worker waits")
 
 
 def stop(study: StudyArgument, storage: StorageOption = None) -> None:
@@ -35,7 +35,7 @@ def stop(study: StudyArgument, storage: StorageOption = None) -> None:
     from studies import registry
 
     registry.stop(study, settings_of(storage).url)
-    say(f"study {study} is stopped: `trialyard leaderboard {study}` shows its results")
+    say(f"study {study} is stopped: {invocation(f'leaderboard {study}', storage)} shows its results")
 
 
 def enqueue(
@@ -51,7 +51,7 @@ def enqueue(
     from studies import additions
 
     number = additions.enqueue(study, dict(map(_pair, values)), settings_of(storage).url)
-    say(f"trial {number} of {study} is in the queue: `trialyard work {study}`, where no worker waits")
+    say(f"trial {number} of {study} is in the queue: {invocation(f'work {study}', storage)}, where no worker waits")
 
 
 def retry(study: StudyArgument, storage: StorageOption = None) -> None:
@@ -65,8 +65,8 @@ def retry(study: StudyArgument, storage: StorageOption = None) -> None:
 
     numbers = additions.retry(study, settings_of(storage).url)
     if numbers:
-        are = "is" if len(numbers) == 1 else "are"
-        say(f"{trials_text(numbers)} of {study} {are} in the queue: `trialyard work {study}`, where no worker waits")
+        are, work = "is" if len(numbers) == 1 else "are", invocation(f"work {study}", storage)
+        say(f"{trials_text(numbers)} of {study} {are} in the queue: {work}, where no worker waits")
     else:
         say(f"no failed trial of {study} is left to repeat")
 

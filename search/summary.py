@@ -31,7 +31,7 @@ def so_far(status: "Status") -> str:
 
 
 def not_shown(status: "Status", shown_rows: int) -> str | None:
-    """Which trials a leaderboard with so many rows does not have, and what shows them; None if it has all."""
+    """Which trials a leaderboard with so many rows does not have; None if it has all."""
     counts = {
         "complete": max(0, status.complete - shown_rows),
         "pruned": status.pruned,
@@ -40,7 +40,7 @@ def not_shown(status: "Status", shown_rows: int) -> str | None:
         "waiting": status.waiting,
     }
     rest = [f"{count} {state}" for state, count in counts.items() if count]
-    return f"not shown: {', '.join(rest)}; `trialyard trials {status.study}` has every trial" if rest else None
+    return f"not shown: {', '.join(rest)}" if rest else None
 
 
 def duration(seconds: float) -> str:

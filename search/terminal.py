@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
+from search.options import invocation
 from search.sparkline import sparkline
 from search.standard_error import StandardError
 from search.summary import duration, not_shown, progress_line, shown
@@ -112,17 +113,17 @@ def print_json(value: Any) -> None:
     sys.stdout.write(attributes.encoded(value, indent=2) + "\n")
 
 
-def print_end(study: str, storage: str, *, can_confirm: bool) -> None:
-    """Prints how the best score grew over a finished search, and what to do next."""
+def print_end(study: str, url: str, *, storage: str | None, can_confirm: bool) -> None:
+    """Prints how the best score grew over a finished search, and what to do next. `storage` is the option's value."""
     from studies import trial_records
 
-    best_so_far = trial_records.best_so_far(study, storage)
+    best_so_far = trial_records.best_so_far(study, url)
     if len(best_so_far) > 1:
         growth = f"{best_so_far[0]:.4f} to {best_so_far[-1]:.4f}, in {len(best_so_far)} complete trials"
         say(f"  best so far      {sparkline(best_so_far, out.encoding)}  {growth}")
     confirm = [f"confirm {study}"] if can_confirm else []
     commands = [f"report {study}", *confirm, f"export {study} {study}-model"]
-    warn(f"next: {', '.join(f'`trialyard {command}`' for command in commands)}")
+    warn(f"next: {', '.join(invocation(text, storage) for text in commands)}")
 
 
 def print_best(study: str, trial: "FrozenTrial", settings: "Settings", others: Sequence[int] = ()) -> None:
@@ -182,10 +183,10 @@ def _print_table(titles: list[str], cells: list[list[str]], left: Container[str]
     out.file.writelines(f"{line}\n" for line in lines)
 
 
-def print_not_shown(status: "Status", shown_rows: int) -> None:
+def print_not_shown(status: "Status", shown_rows: int, storage: str | None) -> None:
     line = not_shown(status, shown_rows)
     if line is not None:
-        warn(line)
+        warn(f"{line}; {invocation(f'trials {status.study}', storage)} has every trial")
 
 
 def print_trials(records: "list[TrialRecord]", state: str | None) -> None:
@@ -278,7 +279,7 @@ def print_workers(workers: "list[SlotStatus]") -> None:
         )
 
 
-def print_status(found: "Status") -> None:
+def print_status(found: "Status", storage: str | None) -> None:
     from storage import ledger
 
     if found.state != "open":
@@ -287,7 +288,7 @@ def print_status(found: "Status") -> None:
         line = f"{found.study}: ended" if found.ended else progress_line(found)
     out.print(line, style="bold", markup=False)
     if found.pause_reason is not None:
-        out.print(f"  {pause_text(found)}", markup=False)
+        out.print(f"  {pause_text(found, storage)}", markup=False)
     if found.protocol == "test":
         out.print("  judged on the test set: the notebook's protocol, for comparison only", markup=False)
     out.print(
@@ -314,11 +315,11 @@ def print_status(found: "Status") -> None:
         )
 
 
-def pause_text(found: "Status") -> str:
-    name = found.study
+def pause_text(found: "Status", storage: str | None) -> str:
+    resume, retry = (invocation(f"{name} {found.study}", storage) for name in ("resume", "retry"))
     return (
-        f"paused because {found.pause_reason}; once that is corrected, `trialyard resume {name}` lets it go on, and "
-        f"`trialyard retry {name}` repeats the trials that failed"
+        f"paused because {found.pause_reason}; once that is corrected, {resume} lets it go on, and {retry} repeats the "
+        "trials that failed"
     )
 
 

@@ -117,7 +117,7 @@ def test_confirm_is_proposed_only_if_test_images_are_known_that_did_not_choose(
     url = storage.engine.url.render_as_string(hide_password=False)
     can_confirm = service.can_confirm(study.name, storage=url)
     assert can_confirm is proposed
-    terminal.print_end(study.name, url, can_confirm=can_confirm)
+    terminal.print_end(study.name, url, storage=None, can_confirm=can_confirm)
     assert (confirm in capsys.readouterr().err) is proposed
 
 

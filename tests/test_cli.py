@@ -1,5 +1,6 @@
 """The command: results on standard output, one line and exit code 1 for a mistake, 2 for wrong usage."""
 
+import dataclasses
 import io
 import json
 import re
@@ -16,8 +17,9 @@ import pytest
 from conftest import SMALL, Call
 from optuna.trial import TrialState
 
+from search import terminal
 from storage import claims, database, ledger, owners
-from studies import registry
+from studies import registry, results
 from studies.rendering import report
 
 
@@ -105,6 +107,29 @@ def test_a_terminal_that_knows_ascii_alone_gets_every_text(
         assert (code, "UTF-8" in err) == (int("größe" in arguments), False)
         sys.stdout.flush()
     assert b"gr\\xf6\\xdfe" in printed.getvalue()
+
+
+def test_the_commands_that_are_advised_name_the_database_that_was_given(
+    finished_study: str, home: Path, trialyard: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "my yard").symlink_to(home / "yard")
+    given = f"sqlite:///{home}/my yard/studies.db"
+    quoted = f"--storage '{given}'`"
+    for arguments in (
+        ["create", "digits"],
+        ["enqueue", "digits", "depth=5"],
+        ["pause", "digits"],
+        ["resume", "digits"],
+        ["stop", "digits"],
+        ["leaderboard", finished_study],
+    ):
+        code, out, err = trialyard(*arguments, "--storage", given)
+        assert (code, quoted in out + err) == (0, True), arguments
+        assert "--storage" not in "".join(trialyard(*arguments)[1:]), arguments
+    terminal.print_end(finished_study, given, storage=given, can_confirm=True)
+    assert capsys.readouterr().err.count(quoted) == 3
+    paused = dataclasses.replace(results.status("digits", given), pause_reason="all failed")
+    assert terminal.pause_text(paused, given).count(quoted) == 2
 
 
 def test_trials_that_wait_after_the_end_are_mentioned(finished_study: str, home: Path, trialyard: Call) -> None:

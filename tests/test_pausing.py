@@ -68,7 +68,7 @@ def test_a_study_whose_first_trials_all_fail_alike_pauses_with_the_reason(
     status = results.status(NAME, storage)
     assert (status.state, status.pause_reason) == ("paused", reason)
     assert claims.claim(storage, _now(storage), me, 60.0) is None, "its budget is kept"
-    print_status(status)
+    print_status(status, None)
     printed = " ".join(capsys.readouterr().out.split())
     assert f"paused because {reason}; once that is corrected, `trialyard resume trivial` lets it go on" in printed
     with pytest.raises(StudyError, match="is paused and has no complete trial yet: correct what made its trials fail"):
