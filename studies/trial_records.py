@@ -56,7 +56,7 @@ class TrialRecord:
     error: float | None
     epochs: int | None  # that were trained
     seconds: float | None  # of training, without the start
-    params: dict[str, Any]
+    params: dict[str, Any]  # of a trial that waits, those that it was enqueued with: the sampler gives the others
     reason: str | None  # why it failed, was pruned or waits again; where it runs
 
     @property
@@ -232,9 +232,17 @@ def _record(trial: FrozenTrial, rank: int | None, last: Attempt | None, images: 
         error=sampling_error(score, images) if is_known and score is not None and images is not None else None,
         epochs=None if epochs is None else int(epochs),
         seconds=attributes.number(attrs.get("seconds")),
-        params=trial.params,
+        params=trial.params or _enqueued(trial),
         reason=_reason(trial, last),
     )
+
+
+def _enqueued(trial: FrozenTrial) -> dict[str, Any]:
+    """The hyperparameters that a waiting trial will have; other programs may have written anything there."""
+    listed = trial.system_attrs.get("fixed_params") if trial.state == TrialState.WAITING else None
+    if not isinstance(listed, dict):
+        return {}
+    return {name: value for name, value in listed.items() if isinstance(value, (str, int, float))}
 
 
 def _last_score(trial: FrozenTrial) -> float | None:

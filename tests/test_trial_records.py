@@ -52,6 +52,14 @@ def every_state(storage: RDBStorage, study: str, me: Owner) -> str:
     return study
 
 
+def test_a_waiting_trial_has_the_hyperparameters_that_it_was_enqueued_with(storage: RDBStorage, study: str) -> None:
+    studies.enqueue(study, {"dropout": 0.1}, storage)
+    registry.open(study, storage).enqueue_trial({"dropout": 0.2})
+    storage.set_trial_system_attr(registry.open(study, storage).trials[1]._trial_id, "fixed_params", 5)
+    assert [trial.params for trial in studies.trials(study, storage)] == [{"dropout": 0.1}, {}]
+    assert studies.trial(study, 0, storage).to_json()["params"] == {"dropout": 0.1}
+
+
 def test_every_trial_has_a_record_whatever_became_of_it(storage: RDBStorage, every_state: str, me: Owner) -> None:
     records = studies.trials(every_state, storage)
     assert [(record.number, record.state, record.rank, record.score, record.reason) for record in records] == [
