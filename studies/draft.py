@@ -1,6 +1,7 @@
 """Writes the first definition of a study, with comments, and a model file where one is wanted."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ OWN = "own"
 MODELS = (*model_rules.NAMES, OWN)
 STEPS = 6  # at least so many batches in the files of a folder: check needs one after the splits, and an epoch several
 LARGEST_BATCH = 128
+_PENALTY = re.compile(r"(^|_)(l1|l2|decay|reg|penalty)$")  # real numbers, and small ones
 SMALL_GREY = ("mnist", "fashion_mnist", "digits")  # what the notebook's convnets were made for
 
 SPACES = {
@@ -238,15 +240,33 @@ def _range(name: str, value: Any) -> str | None:
         return None
     if isinstance(value, bool):
         return f"{name} = {{ choices = [true, false] }}"
-    if isinstance(value, int):
+    rule = model_rules.TRAINING.get(name)
+    is_rate = isinstance(rule, model_rules.Number) and rule.high == 1.0
+    is_penalty = _PENALTY.search(name) is not None
+    if isinstance(value, int) and not is_rate and not (value == 0 and (is_penalty or "drop" in name)):
         low, high = (max(1, value // 2), max(2, 2 * value)) if value > 0 else (2 * value, 2)
-        return f"{name} = {{ low = {low}, high = {high} }}"
-    if "drop" in name or value == 0.0:
+        return f"{name} = {{ low = {low}, high = {_allowed(high, rule)} }}"
+    if value == 0 and is_penalty:
+        return f"{name} = {{ low = 0.0, high = 0.01 }}"
+    if "drop" in name or value == 0:
         return f"{name} = {{ low = 0.0, high = 0.6 }}"
-    if value < 0.0:
-        return f"{name} = {{ low = {2 * value!r}, high = 0.0 }}"
-    high = min(10 * value, 0.99) if value < 0.99 else 10 * value
-    return f"{name} = {{ low = {value / 10!r}, high = {high!r}, log = true }}"
+    if value < 0:
+        return f"{name} = {{ low = {2.0 * value!r}, high = 0.0 }}"
+    if 0.9 <= value < 1.0:  # a momentum, say: what matters is how far it is from 1
+        rest = 1.0 - value
+        least, most = round(1.0 - 10 * rest, 6), round(1.0 - rest / 10, 6)
+        if not least < value < most < 1.0:
+            least, most = 1.0 - 10 * rest, value
+        return f"{name} = {{ low = {least!r}, high = {most!r} }}"
+    most = min(10.0 * value, 0.99) if value < 0.9 else _allowed(10.0 * value, rule)
+    return f"{name} = {{ low = {value / 10!r}, high = {most!r}, log = true }}"
+
+
+def _allowed(high: Any, rule: model_rules.Rule | None) -> Any:
+    """The end of a range, or what a hyperparameter of the training may be at most."""
+    if isinstance(rule, model_rules.Number) and rule.high < math.inf:
+        return min(high, type(high)(rule.high))
+    return high
 
 
 def _name(text: str) -> str:

@@ -44,6 +44,13 @@ def read(file: Path) -> Script:
     required, defaults = _parameters(function)
     if len(required) == 3 and required[1] in SHAPE and required[2] in CLASSES:
         found = dict(_read_from(function, required[0]))
+        without = next((name for name in _indices(function, required[0]) if name not in found), None)
+        if without is not None or not found:
+            example = f'{required[0]}.get("{without or "units"}", 64)'
+            what = "no hyperparameter" if without is None else f"the hyperparameter {without} without a default"
+            raise DefinitionError(
+                f"{FUNCTION} in {file} reads {what}, so nothing is known to search around: write {example}"
+            )
         adapter = None
     else:
         if function.args.posonlyargs:
@@ -121,6 +128,19 @@ def _read_from(function: ast.FunctionDef, mapping: str) -> Iterator[tuple[str, A
             and isinstance(name := _literal(node.args[0]), str)
         ):
             yield name, _literal(node.args[1])
+
+
+def _indices(function: ast.FunctionDef, mapping: str) -> Iterator[str]:
+    """The names that the function reads from `mapping` without a default: ``mapping["units"]``."""
+    for node in ast.walk(function):
+        if (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.ctx, ast.Load)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == mapping
+            and isinstance(name := _literal(node.slice), str)
+        ):
+            yield name
 
 
 def _literal(node: ast.expr) -> Any:

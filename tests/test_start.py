@@ -150,6 +150,11 @@ def test_a_script_is_read_and_not_run(home: Path) -> None:
         ("def make(): pass", r"^train.py has no function `build`, only make: put"),
         ("def build(units): pass", r"the parameter units of build in train.py has no default.*such as units=32$"),
         ("def build(*, units): pass", r"the parameter units of build in train.py has no default"),
+        (
+            "def build(h, image_shape, classes): return make(h['units'], h.get('dropout', 0.1))",
+            r"^build in train.py reads the hyperparameter units without a default, .*: write h.get\(\"units\", 64\)$",
+        ),
+        ("def build(h, shape, classes): pass", r"reads no hyperparameter, .*: write h.get\(\"units\", 64\)$"),
         ("def build(act='relu'): pass", r"has no hyperparameter to search: give it parameters with numbers"),
         (
             "def build(u=1): pass\nm = build()\nm.fit(x)",
@@ -202,6 +207,31 @@ def test_a_range_has_its_default_in_it() -> None:
             assert value in parameter.choices  # type: ignore[union-attr]
         else:
             assert parameter.low <= value <= parameter.high, value  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "low", "high"),
+    [
+        ("dropout", 0, 0.0, 0.6),
+        ("drop_blocks", 3, 1, 6),
+        ("l2", 0, 0.0, 0.01),
+        ("weight_decay", 0, 0.0, 0.01),
+        ("label_smoothing", 0, 0.0, 0.6),
+        ("momentum", 0.99, 0.9, 0.999),
+        ("momentum", 0.9, 0.0, 0.99),
+        ("decay_steps", 0, 0, 2),
+        ("ema", 0.99999999, 0.9999999, 0.99999999),
+        ("patience_epochs", 80_000, 40_000, 100_000),
+        ("warmup_epochs", 50_000.0, 5_000.0, 100_000.0),
+    ],
+)
+def test_a_range_is_of_the_kind_that_its_name_tells(name: str, value: float, low: float, high: float) -> None:
+    text = (
+        f'name = "x"\ndataset = "digits"\nmodel = "m:f"\n[budget]\ntrials = 1\n[space]\n{draft._range(name, value)}\n'
+    )
+    parameter = definitions.parse(text).space[name]
+    assert type(parameter.low) is type(low)  # type: ignore[union-attr]
+    assert (parameter.low, parameter.high) == pytest.approx((low, high))  # type: ignore[union-attr]
 
 
 def test_a_ready_definition_can_be_printed_and_used(home: Path) -> None:
