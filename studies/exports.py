@@ -1,5 +1,6 @@
 """Exports the best trial: a folder with its model and everything that says how it was made."""
 
+import contextlib
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from optuna.trial import FrozenTrial
 
+from storage import settings
 from storage.artifacts import HISTORY, MODEL
 from storage.attributes import encoded, numbers
 from storage.errors import nearest
@@ -27,7 +29,7 @@ from studies.errors import StudyError
 from studies.model_rules import STORED_FUNCTION
 from studies.predictions import class_names
 from studies.registry import StorageLike
-from studies.sources import is_folder, module_folders
+from studies.sources import idx_array, is_folder, module_folders
 
 Format = Literal["tflite", "onnx", "savedmodel"]
 
@@ -173,7 +175,7 @@ def _readme(
     names: Sequence[str] = (),
 ) -> str:
     more = "" if format is None else f"- `{FILES[format]}`: the same model for {format}\n"
-    from_files = shape is not None and is_folder(definition.dataset)
+    from_files = shape is not None and _has_image_files(definition.dataset)
     # A subclassed model does not know the shape of its images.
     zeros = "(1, *model.input_shape[1:])" if shape is None else str((1, *shape))
     import_line, about_own_model = _about_own_model(definition.model)
@@ -197,14 +199,28 @@ def _readme(
     )
 
 
+def _has_image_files(dataset: str) -> bool:
+    """Whether it is a folder of image files, and not of IDX files, if this machine has it."""
+    if not is_folder(dataset):
+        return False
+    name = Path(dataset).name
+    for folder in (Path(dataset), Path(name), *(folder / name for folder in settings.load().data_folders)):
+        with contextlib.suppress(OSError):
+            return not any(idx_array(path.name) for path in folder.iterdir())
+    return True
+
+
 def _images(definition: Definition, shape: list[int] | None) -> str:
     """A program that reads an image file as `search.image_conversion` does."""
     assert shape is not None
     height, width, channels = shape
-    read = f'image = tf.io.decode_image(tf.io.read_file("yours.jpg"), channels={channels}, expand_animations=False)'
+    wanted = "" if channels == 1 else f"channels={channels}, "
+    read = f'image = tf.io.decode_image(tf.io.read_file("yours.jpg"), {wanted}expand_animations=False)\n'
+    if channels == 1:  # which the decoder refuses for BMP and GIF
+        read += "image = tf.image.rgb_to_grayscale(image[..., :3]) if image.shape[-1] > 2 else image[..., :1]\n"
     if definition.data.size is None:
-        return f"{read}\nimages = image[None]"
-    return f"{read}\nimages = tf.round(tf.image.resize(image[None], ({height}, {width}), antialias=True))"
+        return f"{read}images = image[None]"
+    return f"{read}images = tf.round(tf.image.resize(image[None], ({height}, {width}), antialias=True))"
 
 
 def _answer(names: Sequence[str]) -> str:

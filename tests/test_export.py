@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow
 from hypothesis import given
 from hypothesis import strategies as st
+from image_files import write_png
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 
@@ -297,6 +300,40 @@ def test_a_subclassed_model_is_converted_and_the_readme_loads_it(
     (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     result = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, check=True)
     assert re.fullmatch(r"\[\d\]", result.stdout.splitlines()[-1])
+
+
+def _bmp(image: np.ndarray[Any, Any]) -> bytes:
+    """`image`, (height, width) or (height, width, 3), as a BMP file; its width is divisible by 4."""
+    palette = bytes(np.repeat(np.arange(256, dtype=np.uint8), 4)) if image.ndim == 2 else b""
+    pixels, start = image[::-1, :, ::-1] if image.ndim == 3 else image[::-1], 54 + len(palette)
+    height, width, bits = *image.shape[:2], 8 if image.ndim == 2 else 24
+    head = struct.pack("<IIiiHHIIiiII", start, 40, width, height, 1, bits, 0, pixels.size, 0, 0, len(palette) // 4, 0)
+    return b"BM" + struct.pack("<II", start + pixels.size, 0) + head + palette + pixels.tobytes()
+
+
+@pytest.mark.parametrize("data", [Data(), Data(size=(8, 8))])
+def test_the_readme_of_grey_images_reads_any_file(trivial: Definition, home: Path, data: Data) -> None:
+    folder = trivial.model_copy(update={"dataset": "photos/", "data": data})
+    readme = exports._readme("photos", create_trial(value=0.5), folder, None, [8, 8, 1])
+    (code,) = re.findall(r"^(image = .*)^probabilities", readme, re.DOTALL | re.MULTILINE)
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    (home / "grey.bmp").write_bytes(_bmp(grey))
+    (home / "colours.bmp").write_bytes(_bmp(np.stack([grey] * 3, axis=-1)))
+    write_png(home / "grey.png", grey[..., None])
+    write_png(home / "alpha.png", np.stack([grey] * 4, axis=-1))
+    for file in ("grey.bmp", "colours.bmp", "grey.png", "alpha.png"):
+        variables: dict[str, Any] = {"tf": tensorflow}
+        exec(code.replace("yours.jpg", str(home / file)), variables)
+        assert variables["images"].shape == (1, 8, 8, 1)
+        assert np.abs(np.array(variables["images"])[0, ..., 0].astype(int) - grey).max() <= 1, file
+
+
+def test_the_readme_of_idx_files_takes_arrays(trivial: Definition, home: Path) -> None:
+    letters = trivial.model_copy(update={"dataset": "letters/"})
+    (home / "yard" / "data" / "letters").mkdir(parents=True)
+    (home / "yard" / "data" / "letters" / "train-images-idx3-ubyte.gz").touch()
+    readme = exports._readme("letters", create_trial(value=0.5), letters, None, [28, 28, 1])
+    assert "images = np.zeros((1, 28, 28, 1))  # yours" in readme
 
 
 def test_the_readme_of_a_notebook_s_model_imports_no_trialyard(trivial: Definition) -> None:
