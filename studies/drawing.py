@@ -65,6 +65,15 @@ def accuracy_axis(values: Iterable[float | None]) -> dict[str, Any]:
     return {"tickformat": ".4~f"} | ({"range": [value - 0.05, value + 0.05]} if same and value is not None else {})
 
 
+def choice_axis(choices: Iterable[Any]) -> dict[str, Any]:
+    """An axis of choices in the order of the definition. Plotly's own is that of the trials."""
+    return {
+        "type": "category",
+        "categoryorder": "array",
+        "categoryarray": [html.escape(choice) if isinstance(choice, str) else choice for choice in choices],
+    }
+
+
 def thinned(trials: Sequence[FrozenTrial], limit: int = LIMIT) -> list[FrozenTrial]:
     """At most `limit` trials: half are the best ones, the others are spread evenly over the rest of the ranking."""
     if len(trials) <= limit:

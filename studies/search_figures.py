@@ -107,7 +107,7 @@ def against_hyperparameter(trials: Sequence[FrozenTrial], definition: Definition
     axis: dict[str, Any] = {}
     parameter = definition.space[names[0]]
     if isinstance(parameter, Choice):
-        axis["type"] = "category"
+        axis = drawing.choice_axis(parameter.choices)
     elif parameter.log:
         axis["type"] = "log"
     elif len({_position(trial, names) for trial in with_position}) == 1:

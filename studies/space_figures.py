@@ -97,13 +97,13 @@ def parallel(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure
     title = f"All hyperparameters together{drawing.sample_note([ranked], LINES)}"
     figure = drawing.framed(traces, title, "", "").update_xaxes(**xaxis).update_yaxes(**yaxis)
     for at, (_, high_text) in enumerate(ends):
-        figure.add_annotation(x=at, y=1.07, text=html.escape(high_text), showarrow=False)
+        figure.add_annotation(x=at, y=1.07, text=high_text, showarrow=False)
     return figure
 
 
 def _axis(parameter: Float | Int | Choice) -> Mapping[str, Any]:
     if isinstance(parameter, Choice):
-        return {"type": "category"}
+        return drawing.choice_axis(parameter.choices)
     return {"type": "log", "dtick": 1} if parameter.log else {}
 
 

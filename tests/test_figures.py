@@ -316,6 +316,25 @@ def test_names_from_users_are_escaped(trial: Callable[..., FrozenTrial]) -> None
         assert "<script" not in json.dumps(content)
 
 
+def test_choices_are_in_the_order_of_the_definition_and_escaped_once(trial: Callable[..., FrozenTrial]) -> None:
+    definition = parse(
+        'name = "x"\ndataset = "digits"\nmodel = "a:b"\n[budget]\ntrials = 3\n[space]\n'
+        'depth = { choices = [3, 5, 7] }\nkind = { choices = ["a", "R&D <b>"] }'
+    )
+    made = [
+        trial(number, COMPLETE, 0.9 - number / 10, params={"depth": depth, "kind": "R&D <b>"}, definition=definition)
+        for number, depth in enumerate((7, 3, 5))
+    ]
+    once = "R&amp;D &lt;b&gt;"
+    panels = space_figures.hyperparameters(made, definition)
+    assert list(panels.layout.xaxis.categoryarray) == [3, 5, 7]
+    assert list(panels.layout.xaxis2.categoryarray) == ["a", once]
+    assert set(panels.data[1].x) == {once}
+    assert list(search_figures.against_hyperparameter(made, definition).layout.xaxis.categoryarray) == [3, 5, 7]
+    ends = [annotation.text for annotation in space_figures.parallel(made, definition).layout.annotations]
+    assert ends == ["7", once, "0.9000"]
+
+
 # --- the space --------------------------------------------------------------------------------------------
 
 
