@@ -1,9 +1,12 @@
 """Writes the first definition of a study, with comments, and a model file where one is wanted."""
 
+import contextlib
 import json
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from studies import class_folders, model_rules, script
 from studies import definition as definitions
 from studies.errors import DefinitionError
 from studies.sources import idx_array, is_folder
+from studies.wording import one_line
 
 OWN = "own"
 MODELS = (*model_rules.NAMES, OWN)
@@ -98,6 +102,14 @@ def build(hyperparameters, image_shape, classes):
 '''
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Images:
+    """The image files of a folder."""
+
+    files: int  # to train with
+    has_test: bool
+
+
 def draft(
     data: str,
     file: Path | None = None,
@@ -117,10 +129,17 @@ def draft(
 
     Returns the texts of the files by their paths, the definition first. Raises DefinitionError.
     """
-    if Path(data).is_dir() and not is_folder(data):
-        data = f"{data}/"
-    if is_folder(data) and not Path(data).is_dir():
-        raise DefinitionError(f"there is no folder {data}: correct --data, or name a ready data set such as digits")
+    try:
+        if Path(data).is_dir() and not is_folder(data):
+            data = f"{data}/"
+        images = _images(Path(data)) if is_folder(data) else None
+    except (FileNotFoundError, NotADirectoryError):
+        raise DefinitionError(
+            f"there is no folder {data}: correct --data, or name a ready data set such as digits"
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise DefinitionError(f"the folder {one_line(data, 300)} cannot be read ({reason}): check it") from None
     name = name or _name(Path(data).stem if file is None else file.stem)
     file = file or Path(f"{name}.toml")
     if model is not None and from_script is not None:
@@ -149,8 +168,8 @@ def draft(
     if len(files) > 0:
         _require_current_folder(file, module)
     if not re.search(r"^batch_size = ", space, re.MULTILINE):  # else a script has it
-        fixed = _batch_size(data) + fixed
-    text = _text(name, data, model, file, trials, epochs, space, fixed)
+        fixed = _batch_size(images) + fixed
+    text = _text(name, data, images, model, file, trials, epochs, space, fixed)
     definitions.parse(text, source=str(file), folder=file.parent)  # so that a mistake in an argument is said
     return {file: text, **files}
 
@@ -158,14 +177,25 @@ def draft(
 def write(texts: Mapping[Path, str]) -> None:
     """Writes the files with these texts. Raises DefinitionError, before anything is written, if one of them exists."""
     for path in texts:
-        if path.exists() or path.is_symlink():
+        if os.path.lexists(path):
             raise DefinitionError(f"{path} exists already, and is not overwritten: name another file")
-    for path, text in texts.items():
+    try:
+        contents = {path: text.encode("utf-8") for path, text in texts.items()}
+    except UnicodeEncodeError as error:  # of the definition's path
+        part = one_line(repr(error.object[max(0, error.start - 20) : error.end]), 100)
+        raise DefinitionError(f"a name with {part} in it is not text in UTF-8: choose another one") from None
+    written: list[Path] = []
+    for path, content in contents.items():
         try:
-            with path.open("x", encoding="utf-8") as opened:
-                opened.write(text)
-        except OSError as error:
-            raise DefinitionError(f"{path} cannot be written ({error.strerror or error}): name another file") from None
+            with path.open("xb") as opened:
+                written.append(path)
+                opened.write(content)
+        except (OSError, UnicodeEncodeError) as error:  # UnicodeEncodeError: a name that this locale cannot write
+            for each in written:
+                with contextlib.suppress(OSError):
+                    each.unlink()
+            reason = getattr(error, "strerror", None) or error
+            raise DefinitionError(f"{path} cannot be written ({reason}): name another file") from None
 
 
 def _require_current_folder(file: Path, module: str) -> None:
@@ -177,12 +207,22 @@ def _require_current_folder(file: Path, module: str) -> None:
         )
 
 
-def _text(name: str, data: str, model: str, file: Path, trials: int, epochs: int, space: str, fixed: str) -> str:
+def _text(
+    name: str,
+    data: str,
+    images: _Images | None,
+    model: str,
+    file: Path,
+    trials: int,
+    epochs: int,
+    space: str,
+    fixed: str,
+) -> str:
     parts = [
         f"# `trialyard check {file}` says what is wrong with this file, `trialyard run {file}` runs the search.\n"
         "# docs/definition.md of Trialyard explains every key.\n"
         + tomli_w.dumps({"name": name, "dataset": data, "model": model}),
-        _data_table(data),
+        _data_table(images),
         f"[budget]\ntrials = {trials}\n{_line(f'epochs = {epochs}', 'of each trial')}",
         f"[space]\n{space}",
         f"[fixed]\n{fixed}" if fixed else "",
@@ -192,37 +232,36 @@ def _text(name: str, data: str, model: str, file: Path, trials: int, epochs: int
     return "\n".join(part for part in parts if part)
 
 
-def _data_table(data: str) -> str:
-    folder = Path(data)
-    if not is_folder(data) or any(idx_array(path.name) for path in _entries(folder)):
+def _images(folder: Path) -> _Images | None:
+    """The image files of a folder; None if it has IDX files. Raises OSError."""
+    if any(idx_array(path.name) for path in folder.iterdir()):
+        return None
+    parts = class_folders.parts(folder)
+    by_class = parts.get("train") or class_folders.files_by_class(folder, folder)
+    return _Images(files=sum(map(len, by_class.values())), has_test="test" in parts)
+
+
+def _data_table(images: _Images | None) -> str:
+    if images is None:
         return ""
     lines = _line("size = [64, 64]", "height and width that every image is resized to")
-    if "test" not in class_folders.parts(folder):
+    if not images.has_test:
         lines += _line("test = 0.2", "the share of the images kept for `trialyard confirm`")
     return f"[data]\n{lines}"
 
 
-def _batch_size(data: str) -> str:
+def _batch_size(images: _Images | None) -> str:
     """The line for a folder of images: by default a batch has more images than a small folder leaves to train with."""
-    folder = Path(data)
-    if not is_folder(data):
-        return ""
-    by_class = class_folders.parts(folder).get("train") or class_folders.files_by_class(folder, folder)
-    files = sum(map(len, by_class.values()))
-    if files == 0:  # an empty folder, or IDX files
+    if images is None or images.files == 0:
         return ""
     size = LARGEST_BATCH
-    while size > 1 and size * STEPS > files:
+    while size > 1 and size * STEPS > images.files:
         size //= 2
     return _line(f"batch_size = {size}", "images that one step of the training sees")
 
 
 def _line(text: str, comment: str) -> str:
     return f"{text:<60} # {comment}\n"
-
-
-def _entries(folder: Path) -> Iterable[Path]:
-    return folder.iterdir() if folder.is_dir() else ()
 
 
 def _of_script(hyperparameters: Mapping[str, Any]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -194,6 +195,52 @@ def test_no_file_is_overwritten(home: Path) -> None:
     with pytest.raises(DefinitionError, match=r"^digits_model.py exists already, and is not overwritten: name another"):
         search.init("digits", model="own")
     assert [path.read_text() for path in home.iterdir()] == ["mine"]
+
+
+# What a user sees who may not read everything: root may, and nobody may import from here.
+AS_NOBODY = """
+import os
+from studies import draft, errors
+if os.getuid() == 0:
+    os.setuid(65534)
+for data in ("closed", "closed/in", "hidden"):
+    try:
+        draft.draft(data)
+    except errors.DefinitionError as error:
+        print(error)
+"""
+
+
+def test_a_folder_that_may_not_be_read_is_one_sentence() -> None:
+    with tempfile.TemporaryDirectory() as name:  # not of pytest, whose folders nobody else may enter
+        folder = Path(name)
+        folder.chmod(0o755)
+        for closed, mode in (("closed", 0), ("hidden", 0o111)):
+            (folder / closed / "in").mkdir(parents=True)
+            (folder / closed).chmod(mode)
+        command = [sys.executable, "-c", AS_NOBODY]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        for closed in ("closed", "hidden"):
+            (folder / closed).chmod(0o755)
+    problem = "cannot be read (Permission denied): check it"
+    lines = [f"the folder {data} {problem}" for data in ("closed/", "closed/in", "hidden/")]
+    assert (done.stdout.splitlines(), done.stderr) == (lines, "")
+
+
+def test_a_file_that_cannot_be_written_leaves_no_other_behind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DefinitionError, match=r"^a name with .*bad.udcff.* is not text in UTF-8: choose another one$"):
+        search.init("digits", "bad\udcff.toml")
+    opened = Path.open
+
+    def fails(path: Path, *arguments: Any, **more: Any) -> Any:
+        if path.suffix == ".py":
+            raise OSError(28, "No space left on device")
+        return opened(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises(DefinitionError, match=r"^mine_model.py cannot be written \(No space left on device\): name"):
+        search.init("digits", "mine.toml", model="own")
+    assert [path.name for path in home.iterdir() if path.is_file()] == []
 
 
 def test_a_range_has_its_default_in_it() -> None:
