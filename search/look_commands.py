@@ -88,7 +88,7 @@ def trials(
     if as_json:
         print_json([dataclasses.asdict(record) for record in records])
     elif as_csv:
-        print_csv(trial_records.flat(records))
+        print_csv(trial_records.columns(records), trial_records.flat(records))
     else:
         print_trials(records, state)
 

@@ -215,9 +215,9 @@ def print_trials(records: "list[TrialRecord]", state: str | None) -> None:
     _print_table([titles[column] for column in known], cells, left=("state", "reason"))
 
 
-def print_csv(rows: list[dict[str, Any]]) -> None:
+def print_csv(columns: list[str], rows: list[dict[str, Any]]) -> None:
     """Prints rows as comma-separated values, with a line of titles."""
-    writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
 

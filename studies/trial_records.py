@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 State = Literal["complete", "imported", "pruned", "failed", "running", "waiting"]
 
+_FIELDS = ("number", "state", "rank", "score", "error", "epochs", "seconds")  # columns of a table, before the others
+
 LOG_LINES = 10  # of a trial's log that are shown
 LOG_BYTES = 1_000_000  # of a log file that are searched, from its end
 _STATES: dict[TrialState, State] = {
@@ -175,7 +177,7 @@ def dataframe(name: str, storage: StorageLike = None) -> "pandas.DataFrame":
         raise StudyError(
             "studies.dataframe needs pandas, which is not installed: `pip install pandas`, or use studies.trials"
         ) from None
-    return pandas.DataFrame(flat(records))
+    return pandas.DataFrame(flat(records), columns=columns(records))
 
 
 def flat(records: Sequence[TrialRecord]) -> list[dict[str, Any]]:
@@ -184,14 +186,26 @@ def flat(records: Sequence[TrialRecord]) -> list[dict[str, Any]]:
     >>> flat([])
     []
     """
-    names = list(dict.fromkeys(name for record in records for name in record.params))
-    fields = ("number", "state", "rank", "score", "error", "epochs", "seconds")
+    names = _params_of(records)
     return [
-        {field: getattr(record, field) for field in fields}
+        {field: getattr(record, field) for field in _FIELDS}
         | {f"params_{name}": record.params.get(name) for name in names}
         | {"reason": record.reason}
         for record in records
     ]
+
+
+def columns(records: Sequence[TrialRecord]) -> list[str]:
+    """The columns of `flat`, also where there is no row.
+
+    >>> columns([])
+    ['number', 'state', 'rank', 'score', 'error', 'epochs', 'seconds', 'reason']
+    """
+    return [*_FIELDS, *(f"params_{name}" for name in _params_of(records)), "reason"]
+
+
+def _params_of(records: Sequence[TrialRecord]) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record.params))
 
 
 def _records(study: Study, found: Sequence[FrozenTrial], storage: RDBStorage) -> list[TrialRecord]:

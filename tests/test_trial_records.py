@@ -7,6 +7,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -187,6 +188,8 @@ def test_trials_in_the_terminal(finished_study: str, trialyard: Call) -> None:
         ("3", "", "0.3"),
         ("4", "0.9", "0.4"),
     ]
+    head = "number,state,rank,score,error,epochs,seconds,reason\n"
+    assert trialyard("trials", finished_study, "--csv", "--state", "running") == (0, head, "")
     assert trialyard("trials", finished_study, "--state", "running") == (0, "no trial is running\n", "")
 
 
@@ -271,14 +274,23 @@ def test_the_report_of_a_trial_has_all_that_is_known_of_it(finished_study: str, 
     assert not (home / "trivial-trial-5.html").exists()
 
 
+def test_a_table_of_no_trials_has_its_columns(storage: RDBStorage, study: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    pandas = types.SimpleNamespace(DataFrame=lambda rows, columns: made.append((rows, columns)))
+    monkeypatch.setitem(sys.modules, "pandas", pandas)  # type: ignore[arg-type]
+    studies.dataframe(study, storage)
+    assert made == [([], ["number", "state", "rank", "score", "error", "epochs", "seconds", "reason"])]
+
+
 def test_all_trials_as_a_table_of_pandas(
     storage: RDBStorage, every_state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = flat(studies.trials(every_state, storage))
     assert all(row.keys() == rows[0].keys() for row in rows)
     # pandas is no dependency, so a stand-in takes the rows.
-    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=list))  # type: ignore[arg-type]
-    assert studies.dataframe(every_state, storage) == rows  # type: ignore[comparison-overlap]
+    pandas = types.SimpleNamespace(DataFrame=lambda rows, columns: (rows, columns))
+    monkeypatch.setitem(sys.modules, "pandas", pandas)  # type: ignore[arg-type]
+    assert studies.dataframe(every_state, storage) == (rows, list(rows[0]))  # type: ignore[comparison-overlap]
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(StudyError, match="needs pandas, which is not installed: `pip install pandas`"):
         studies.dataframe(every_state, storage)
