@@ -23,7 +23,7 @@ from studies import (
 from studies.confirmation import Confirmed
 from studies.confirmation_figure import confirmed_estimates
 from studies.definition import Definition, from_json
-from studies.errors import StudyError
+from studies.errors import StudyError, require_whole
 from studies.predictions import Answered, class_names, of_trial
 from studies.registry import StorageLike
 from studies.results import Curve
@@ -119,6 +119,7 @@ def figure(
 
 
 def _numbered(trials: Sequence[FrozenTrial], number: int, name: str) -> list[FrozenTrial]:
+    require_whole("trial", number)
     if not 0 <= number < len(trials):
         raise StudyError(f"study {name!r} has no trial {number}: it has the trials 0 to {len(trials) - 1}")
     return [trials[number]]

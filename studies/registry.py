@@ -220,6 +220,8 @@ def find(name: str, storage: RDBStorage) -> ledger.Study:
 
     Raises StudyError if there is none, or if it is not usable: its message says why, and what to do.
     """
+    if not isinstance(name, str):
+        raise StudyError(f"the name of a study is a string, not {name!r}: give the name, as studies.names() has it")
     try:
         return ledger.find(storage, name)
     except StudyGone:

@@ -3,12 +3,14 @@
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from storage import settings
 from storage.artifact_store import ArtifactStore
+from storage.errors import nearest
 from studies import results, text, trial_report
 from studies.content import Content, collect
+from studies.errors import StudyError
 from studies.registry import StorageLike
 from studies.text import Section
 from studies.trial_report import TrialContent
@@ -85,8 +87,10 @@ def report(
     >>> print(studies.report("digits", format="markdown")[:8])
     # digits
 
-    Raises StudyError if there is no such study or trial.
+    Raises StudyError if there is no such study, trial or format.
     """
+    if format not in (known := get_args(Format)):
+        raise StudyError(f"format = {format!r} must be one of {', '.join(known)}{nearest(str(format), known)}")
     if trial is not None:
         of_trial = trial_report.collect(name, trial, storage, artifacts)
         return trial_report.report(of_trial) if format == "markdown" else _html_of_trial(of_trial)

@@ -30,7 +30,7 @@ from storage.slots import SlotStatus, present
 from storage.tables import TrialModel, TrialParamModel, TrialUserAttributeModel
 from storage.transactions import read
 from studies import registry
-from studies.errors import StudyError
+from studies.errors import StudyError, require_whole
 from studies.registry import StorageLike
 from studies.rows import Leaderboard
 from studies.wording import one_line
@@ -351,6 +351,7 @@ def attempts(name: str, number: int, storage: StorageLike = None) -> list[Attemp
 
 def trial_of(study: Study, number: int, storage: RDBStorage) -> FrozenTrial:
     """Trial `number` of a study. Raises StudyError if it has none."""
+    require_whole("trial", number)
     try:
         return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study.id, number))
     except KeyError:

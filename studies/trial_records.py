@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -15,13 +15,14 @@ from storage import attributes, settings
 from storage.artifact_store import ArtifactStore, ObjectFile
 from storage.artifacts import ALL, attempt_folder, inside
 from storage.attempt_table import Attempt, last_of_unfinished, of_trial
+from storage.errors import nearest
 from storage.ledger import Study
 from storage.metric import JudgedOn, epochs_judged_on, judged_on, protocol_of
 from storage.ranking import is_feasible, is_scored, ranked
 from storage.settings import Settings
 from storage.transactions import read
 from studies import registry
-from studies.errors import StudyError
+from studies.errors import StudyError, require_whole
 from studies.registry import StorageLike
 from studies.results import Curve, curve_of, trial_of
 from studies.statistics import sampling_error
@@ -114,6 +115,11 @@ def trials(
 
     Raises StudyError if there is no such study.
     """
+    if state is not None and state not in get_args(State):
+        known = get_args(State)
+        raise StudyError(f"state = {state!r} must be one of {', '.join(known)}{nearest(str(state), known)}")
+    if limit is not None:
+        require_whole("limit", limit)
     opened = registry.storage_of(storage)
     study = registry.find(name, opened)
     found = opened.get_all_trials(study.id, deepcopy=False)

@@ -391,6 +391,25 @@ def test_a_result_shows_no_password() -> None:
     assert repr(ty.Result(name="mine", storage="postgresql://me:secret@host/db")) == "Result(name='mine')"
 
 
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda name: ty.trials(name, state="complet"), r"^state = 'complet' must be one of .*did you mean 'complete'"),  # type: ignore[arg-type]
+        (lambda name: ty.trials(name, limit="2"), r"^limit = '2' must be a whole number"),  # type: ignore[arg-type]
+        (lambda name: ty.report(name, format="md"), r"^format = 'md' must be one of html, markdown"),  # type: ignore[arg-type]
+        (lambda name: ty.figure(name, "confusion", trial="2"), r"^trial = '2' must be a whole number"),  # type: ignore[arg-type]
+        (lambda name: ty.trial(name, "2"), r"^trial = '2' must be a whole number"),  # type: ignore[arg-type]
+        (lambda name: ty.best_trial(3), r"^the name of a study is a string, not 3"),  # type: ignore[arg-type]
+        (lambda name: ty.search("mnist_cnn", "digits", space={}, budget=3), r"^budget must be a dict, .* and is 3"),
+    ],
+)
+def test_what_a_type_checker_would_refuse_is_one_sentence(
+    finished_study: str, call: Callable[[str], Any], problem: str
+) -> None:
+    with pytest.raises(ty.TrialyardError, match=problem):
+        call(finished_study)
+
+
 def test_a_name_in_a_leaderboard_is_not_taken_for_html() -> None:
     from studies.rows import html
 

@@ -63,13 +63,19 @@ def search(
     DefinitionError if a value is not allowed; StudyError if a study of this name searches something else; and what
     `run` raises.
     """
+    budget = keys.pop("budget", None) or {}
+    if not isinstance(budget, Mapping):
+        raise DefinitionError(
+            f'budget must be a dict, such as {{"hours": 2}}, and is {budget!r}: trials and epochs are arguments of '
+            "their own"
+        )
     function, images = _function(model), arrays.of(data)
     definition = _definition(
         {
             "name": name or _name(model),
             "model": function if isinstance(function, str) else function.name,
             "dataset": images if isinstance(images, str) else str(images.path),
-            "budget": {"trials": trials, "epochs": epochs, **keys.pop("budget", {})},
+            "budget": {"trials": trials, "epochs": epochs, **budget},
             "space": hyperparameters.tables(space),
             **{key: _table(key, value) for key, value in keys.items()},
         }
