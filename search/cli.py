@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from search import interruption, look_commands, slurm_command, start_commands, storage_commands, study_commands
+from search import (
+    interruption,
+    look_commands,
+    plain_text,
+    slurm_command,
+    start_commands,
+    storage_commands,
+    study_commands,
+)
 from search.completion import study_names
 from search.help import DATABASE, HELP_OPTIONS, LOOK, OPERATE, START, TAKE_AWAY, Commands
 from search.options import (
@@ -554,7 +562,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal may know ASCII alone, and a study's description may be in any language.
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=plain_text.ERRORS)
     try:
         app(prog_name="trialyard")
     except TrialyardError as error:

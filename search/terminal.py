@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from search.options import invocation
+from search.plain_text import plain
 from search.sparkline import sparkline
 from search.standard_error import StandardError
 from search.summary import duration, not_shown, progress_line, shown
@@ -172,6 +173,7 @@ def print_rows(rows: "list[Row]") -> None:
 
 def _print_table(titles: list[str], cells: list[list[str]], left: Container[str] = ()) -> None:
     """Prints columns that are aligned on the right, or on the left for the titles `left`."""
+    cells = [[plain(cell, out.encoding) for cell in line] for line in cells]
     aligned = [str.ljust if title in left else str.rjust for title in titles]
     widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
     head, *lines = (

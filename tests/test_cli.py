@@ -21,6 +21,7 @@ from search import terminal
 from storage import claims, database, ledger, owners
 from studies import registry, results
 from studies.rendering import report
+from studies.trial_records import TrialRecord
 
 
 def _dump(home: Path) -> list[str]:
@@ -107,6 +108,20 @@ def test_a_terminal_that_knows_ascii_alone_gets_every_text(
         assert (code, "UTF-8" in err) == (int("größe" in arguments), False)
         sys.stdout.flush()
     assert b"gr\\xf6\\xdfe" in printed.getvalue()
+    assert b"\n * " in printed.getvalue()
+    assert b"\\u2022" not in printed.getvalue()
+
+
+def test_scores_keep_their_column_where_a_terminal_knows_ascii_alone(
+    finished_study: str, monkeypatch: pytest.MonkeyPatch, trialyard: Call
+) -> None:
+    printed = io.BytesIO()
+    monkeypatch.setattr(TrialRecord, "score_text", "0.59 \u00b1 0.08")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    trialyard("trials", finished_study)
+    sys.stdout.flush()
+    head, *rows = printed.getvalue().decode().splitlines()
+    assert {row.index("0.59 +- 0.08") + len("0.59 +- 0.08") for row in rows} == {head.index("score") + len("score")}
 
 
 def test_the_commands_that_are_advised_name_the_database_that_was_given(
