@@ -384,7 +384,10 @@ app.command(rich_help_panel=OPERATE, context_settings={"ignore_unknown_options":
 
 @app.command("import", rich_help_panel=OPERATE)
 def import_results(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study in the database, or `notebook`.")],
+    study: Annotated[
+        str,
+        typer.Argument(metavar="STUDY", help="A study in the database, or `notebook`.", autocompletion=study_names),
+    ],
     file: Annotated[
         Path | None, typer.Argument(metavar="FILE.csv", help="A column a hyperparameter, and `accuracy`.")
     ] = None,

@@ -85,6 +85,7 @@ def test_the_names_of_studies_are_completed(trialyard: Call, monkeypatch: pytest
     trialyard("create", "digits")
     trialyard("create", "digits", "--name", "mine")
     assert _completed("trialyard show ", trialyard, monkeypatch) == ("digits\nmine\n", "")
+    assert _completed("trialyard import ", trialyard, monkeypatch) == ("digits\nmine\n", "")
     assert _completed("trialyard show di", trialyard, monkeypatch) == ("digits\n", "")
     assert _completed(f"trialyard best --storage sqlite:///{home}/none.db ", trialyard, monkeypatch)[1] == ""
 
