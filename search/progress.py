@@ -38,7 +38,8 @@ TICK_SECONDS = 0.2
 LEAVE_SECONDS = 2.0
 STATUS_SECONDS = 2.0  # how often the live table asks the database
 BAR_COLUMNS = 10  # of the bar inside an epoch
-WIDE_COLUMNS = 100  # from here on there is room for the speed
+# So wide must a terminal be for the speed, the hyperparameters and the bar. Else the others would be cut off.
+SPEED_FROM, POINT_FROM, BAR_FROM = 100, 75, 60
 
 
 class Listener:
@@ -131,20 +132,21 @@ class _Slot:
         """Notes where the training is, in epochs."""
         self.running = self.running.moved(Mark(moment=time.monotonic(), position=position))
 
-    def cells(self, wide: bool) -> list[RenderableType]:
-        """What the table has in the slot's row after its name; a `wide` one also has the speed."""
+    def cells(self, width: int) -> list[RenderableType]:
+        """What the table has in the slot's row after its name, as far as a terminal of this `width` has room."""
         now, record, batches = time.monotonic(), self.record, self.batches
         seconds_left = self.running.seconds_left(now)
-        speed = [f"{record.images_per_second:,.0f}" if record else ""] if wide else []
+        bar = ProgressBar(total=batches.total, completed=batches.done, width=BAR_COLUMNS) if batches else ""
+        speed = f"{record.images_per_second:,.0f}" if record else ""
         return [
             str(self.claim.number),
             f"{self._epoch()}/{self.running.epochs}",
-            ProgressBar(total=batches.total, completed=batches.done, width=BAR_COLUMNS) if batches else "",
+            *([bar] if width >= BAR_FROM else []),
             f"{record.val_accuracy:.4f}" if record else "" if batches else "starting",
-            *speed,
+            *([speed] if width >= SPEED_FROM else []),
             clock(now - self.began),
             "" if seconds_left is None else clock(seconds_left),
-            shown(self.point),
+            *([shown(self.point)] if width >= POINT_FROM else []),
         ]
 
     def _epoch(self) -> str:
@@ -255,16 +257,18 @@ class LiveTable(Listener):
             self._statuses, self._asked = statuses, time.monotonic()
 
     def _drawn(self) -> Group:
-        wide = self._console.width >= WIDE_COLUMNS
-        titles = ["slot", "trial", "epoch", "", self._judged_on(), *(["images/s"] if wide else []), "time", "left"]
+        width = self._console.width
+        bar, speed = [""] if width >= BAR_FROM else [], ["images/s"] if width >= SPEED_FROM else []
+        titles = ["slot", "trial", "epoch", *bar, self._judged_on(), *speed, "time", "left"]
         with self._lock:
             lines = [Text(self._progress(status), style="bold") for status in self._statuses.values()]
-            table = Table(box=None, padding=(0, 2, 0, 0))
+            table = Table(box=None, padding=(0, 2 if width >= BAR_FROM else 1, 0, 0))
             for title in titles:
                 table.add_column(title, header_style="dim", no_wrap=True)
-            table.add_column("hyperparameters", header_style="dim")
+            if width >= POINT_FROM:
+                table.add_column("hyperparameters", header_style="dim")
             for name, slot in self._slots.items():
-                cells = ["-"] if slot is None else slot.cells(wide)
+                cells = ["-"] if slot is None else slot.cells(width)
                 # Not as Rich's markup: a choice may be "[relu]", which would vanish.
                 table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in (name, *cells)))
         return Group(*lines, table)

@@ -137,6 +137,32 @@ def test_a_choice_with_brackets_is_shown_as_it_is(storage: RDBStorage, claim: Cl
     assert "block [bold], end [/x]" in capture.get()
 
 
+@pytest.mark.parametrize(
+    ("width", "titles"),
+    [
+        (100, ["slot", "trial", "epoch", "validation", "images/s", "time", "left", "hyperparameters"]),
+        (75, ["slot", "trial", "epoch", "validation", "time", "left", "hyperparameters"]),
+        (60, ["slot", "trial", "epoch", "validation", "time", "left"]),
+        (40, ["slot", "trial", "epoch", "validation", "time", "left"]),
+    ],
+)
+def test_a_narrow_terminal_has_what_it_has_room_for(
+    storage: RDBStorage, claim: Claim, clock: Clock, width: int, titles: list[str]
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    table = LiveTable(console, None, ["gpu:10"], lambda name: results.status(name, storage))
+    claim = dataclasses.replace(claim, owner=dataclasses.replace(claim.owner, slot="gpu:10"))
+    table.began(claim, {"depth": 3}, epochs=10)
+    table.epoch(claim, RECORD)
+    clock.now += 90.0
+    with console.capture() as capture:
+        console.print(table._drawn())
+    head, row = capture.get().splitlines()
+    assert head.split() == titles
+    assert row.split()[:4] == ["gpu:10", "0", "2/10", "0.8725"]
+    assert "1:30" in row
+
+
 def test_a_trial_that_goes_on_starts_where_it_is(storage: RDBStorage, claim: Claim, clock: Clock) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=110, color_system=None)
     table = LiveTable(console, [claim.study], ["cpu:0"], lambda name: results.status(name, storage))
