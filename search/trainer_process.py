@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import hashlib
+import logging
 import os
 import queue
 import select
@@ -47,6 +48,7 @@ def main(descriptor: int, temporary: Path) -> None:
     # Whoever ends a whole process group, or a service, means the worker, which then says what to do.
     for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    logging.raiseExceptions = False  # what `logging` cannot print is left out, as `_log` does
     connection: Connection[Any, Any] = Connection(descriptor)
     try:
         slot: Slot = connection.recv()
@@ -104,7 +106,7 @@ def _import_keras(slot: Slot) -> Failed | None:
     except DeviceError as error:
         return Failed(kind="device", message=str(error))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken installation may raise anything
-        traceback.print_exc()  # whole, into the log file
+        _log_traceback()
         if not isinstance(error, ImportError) and device_errors.is_of_the_accelerator(error):
             return Failed(kind="device", message=f"{slot.name} ({slot.device.name}) fails ({_in_one_line(error)})")
         backend = checks.software()["backend"]
@@ -149,7 +151,7 @@ def _run(
     except DataError as error:
         return Failed(kind="load", message=str(error))
     except Exception as error:  # noqa: BLE001 - no job with these data could begin here
-        traceback.print_exc()
+        _log_traceback()
         message = f"{job.definition.dataset} cannot be loaded on this machine ({_in_one_line(error)})"
         return Failed(kind="load", message=message)
     try:
@@ -171,7 +173,7 @@ def _failed(error: Exception) -> Failed:
     }
     ours = next((kind for error_type, kind in kinds.items() if isinstance(error, error_type)), None)
     if ours is None:
-        traceback.print_exc()  # whole, into the log file
+        _log_traceback()
     if ours not in (None, "model"):
         return Failed(kind=ours, message=str(error))
     message = _in_one_line(error) if ours is None else str(error)
@@ -277,7 +279,7 @@ def _measured(definition: Definition, dataset: "Dataset", policy: str, notes: li
     try:
         return measure.measure(definition, dataset, policy)
     except Exception as error:  # noqa: BLE001 - a training may raise anything
-        traceback.print_exc()
+        _log_traceback()
         notes.append(f"a model could not be trained for a few batches, so its time is unknown ({_in_one_line(error)})")
         return None
 
@@ -317,7 +319,18 @@ def _digest(function: str) -> str:
 
 
 def _log(line: str) -> None:
-    print(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {line}", flush=True)
+    with _log_errors_ignored():
+        print(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {line}", flush=True)
+
+
+def _log_traceback() -> None:
+    with _log_errors_ignored():
+        traceback.print_exc()  # whole: a message has only its last line
+
+
+def _log_errors_ignored() -> contextlib.suppress:
+    """A log that cannot be written stops no training: the disk may be full, or a user's code has closed the file."""
+    return contextlib.suppress(OSError, ValueError)
 
 
 if __name__ == "__main__":

@@ -374,6 +374,52 @@ def test_a_folder_that_cannot_be_written_is_the_machine_s_fault(trainer: Trainer
     assert "history.json cannot be written (File exists): is the disk full" in failed.message
 
 
+PRINTING = """
+import sys
+import keras
+
+def closes(hyperparameters, image_shape, classes):
+    sys.stdout.close()
+    sys.stderr.close()
+    return keras.Sequential([keras.Input(image_shape), keras.layers.Flatten(), keras.layers.Dense(classes, "softmax")])
+
+def closes_and_fails(hyperparameters, image_shape, classes):
+    closes(hyperparameters, image_shape, classes)
+    raise ValueError("too wide")
+
+def prints(hyperparameters, image_shape, classes):
+    print("x" * 100_000)
+"""
+
+
+def test_a_log_that_cannot_be_written_stops_no_training(trainer: Trainer, job: Make, home: Path) -> None:
+    trainer.log_file.parent.mkdir()
+    trainer.log_file.symlink_to("/dev/full")
+    trainer.submit(job())
+    assert isinstance(_messages(trainer)[-1], Trained)
+    trainer.submit(job(hyperparameters={"width": "wide"}))
+    assert _messages(trainer)[-1].kind == "error", "the traceback cannot be written either"
+    (home / "mine.py").write_text(PRINTING, encoding="utf-8")
+    definition = job().definition.model_copy(update={"model": "mine:prints"})
+    trainer.submit(job(definition=definition))
+    failed = _messages(trainer)[-1]
+    assert failed.kind == "disk", "an own model's print raises: that is the disk's fault, not the trial's"
+    assert "No space left on device" in failed.message
+
+
+def test_a_model_may_close_its_output(trainer: Trainer, job: Make, home: Path) -> None:
+    (home / "mine.py").write_text(PRINTING, encoding="utf-8")
+    ends = []
+    for function in ("closes", "closes_and_fails"):
+        definition = job().definition.model_copy(update={"model": f"mine:{function}"})
+        trainer.submit(job(definition=definition, hyperparameters={"batch_size": 60}))
+        ends.append(_messages(trainer)[-1])
+    trained, failed = ends
+    assert isinstance(trained, Trained)
+    assert failed.kind == "model"
+    assert "(ValueError: too wide)" in failed.message
+
+
 OWN = """
 import os
 {at_import}
