@@ -7,6 +7,7 @@ environment that pins its device, and the process may crash, hang or run out of 
 import contextlib
 import errno
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 MEMORY_GROWTH = 0.15
 START_SECONDS = 600.0  # how long a process may take to import Keras
 START_POLL_SECONDS = 0.5
+DEATH_POLL_SECONDS = 1.0  # how soon a death is noticed that closes no connection
+END_POLL_SECONDS = 0.01
 KILL_SECONDS = 5.0  # how long a process that was killed, or closed its connection, is waited for
 
 
@@ -118,7 +121,7 @@ class Trainer:
 
         Raises DiskError if the log file cannot be written, and TrainerDied if no process can be started.
         """
-        if self._process is None or self._process.poll() is not None or self._has_grown():
+        if self._process is None or _has_ended(self._process) or self._has_grown():
             self._start()
         self._jobs, self._kills = self._jobs + 1, _memory_kills()
         self._send(job)
@@ -141,7 +144,7 @@ class Trainer:
     def _next(self, seconds: float) -> Ready | Message | None:
         assert self._connection is not None
         try:
-            message = self._connection.recv() if self._connection.poll(seconds) else None
+            message = self._connection.recv() if self._may_receive(seconds) else None
         except (EOFError, OSError):
             raise self._died() from None
         except Exception as error:  # reading a damaged message may raise anything
@@ -155,10 +158,26 @@ class Trainer:
             self.kill()  # it ends by itself, and must not be given another job until then
         return message
 
+    def _may_receive(self, seconds: float) -> bool:
+        """Whether there is a message within `seconds`. Raises EOFError once the process has ended and said all."""
+        assert self._connection is not None
+        assert self._process is not None
+        deadline = time.monotonic() + seconds
+        # The processes that it forked, such as those of a pool, have its end of the socket too and keep it open.
+        while not _has_ended(self._process):
+            left = max(0.0, deadline - time.monotonic())
+            if self._connection.poll(min(left, DEATH_POLL_SECONDS)):
+                return True
+            if left <= DEATH_POLL_SECONDS:
+                return False
+        if self._connection.poll(0):  # said right before its end
+            return True
+        raise EOFError
+
     def kill(self) -> None:
-        """Ends the process now."""
+        """Ends the process now, with all that it has started."""
         if self._process is not None:
-            self._process.kill()
+            _kill_group(self._process)
             try:
                 self._process.wait(KILL_SECONDS)
             except subprocess.TimeoutExpired:  # a driver that hangs keeps its process
@@ -218,11 +237,13 @@ class Trainer:
 
     def _died(self) -> TrainerDied:
         assert self._process is not None
-        try:
-            self._process.wait(KILL_SECONDS)
-        except subprocess.TimeoutExpired:  # it hangs at its exit, or a model closed all files
-            return self.hung("closed its connection", ready=self._ready)
-        code = self._process.returncode
+        deadline = time.monotonic() + KILL_SECONDS
+        while not _has_ended(self._process):
+            if time.monotonic() > deadline:  # it hangs at its exit, or a model closed all files
+                return self.hung("closed its connection", ready=self._ready)
+            time.sleep(END_POLL_SECONDS)
+        _kill_group(self._process)
+        code = self._process.wait()
         how = f"by signal {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
         out_of_memory = code == -signal.SIGKILL and _memory_kills() > self._kills
         hint = " when memory ran out" if out_of_memory else ""
@@ -233,6 +254,27 @@ class Trainer:
             out_of_memory=out_of_memory,
             ready=self._ready,
         )
+
+
+def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether the process has ended. It is not waited for: until then no other process gets its number."""
+    if process.returncode is not None:
+        return True
+    try:
+        return bool(psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
+    """Kills the process and those that it has started, such as a pool of a user's data function.
+
+    Only before it is waited for: after that the number of its group may be that of another one.
+    """
+    if process.returncode is None:
+        with contextlib.suppress(OSError):  # the group is empty
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 @contextlib.contextmanager
@@ -261,7 +303,9 @@ def launch(slot: Slot, descriptor: int, output: IO[bytes], temporary: Path) -> "
         stderr=output,
         env=environment(slot, temporary),
         pass_fds=(descriptor,),
-        start_new_session=True,  # a Ctrl-C in the terminal is for the worker, which then says what to do
+        # A Ctrl-C in the terminal is for the worker, which then says what to do. And all that the process starts is
+        # of one group, which `_kill_group` ends.
+        start_new_session=True,
     )
 
 

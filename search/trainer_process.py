@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from search import device_errors, devices
 from search.devices import Slot, precision_for
@@ -66,7 +66,7 @@ def main(descriptor: int, temporary: Path) -> None:
                 message = connection.recv()
             except (EOFError, OSError):
                 _remove_later(temporary)
-                os._exit(0)
+                _end_group()
             if isinstance(message, Job):
                 stops.clear()
                 jobs.put(message)
@@ -91,6 +91,13 @@ def _remove_later(folder: Path) -> None:
     # By another process: a folder with much in it takes long, and this one must leave its device now.
     with contextlib.suppress(OSError):
         subprocess.Popen(["rm", "-rf", "--", str(folder)], stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def _end_group() -> NoReturn:
+    """Ends this process and all that it has started: a pool of a user's code would hold memory and GPUs for ever."""
+    if os.getpgrp() == os.getpid():  # as `search.trainer` starts it
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
 
 
 def _import_keras(slot: Slot) -> Failed | None:

@@ -420,6 +420,79 @@ def test_a_model_may_close_its_output(trainer: Trainer, job: Make, home: Path) -
     assert "(ValueError: too wide)" in failed.message
 
 
+POOLED = """
+import multiprocessing
+import os
+import signal
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+import keras
+
+pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork"))
+
+def pid(seconds):
+    time.sleep(seconds)
+    return os.getpid()
+
+def build(hyperparameters, image_shape, classes):
+    pids = set(pool.map(pid, [0.2, 0.2]))
+    Path("pids").write_text(" ".join(map(str, pids)))
+    {in_build}
+    return keras.Sequential([keras.Input(image_shape), keras.layers.Flatten(), keras.layers.Dense(classes, "softmax")])
+"""
+
+
+def _require_ended(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    for pid in pids:
+        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "a process of the pool lives on"
+            time.sleep(0.05)
+
+
+def _pids(home: Path) -> list[int]:
+    pids = [int(pid) for pid in (home / "pids").read_text(encoding="ascii").split()]
+    assert pids
+    return pids
+
+
+def test_a_death_is_noticed_while_a_process_lives_that_the_trainer_forked(
+    trainer: Trainer, job: Make, home: Path
+) -> None:
+    """It has the trainer's end of the socket, so the worker reads no end of file."""
+    (home / "mine.py").write_text(POOLED.format(in_build="os.kill(os.getpid(), signal.SIGSEGV)"), encoding="utf-8")
+    trainer.submit(job(definition=job().definition.model_copy(update={"model": "mine:build"})))
+    with pytest.raises(TrainerDied, match="ended by signal SIGSEGV"):
+        _messages(trainer)
+    _require_ended(_pids(home))
+
+
+def test_a_killed_trainer_leaves_no_processes_behind(trainer: Trainer, job: Make, home: Path) -> None:
+    (home / "mine.py").write_text(POOLED.format(in_build=""), encoding="utf-8")
+    definition = job(100_000).definition.model_copy(update={"model": "mine:build"})
+    trainer.submit(job(definition=definition, hyperparameters={"batch_size": 60}))
+    assert isinstance(_next(trainer), Epoch)
+    pids = _pids(home)
+    assert all(psutil.pid_exists(pid) for pid in pids)
+    trainer.kill()
+    _require_ended(pids)
+
+
+def test_a_trainer_that_ends_with_its_worker_ends_what_it_started(job: Make, home: Path, tmp_path: Path) -> None:
+    (home / "mine.py").write_text(POOLED.format(in_build=""), encoding="utf-8")
+    made = job(epochs=100_000, hyperparameters={"batch_size": 60})
+    made = dataclasses.replace(made, definition=made.definition.model_copy(update={"model": "mine:build"}))
+    (tmp_path / "job").write_bytes(pickle.dumps(made))
+    with subprocess.Popen(
+        [sys.executable, "-c", ALONE, str(tmp_path / "job"), str(tmp_path / "log")], stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdout is not None
+        pid = int(worker.stdout.readline())
+        worker.kill()
+    _require_ended([pid, *_pids(home)])
+
+
 OWN = """
 import os
 {at_import}
