@@ -231,7 +231,7 @@ def call_own(
             f"{name} needs a module that cannot be imported on this machine ({type(error).__name__}: "
             f"{' '.join(str(error).split())}): install it, or put it into this folder or on PYTHONPATH"
         ) from error
-    except Exception as error:  # a user's own code may raise anything
+    except (Exception, SystemExit) as error:  # a user's own code may raise anything
         raise ModelError(
             f"{name} failed to build a model with {dict(hyperparameters)} for images of {image_shape} "
             f"({type(error).__name__}: {' '.join(str(error).split())}): correct the function"

@@ -95,7 +95,7 @@ def _check_momentum(net: keras.Model, name: str) -> None:
 def _train_one_batch(net: keras.Model, name: str, images: Array, wanted: Array) -> None:
     try:
         measured = net.fit(**batches(images, wanted, len(images)), shuffle=False, verbose=0).history
-    except Exception as error:  # a user's own code may raise anything
+    except (Exception, SystemExit) as error:  # a user's own code may raise anything
         own_loss = any(isinstance(loss, FunctionType) for loss in losses_of(net))
         about_loss = ", or its loss, which gets class numbers only if its name begins with sparse_" if own_loss else ""
         raise ModelError(
@@ -144,7 +144,7 @@ def _flat_outputs(net: keras.Model, images: Array) -> Array:
     return np.concatenate([keras.ops.convert_to_numpy(each).astype(np.float64).ravel() for each in tensors])
 
 
-def _in_one_line(error: Exception) -> str:
+def _in_one_line(error: BaseException) -> str:
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return text if len(text) <= 200 else f"{text[:200]}..."
 

@@ -157,17 +157,17 @@ def _run(
         return Failed(kind="import", message=str(error))
     except DataError as error:
         return Failed(kind="load", message=str(error))
-    except Exception as error:  # noqa: BLE001 - no job with these data could begin here
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - no job with these data could begin here
         _log_traceback()
         message = f"{job.definition.dataset} cannot be loaded on this machine ({_in_one_line(error)})"
         return Failed(kind="load", message=message)
     try:
         return _trained(job, dataset, connection, stops)
-    except Exception as error:  # noqa: BLE001 - whatever a user's model raises ends its trial, not the study
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - what a user's model raises ends its trial, not the study
         return _failed(error)
 
 
-def _failed(error: Exception) -> Failed:
+def _failed(error: BaseException) -> Failed:
     """What went wrong in a training."""
     from search.errors import DataError, MachineError, MetricError, ModelError
 
@@ -285,7 +285,7 @@ def _measured(definition: Definition, dataset: "Dataset", policy: str, notes: li
 
     try:
         return measure.measure(definition, dataset, policy)
-    except Exception as error:  # noqa: BLE001 - a training may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a training may raise anything
         _log_traceback()
         notes.append(f"a model could not be trained for a few batches, so its time is unknown ({_in_one_line(error)})")
         return None

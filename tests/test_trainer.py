@@ -493,6 +493,42 @@ def test_a_trainer_that_ends_with_its_worker_ends_what_it_started(job: Make, hom
     _require_ended([pid, *_pids(home)])
 
 
+EXITING = """
+import sys
+import keras
+
+def load():
+    sys.exit("the data server is not mounted")
+
+def loss(wanted, given):
+    sys.exit("no licence")
+
+def build(hyperparameters, image_shape, classes):
+    layers = [keras.Input(image_shape), keras.layers.Flatten(), keras.layers.Dense(classes, "softmax")]
+    model = keras.Sequential(layers)
+    model.compile("adam", loss, metrics=["accuracy"])
+    return model
+"""
+
+
+def test_sys_exit_in_a_user_s_code_is_an_error_like_others_and_no_crash(
+    trainer: Trainer, job: Make, home: Path
+) -> None:
+    (home / "mine.py").write_text(EXITING, encoding="utf-8")
+    failed = []
+    for changed in ({"dataset": "mine:load"}, {"model": "mine:build"}):
+        definition = job().definition.model_copy(update=changed)
+        for folder in (home / "trial", None):  # a trial, and a check before any trial
+            trainer.submit(job(definition=definition, hyperparameters={"batch_size": 60}, folder=folder))
+            failed.append(_messages(trainer)[-1])
+    assert [each.kind for each in failed] == ["load", "load", "error", "model"]
+    assert failed[0].message == failed[1].message
+    assert failed[0].message == (
+        "mine:load cannot be loaded on this machine (SystemExit: the data server is not mounted)"
+    )
+    assert all("SystemExit: no licence" in each.message for each in failed[2:])
+
+
 OWN = """
 import os
 {at_import}
@@ -509,6 +545,7 @@ def build(hyperparameters, image_shape, classes):
         ("raise SystemExit(0)", "", "import", "mine:build cannot be imported (SystemExit: 0)"),
         ("", "import nowhere", "import", "mine:build needs a module that cannot be imported on this machine"),
         ("", "raise ValueError('too wide')", "model", "(ValueError: too wide): correct the function"),
+        ("", "raise SystemExit('too wide')", "model", "(SystemExit: too wide): correct the function"),
         (
             "",
             "raise RuntimeError('CUDA error: unknown error')",
