@@ -100,9 +100,9 @@ def of_training(paths: Sequence[Path], identity: dict[str, Any]) -> Iterator[Che
 
 
 def _entry(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
     try:
+        if not path.exists():  # raises an error where the folder may not be looked into: it is another user's
+            return None
         with np.load(path, allow_pickle=False) as archive:
             entry = json.loads(str(archive[ENTRY]))
         return entry if entry["history"] and isinstance(entry["identity"], dict) else None

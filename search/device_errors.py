@@ -28,6 +28,9 @@ _PROGRAM = re.compile(
     r"|invalid (?:configuration )?argument",
     re.IGNORECASE,
 )
+# A network disk gives ESTALE where its server has removed or moved what was open.
+_DISK_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+_DISK_WORDS = ("No space left on device", "Input/output error", "Stale file handle")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -44,10 +47,9 @@ def is_of_the_accelerator(error: BaseException) -> bool:
 
 
 def is_of_the_disk(error: BaseException) -> bool:
-    """Whether a disk is full or may not be written, also in the words of HDF5, which gives no number."""
-    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    """Whether a disk is full, may not be written, fails or is away. HDF5 says it in words, without a number."""
     return any(
-        (isinstance(each, OSError) and each.errno in numbers) or "No space left on device" in str(each)
+        (isinstance(each, OSError) and each.errno in _DISK_NUMBERS) or any(words in str(each) for words in _DISK_WORDS)
         for each in _causes(error)
     )
 

@@ -57,7 +57,8 @@ FAULTS: Mapping[str, Fault] = {
     "import": Fault(whose="machine"),  # Keras, its backend, or a user's module
     "load": Fault(whose="machine", process="replaced"),  # the data
     "store": Fault(whose="machine", process="kept"),  # the object store of the trials' files is away, or refuses
-    "disk": Fault(whose="slot", process="replaced"),  # full, or not writable: each slot of the machine will see it
+    # Full, not writable, or it fails: each slot of the machine will see it.
+    "disk": Fault(whose="slot", process="replaced"),
     "device": Fault(whose="slot"),  # the framework does not see it, or it does not compute
     "start": Fault(whose="slot"),  # the trainer process ended before it had imported Keras
     # An error of CUDA, cuDNN, cuBLAS or the driver in a training. A training that always ends so must not close one

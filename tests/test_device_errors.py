@@ -1,5 +1,8 @@
 """What frameworks say of an accelerator that fails, of memory that ran out, and of a mistake in a program."""
 
+import errno
+import os
+
 import pytest
 
 from search.device_errors import is_of_the_accelerator, is_of_the_disk, is_out_of_memory
@@ -67,3 +70,10 @@ def test_a_full_disk_is_recognized_in_hdf5_s_words_too() -> None:
     assert is_of_the_disk(OSError(28, "No space left on device"))
     assert is_of_the_disk(RuntimeError("file write failed: errno = 28, error message = 'No space left on device'"))
     assert not is_of_the_disk(FileNotFoundError(2, "No such file"))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_or_is_away_is_recognized(number: int) -> None:
+    error = OSError(number, os.strerror(number))
+    assert is_of_the_disk(error)
+    assert is_of_the_disk(RuntimeError(f"file read failed: errno = {number}, error message = '{os.strerror(number)}'"))

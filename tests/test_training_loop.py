@@ -1,5 +1,6 @@
 """Training is a function of its arguments, keeps the best epoch, and stops on request."""
 
+import errno
 import importlib.util
 import itertools
 import json
@@ -439,6 +440,28 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(dataset: Dataset, tmp_path: 
     for harmed in (whole[:-100], b"nothing of the kind"):
         path.write_bytes(harmed)
         assert first_epoch() == ([], 1)
+
+
+def test_a_checkpoint_that_may_not_be_looked_at_is_not_used(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one in another user's folder: looking whether it exists raises an error, for all but the superuser."""
+    _train(dataset, tmp_path / "other", checkpoint_seconds=0.0)
+    exists = Path.exists
+
+    def guarded(path: Path) -> bool:
+        if path.parent == tmp_path / "other":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", guarded)
+    resumed: list[Epoch] = []
+    _, records = _train(
+        dataset, tmp_path / "own", checkpoints=[tmp_path / "other" / CHECKPOINT], on_resume=resumed.extend
+    )
+    assert not resumed
+    assert records[0].epoch == 1
+    assert "Permission denied" in caplog.text
 
 
 def test_the_longest_checkpoint_of_the_earlier_attempts_is_taken(dataset: Dataset, tmp_path: Path) -> None:
