@@ -244,7 +244,7 @@ class Trainer:
             time.sleep(END_POLL_SECONDS)
         _kill_group(self._process)
         code = self._process.wait()
-        how = f"by signal {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
+        how = f"by signal {_signal_name(-code)}" if code < 0 else f"with exit code {code}"
         out_of_memory = code == -signal.SIGKILL and _memory_kills() > self._kills
         hint = " when memory ran out" if out_of_memory else ""
         early = "" if self._ready else " before it had imported Keras"
@@ -254,6 +254,13 @@ class Trainer:
             out_of_memory=out_of_memory,
             ready=self._ready,
         )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # Python names only the first and the last of the real-time signals
+        return str(number)
 
 
 def _has_ended(process: "subprocess.Popen[bytes]") -> bool:

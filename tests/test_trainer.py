@@ -138,6 +138,19 @@ def test_a_killed_trainer_is_reported_and_replaced(trainer: Trainer, job: Make) 
     assert trainer.pid != first
 
 
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGRTMIN + 6, "40")])
+def test_a_death_by_any_signal_is_reported(tmp_path: Path, number: int, name: str) -> None:
+    trainer = Trainer(Slot(device=cpu()), tmp_path / "log")
+    ours, theirs = Pipe()
+    process = subprocess.Popen(["sleep", "60"])
+    trainer._process, trainer._connection = process, ours
+    process.send_signal(number)
+    theirs.close()
+    with pytest.raises(TrainerDied, match=rf"the trainer process {process.pid} ended by signal {name} before"):
+        trainer.receive(1.0)
+    trainer.kill()
+
+
 ALONE = """
 import sys, pickle, time
 from pathlib import Path
