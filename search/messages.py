@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from search.devices import Slot
 from storage.hits import Hits
+from storage.tables import storable
 from studies.definition import Definition
 from studies.recipe import Recipe
 
@@ -91,6 +92,10 @@ class Failed:
 
     kind: str  # one of `storage.faults.FAULTS`
     message: str
+
+    def __post_init__(self) -> None:
+        # A user's exception may name a file whose name is not UTF-8, and no report could be written with that.
+        object.__setattr__(self, "message", storable(self.message))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from storage import settings
 from storage.artifact_store import ArtifactStore
 from storage.errors import nearest
+from storage.tables import storable
 from studies import results, text, trial_report
 from studies.content import Content, collect
 from studies.errors import StudyError
@@ -91,6 +92,11 @@ def report(
     """
     if format not in (known := get_args(Format)):
         raise StudyError(f"format = {format!r} must be one of {', '.join(known)}{nearest(str(format), known)}")
+    # Other versions and other programs may have stored text that no file in UTF-8 can have.
+    return storable(_report(name, storage, format, artifacts, trial))
+
+
+def _report(name: str, storage: StorageLike, format: Format, artifacts: str | Path | None, trial: int | None) -> str:
     if trial is not None:
         of_trial = trial_report.collect(name, trial, storage, artifacts)
         return trial_report.report(of_trial) if format == "markdown" else _html_of_trial(of_trial)

@@ -20,7 +20,9 @@ from storage.transactions import PatientStorage
 from studies import exports, registry, results
 from studies.definition import parse
 
+NOT_UTF_8 = "cannot open \udcff.png"  # as Python reads the name of such a file
 JUNK: list[Any] = [None, True, -1, 4.5, math.inf, math.nan, 1e308, "\n[red]x", [], [1], {}, {"a": 1}, [{"host": "a"}]]
+JUNK += [NOT_UTF_8, {"kind": "error", "message": NOT_UTF_8}]
 OUR_KEYS = (
     *("failure", "imported", "import_key", "retry_of", "model", "history", "protocol", "seed", "precision", "device"),
     *("slot", "versions", "epochs", "best_epoch", "parameters", "seconds", "images_per_second", "data_fingerprint"),

@@ -559,6 +559,7 @@ def build(hyperparameters, image_shape, classes):
         ("", "import nowhere", "import", "mine:build needs a module that cannot be imported on this machine"),
         ("", "raise ValueError('too wide')", "model", "(ValueError: too wide): correct the function"),
         ("", "raise SystemExit('too wide')", "model", "(SystemExit: too wide): correct the function"),
+        ("", "raise ValueError('cannot open \\udcff.png')", "model", r"(ValueError: cannot open \udcff.png): correct"),
         (
             "",
             "raise RuntimeError('CUDA error: unknown error')",
