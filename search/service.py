@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial
 
 from search.errors import WorkerError
-from storage import database, ledger, promises, retention, settings, slots, test_openings, transactions
+from search.unneeded_files import leftovers as leftovers
+from search.unneeded_files import prune as prune
+from storage import database, ledger, promises, settings, slots, test_openings, transactions
 from storage.errors import ObjectStoreError, SettingsError
 from storage.ledger import Study
-from storage.retention import UnneededFile
 from storage.settings import Settings
 from storage.transactions import PatientStorage, require_same_file
 from studies import advice, confirmation, draft, registry, results
@@ -547,30 +548,6 @@ def backup_storage(file: str | Path, storage: str | None = None) -> int:
     Raises StorageError if `file` exists or cannot be written.
     """
     return database.backup(database.connect_any_version(_settings(storage).url), Path(file))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leftovers:
-    """The files below the artifacts folder that this database does not need."""
-
-    files: list[UnneededFile]
-    of_others: list[str]  # folders of studies that this database does not know: another one may
-
-
-def leftovers(storage: str | None = None) -> Leftovers:
-    """The files that no trial needs, which `prune` removes. Raises StorageError."""
-    here = _settings(storage)
-    files, of_others = retention.leftovers(database.connect(here.url), here.artifact_store, here.keep_models)
-    return Leftovers(files=files, of_others=of_others)
-
-
-def prune(found: Leftovers, storage: str | None = None) -> int:
-    """Removes those of the files `found` that still no trial needs; returns how many bytes that freed.
-
-    Raises StorageError.
-    """
-    here = _settings(storage)
-    return retention.remove(database.connect(here.url), here.artifact_store, here.keep_models, found.files)
 
 
 def _definition(

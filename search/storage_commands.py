@@ -1,13 +1,17 @@
 """The commands below ``trialyard storage``: the database itself."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from search.help import Commands
 from search.options import StorageOption, YesOption, settings_of
 from storage.errors import StorageError, many
+
+if TYPE_CHECKING:
+    from storage.retention import UnneededFile
+    from storage.trainer_logs import OldLog
 
 app = typer.Typer(help="Create, check, upgrade, copy or tidy up the database.", no_args_is_help=True, cls=Commands)
 
@@ -71,7 +75,7 @@ def storage_backup(
 
 @app.command("prune")
 def storage_prune(storage: StorageOption = None, yes: YesOption = False) -> None:
-    """Remove files that no trial of this database needs; asks first."""
+    """Remove files that no trial of this database needs, and old logs; asks first."""
     from search import service
     from search.terminal import ask, say, size_text, warn
 
@@ -79,9 +83,11 @@ def storage_prune(storage: StorageOption = None, yes: YesOption = False) -> None
     found = service.leftovers(here.url)
     for folder in found.of_others:
         warn(f"{here.artifact_store.name(folder)}: kept, since it may be another database's: this one never had it")
-    for file in found.files:
+    listed: list[UnneededFile | OldLog] = [*found.files, *found.logs]
+    for file in listed:
         warn(f"{file.path}: {size_text(file.size)}, {file.why}")
-    if found.files:
-        files = "this file" if len(found.files) == 1 else f"these {len(found.files)} files"
-        ask(f"Remove {files}, {size_text(sum(file.size for file in found.files))}?", yes)
-    say(f"{size_text(service.prune(found, here.url))} are free, below {here.artifact_store.name('')}")
+    if listed:
+        files = "this file" if len(listed) == 1 else f"these {len(listed)} files"
+        ask(f"Remove {files}, {size_text(sum(file.size for file in listed))}?", yes)
+    logs = f" and in {here.log_folder}" if found.logs else ""
+    say(f"{size_text(service.prune(found, here.url))} are free, below {here.artifact_store.name('')}{logs}")

@@ -25,6 +25,7 @@ import psutil
 
 from search.devices import Slot
 from search.messages import Failed, Job, Message, Ready, Stop, StopMode
+from storage import trainer_logs
 from storage.errors import DiskError
 from storage.settings import environment_without_secrets
 from studies.sources import module_folders
@@ -121,6 +122,7 @@ class Trainer:
 
         Raises DiskError if the log file cannot be written, and TrainerDied if no process can be started.
         """
+        trainer_logs.shorten(self.log_file)
         if self._process is None or _has_ended(self._process) or self._has_grown():
             self._start()
         self._jobs, self._kills = self._jobs + 1, _memory_kills()

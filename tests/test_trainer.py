@@ -25,6 +25,7 @@ from search.devices import Device, Slot, cpu
 from search.messages import Batches, Checked, Epoch, Failed, Job, Resumed, Stop, Trained
 from search.trainer import Trainer, TrainerDied
 from search.trainer_process import send_if_read
+from storage import trainer_logs
 from storage.artifacts import CHECKPOINT
 from storage.errors import DiskError
 from studies import definition as definitions
@@ -418,6 +419,24 @@ def test_a_log_that_cannot_be_written_stops_no_training(trainer: Trainer, job: M
     failed = _messages(trainer)[-1]
     assert failed.kind == "disk", "an own model's print raises: that is the disk's fault, not the trial's"
     assert "No space left on device" in failed.message
+
+
+def test_a_log_that_is_too_large_is_shortened_when_the_next_job_begins(
+    trainer: Trainer, job: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer.submit(job(trial="first"))
+    assert isinstance(_messages(trainer)[-1], Trained)
+    pid = trainer.pid
+    monkeypatch.setattr(trainer_logs, "MOST_BYTES", 100)
+    monkeypatch.setattr(trainer_logs, "KEPT_BYTES", 50)
+    trainer.submit(job(trial="second"))
+    assert isinstance(_messages(trainer)[-1], Trained)
+    assert trainer.pid == pid, "the process has the file open all the time"
+    text = trainer.log_file.read_bytes()
+    assert text.startswith(trainer_logs.SHORTENED)
+    assert b"first begins" not in text
+    assert b"\0" not in text
+    assert text.count(b"second epoch") == 2
 
 
 def test_a_model_may_close_its_output(trainer: Trainer, job: Make, home: Path) -> None:
