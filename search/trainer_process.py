@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
+from multiprocessing import popen_fork
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -48,6 +49,8 @@ def main(descriptor: int, temporary: Path) -> None:
     # Whoever ends a whole process group, or a service, means the worker, which then says what to do.
     for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    # What it starts ignores them, too: a pool that was ended by SIGTERM would be waited for without end.
+    popen_fork.Popen.terminate = popen_fork.Popen.kill  # type: ignore[method-assign]
     logging.raiseExceptions = False  # what `logging` cannot print is left out, as `_log` does
     connection: Connection[Any, Any] = Connection(descriptor)
     try:

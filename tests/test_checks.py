@@ -53,6 +53,24 @@ def test_a_check_that_hangs_ends(
         checks.check(definition, load(), stop=stop)
 
 
+@pytest.mark.parametrize("kind", ["fork", "spawn"])
+def test_a_pool_of_a_user_s_function_can_be_ended(home: Path, trivial: Definition, kind: str) -> None:
+    """A trainer ignores the signals that mean its worker, and so do the processes that it starts."""
+    lines = (
+        "import multiprocessing, time\nfrom sklearn.datasets import load_digits\n\n\ndef load():\n"
+        f"    with multiprocessing.get_context('{kind}').Pool(2) as pool:\n"
+        "        pool.map(abs, range(2))\n"
+        "        pool.map_async(time.sleep, [600, 600])\n"
+        "    images, labels = load_digits(return_X_y=True)\n"
+        "    images = images.reshape(-1, 8, 8).repeat(3, 1).repeat(3, 2) / 16\n"
+        "    return (images[:300], labels[:300]), (images[300:400], labels[300:400])\n"
+    )
+    (home / "pooled.py").write_text(lines, encoding="utf-8")
+    began = time.monotonic()
+    checks.check(trivial.model_copy(update={"dataset": "pooled:load"}), load())
+    assert time.monotonic() - began < 300
+
+
 def test_that_keras_can_be_imported_is_remembered_for_a_day_and_for_this_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
