@@ -398,11 +398,11 @@ def test_a_weak_trial_is_pruned_and_leaves_its_history(home: Path, write_small: 
 
 def test_a_lost_trial_s_result_is_dropped(home: Path, write_small: Write, start: Command) -> None:
     """A worker that slept while another took its trial over: only the other's result counts."""
-    file = str(write_small(trials=1, epochs=20))
+    file = str(write_small(trials=1, epochs=500))  # 20 may have ended before the processes are suspended
     os.environ["TRIALYARD_BEAT_SECONDS"] = "0.2"  # for the worker; `home` has cleared and will restore it
     try:
         slow = start(*ELSEWHERE, "run", file)
-        until(slow, "trial 0 epoch 2/20")
+        until(slow, "trial 0 epoch 2/500")
     finally:
         del os.environ["TRIALYARD_BEAT_SECONDS"]
     sleeping = [psutil.Process(slow.pid), *psutil.Process(slow.pid).children()]
