@@ -57,9 +57,11 @@ def check(
         registry.fetch_function(definition.model, settings.artifact_store)
     except ObjectStoreError as error:
         raise MachineError(str(error)) from error
-    if not is_function(definition.dataset) and ":" not in definition.model:
-        # In this process, so that a mistake is known before Keras is imported.
+    if not is_function(definition.dataset):
+        # In this process, so that a mistake is known before Keras is imported, and that a large folder of images, which
+        # is converted once, has its time.
         dataset = data.load(definition.dataset, definition.data, settings.data_folders)
+    if not is_function(definition.dataset) and ":" not in definition.model:
         if definition.confirm is not None:
             data.require_test(definition.dataset, definition.data, settings.data_folders)
         _check_fit(definition, dataset)

@@ -1,4 +1,4 @@
-"""What a terminal gets that does not know a character: of some the usual writing in ASCII, of others an escape."""
+"""Replaces characters that a terminal cannot show: by their usual ASCII form, or by an escape."""
 
 import codecs
 

@@ -307,7 +307,7 @@ class _Driver:
                 slot.call("events", EVENTS_SECONDS)
         elif name == "run":
             end = pickle.loads(value)
-            if isinstance(end, str):  # why its node cannot run it; the process waits: its place is no better for others
+            if isinstance(end, str):  # why its node cannot run it; nor could another slot, so it keeps its place
                 end = End(kind="failed", error=RayError(end))
             elif end.error is not None:
                 # While its process lives, nobody on that machine takes back a trial that it held.

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial
 from search.errors import WorkerError
 from search.unneeded_files import leftovers as leftovers
 from search.unneeded_files import prune as prune
-from storage import database, ledger, promises, settings, slots, test_openings, transactions
+from storage import database, ledger, openings, promises, settings, slots, transactions
 from storage.errors import ObjectStoreError, SettingsError
 from storage.ledger import Study
 from storage.settings import Settings
@@ -401,7 +401,7 @@ def confirm(
     registry.check_data(searched, checked.data)
     registry.check_sources(searched, checked.sources)
     if definition.name not in registry.names(opened):
-        test_openings.record(opened, searched.name, str(searched.data.get("fingerprint")))
+        openings.record(opened, searched.name, str(searched.data.get("fingerprint")))
     created = registry.create(definition, opened, checked.data).study
     if not created.has_ended:
         registry.check_software(created, opened, checks.software() | checked.sources)

@@ -245,7 +245,10 @@ class Trainer:
                 return self.hung("closed its connection", ready=self._ready)
             time.sleep(END_POLL_SECONDS)
         _kill_group(self._process)
-        code = self._process.wait()
+        try:
+            code = self._process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:  # a thread of it hangs in a driver
+            return self.hung("ended, but its device keeps it", ready=self._ready)
         how = f"by signal {_signal_name(-code)}" if code < 0 else f"with exit code {code}"
         out_of_memory = code == -signal.SIGKILL and _memory_kills() > self._kills
         hint = " when memory ran out" if out_of_memory else ""

@@ -235,7 +235,7 @@ def _fill(
                 looks.found_something()  # the trial may wait again
                 break
         else:
-            if open_studies.done() or (found and not in_time):
+            if open_studies.done() or (found and not in_time and open_studies.all_checked()):
                 looks.found_something()  # the other slots end, too
                 return
             # Others run what is left. They may die, and then it is ours.
@@ -345,14 +345,16 @@ class _OpenStudies:
             if time.monotonic() - self._looked >= LOOK_SECONDS:
                 self._look()
                 self._looked = time.monotonic()
-            self._checked.wait_for(self._is_checked, timeout=max(0.0, self._wait_until - time.monotonic()))
+            self._checked.wait_for(self.all_checked, timeout=max(0.0, self._wait_until - time.monotonic()))
             if self._error is not None:
                 raise self._error
             handles = [self._admitted[_key(study)] for study in self._open if _key(study) in self._admitted]
             return self._share(handles) if self._leave else handles
 
-    def _is_checked(self) -> bool:
-        return not self._checking and not self._to_check
+    def all_checked(self) -> bool:
+        """Whether no study is being checked that may have something to do, too."""
+        with self._lock:
+            return not self._checking and not self._to_check
 
     def served(self, study: Study) -> None:
         """This worker has claimed a trial of `study`."""

@@ -236,9 +236,9 @@ class _Lost:
 def _lost_trials(storage: RDBStorage, connection: Connection, study: Study, grace_seconds: float) -> list[_Lost]:
     """The RUNNING trials of a study whose workers are gone.
 
-    A process of this machine is gone when it has ended, however long it was silent; a worker of this very process also
-    when it does not hold the trial any more. One of another machine is gone when
-    this process has watched it silent for the grace period, and for as long as three heartbeats of that worker take.
+    A process of this machine is gone when it has ended, however long it was silent. A worker of this very process is
+    gone when it does not hold the trial any more. A process of another machine is gone when this one has watched it
+    silent for the grace period, and for as long as three heartbeats of that worker take.
     """
     if study.running == 0:
         return []

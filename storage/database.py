@@ -20,7 +20,7 @@ from sqlalchemy import URL, Engine, text
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import NullPool, QueuePool
 
-from storage import attempt_table, attributes, deletions, hits, legacy, settings, slots, test_openings
+from storage import attempt_table, attributes, deletions, hits, legacy, openings, settings, slots
 from storage.artifacts import written_atomically
 from storage.errors import StorageError
 from storage.mounts import network_kind
@@ -62,7 +62,7 @@ INDEXES = (
 )
 # No number is given twice, whoever adds a trial.
 UNIQUE_NUMBERS = "CREATE UNIQUE INDEX IF NOT EXISTS trialyard_unique_numbers ON trials (study_id, number)"
-OUR_TABLES = (attempt_table.table, deletions.table, hits.table, slots.table, test_openings.table)
+OUR_TABLES = (attempt_table.table, deletions.table, hits.table, slots.table, openings.table)
 
 
 # --- connecting -------------------------------------------------------------------------------------------
@@ -560,7 +560,7 @@ def _copy_rows(storage: RDBStorage, path: Path) -> None:
         # Optuna wrote its version into the new database; the copied row takes its place.
         sink.execute(text("DELETE FROM version_info"))
         sink.execute(text("DROP INDEX IF EXISTS trialyard_unique_numbers"))  # there may be two trials of one number
-        for table in (*ALL_TABLES, attempt_table.table, deletions.table, hits.table, test_openings.table):
+        for table in (*ALL_TABLES, attempt_table.table, deletions.table, hits.table, openings.table):
             if table.name not in existing:
                 continue  # of an older version
             for part in source.execution_options(yield_per=1000).execute(table.select()).mappings().partitions():

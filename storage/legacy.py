@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Connection, and_, delete, func, insert, select, update
 from sqlalchemy.orm import aliased
 
-from storage import attempt_table, test_openings
+from storage import attempt_table, openings
 from storage.artifacts import CHECKPOINT
 from storage.attributes import PREFIX, SHAPES, decoded, number
 from storage.errors import trials_text
@@ -79,9 +79,11 @@ def _move_openings(connection: Connection, study_id: int, name: str) -> None:
     """Moves the count of the openings of a study's test images from an attribute to the table."""
     count, data = (decoded(_attribute(connection, study_id, key)) for key in ("test_openings", "data"))
     fingerprint = data.get("fingerprint") if isinstance(data, dict) else None
-    if isinstance(count, int) and isinstance(fingerprint, str):
+    if not isinstance(fingerprint, str):
+        return  # nobody can tell which images they were: what is there stays
+    if isinstance(count, int):
         for _ in range(count):
-            test_openings.add(connection, uuid.uuid4().hex, name, fingerprint)
+            openings.add(connection, uuid.uuid4().hex, name, fingerprint)
     keys = [f"{PREFIX}{key}" for key in ("test_openings", "last_test_opening")]
     stored = StudyUserAttributeModel
     connection.execute(delete(stored).where(stored.study_id == study_id, stored.key.in_(keys)))

@@ -16,7 +16,7 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from storage import attributes, hits, ledger, test_openings
+from storage import attributes, hits, ledger, openings
 from storage.errors import many
 from storage.hits import Hits
 from storage.ledger import Study
@@ -277,7 +277,7 @@ def of_study(confirmation: Study, storage: RDBStorage) -> Confirmed:
 
 def _openings(confirmation: Study, storage: RDBStorage) -> int:
     # Whoever searches again after a confirmation does so under another name, and may have chosen by what it showed.
-    return max(1, test_openings.count(storage, str(confirmation.data.get("fingerprint"))))
+    return max(1, openings.count(storage, str(confirmation.data.get("fingerprint"))))
 
 
 def _chosen_by(confirmation: Study, storage: RDBStorage) -> tuple[str, ...]:

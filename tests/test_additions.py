@@ -8,7 +8,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 import studies
-from storage import claims, database, ledger, promises, queue, test_openings, transactions
+from storage import claims, database, ledger, openings, promises, queue, transactions
 from storage.owners import Owner
 from storage.transactions import PatientStorage
 from studies import registry
@@ -149,7 +149,7 @@ def test_an_answer_that_was_lost_counts_nothing_twice(
         return transactions.write(storage, study, work)
 
     monkeypatch.setattr(queue, "write", twice)
-    monkeypatch.setattr(test_openings, "write", twice)
+    monkeypatch.setattr(openings, "write", twice)
     for number in (0, 1):
         assert studies.enqueue(study, {"dropout": number / 2}, storage) == number
     _end(storage, study, me, 0.5, fails=True)
@@ -157,6 +157,6 @@ def test_an_answer_that_was_lost_counts_nothing_twice(
     found = ledger.find(storage, study)
     assert (found.finished, found.waiting) == (1, 2)
     for _ in range(2):
-        test_openings.record(storage, study, "0" * 16)
-    assert test_openings.count(storage, "0" * 16) == 2
+        openings.record(storage, study, "0" * 16)
+    assert openings.count(storage, "0" * 16) == 2
     assert promises.check(storage) == []

@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 
 import search
 import studies
-from storage import database, hits, ledger, test_openings
+from storage import database, hits, ledger, openings
 from storage.transactions import read
 from studies import confirmation, registry, text
 from studies import definition as definitions
@@ -205,7 +205,7 @@ def test_again_it_trains_nothing_and_another_number_of_seeds_opens_the_images_ag
     storage = database.connect(confirmed.url)
     fingerprint = registry.find("small", storage).data["fingerprint"]
     studies.delete("small")
-    assert test_openings.count(storage, fingerprint) == 2
+    assert openings.count(storage, fingerprint) == 2
 
 
 def test_studies_that_chose_by_the_test_images_are_named(confirmed: Done, write_npz: Callable[..., Path]) -> None:

@@ -12,7 +12,7 @@ from conftest import TRIVIAL, attempts_at
 from optuna.trial import TrialState
 
 from search import checks
-from storage import attempt_table, attributes, claims, database, ledger, legacy, metric, promises, test_openings
+from storage import attempt_table, attributes, claims, database, ledger, legacy, metric, openings, promises
 from storage.errors import StorageError
 from storage.owners import Owner
 from storage.tables import TrialHeartbeatModel, TrialValueModel, set_trial_attributes, update_trial, value_row
@@ -222,7 +222,7 @@ def test_openings_of_test_images_move_to_their_table(storage: PatientStorage, st
         storage.set_study_user_attr(study_id, f"trialyard:{name}", value)
     for _ in range(2):
         database.upgrade(either_url)
-        assert test_openings.count(storage, DATA["fingerprint"]) == 2
+        assert openings.count(storage, DATA["fingerprint"]) == 2
     assert not [name for name in storage.get_study_user_attrs(study_id) if "opening" in name]
 
 

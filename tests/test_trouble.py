@@ -349,6 +349,8 @@ def test_a_worker_that_ends_opens_no_second_connection(server: PatientStorage) -
                 time.sleep(0.001)
     assert len(seen) > 10
     assert max(seen) == 1
+    heartbeat._thread.join(30)  # it has the connection now
+    assert not heartbeat._thread.is_alive()
     worker.engine.dispose()
 
 
