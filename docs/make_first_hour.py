@@ -5,7 +5,7 @@
 It writes images of three classes of MNIST into a temporary folder and runs the COMMANDS there, in a pseudo terminal.
 What a person sees is written to `docs/first-hour.txt`, and the pictures to `docs/img`. Then, or at once with `--fill`,
 it writes the outputs into the page, between the comments that name them. A test compares the two, and another one runs
-the same commands on a small folder. It took 17 minutes on two cores that other programs used, too.
+the same commands on a small folder. It took 4 minutes on two idle cores, and 17 on two that other programs used, too.
 
 It needs MNIST, which is downloaded if no folder of TRIALYARD_DATA has it, the development packages, and a Chromium: see
 `docs/make_pictures.py`.
