@@ -48,7 +48,7 @@ def curves(history: Sequence[dict[str, Any]]) -> str:
 
     `history` is that of the file.
     """
-    parts = [_text(SIZE / 2, 18, "solid: training images, dashed: other images", anchor="middle")]
+    parts = [_text(SIZE / 2, 18, "solid: training, dashed: other images", anchor="middle")]
     for top, kind, colour in ((30, "accuracy", BLUE), (220, "loss", ORANGE)):
         lines = [[record[key] for record in history] for key in (kind, f"val_{kind}")]
         known = [value for line in lines for value in line if value is not None]
