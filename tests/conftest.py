@@ -275,6 +275,15 @@ def broken(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     return make
 
 
+class Clock:
+    """A monotonic clock that a test moves."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 TRIVIAL = """
 name = "trivial"
 dataset = "digits"

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from conftest import COMMAND, SMALL, Command
+from conftest import COMMAND, SMALL, Clock, Command
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
@@ -48,15 +48,6 @@ RECORD = Epoch(
 def _running(half: float) -> Running:
     """A trial that is at its half at 1000 s, and needs `half` seconds for the other one."""
     return Running(epochs=8).moved(Mark(moment=1000.0 - half, position=0)).moved(Mark(moment=1000.0, position=4))
-
-
-class Clock:
-    """A monotonic clock that a test moves."""
-
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Clock
 from optuna.trial import TrialState
 
 from search import publisher as publisher_module
@@ -15,15 +16,6 @@ from storage.owners import Owner
 from storage.transactions import PatientStorage
 from studies import notes, registry
 from studies.definition import Definition
-
-
-class Clock:
-    """A monotonic clock that a test moves."""
-
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture
