@@ -9,14 +9,17 @@ import re
 import socket
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from search.devices import MEMORY_PER_SLOT
 from search.errors import RayError
 from search.ray_slot import Node, Plan, not_shared
 from storage.artifact_store import FolderStore
+from storage.errors import error_text
 from storage.settings import Settings
 
 ANSWER_SECONDS = 5.0  # for a connection to the head
@@ -32,11 +35,12 @@ class ClusterNode:
     host: str
     cpus: float
     gpus: float
+    memory: float  # bytes
 
     def room(self, gpus: float) -> int:
-        """How many slots it can hold: each takes one core, and a GPU or a share of one."""
+        """How many slots it can hold: each takes one core, and a GPU or a share of one; without a GPU also memory."""
         if not gpus:
-            return int(self.cpus)
+            return min(int(self.cpus), max(1, int(self.memory // MEMORY_PER_SLOT)))
         # Two halves of different cards are not a whole one.
         per_gpu = max(1, int(round(1 / gpus, 6)))
         return min(int(self.cpus), int(self.gpus) * per_gpu)
@@ -137,22 +141,18 @@ def _explanation(address: str, error: BaseException) -> str:
         versions = re.findall(r"(Ray|Python): (\S+)", text)
         cluster, ours = (" and ".join(" ".join(version) for version in part) for part in (versions[:2], versions[2:4]))
         return f"the Ray cluster {where_of(address)} has {cluster}, and this process has {ours}: install the same here"
-    return _no_answer(address, in_one_line(error))
+    return _no_answer(address, error_text(error))
 
 
 def lost_head(why: str) -> str:
     return (
-        f"the head of the Ray cluster is lost ({why}): start Ray again; its trials are taken back by the next worker, "
-        "and the same command goes on where it stopped"
+        f"the head of the Ray cluster is lost ({why}): start Ray again, and run the same command to continue; the "
+        "next worker takes its trials back"
     )
 
 
 def lost_slot(why: str) -> str:
     return f"Ray cannot run this slot ({why}): `ray status` and the log files of Ray on its node show more"
-
-
-def in_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def living_nodes(ray: Any) -> list[ClusterNode]:
@@ -162,6 +162,7 @@ def living_nodes(ray: Any) -> list[ClusterNode]:
             host=node["NodeManagerHostname"],
             cpus=node["Resources"].get("CPU", 0.0),
             gpus=node["Resources"].get("GPU", 0.0),
+            memory=node["Resources"].get("memory", 0.0),
         )
         for node in ray.nodes()
         if node["Alive"]
@@ -184,6 +185,15 @@ def gpus_of_slot(ray: Any, nodes: Sequence[ClusterNode], wanted: float | None) -
     return wanted
 
 
+def memory_of_slot(nodes: Sequence[ClusterNode], gpus: float) -> int:
+    """The bytes of memory that each slot asks Ray for: a trainer on a GPU needs little of the machine's.
+
+    0 where a node has less than that: it trains one trial, as a worker on such a machine does.
+    """
+    least = min((node.memory for node in nodes), default=0.0)
+    return MEMORY_PER_SLOT if not gpus and least >= MEMORY_PER_SLOT else 0
+
+
 def survey(ray: Any, remote: "Remote", nodes: Sequence[ClusterNode], marker: str | None, settings: Settings) -> None:
     """Raises RayError unless all `nodes` have this version of Trialyard, and the same artifacts folder."""
     from importlib.metadata import version
@@ -198,7 +208,7 @@ def survey(ray: Any, remote: "Remote", nodes: Sequence[ClusterNode], marker: str
         try:
             found: Node | str = pickle.loads(ray.get(call))
         except ray.exceptions.RayError as error:
-            found = in_one_line(error)
+            found = error_text(error)
         if isinstance(found, str):
             raise RayError(
                 f"the node {host} cannot run Trialyard ({found}): install it there, for the Python that Ray runs in"
@@ -327,12 +337,16 @@ class Remote:
         """Asks a node what it is: the call's result is a `Node`, or why it is not one, as bytes."""
         return self._look.options(scheduling_strategy=self._only_on(node), max_retries=0).remote(marker)
 
-    def actor(self, plan: Plan, number: int, node: str | None) -> Any:
-        """Asks Ray for a slot, on that node if one is given; Ray starts it again whenever its process or node dies."""
+    def actor(self, plan: Plan, number: int, node: str | None, memory: float) -> Any:
+        """Asks Ray for a slot with so many bytes of memory, on that node if one is given.
+
+        Ray starts it again whenever its process or node dies.
+        """
         return self._actor.options(
-            name=f"trialyard ray:{number}",
+            name=f"trialyard ray:{number} {uuid.uuid4().hex[:8]}",  # a name may be given once in a namespace
             num_cpus=1,
             num_gpus=plan.gpus,
+            memory=memory,
             max_restarts=-1,
             max_task_retries=-1,
             max_concurrency=4,  # run, events, stop

@@ -21,25 +21,26 @@ import sqlalchemy
 
 from search.errors import RayError
 from search.limits import Limits
+from search.open_studies import RETRY_SECONDS
 from search.progress import Listener, display_of
 from search.ray_cluster import (
     Remote,
     connected,
     for_nodes,
     gpus_of_slot,
-    in_one_line,
     installed,
     living_nodes,
     lost_head,
     lost_slot,
+    memory_of_slot,
     shared_marker,
     survey,
     where_of,
 )
 from search.ray_slot import End, Event, Plan
-from search.worker import LEAVE_SECONDS, LEFT_SECONDS, stopping_signals
+from search.worker import EXIT_SECONDS, stopping_signals
 from storage.claims import Claim
-from storage.errors import many
+from storage.errors import error_text, many
 from storage.ledger import Study
 from storage.settings import Settings
 from storage.transactions import PatientStorage
@@ -52,6 +53,7 @@ EVENTS_SECONDS = 2.0  # how long a slot waits for something to happen before it 
 # Since the last answer of a slot that is taken for one that Ray cannot place at the moment, or not again.
 UNPLACED_SECONDS = 30.0
 SILENT_SECONDS = 10.0
+FAILING_SECONDS = 120.0  # a loop that goes on for longer has imported Keras, and may train
 
 
 def work(
@@ -63,7 +65,7 @@ def work(
     address: str,
     workers: int | None,
     gpus: float | None,
-    leave: bool,
+    share: bool,
     limits: Limits | None = None,
 ) -> bool:
     """Runs trials of `studies` on the Ray cluster at `address`, as `search.worker.work` does on this machine.
@@ -101,7 +103,7 @@ def work(
             raise RayError("the Ray cluster has no room for a slot now: give --workers, and it starts them when it has")
         plan = Plan(
             names=None if studies is None else tuple(study.name for study in studies),
-            leave=leave,
+            share=share,
             settings=for_nodes(settings),
             folder=os.getcwd(),
             marker=marker,
@@ -114,12 +116,13 @@ def work(
             if listeners is None
             else listeners
         )
-        slots = [_Slot(number, remote.actor(plan, number, own if is_sqlite else None)) for number in range(count)]
+        node, memory = own if is_sqlite else None, memory_of_slot(places, wanted)
+        slots = [_Slot(number, remote.actor(plan, number, node, memory)) for number in range(count)]
         driver = _Driver(ray, slots, storage, settings, shown, plan)
         try:
             return driver.run()
         except ray.exceptions.RayError as error:
-            why = in_one_line(error)
+            why = error_text(error)
             raise RayError(lost_slot(why) if driver.head_answers() else lost_head(why)) from error
         finally:
             for slot in slots:
@@ -147,6 +150,8 @@ class _Slot:
     end: End | None = None  # how its loop ended; None while it goes on
     is_reported: bool = False  # whether the error of its end was said
     again_at: float = float("inf")  # when a loop that failed is started again
+    began: float = field(default_factory=time.monotonic)  # when its loop was started last
+    has_failed: bool = False  # whether its last loop did, and nothing was trained since
     answered: float = field(default_factory=time.monotonic)
     claim: Claim | None = None  # the trial that it told last
 
@@ -162,6 +167,13 @@ class _Slot:
         return self.end is not None or time.monotonic() - self.answered < patience
 
     @property
+    def can_train(self) -> bool:
+        """Whether its loop goes on, after a failure for longer than it takes to fail again; as far as is known."""
+        if self.end is not None:
+            return self.end.error is None
+        return not self.has_failed or time.monotonic() - self.began > FAILING_SECONDS
+
+    @property
     def has_left(self) -> bool:
         """Whether it has ended by its own limits, and will not begin again."""
         return self.end is not None and self.end.kind == "left"
@@ -169,6 +181,8 @@ class _Slot:
     def call(self, name: str, *values: Any) -> None:
         """Calls a method of the actor; its result is to be looked for in `calls`."""
         method = getattr(self.handle, name)
+        if name == "run":
+            self.began = time.monotonic()
         # Ray repeats `run` in the process that it starts in place of one that died. Events died with their process.
         self.calls[name] = (
             method.remote(*values) if name == "run" else method.options(max_task_retries=0).remote(*values)
@@ -188,11 +202,12 @@ class _Driver:
         plan: Plan,
     ) -> None:
         self._ray, self._slots, self._storage, self._settings = ray, slots, storage, settings
-        self._listeners, self._leave, self._forever = listeners, plan.leave, plan.names is None
+        self._listeners, self._shares, self._forever = listeners, plan.share, plan.names is None
         self._limits = plan.limits or Limits()
         self._interrupted = threading.Event()
         self._stop_by = float("inf")  # once the slots were told to stop
         self._has_warned = False
+        self._could_train = time.monotonic()  # when a slot could, last
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         self._head = (host, int(port))
         self._head_asked = self._head_answered = time.monotonic()
@@ -212,8 +227,10 @@ class _Driver:
                 if self._interrupted.is_set() and self._stop_by == float("inf"):
                     for number in received:
                         name = signal.Signals(number).name
-                        log.warning("%s: ending the running batches; once more to leave at once", name)
+                        log.warning("%s: finishing the running batches; interrupt again to exit at once", name)
                     self._stop()
+                if len(received) > 1:
+                    self._stop_by = float("-inf")
         if not self._interrupted.is_set():
             return True
         if any(slot.where and (slot.end is None or slot.end.kind == "cut off") for slot in self._slots):
@@ -221,7 +238,7 @@ class _Driver:
         return False
 
     def _stop(self) -> None:
-        self._stop_by = time.monotonic() + self._settings.stop_seconds + 2 * LEAVE_SECONDS
+        self._stop_by = time.monotonic() + self._settings.stop_seconds + 2 * EXIT_SECONDS
         for slot in self._slots:
             slot.call("stop")
 
@@ -239,8 +256,15 @@ class _Driver:
                 log.warning("slot %s%s: %s", slot.name, _on(slot.where), slot.end.error)
         if self._limits.minutes_are_over():
             return all(slot.end or slot.where is None for slot in present)
+        if not present or any(slot.can_train for slot in present):
+            self._could_train = time.monotonic()
+        elif time.monotonic() - self._could_train > self._limits.idle_seconds:
+            minutes = self._limits.idle_seconds / 60
+            log.warning("no slot could train for the %g minutes of --idle-minutes: this command ends", minutes)
+            self._stop()
+            return False
         ends = {slot.end.kind for slot in present if slot.end}
-        if "done" in ends and not self._leave:
+        if "done" in ends and not self._shares:
             self._stop()  # the named studies have ended or are paused, so no slot has anything to do
             return False
         return bool(ends & {"done", "left"}) and all(slot.end for slot in present)
@@ -287,7 +311,7 @@ class _Driver:
         try:
             value = self._ray.get(call)
         except self._ray.exceptions.RayTaskError as error:
-            value = pickle.dumps(End(kind="failed", error=RayError(in_one_line(error))) if name == "run" else [])
+            value = pickle.dumps(End(kind="failed", error=RayError(error_text(error))) if name == "run" else [])
         except self._ray.exceptions.RayActorError as error:
             if name != "run":
                 if not slot.has_left:  # Ray is starting its process again
@@ -295,7 +319,7 @@ class _Driver:
                 return
             if not self.head_answers():
                 raise
-            value = pickle.dumps(End(kind="failed", error=RayError(lost_slot(in_one_line(error)))))  # the others go on
+            value = pickle.dumps(End(kind="failed", error=RayError(lost_slot(error_text(error)))))  # the others go on
         slot.answered = time.monotonic()
         if name == "events":
             events = pickle.loads(value)
@@ -312,9 +336,9 @@ class _Driver:
             elif end.error is not None:
                 # While its process lives, nobody on that machine takes back a trial that it held.
                 self._ray.kill(slot.handle, no_restart=False)
-            slot.end = end
-            if end.error is not None:
-                slot.again_at = time.monotonic() + LEFT_SECONDS
+            slot.end, slot.has_failed = end, end.error is not None
+            if slot.has_failed:
+                slot.again_at = time.monotonic() + RETRY_SECONDS
 
     def _happened(self, slot: _Slot, event: Event) -> None:
         if event.kind == "log":
@@ -328,6 +352,8 @@ class _Driver:
             log.info("slot %s is%s", slot.name, _on(slot.where))
         else:
             claim, *values = event.values
+            if event.kind in ("batches", "epoch"):
+                slot.has_failed = False
             if event.kind == "began":
                 slot.claim = claim
             if slot.claim == claim:  # else its begin was lost

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import FrozenTrial
 
-from search import devices, worker
+from search import devices, open_studies, worker
 from search.devices import Slot
 from search.errors import DeviceError, MachineError
 from search.limits import Limits
@@ -37,7 +37,7 @@ class Plan:
     """What the driver tells each of its slots."""
 
     names: tuple[str, ...] | None  # as for `worker.work`
-    leave: bool
+    share: bool
     settings: dict[str, Any]  # the fields of the driver's `Settings`, with absolute paths and the database's URL
     folder: str  # the driver's current folder
     # A file in the artifacts folder: a node that does not see it has another folder. None with an object store.
@@ -123,6 +123,7 @@ class RaySlot:
 
     def _run(self) -> End:
         plan = self._plan
+        _set_variables(plan.settings)
         if os.path.isdir(plan.folder):
             os.chdir(plan.folder)  # a study's files may be relative to it
         if not this_node(plan.marker).sees_artifacts:  # a node that came later
@@ -134,23 +135,30 @@ class RaySlot:
         opened = database.connect_with_retries(settings.url, settings.patience_seconds)
         # The driver's own check says nothing of this node: it may lack the package, the credentials or the way there.
         settings.artifact_store.check(settings.patience_seconds)
-        if not plan.leave:
+        if not plan.share:
             for study in ledger.studies(opened):
                 if study.name in (plan.names or ()) and not study.has_ended:
-                    worker.check_fit(study, opened, settings)
+                    open_studies.check_fit(study, opened, settings)
         is_done = worker.work(
             plan.names,
             opened,
             settings,
             [slot],
             [self._relay],
-            leave=plan.leave,
+            share=plan.share,
             stop=self._stop,
             limits=copy.copy(plan.limits),  # idle from now on: this may be the slot's second loop
         )
         if is_done:
             return End(kind="done" if plan.limits is None else "left")
         return End(kind="cut off" if opened.shutting_down.is_set() else "stopped")
+
+
+def _set_variables(settings: dict[str, Any]) -> None:
+    """Gives the trainer of this slot the settings that it reads itself, in place of those that Ray was started with."""
+    values = {"HOME": settings["home"], "ARTIFACTS": settings["artifacts"]}
+    os.environ |= {f"TRIALYARD_{name}": str(value) for name, value in values.items()}
+    os.environ["TRIALYARD_NETWORK_SQLITE"] = "1" if settings["network_sqlite"] else "0"
 
 
 def _slot(plan: Plan, number: int, gpu_ids: list[str]) -> Slot:

@@ -18,7 +18,7 @@ from typing import Any
 
 from search.errors import SlurmError
 from search.limits import Limits
-from search.worker import LEAVE_SECONDS
+from search.worker import EXIT_SECONDS
 from storage import database
 from storage.artifact_store import FolderStore
 from storage.mounts import local_kind
@@ -92,7 +92,7 @@ def array_job(
 
 def _options(job: ArrayJob, settings: Settings) -> list[str]:
     """What sbatch gets, without dashes: ours, then those that were given, which win."""
-    seconds = math.ceil(settings.stop_seconds + LEAVE_SECONDS + SPARE_SECONDS)
+    seconds = math.ceil(settings.stop_seconds + EXIT_SECONDS + SPARE_SECONDS)
     return [
         "job-name=trialyard",
         f"array=1-{job.jobs}",

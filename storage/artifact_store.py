@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 # No other file is ever touched, wherever the settings point.
-OURS = re.compile(rf"(\.[0-9a-f]{{32}}-)?({'|'.join(map(re.escape, artifacts.ALL))})")
+OURS = re.compile(rf"(\.[0-9a-f]{{32}}-)*({'|'.join(map(re.escape, artifacts.ALL))})")  # a temporary one may have two
 
 
 @dataclass(frozen=True, kw_only=True)

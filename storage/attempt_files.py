@@ -20,7 +20,7 @@ from storage import artifacts
 from storage.artifact_store import ArtifactStore
 from storage.artifacts import ALL, CHECKPOINT, DOWNLOADABLE, HISTORY, SUMMARY
 from storage.claims import Claim
-from storage.errors import ObjectStoreError
+from storage.errors import DiskError, ObjectStoreError
 from storage.object_store import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,10 @@ class AttemptFiles:
         return self.names()
 
     def keep_all(self, look: Callable[[], None]) -> None:
-        """Has readers find all files but the checkpoint, for the end of a trial. As `checkpoints`."""
+        """Has readers find all files but the checkpoint, for the end of a trial. As `checkpoints`; also DiskError."""
+
+    def stop_copying(self, look: Callable[[], None]) -> None:
+        """The trial has ended: returns once no checkpoint is being copied any more."""
 
     def ended(self) -> None:
         """The trial's end is recorded: removes from this machine what only the training needed."""
@@ -118,18 +121,25 @@ class AttemptObjects(AttemptFiles):
         return [name for name in DOWNLOADABLE if name in self._kept]
 
     def keep_all(self, look: Callable[[], None]) -> None:
-        self._stop.set()  # no checkpoint is needed any more
-        with contextlib.suppress(ObjectStoreError, OSError):
-            self._finish_copying(look)
-        self._stop = threading.Event()
-        names = [name for name in ALL if name != CHECKPOINT and (self.folder / name).is_file()]
-        futures = [self._in_background(partial(self._copy, name)) for name in names]
+        self.stop_copying(look)
         try:
+            names = [name for name in ALL if name != CHECKPOINT and (self.folder / name).is_file()]
+            futures = [self._in_background(partial(self._copy, name)) for name in names]
             for future in futures:
                 self._result(future, look)
         except ObjectStoreError:
             self._patience = 0.0  # it was waited for already
             raise
+        except OSError as error:  # of this machine's file
+            raise DiskError(
+                f"the files in {self.folder} cannot be read ({error.strerror or error}): is the disk damaged?"
+            ) from error
+
+    def stop_copying(self, look: Callable[[], None]) -> None:
+        self._stop.set()
+        with contextlib.suppress(ObjectStoreError, OSError):
+            self._finish_copying(look)
+        self._stop = threading.Event()
 
     def ended(self) -> None:
         # What other trials' notes need stays; it is small.
@@ -148,7 +158,7 @@ class AttemptObjects(AttemptFiles):
     def _checkpoint_state(self) -> tuple[int, int] | None:
         try:
             status = (self.folder / CHECKPOINT).stat()
-        except FileNotFoundError:
+        except OSError:  # it does not exist, or the disk fails: then there is none to be copied
             return None
         return status.st_ino, status.st_mtime_ns
 

@@ -7,6 +7,7 @@ change once they are named, but for checkpoints; so what `fetch` has copied to t
 """
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -61,11 +62,15 @@ class ObjectStore(ArtifactStore):
         probe, content = f".trialyard-{uuid.uuid4().hex}", b"May this machine write, read and remove objects?"
 
         def once() -> None:
-            with self._understood():
-                self._client.put(probe, content)
-                if bytes(self._client.get(probe).bytes()) != content:
+            self._put(probe, content)
+            try:
+                stored = io.BytesIO()
+                self._read(PurePosixPath(probe), stored.write)
+                if stored.getvalue() != content:
                     raise ObjectStoreError(f"{self.url} does not give back what is written to it: use another store")
-                self._client.delete(probe)
+            finally:  # nobody would find it later
+                with self._understood(), contextlib.suppress(FileNotFoundError):
+                    self._client.delete(probe)
             self._require_listing(f"{probe}-missing")
 
         self.with_patience(once, patience)
@@ -131,8 +136,19 @@ class ObjectStore(ArtifactStore):
         return file
 
     def keep(self, path: PurePosixPath) -> None:
-        with (self.folder / path).open("rb") as file, self._understood():
-            self._client.put(str(path), file, max_concurrency=PARTS_AT_ONCE)
+        with (self.folder / path).open("rb") as file:
+            self._put(str(path), file, max_concurrency=PARTS_AT_ONCE)
+
+    def _put(self, key: str, content: bytes | BinaryIO, **options: Any) -> None:
+        try:
+            with self._understood():
+                self._client.put(key, content, **options)
+        except FileNotFoundError as error:
+            # Such as an upload in parts whose end was asked for twice, because the first answer was lost.
+            raise ObjectStoreAway(
+                f"{self.name(key)} cannot be written, because the server does not know this address or upload "
+                f"({_cause(error)}): correct TRIALYARD_ARTIFACTS or the store's address, or run the command again"
+            ) from error
 
     def remove(self, paths: Collection[PurePosixPath]) -> None:
         if not paths:
@@ -282,4 +298,4 @@ def _cause(error: BaseException) -> str:
 def _log_first_failure(state: "tenacity.RetryCallState") -> None:
     error = state.outcome.exception() if state.outcome else None
     if state.attempt_number == 1:
-        log.warning("the object store is away, to be tried again: %s", error)
+        log.warning("the object store cannot be reached, trying again: %s", error)

@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import venv
 from collections.abc import Callable, Mapping, Sequence
@@ -279,6 +280,15 @@ class Image:
 
     def _real(self, path: PurePosixPath) -> Path:
         return self.folder / "root" / path.relative_to("/")
+
+
+class InstalledHere(Image):
+    """What the image has, with the installation that runs this test in place of the image's own."""
+
+    @property
+    def path(self) -> str:
+        """PATH inside the image."""
+        return os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])
 
 
 # --- the services, running --------------------------------------------------------------------------------

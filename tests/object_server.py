@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 SECONDS = 60.0  # that the server may take to start
@@ -183,6 +184,17 @@ def _listening(answers: type[_Answers]) -> Iterator[int]:
         listener.shutdown()
 
 
+def _forwarded(server: Server, request: _Answers, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    """What `server` answers to the `request`: status, headers, content."""
+    asked = http.client.HTTPConnection("127.0.0.1", server.port)
+    asked.request(request.command, request.path, body, dict(request.headers))
+    answered = asked.getresponse()
+    headers = {name: value for name, value in answered.getheaders() if name in ("ETag", "Last-Modified")}
+    content = answered.read()
+    asked.close()
+    return answered.status, headers, content
+
+
 @contextlib.contextmanager
 def without_listing(server: Server) -> Iterator[int]:
     """The port of a server like Amazon's for those who may not list the bucket: it refuses what does not exist.
@@ -192,16 +204,58 @@ def without_listing(server: Server) -> Iterator[int]:
 
     class Answers(_Answers):
         def answer(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-            asked = http.client.HTTPConnection("127.0.0.1", server.port)
-            asked.request(self.command, self.path, body, dict(self.headers))
-            answered = asked.getresponse()
-            headers = {name: value for name, value in answered.getheaders() if name in ("ETag", "Last-Modified")}
-            content = answered.read()
-            asked.close()
-            return (403, {}, _error("AccessDenied")) if answered.status == 404 else (answered.status, headers, content)
+            status, headers, content = _forwarded(server, self, body)
+            return (403, {}, _error("AccessDenied")) if status == 404 else (status, headers, content)
 
     with _listening(Answers) as port:
         yield port
+
+
+@contextlib.contextmanager
+def failing(server: Server, method: str, times: int, status: int, code: str) -> Iterator[int]:
+    """The port of `server` that answers the first requests of this method, so many, with S3's code of an error."""
+    failures = iter(range(times))
+
+    class Answers(_Answers):
+        def answer(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+            if self.command == method and next(failures, None) is not None:
+                return status, {}, _error(code)
+            return _forwarded(server, self, body)
+
+    with _listening(Answers) as port:
+        yield port
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uploads:
+    """What `holding_uploads` holds."""
+
+    port: int
+    came: threading.Event  # the first one is here
+    may_end: threading.Event  # set it to let them through
+    ended: threading.Event  # the first one is stored
+
+
+@contextlib.contextmanager
+def holding_uploads(server: Server) -> Iterator[Uploads]:
+    """A port of `server` where an upload takes until the test lets it end."""
+    came, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class Answers(_Answers):
+        def answer(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+            if self.command != "PUT":
+                return _forwarded(server, self, body)
+            came.set()
+            assert may_end.wait(SECONDS)
+            answer = _forwarded(server, self, body)
+            ended.set()
+            return answer
+
+    with _listening(Answers) as port:
+        try:
+            yield Uploads(port=port, came=came, may_end=may_end, ended=ended)
+        finally:
+            may_end.set()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from storage import artifacts
+from storage.artifact_store import FolderStore
 
 
 def test_every_trial_has_its_own_folder(tmp_path: Path) -> None:
@@ -35,3 +36,11 @@ def test_an_error_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> No
         fail()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_download_that_was_cut_off_is_one_of_our_files(tmp_path: Path) -> None:
+    """Such as a checkpoint's, which is copied to a temporary name of its own: `storage prune` finds it."""
+    folder = tmp_path / artifacts.attempt_folder("digits", "0123456789abcdef" * 2, 7, 2)
+    with artifacts.written_atomically(folder / f".{'0' * 32}-{artifacts.CHECKPOINT}") as temporary:
+        temporary.touch()
+        assert [tmp_path / stored.path for stored in FolderStore(tmp_path).files()] == [temporary]

@@ -18,12 +18,13 @@ from typing import Any
 import containers
 import manifests
 import pytest
+import sqlalchemy
 import yaml
-from containers import ROOT, Image, Stack
+from containers import ROOT, Image, InstalledHere, Stack
 
 import studies
 from search import worker
-from storage import database
+from storage import database, slots
 from storage.settings import Settings
 
 pytestmark = pytest.mark.long
@@ -32,7 +33,7 @@ DEPLOYMENT = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
 EVERY = re.sub(r"^#(?=[A-Z_]+=)", "", EXAMPLE, flags=re.MULTILINE)  # with every setting that it shows
-LEAST_STOP = Settings().stop_seconds + worker.LEAVE_SECONDS
+LEAST_STOP = Settings().stop_seconds + worker.EXIT_SECONDS
 
 SERVICES = {"database", "storage", "dashboard", "worker"}
 
@@ -221,11 +222,59 @@ def _asked(url: str, password: str | None) -> tuple[int, Any]:
         return error.code, None
 
 
-def _typed(pattern: str) -> list[str]:
-    """The commands that docs/deployment.md tells a new user to type."""
-    lines = re.findall(rf"^{pattern}", DEPLOYMENT, re.MULTILINE)
+def _typed(pattern: str, text: str = DEPLOYMENT) -> list[str]:
+    """The commands that docs/deployment.md, or that part of it, tells a user to type."""
+    lines = re.findall(rf"^{pattern}", text, re.MULTILINE)
     assert lines, pattern
     return [str(line) for line in lines]
+
+
+def test_the_documented_update_upgrades_an_older_database(tmp_path: Path) -> None:
+    """Whose tables the service that creates them refuses. No worker and no dashboard runs meanwhile."""
+    project = tmp_path / "project"
+    project.mkdir()
+    _project(project, "")
+    for line in _typed("(?:mkdir|openssl) .*secrets.*"):
+        subprocess.run(line, shell=True, cwd=project, check=True)
+    password = (project / "secrets" / "database_password").read_text(encoding="utf-8").strip()
+    composed = containers.resolved(project, None)
+    services = containers.services(project, composed)
+    update = DEPLOYMENT.partition("## After an update")[2]
+    (stopped,) = _typed("docker compose --profile gpu stop .*", update)
+    assert {*stopped.split()[5:]} == services.keys() - {"database", "storage"}
+    image = InstalledHere("cpu", tmp_path / "image")
+    with Stack(project, services, image, containers.built_image(composed, "cpu"), "database") as stack:
+        running = stack.start(services["database"])
+        stack.running.append(running)
+        containers.until(lambda: stack.healthy(running), "the database is healthy")
+        create = services["storage"].command
+        stack.run("storage", *create)
+        _make_older(f"postgresql+psycopg://trialyard:{password}@127.0.0.1:{stack.database_port}/trialyard")
+        with pytest.raises(AssertionError, match="was made by an older Trialyard: run `trialyard storage upgrade`"):
+            stack.run("storage", *create)
+        for line in _typed("docker compose run .*", update):
+            assert "--no-deps" in line, "it would start the service that refuses the database"
+            stack.run(*_service_and_command(line))
+        assert len([*(project / "containers").glob("worker-*/before-update.db")]) == 1
+        stack.run("storage", *create)
+
+
+def _make_older(url: str) -> None:
+    """Makes the tables at `url` those of an older version."""
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        for table in database.OUR_TABLES:
+            connection.exec_driver_sql(f"DROP TABLE {table.name}")
+        connection.exec_driver_sql(f"CREATE TABLE {slots.OLD_TABLE} (slot TEXT)")
+    engine.dispose()
+
+
+def _service_and_command(line: str) -> list[str]:
+    """The words of a `docker compose run` without those of its own options."""
+    words = shlex.split(line.partition(" run ")[2], comments=True)
+    while words[0].startswith("--"):
+        del words[: 2 if words[0] in ("--volume", "--workdir") else 1]
+    return words
 
 
 @pytest.mark.timeout(int(containers.INSTALL_SECONDS) + 1200)
@@ -423,7 +472,9 @@ def test_the_unit_gives_a_worker_time_to_stop_and_writes_where_its_settings_say(
     assert (_unit(text, "KillSignal"), _unit(text, "SuccessExitStatus")) == ("SIGTERM", "130")
     variables = containers.settings(ROOT / "deploy" / "trialyard-worker.env.example")
     assert {name.removeprefix("TRIALYARD_").lower() for name in variables} <= Settings.model_fields.keys()
-    assert variables["TRIALYARD_ARTIFACTS"] == _unit(text, "ReadWritePaths")
+    # Without the folder, as with an object store, the unit still starts.
+    assert _unit(text, "ReadWritePaths") == f"-{variables['TRIALYARD_ARTIFACTS']}"
+    assert _unit(text, "RequiresMountsFor") == variables["TRIALYARD_ARTIFACTS"]
     assert variables["TRIALYARD_HOME"] == f"/var/lib/{_unit(text, 'StateDirectory')}" == _unit(text, "WorkingDirectory")
 
 

@@ -1,8 +1,6 @@
 """One trial walks through all that can start a worker: by hand, Slurm, Ray and Docker Compose, and back."""
 
-import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ import psutil
 import pytest
 import ray_nodes
 from conftest import COMMAND, Command, ended
-from containers import ROOT, Image, Stack
+from containers import ROOT, InstalledHere, Stack
 from slurm_cluster import SlurmCluster
 
 import studies
@@ -25,15 +23,6 @@ ray = pytest.importorskip("ray", reason="needs Ray: `pip install '.[ray]'`")
 
 EPOCHS = 40
 PASSWORD = "a-password"
-
-
-class InstalledHere(Image):
-    """What Compose's image has, with the installation that runs this test in place of the image's own."""
-
-    @property
-    def path(self) -> str:
-        """PATH inside the image."""
-        return os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from studies import definition as definitions
 
 VERSIONS = ("1.30.0", "1.33.0")
 KUSTOMIZATIONS = sorted(path.parent for path in FOLDER.rglob("kustomization.yaml"))
-LEAST_STOP = Settings().stop_seconds + worker.LEAVE_SECONDS
+LEAST_STOP = Settings().stop_seconds + worker.EXIT_SECONDS
 DEPLOYMENT = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
 
 
@@ -203,6 +203,19 @@ def test_the_study_of_the_job_is_right() -> None:
     assert definitions.load(str(FOLDER / "study" / "study.toml")).trials > 0
 
 
+def test_a_second_study_with_other_names_shares_no_object_with_the_first(tmp_path: Path) -> None:
+    """As the comment in its folder says: pods of the first job that start again must find its definition."""
+    copy = shutil.copytree(FOLDER / "study", tmp_path / "second")
+    for name in ("kustomization.yaml", "study.yaml"):
+        text = (copy / name).read_text(encoding="utf-8")
+        (copy / name).write_text(re.sub(r"\bname: study$", "name: second", text, flags=re.MULTILINE), encoding="utf-8")
+    objects = manifests.build(copy)
+    assert {(one["kind"], one["metadata"]["name"]) for one in objects} == {("Job", "second"), ("ConfigMap", "second")}
+    (job,) = (one for one in objects if one["kind"] == "Job")
+    (volume,) = (volume for volume in manifests.pod(job)["volumes"] if "configMap" in volume)
+    assert volume["configMap"]["name"] == "second"
+
+
 def test_one_change_gives_what_is_applied_by_itself_another_registry(tmp_path: Path) -> None:
     applied = {FOLDER, *(ROOT / path for path in re.findall(r"kubectl apply --kustomize (\S+)", DEPLOYMENT))}
     assert len(applied) == 4
@@ -228,6 +241,10 @@ def test_an_update_ends_all_pods_that_use_the_database_and_starts_them_with_the_
     names = {one["metadata"]["name"] for one in deployments}
     lines = _page_commands()
     upgrade = lines.index(["kubectl", "apply", "--kustomize", "deploy/kubernetes/upgrade"])
+    # A job that has ended does not run again.
+    (job,) = (one["metadata"]["name"] for one in manifests.build(FOLDER / "upgrade") if one["kind"] == "Job")
+    assert lines[upgrade - 3][:2] == ["kubectl", "delete"]
+    assert lines[upgrade - 3][4:] == ["--ignore-not-found", "job", job]
     assert lines[upgrade - 2][4:] == ["deployment", "--all", "--replicas=0"]
     ended = lines[upgrade - 1]
     assert ended[1:5] == ["wait", "--namespace", "trialyard", "--for=delete"]

@@ -13,17 +13,23 @@ import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path, PurePosixPath
+from threading import Event
 from typing import Any
 
 import keras
 import pytest
 from conftest import Command, attempts_at, ended
-from object_server import Server, answering, free_port, network_to, without_listing
+from object_server import Server, answering, failing, free_port, holding_uploads, network_to, without_listing
 from optuna.trial import TrialState
+from scripted import Message, Scripted, epoch, trained
 
 import studies
 from search import dashboard
+from search.attempt import Attempt, StudyHandle
+from search.heartbeat import Pulse
+from search.messages import Failed
 from storage import (
     artifacts,
     attempt_files,
@@ -37,9 +43,11 @@ from storage import (
     settings,
 )
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, PREDICTIONS, SUMMARY
-from storage.errors import ClaimLost, ObjectStoreAway, ObjectStoreError
+from storage.claims import Claim
+from storage.errors import ClaimLost, DiskError, ObjectStoreAway, ObjectStoreError
 from storage.object_store import ObjectStore
 from storage.transactions import PatientStorage
+from storage.trial_cache import TrialCache
 from studies import registry
 from trialyard import functions
 
@@ -158,11 +166,11 @@ def test_the_documented_commands_from_the_first_trial_to_the_last_file(
         for words in (words for words in lines if words[:1] == ["trialyard"]):
             written[tuple(words[1:])] = ended(start(*words[1:], folder=home / place))
     here = ObjectStore(at_store, home / "other")
-    assert "is whole, with 0 studies" in written["storage", "check"][0]
+    assert "has no problems, and 0 studies" in written["storage", "check"][0]
     (model,) = [path for path in _objects(at_store, tmp_path) if path.endswith(MODEL)]
     assert f"{at_store}/{model}" in written["best", "digits"][0]
     assert sorted(os.listdir(home / "laptop" / "digits-model"))[-1] == "trial.json"
-    assert f"0 B are free, below {at_store}" in written["storage", "prune", "--yes"][0]
+    assert f"0 B were freed below {at_store}" in written["storage", "prune", "--yes"][0]
     monkeypatch.setenv("TRIALYARD_HOME", str(home / "third"))
 
     best = studies.best_trial("digits")
@@ -436,6 +444,7 @@ def test_a_store_that_cannot_be_used_is_found_out_before_anything_is_claimed(
         (400, "InvalidBucketName", False),
         (400, "RequestTimeout", True),
         (503, "SlowDown", True),
+        (404, "NoSuchUpload", True),  # its end was asked for twice
     ],
 )
 def test_only_what_passes_is_waited_for(
@@ -466,3 +475,103 @@ def test_a_slow_network_uploads_a_large_file_too(
     assert stored is not None
     with stored:
         assert stored.read() == content
+
+
+@pytest.mark.parametrize(
+    "call", [lambda store: store.keep(PurePosixPath(MODEL)), lambda store: store.check()], ids=["a file", "the check"]
+)
+def test_an_upload_that_the_server_does_not_know_is_tried_again(
+    at_store: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, call: Callable[[ObjectStore], None]
+) -> None:
+    (tmp_path / MODEL).write_bytes(b"the model")
+    with failing(server, "PUT", 2, 404, "NoSuchUpload") as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        store = ObjectStore(at_store, tmp_path)
+        with pytest.raises(ObjectStoreAway, match=r"the server does not know this address or upload .*: correct TRI"):
+            call(store)
+        store.with_patience(partial(call, store), 30.0)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "reason"),
+    [(403, "AccessDenied", "refuses this machine"), (404, "NoSuchKey", "does not give back what is written to it")],
+)
+def test_a_check_that_fails_leaves_no_object_behind(
+    at_store: str,
+    tmp_path: Path,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    code: str,
+    reason: str,
+) -> None:
+    whole = ObjectStore(at_store, tmp_path)
+    assert list(whole._listed(None)) == []
+    with failing(server, "GET", 1, status, code) as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        with pytest.raises(ObjectStoreError, match=reason):
+            ObjectStore(at_store, tmp_path).check()
+    assert list(whole._listed(None)) == []
+
+
+# --- the end of an attempt --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def claim(storage: PatientStorage, study: str) -> Claim:
+    """The running first trial of a study."""
+    claimed = claims.claim(storage, ledger.find(storage, study), owners.this_slot("cpu:0"), 60.0)
+    assert claimed is not None
+    return claimed
+
+
+def _run(storage: PatientStorage, claim: Claim, folder: Path, *messages: Message | Callable[[], Message]) -> None:
+    """Runs the attempt of `claim` with a trainer that says `messages`."""
+    handle = StudyHandle(
+        study=ledger.find(storage, claim.study),
+        definition=registry.definition_of(claim.study, storage),
+        storage=storage,
+        cached=TrialCache(storage),
+    )
+    trainer = Scripted(folder, [*messages])
+    Attempt(handle, claim, trainer, settings.load(), pulse=Pulse(), listeners=[], interrupted=Event()).run()
+
+
+def test_a_failed_trial_has_no_checkpoint_though_one_was_being_copied(
+    at_store: str,
+    tmp_path: Path,
+    server: Server,
+    storage: PatientStorage,
+    claim: Claim,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = settings.load().artifact_store.folder / claim.folder / CHECKPOINT
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"after epoch 1")
+    with holding_uploads(server) as uploads:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{uploads.port}")
+
+        def failure() -> Failed:
+            assert uploads.came.wait(60)
+            return Failed(kind="nan", message="the loss became nan")
+
+        # What an attempt does while it waits for copies.
+        monkeypatch.setattr(Attempt, "_look_up", lambda _: uploads.may_end.set())
+        _run(storage, claim, tmp_path, epoch(1, 0.5), failure)
+        uploads.may_end.set()
+        assert uploads.ended.wait(60)
+        assert storage.get_trial(claim.trial_id).state == TrialState.FAIL
+        assert _objects(at_store, tmp_path) == []
+
+
+def test_a_file_that_cannot_be_read_for_its_copy_is_the_disk_s_fault(
+    at_store: str, tmp_path: Path, storage: PatientStorage, claim: Claim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIALYARD_PATIENCE_SECONDS", "5")
+    model = settings.load().artifact_store.folder / claim.folder / MODEL
+    model.parent.mkdir(parents=True)
+    model.symlink_to("/proc/self/mem")  # it is opened, and reading it is an error
+    with pytest.raises(DiskError, match=rf"the files in {model.parent} cannot be read .*: is the disk damaged\?"):
+        _run(storage, claim, tmp_path, trained(stopped=False))
+    assert storage.get_trial(claim.trial_id).state == TrialState.WAITING
+    assert _objects(at_store, tmp_path) == []

