@@ -11,6 +11,8 @@ from search.data import Dataset
 from storage.hits import Hits
 from studies.predictions import CLASSES, Predictions
 
+ROUNDING = 0.02  # of a probability in bfloat16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
@@ -24,15 +26,17 @@ class Answers:
     def of(cls, net: keras.Model, dataset: Dataset, batch_size: int) -> Self | None:
         """Asks `net`. None if it does not give one number for each class and image."""
         _, x, y = dataset.judged
-        parts = []
+        predicted, probability = np.empty(len(y), np.int64), np.empty(len(y), np.float32)
         for start in range(0, len(y), batch_size):
+            part = slice(start, start + batch_size)
             # Without `predict`, which compiles for a second or more.
-            scores = keras.ops.convert_to_numpy(net(x[start : start + batch_size], training=False))
-            if scores.shape != (len(y[start : start + batch_size]), dataset.classes):
+            outputs = net(x[part], training=False)
+            if not hasattr(outputs, "shape") or tuple(outputs.shape) != (len(y[part]), dataset.classes):
                 return None
-            parts.append(scores.astype(np.float32))
-        all_scores = np.concatenate(parts)
-        return cls(dataset=dataset, predicted=all_scores.argmax(axis=1), probability=_highest(all_scores))
+            # Not all scores at once: with a thousand classes they would be larger than the images.
+            scores = keras.ops.convert_to_numpy(outputs).astype(np.float32)
+            predicted[part], probability[part] = scores.argmax(axis=1), _highest(scores)
+        return cls(dataset=dataset, predicted=predicted, probability=probability)
 
     @property
     def hits(self) -> Hits:
@@ -57,9 +61,11 @@ class Answers:
 
 
 def _highest(scores: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The probability of the answer to each image, from scores of (n, classes): probabilities, or a model's logits."""
-    # Sums of probabilities in bfloat16 are off by some thousandths.
-    if scores.min() < 0.0 or np.abs(scores.sum(axis=1) - 1.0).max() > 0.02:
+    """The probability of the answer to each image, from scores of (n, classes): logits, or probabilities.
+
+    Those of a sigmoid for each class do not sum to 1, and are taken as they are.
+    """
+    if scores.min() < 0.0 or scores.max() > 1.0 + ROUNDING:
         exponents = np.exp(scores - scores.max(axis=1, keepdims=True))
         scores = exponents / exponents.sum(axis=1, keepdims=True)
     highest: NDArray[np.float32] = scores.max(axis=1)

@@ -8,6 +8,7 @@ import keras
 from keras import layers
 
 from search.errors import ModelError
+from storage.errors import error_text
 from studies.definition import Definition
 from studies.sources import weights_file
 
@@ -44,16 +45,35 @@ def features(images: Any, h: Mapping[str, Any], dropout: Any, *, plain: bool = F
         x = layers.Rescaling(1.0 / 127.5, offset=-1.0)(x)
     body = _body(name, tuple(x.shape[1:]), "none" if plain else h.get("weights", "none"))
     body.trainable = not h.get("frozen", False)
+    # EfficientNets drop parts of their residuals while they train. Where nothing in them learns, that is only noise;
+    # `training=False` does not keep them from it, because Keras's model calls its parts with its own value.
+    for layer in body.layers if not body.trainable else ():
+        if isinstance(layer, layers.Dropout):
+            layer.rate = 0.0
     x = body(x)
     return dropout(h["dropout"])(x) if "dropout" in h else x
 
 
 def check(definition: Definition, image_shape: tuple[int, int, int]) -> None:
     """Loads, and if needed downloads, all weights that the trials may begin with. Raises ModelError."""
-    for name in definition.values_of("backbone") or ():
-        for weights in definition.values_of("weights") or ():
-            keras.backend.clear_session()
-            _body(name, (*image_shape[:2], 3), weights)
+    for name, weights in _pairs(definition):
+        keras.backend.clear_session()
+        _body(name, (*image_shape[:2], 3), weights)
+
+
+def _pairs(definition: Definition) -> list[tuple[str, str]]:
+    """The backbones with the weights with which trials may begin."""
+    if definition.confirm is not None:
+        points = [{**definition.fixed, **each.hyperparameters} for each in definition.confirm.candidates]
+        return [(str(point["backbone"]), str(point["weights"])) for point in points if "weights" in point]
+    weights = definition.space.get("weights")
+    only_for = None if weights is None else weights.when.get("backbone")
+    return [
+        (name, each)
+        for name in definition.values_of("backbone") or ()
+        for each in definition.values_of("weights") or ()
+        if only_for is None or name in only_for
+    ]
 
 
 def _body(name: str, shape: tuple[int, ...], weights: str) -> keras.Model:
@@ -62,7 +82,7 @@ def _body(name: str, shape: tuple[int, ...], weights: str) -> keras.Model:
     try:
         return create(include_top=False, weights=chosen, input_shape=shape, pooling="avg")
     except Exception as error:  # Keras raises bare exceptions where a download fails or a file does not fit
-        reason = " ".join(str(error).split())[:300]
+        reason = error_text(error)
         if weights == "none":
             raise ModelError(f"the backbone {name} cannot be built for images of {shape} ({reason})") from error
         if weights == "imagenet":

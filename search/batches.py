@@ -21,7 +21,7 @@ def batches(x: Array | Images, y: Array, batch_size: int, order: Array | None = 
     waits until that thread wakes up: an epoch of 6 s often took 10.3 s.
     """
     indices = np.arange(len(y)) if order is None else order
-    targets = y.astype(np.float32)
+    targets = y.astype(np.float32, copy=False)
     if keras.backend.backend() != "tensorflow":
         return {"x": _Batches(x, targets, batch_size, indices)}
     import tensorflow as tf
@@ -41,7 +41,7 @@ def batches(x: Array | Images, y: Array, batch_size: int, order: Array | None = 
 
 
 class _Batches(keras.utils.PyDataset):  # type: ignore[misc]
-    """The same for Keras's other backends."""
+    """Batches for Keras's backends other than TensorFlow, in the order of the indices."""
 
     def __init__(self, x: Array | Images, targets: Array, batch_size: int, indices: Array) -> None:
         super().__init__()

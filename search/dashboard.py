@@ -12,7 +12,8 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Callable, Container, Iterator
+import time
+from collections.abc import Callable, Collection, Container, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -57,6 +58,7 @@ from studies.attribute_texts import for_people
 
 log = logging.getLogger(__name__)
 
+FORGET_SECONDS = 60.0  # between two looks for studies that were deleted
 THREADS = 8
 MAX_BODY = 10 * 2**20  # bytes; the largest thing that the page sends is a note
 GZIP_FROM = 2**16  # bytes: below this, compressing costs more than it saves
@@ -246,6 +248,12 @@ class RememberingStorage(_CachedStorage):
         query = select(*columns).where(TrialModel.trial_id == trial_id)
         return read(self.backend, lambda connection: connection.execute(query).first())
 
+    def forget_all_but(self, existing: Collection[int]) -> None:
+        """Drops what is remembered of studies that are not among the `existing` ones."""
+        with self._reading:
+            for study_id in self._studies.keys() - set(existing):
+                self._forget(study_id)
+
     def _forget(self, study_id: int) -> None:
         self._last.pop(study_id, None)
         with self._lock:
@@ -280,10 +288,12 @@ class StudyDetail:
         self._storage, self._store, self._stock = storage, store, stock
         self._seen: dict[int, _Seen] = {}
         self._lock = threading.Lock()
+        self._forget_at = 0.0  # when to look for deleted studies again, by the monotonic clock
 
     def answer(self, study_id: int) -> Any:
         """The body of ``GET /api/studies/<id>?after=<number>``."""
         after = request.params.get("after", "0")
+        self._forget_deleted()
         study, of_trials = self._study(study_id)
         if (
             study is None
@@ -307,6 +317,20 @@ class StudyDetail:
         rest = json.dumps(detail).encode()
         body = b'{"trials": [%b], "best_trials": [%b], %b' % (b", ".join(lines), b", ".join(best), rest[1:])
         return _compressed(body)
+
+    def _forget_deleted(self) -> None:
+        """Drops what is remembered of studies that were deleted since: a large one takes hundreds of MB."""
+        now = time.monotonic()
+        with self._lock:
+            if now < self._forget_at:
+                return
+            self._forget_at = now + FORGET_SECONDS
+        query = select(StudyModel.study_id)
+        existing = set(read(self._storage.backend, lambda connection: connection.execute(query).scalars().all()))
+        with self._lock:
+            for study_id in self._seen.keys() - existing:
+                del self._seen[study_id]
+        self._storage.forget_all_but(existing)
 
     def _study(self, study_id: int) -> tuple[FrozenStudy | None, dict[int, list[tuple[str, str]]]]:
         """The study without its trials' attributes; and the trials' attributes by trial id, as stored."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import layers
 
 from search import backbone, resnet
@@ -18,6 +19,7 @@ from search.data import import_function
 from search.errors import MachineError, MetricError, ModelError
 from search.images import Array
 from search.layers import BatchNormalization, Dropout
+from storage.errors import named_error
 from studies.model_rules import WITH_MOMENTUM
 
 Hyperparameters = Mapping[str, Any]
@@ -228,13 +230,13 @@ def call_own(
         model = function(hyperparameters, image_shape, classes)
     except ImportError as error:  # the function imports a module when it is called
         raise MachineError(
-            f"{name} needs a module that cannot be imported on this machine ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}): install it, or put it into this folder or on PYTHONPATH"
+            f"{name} needs a module that cannot be imported on this machine ("
+            f"{named_error(error)}): install it, or put it into this folder or on PYTHONPATH"
         ) from error
     except (Exception, SystemExit) as error:  # a user's own code may raise anything
         raise ModelError(
             f"{name} failed to build a model with {dict(hyperparameters)} for images of {image_shape} "
-            f"({type(error).__name__}: {' '.join(str(error).split())}): correct the function"
+            f"({named_error(error)}): correct the function"
         ) from error
     if not isinstance(model, keras.Model):
         raise ModelError(f"{name} returned a {type(model).__name__}: it must return a keras.Model")
@@ -242,10 +244,17 @@ def call_own(
 
 
 def targets(model: keras.Model, y: Array, classes: int) -> Array:
-    """The labels `y`, (n,), as the model's loss takes them: as they are for a sparse one, else one-hot (n, classes)."""
+    """The labels `y`, (n,), as the model's loss takes them: as they are for a sparse one, else one-hot, float32,
+    (n, classes).
+    """
     losses = losses_of(model)
     sparse = len(losses) == 1 and str(name_of(losses[0])).startswith("sparse_")
-    return y if sparse else keras.utils.to_categorical(y, classes)
+    if sparse:
+        return y
+    # Keras's to_categorical makes float64, twice the memory: much with a thousand classes.
+    one_hot = np.zeros((len(y), classes), np.float32)
+    one_hot[np.arange(len(y)), y] = 1.0
+    return one_hot
 
 
 def losses_of(model: keras.Model) -> list[Any]:

@@ -18,6 +18,7 @@ from search.data import Dataset
 from search.errors import ModelError
 from search.images import Array
 from search.model import NOT_OF_THE_MODEL, accuracy_of, build, call_own, losses_of, name_of, targets
+from storage.errors import named_error
 from studies import model_rules, recipe
 from studies.definition import Definition
 from studies.space import Point, high_point, low_point, random_point
@@ -39,8 +40,18 @@ def check(definition: Definition, hyperparameters: Mapping[str, Any], dataset: D
     net = build(name, hyperparameters, dataset.image_shape, dataset.classes)
     images, labels = dataset.x_train[:IMAGES], dataset.y_train[:IMAGES]
     notes = _check_outputs(net, name, images, dataset.classes)
+    if definition.confirm is not None and not _gives_classes(net(images[:1], training=False), 1, dataset.classes):
+        raise ModelError(
+            f"{name} gives something else than one number for each of the {dataset.classes} classes, so its answers to "
+            "the test images cannot be counted: return one output of (n, classes)"
+        )
     _check_momentum(net, name)
-    _train_one_batch(net, name, images, targets(net, labels, dataset.classes))
+    if getattr(net.optimizer, "use_ema", False):
+        raise ModelError(
+            f"{name} is compiled with an optimizer that has use_ema=True, whose averages would replace the weights at "
+            "the end of each epoch, and not only at the end of the training: leave it out"
+        )
+    _try_one_batch(net, name, images, labels, dataset.classes)
     _check_saving(net, name, images)
     if definition.confirm is None:
         notes += _check_reads(definition, hyperparameters, dataset)
@@ -49,8 +60,9 @@ def check(definition: Definition, hyperparameters: Mapping[str, Any], dataset: D
 
 def _check_outputs(net: keras.Model, name: str, images: Array, classes: int) -> list[str]:
     outputs = net(images, training=False)
-    if not hasattr(outputs, "shape") or tuple(outputs.shape) != (len(images), classes):
-        return []  # a loss of its own may want another form; the batch tells
+    if not _gives_classes(outputs, len(images), classes):
+        # A loss of its own may want another form; the batch tells.
+        return [f"{name} gives something else than one number for each class, so its trials cannot be confirmed"]
     if _is_short(outputs):
         raise ModelError(f"{name} computes its probabilities in {_dtype(outputs)}, which has three digits: {FLOAT32}")
     sums = keras.ops.convert_to_numpy(outputs).astype(np.float64).sum(axis=1)
@@ -92,17 +104,35 @@ def _check_momentum(net: keras.Model, name: str) -> None:
             )
 
 
-def _train_one_batch(net: keras.Model, name: str, images: Array, wanted: Array) -> None:
+def _gives_classes(outputs: Any, images: int, classes: int) -> bool:
+    return hasattr(outputs, "shape") and tuple(outputs.shape) == (images, classes)
+
+
+def _try_one_batch(net: keras.Model, name: str, images: Array, labels: Array, classes: int) -> None:
+    """Trains `net` on a batch, and judges it by the same. Raises ModelError if it cannot, or its accuracy is wrong."""
+    wanted = targets(net, labels, classes)
     try:
-        measured = net.fit(**batches(images, wanted, len(images)), shuffle=False, verbose=0).history
+        trained = net.fit(**batches(images, wanted, len(images)), shuffle=False, verbose=0).history
+        judged = net.evaluate(**batches(images, wanted, len(images)), verbose=0, return_dict=True)
+        outputs = net(images, training=False)
     except (Exception, SystemExit) as error:  # a user's own code may raise anything
         own_loss = any(isinstance(loss, FunctionType) for loss in losses_of(net))
         about_loss = ", or its loss, which gets class numbers only if its name begins with sparse_" if own_loss else ""
         raise ModelError(
-            f"{name} cannot be trained on a batch of {len(images)} images with labels of the shape {wanted.shape} "
-            f"({_in_one_line(error)}): correct the function{about_loss}"
+            f"{name} cannot be trained and evaluated on a batch of {len(images)} images with labels of the shape "
+            f"{wanted.shape} ({named_error(error, 200)}): correct the function{about_loss}"
         ) from error
-    accuracy_of(measured, name)
+    accuracy_of(trained, name)
+    accuracy = accuracy_of(judged, name)
+    if not _gives_classes(outputs, len(images), classes):
+        return
+    right = float((keras.ops.convert_to_numpy(outputs).argmax(axis=1) == labels).mean())
+    if abs(accuracy - right) > 1e-3:
+        raise ModelError(
+            f"{name} reports an accuracy of {accuracy:.4f} for {len(images)} images, and answers {right:.4f} of them "
+            "right: a train_step of its own needs a test_step that updates the same metric, and a metric of another "
+            "kind must not be called accuracy"
+        )
 
 
 def _check_saving(net: keras.Model, name: str, images: Array) -> None:
@@ -111,7 +141,7 @@ def _check_saving(net: keras.Model, name: str, images: Array) -> None:
         try:
             net.save(file)
         except Exception as error:  # as above
-            raise ModelError(f"{name} cannot be saved ({_in_one_line(error)}): {SERIALIZABLE}") from error
+            raise ModelError(f"{name} cannot be saved ({named_error(error, 200)}): {SERIALIZABLE}") from error
         check_file(file, net, name, images)
 
 
@@ -121,7 +151,7 @@ def check_file(file: Path, net: keras.Model, name: str, images: Array) -> None:
         loaded = keras.models.load_model(file, compile=False)
     except Exception as error:  # a user's own layers may raise anything
         advice = INSTEAD_OF_LAMBDA if "lambda" in str(error).lower() else SERIALIZABLE
-        raise ModelError(f"{name} can be saved, but not loaded again ({_in_one_line(error)}): {advice}") from error
+        raise ModelError(f"{name} can be saved, but not loaded again ({named_error(error, 200)}): {advice}") from error
     expected, outputs = (_flat_outputs(model, images) for model in (net, loaded))
     if not np.allclose(expected, outputs, rtol=MODEL_RELATIVE, atol=MODEL_ABSOLUTE):
         raise ModelError(
@@ -142,11 +172,6 @@ INSTEAD_OF_LAMBDA = (
 def _flat_outputs(net: keras.Model, images: Array) -> Array:
     tensors = keras.tree.flatten(net(images, training=False))
     return np.concatenate([keras.ops.convert_to_numpy(each).astype(np.float64).ravel() for each in tensors])
-
-
-def _in_one_line(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 # --- which hyperparameters are read -----------------------------------------------------------------------
@@ -173,6 +198,14 @@ class ReadHyperparameters(dict[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         self.read.add(name)
         return super().get(name, default)
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().setdefault(name, default)
+
+    def popitem(self) -> tuple[str, Any]:
+        self._read_all()
+        return super().popitem()
 
     def pop(self, name: str, *default: Any) -> Any:
         self.read.add(name)

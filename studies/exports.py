@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+import zipfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from storage.errors import nearest
 from storage.ledger import Study
 from storage.settings import environment_without_secrets
 from studies import definition as definitions
-from studies import registry, results
+from studies import model_file, registry, results
 from studies.convert import NOT_LOADED
 from studies.definition import Definition
 from studies.errors import StudyError
@@ -46,15 +47,14 @@ README = """\
 # A model of the study {study}
 
 Trial {number}: {judged} accuracy {value:.4f}{mean}. It takes images of (n, height, width, channels) on the scale 0 to
-255 (multiply values from 0 to 1 by 255), and gives class probabilities. Keras loads it; Trialyard is not needed. In
-this folder:
+255 (multiply values from 0 to 1 by 255), and gives {gives}. Keras loads it; Trialyard is not needed. In this folder:
 
 ```python
 import keras
 import {library}
 {module}model = keras.models.load_model("model.keras", compile=False)
 {images}
-probabilities = model.predict(images)
+probabilities = {probabilities}
 {answer}
 ```
 
@@ -63,6 +63,8 @@ probabilities = model.predict(images)
 - `definition.toml`: the definition; `trialyard run definition.toml` searches it again
 - `trial.json`: hyperparameters, metrics, seed, software, and the fingerprint of the data
 {more}"""
+
+SOFTMAX = "keras.ops.convert_to_numpy(keras.ops.softmax(model.predict(images)))"
 
 OWN_MODEL = """
 The module of `{model}`, which may have layers of your own, must be importable: copy it to this folder.
@@ -115,7 +117,8 @@ def export(
         (draft / "definition.toml").write_text(definitions.to_toml(definition), encoding="utf-8")
         record = encoded(_record(study, chosen, definition), indent=2)
         (draft / "trial.json").write_text(record + "\n", encoding="utf-8")
-        readme = _readme(name, chosen, definition, format, shape, class_names(study.data))
+        logits = _gives_logits(draft / MODEL)
+        readme = _readme(name, chosen, definition, format, shape, class_names(study.data), logits=logits)
         (draft / "README.md").write_text(readme, encoding="utf-8")
         if format is not None:
             _convert(draft / MODEL, format, draft / FILES[format], definition, shape)
@@ -173,6 +176,8 @@ def _readme(
     format: Format | None,
     shape: list[int] | None,
     names: Sequence[str] = (),
+    *,
+    logits: bool = False,
 ) -> str:
     more = "" if format is None else f"- `{FILES[format]}`: the same model for {format}\n"
     from_files = shape is not None and _has_image_files(definition.dataset)
@@ -191,6 +196,8 @@ def _readme(
         value=trial.values[0],
         mean=mean,
         epoch=epoch,
+        gives="logits, of which `softmax` makes class probabilities" if logits else "class probabilities",
+        probabilities=SOFTMAX if logits else "model.predict(images)",
         module=import_line,
         library="tensorflow as tf" if from_files else "numpy as np",
         images=_images(definition, shape) if from_files else f"images = np.zeros({zeros})  # yours",
@@ -221,6 +228,13 @@ def _images(definition: Definition, shape: list[int] | None) -> str:
     if definition.data.size is None:
         return f"{read}images = image[None]"
     return f"{read}images = tf.round(tf.image.resize(image[None], ({height}, {width}), antialias=True))"
+
+
+def _gives_logits(model: Path) -> bool:
+    try:
+        return model_file.gives_logits(model)
+    except (ValueError, KeyError, AttributeError, zipfile.BadZipFile):  # a damaged file is exported as it is
+        return False
 
 
 def _answer(names: Sequence[str]) -> str:

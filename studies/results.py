@@ -22,14 +22,14 @@ from storage.artifact_store import ArtifactStore
 from storage.artifacts import inside
 from storage.attempt_table import Attempt, durations, of_trial, started_outside
 from storage.claims import RunningTrial
-from storage.errors import many, trials_text
+from storage.errors import error_text, many, named_error, trials_text
 from storage.ledger import Study
 from storage.metric import protocol_of
 from storage.ranking import is_scored, rank_key, ranked
 from storage.slots import SlotStatus, present
-from storage.tables import TrialModel, TrialParamModel, TrialUserAttributeModel
+from storage.tables import IDS_IN_CLAUSE, TrialModel, TrialParamModel, TrialUserAttributeModel
 from storage.transactions import read
-from studies import registry
+from studies import model_file, registry
 from studies.errors import StudyError, require_whole
 from studies.registry import StorageLike
 from studies.rows import Leaderboard
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST_TRIALS = 50  # whose durations the time left is estimated from
-MAX_IDS_IN_CLAUSE = 500  # trials that one statement names
 SHOWN_TIES = 10  # trials that are as good as the best one
 LEADERBOARD_ATTRIBUTES = ("deviation", "epochs", "parameters", "seconds")  # user attributes that a leaderboard shows
 
@@ -225,8 +224,9 @@ def best_model(name: str, storage: StorageLike = None, *, trial: int | None = No
     this number.
 
     It takes images of (n, height, width, channels) on the scale 0 to 255, and gives class probabilities of
-    (n, classes), float32. On a processor they are the same, to the bit, as at the end of the training. The model is
-    compiled, so that ``model.evaluate(images, labels)`` gives its loss and accuracy; the labels are class numbers.
+    (n, classes), float32; logits, if the study's own model has a loss of logits. On a processor they are the same, to
+    the bit, as at the end of the training. The model is compiled, so that ``model.evaluate(images, labels)`` gives its
+    loss and accuracy; the labels are class numbers.
 
     >>> model = studies.best_model("digits")
     >>> model.predict(np.zeros((5, 28, 28, 1)), verbose=0).shape
@@ -250,11 +250,11 @@ def best_model(name: str, storage: StorageLike = None, *, trial: int | None = No
     registry.fetch_function(function, settings.load().artifact_store)
     import_problem = _import_problem(function.partition(":")[0]) if ":" in function else None
     try:
-        return _compiled(keras.models.load_model(path, compile=False), path)
+        return model_file.compiled(keras.models.load_model(path, compile=False), path)
     except (TypeError, ValueError, OSError, ImportError, AttributeError, KeyError, zipfile.BadZipFile) as error:
         raise StudyError(
             f"the model of trial {chosen.number} of study {name!r}, {path}, cannot be loaded "
-            f"({' '.join(str(error).split())[:300]}): "
+            f"({error_text(error)}): "
             + (
                 import_problem
                 or "if it has layers of your own, decorate each with "
@@ -269,7 +269,7 @@ def _import_problem(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:  # noqa: BLE001 - importing runs a user's code, or loads a file that may be damaged
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = named_error(error, 300)
         return f"its layers may be in {module}, which cannot be imported ({reason}); correct that first"
     return None
 
@@ -285,19 +285,6 @@ def class_names(name: str, storage: StorageLike = None) -> list[str] | None:
     from studies.predictions import class_names as recorded
 
     return recorded(registry.find(name, registry.storage_of(storage)).data) or None
-
-
-def _compiled(model: "keras.Model", path: Path) -> "keras.Model":
-    """The model of the file `path`, compiled for images and class numbers, as data sets have them."""
-    import keras
-
-    with zipfile.ZipFile(path) as archive:
-        loss = (json.loads(archive.read("config.json")).get("compile_config") or {}).get("loss")
-    options = loss.get("config") if isinstance(loss, dict) else None
-    from_logits = isinstance(options, dict) and options.get("from_logits") is True
-    loss_of_numbers = keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits)
-    model.compile("adam", loss_of_numbers, metrics=["accuracy"])
-    return model
 
 
 def file_of(study: Study, trial: FrozenTrial, artifact: Literal["model", "history"], storage: RDBStorage) -> Path:
@@ -383,7 +370,7 @@ def leaderboard(name: str, storage: StorageLike = None, top: int | None = None) 
 def _rows(connection: Connection, study_id: int, top: int | None) -> list[Row]:
     trials = ranked(connection, study_id, top)
     # The length of a statement is limited. So the ids of a few trials are named, and for many all rows are read.
-    trial_ids = [trial.trial_id for trial in trials] if len(trials) <= MAX_IDS_IN_CLAUSE else None
+    trial_ids = [trial.trial_id for trial in trials] if len(trials) <= IDS_IN_CLAUSE else None
 
     def query(stored: type[TrialParamModel] | type[TrialUserAttributeModel], *columns: Any) -> Select[Any]:
         selected = select(stored.trial_id, *columns)
@@ -591,7 +578,8 @@ def _seconds_left(storage: RDBStorage, study: Study, trial_seconds: float | None
     if trial_seconds is None:
         return None
     grace = settings.load().grace_seconds
-    slots = sum(slot.study in (study.name, None) and slot.silent_seconds <= grace for slot in workers(storage))
+    usable = [slot for slot in workers(storage) if slot.closed is None and slot.silent_seconds <= grace]
+    slots = sum(slot.study in (study.name, None) for slot in usable)
     # A trial that starts within the hours runs to its end.
     longest = math.inf if hours is None else 3600.0 * hours + trial_seconds
     return min(longest, trial_seconds * left / max(1, min(slots, left)))

@@ -24,3 +24,10 @@ def test_batches_are_the_images_in_their_order(kind: str) -> None:
 def test_the_dataset_is_not_autotuned() -> None:
     dataset = batches(np.zeros((4, 2, 2, 1), np.uint8), np.eye(4), 2)["x"]
     assert dataset.options().autotune.enabled is False
+
+
+def test_targets_in_float32_are_not_copied() -> None:
+    targets = np.eye(4, dtype=np.float32)
+    dataset = batches(np.zeros((4, 2, 2, 1), np.uint8), targets, 2)["x"]
+    targets[:] = 7.0
+    assert all((given == 7.0).all() for _, given in dataset.as_numpy_iterator())

@@ -1,5 +1,7 @@
 """The best model predicts as at the end of its training; an error says what to do if it cannot be loaded."""
 
+import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import studies
 from search import data, training_loop
 from search.training_loop import train
 from storage import claims, database, ledger, owners
-from studies import registry
+from studies import model_file, registry
 from studies.definition import parse
 from studies.errors import StudyError
 
@@ -152,18 +154,40 @@ def test_a_user_s_own_layers_are_loaded_from_their_module(
         studies.best_model("mine")
 
 
-@pytest.mark.parametrize("from_logits", [False, True])
-def test_the_model_can_be_evaluated_with_class_numbers(place: RDBStorage, from_logits: bool) -> None:
+@pytest.mark.parametrize(("from_logits", "in_list"), [(False, False), (True, False), (True, True)])
+def test_the_model_can_be_evaluated_with_class_numbers(place: RDBStorage, from_logits: bool, in_list: bool) -> None:
     """However its function compiled it, and with the loss that fits its outputs."""
     folder = _ended(place, "mine", {"model": "model.keras"})
     folder.mkdir(parents=True)
     activation = None if from_logits else "softmax"
     net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, activation)])
-    net.compile("adam", keras.losses.CategoricalCrossentropy(from_logits=from_logits), metrics=["accuracy"])
+    loss = keras.losses.CategoricalCrossentropy(from_logits=from_logits)
+    net.compile("adam", [loss] if in_list else loss, metrics=["accuracy"])
     images, labels = np.random.default_rng(0).random((6, 4), np.float32), np.array([0, 1, 2, 0, 1, 2])
     wanted = net.evaluate(images, np.eye(3)[labels], verbose=0)
     net.save(folder / "model.keras")
     assert studies.best_model("mine").evaluate(images, labels, verbose=0) == pytest.approx(wanted, abs=1e-6)
+
+
+LOGITS = {"class_name": "CategoricalCrossentropy", "config": {"from_logits": True}}
+
+
+@pytest.mark.parametrize(
+    ("compiled", "wanted"),
+    [
+        ({"loss": LOGITS}, True),
+        ({"loss": [LOGITS]}, True),
+        ({"loss": {"output": LOGITS}}, True),
+        ({"loss": {"class_name": "CategoricalCrossentropy", "config": {"from_logits": False}}}, False),
+        ({"loss": {"class_name": "function", "config": "mine"}}, False),
+        ({"loss": "categorical_crossentropy"}, False),
+        (None, False),
+    ],
+)
+def test_a_file_says_whether_its_model_gives_logits(tmp_path: Path, compiled: Any, wanted: bool) -> None:
+    with zipfile.ZipFile(tmp_path / "model.keras", "w") as archive:
+        archive.writestr("config.json", json.dumps({"compile_config": compiled}))
+    assert model_file.gives_logits(tmp_path / "model.keras") == wanted
 
 
 def test_a_damaged_file_is_one_sentence(place: RDBStorage) -> None:

@@ -798,3 +798,28 @@ def test_importances_are_shown_only_if_they_are_more_than_chance(
     (shares,) = Answer(app, "GET", path).json["param_importances"]
     assert [(share["name"], share["distribution"]) for share in shares] == [("dropout", "FloatDistribution")]
     assert 0.5 < shares[0]["importance"] <= 1.0
+
+
+def test_what_is_remembered_of_a_deleted_study_is_forgotten(
+    serve: Callable[..., Any], place: PatientStorage, trivial: Definition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "FORGET_SECONDS", 0.0)
+    details: list[dashboard.StudyDetail] = []
+    original = dashboard.StudyDetail.__init__
+
+    def noted(self: dashboard.StudyDetail, *arguments: Any) -> None:
+        original(self, *arguments)
+        details.append(self)
+
+    monkeypatch.setattr(dashboard.StudyDetail, "__init__", noted)
+    registry.create(trivial.model_copy(update={"name": "other"}), place, {"fingerprint": "0" * 16})
+    app = serve()
+    ids = [study.id for study in ledger.studies(place)]
+    for study_id in ids:
+        assert Answer(app, "GET", f"/api/studies/{study_id}?after=0").status == 200
+    (detail,) = details
+    assert detail._seen.keys() == set(ids)
+    assert detail._storage._studies.keys() == set(ids)
+    registry.delete("other", place)
+    assert Answer(app, "GET", f"/api/studies/{ids[0]}?after=0").status == 200
+    assert detail._seen.keys() == detail._storage._studies.keys() == {ids[0]}

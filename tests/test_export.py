@@ -145,6 +145,29 @@ def test_an_accuracy_is_named_after_what_it_is(
         assert word in readme
 
 
+def test_the_readme_of_a_model_that_gives_logits_says_so_and_prints_classes(
+    finished: RDBStorage, home: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = keras.Sequential([keras.Input((8, 8, 1)), *keras.models.load_model(saved).layers[:-1]])
+    net.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+    net.save(next((home / "yard" / "artifacts").glob("trivial-*/1/1/model.keras")))
+    folder = studies.export("trivial", home / "best", storage=finished)
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert "and gives logits, of which `softmax` makes class probabilities." in readme
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    monkeypatch.chdir(folder)
+    variables: dict[str, Any] = {}
+    exec(code, variables)
+    assert variables["probabilities"].sum(axis=1) == pytest.approx([1.0])
+    assert re.fullmatch(r"\[\d\]", capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_damaged_model_is_exported_as_it_is(finished: RDBStorage, home: Path) -> None:
+    next((home / "yard" / "artifacts").glob("trivial-*/1/1/model.keras")).write_bytes(b"no model")
+    folder = studies.export("trivial", home / "best", storage=finished)
+    assert (folder / "model.keras").read_bytes() == b"no model"
+
+
 def test_any_trial_that_has_its_model_can_be_taken(finished: RDBStorage, home: Path) -> None:
     folder = studies.export("trivial", home / "other", storage=finished, trial=0)
     assert json.loads((folder / "trial.json").read_text(encoding="utf-8"))["number"] == 0
@@ -196,7 +219,7 @@ def test_it_refuses_to_overwrite(finished: RDBStorage, home: Path) -> None:
 
 
 def test_it_is_written_whole_or_not_at_all(finished: RDBStorage, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(*arguments: Any) -> str:
+    def die(*arguments: Any, **options: Any) -> str:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

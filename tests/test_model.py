@@ -9,7 +9,7 @@ import pytest
 
 from search import layers
 from search.errors import MachineError, ModelError
-from search.model import build, summary
+from search.model import build, summary, targets
 from studies import definition as definitions
 from studies import model_rules
 
@@ -308,6 +308,16 @@ def test_a_plain_model_takes_the_weights_and_gives_the_same_predictions() -> Non
     assert {type(layer).__module__.partition(".")[0] for layer in plain.layers} == {"keras"}
     plain.set_weights(ours.get_weights())
     assert np.array_equal(plain.predict(images, verbose=0), ours.predict(images, verbose=0))
+
+
+def test_targets_are_keras_s_one_hot_vectors_in_float32() -> None:
+    model, labels = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)]), np.array([2, 0, 1, 2])
+    model.compile(loss=keras.losses.CategoricalCrossentropy())
+    one_hot = targets(model, labels, 4)
+    assert one_hot.dtype == np.float32
+    assert np.array_equal(one_hot, keras.utils.to_categorical(labels, 4))
+    model.compile(loss="sparse_categorical_crossentropy")
+    assert targets(model, labels, 4) is labels
 
 
 # --- a user's own -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from locked_folder import locked
 
 from search import averages, backbone, checks, trainer_process
 from search.data import Dataset
@@ -16,6 +17,7 @@ from search.model import build
 from studies import model_rules
 from studies.definition import differences, parse
 from studies.errors import DefinitionError
+from studies.sources import weights_file
 
 SMALL = {"depth": 1, "stages": 2, "width": 0.25}
 BACKBONE = """
@@ -183,6 +185,12 @@ def test_a_weights_file_is_searched_in_the_definition_s_folder(tmp_path: Path) -
     assert definition.points[0]["weights"] == file
 
 
+def test_a_weights_file_in_a_folder_that_may_not_be_entered_is_searched_in_the_current_one(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir()
+    with locked(tmp_path / "closed"):
+        assert weights_file(f"{tmp_path}/closed/body.weights.h5") == Path("body.weights.h5")
+
+
 @pytest.mark.parametrize("text", [BACKBONE.replace('"none"', '"body.weights.h5"'), CHOICES])
 def test_the_same_definition_may_have_its_weights_in_another_folder(text: str, tmp_path: Path) -> None:
     stored = []
@@ -205,3 +213,23 @@ def test_a_file_of_weights_is_compared_by_what_it_has_wherever_it_is(home: Path)
     os.utime(file, (0, 0))
     with pytest.raises(MachineError, match=r"the file of weights:body.weights.h5 was edited after the study began"):
         trainer_process._require_same_sources(trainer_process._sources(moved), first)
+
+
+def test_weights_for_some_backbones_are_tried_with_these_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[str, str]] = []
+    monkeypatch.setattr(backbone, "_body", lambda name, shape, weights: tried.append((name, weights)))
+    text = BACKBONE.replace('backbone = "mobilenet_v3_small"\nweights = "none"\n', "").replace(
+        "[fixed]",
+        'backbone = { choices = ["mobilenet_v2", "resnet50_v2"] }\n'
+        'weights = { choices = ["none", "imagenet"], when = { backbone = "resnet50_v2" } }',
+    )
+    backbone.check(parse(text), (64, 64, 3))
+    assert tried == [("resnet50_v2", "none"), ("resnet50_v2", "imagenet")]
+
+
+def test_nothing_is_dropped_in_a_frozen_backbone() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.float32)
+    for frozen in (True, False):
+        net = build("backbone", {"backbone": "efficientnet_v2_b0", "frozen": frozen}, (64, 64, 3), 2)
+        first, second = (keras.ops.convert_to_numpy(net(images, training=True)) for _ in range(2))
+        assert np.array_equal(first, second) == frozen

@@ -97,6 +97,8 @@ def test_logits_become_probabilities_and_probabilities_stay() -> None:
     assert _highest(np.array([[1000.0, -1000.0]], np.float32)).tolist() == [1.0]
     # One rounding error makes no logits of probabilities; logits may be within 0 and 1, too.
     assert _highest(np.array([[0.0, 1.0000001], [0.1, 0.9]], np.float32)).tolist() == pytest.approx([1.0, 0.9])
+    # Those of a sigmoid for each class do not sum to 1.
+    assert _highest(np.array([[0.9, 0.8], [0.1, 0.0]], np.float32)).tolist() == pytest.approx([0.9, 0.1])
     assert _highest(np.array([[0.5, 0.9], [0.0, 2.0]], np.float32))[0] == pytest.approx(1 / (1 + np.exp(-0.4)))
 
 

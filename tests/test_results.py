@@ -134,7 +134,7 @@ def test_a_leaderboard_is_the_same_however_many_trials_are_named(
     named = results.leaderboard(study, storage)
     assert [set(row.params) for row in named] == [{"dropout"}] * 3
     assert [(row.epochs, row.parameters, row.seconds) for row in named] == [(2, 9, 1.5)] * 3
-    monkeypatch.setattr(results, "MAX_IDS_IN_CLAUSE", 1)
+    monkeypatch.setattr(results, "IDS_IN_CLAUSE", 1)
     assert results.leaderboard(study, storage) == named
     assert results.leaderboard(study, storage, top=2) == named[:2]
     assert [trial.params for trial in registry.open(study, storage).trials] == [
