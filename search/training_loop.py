@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from search.messages import Batches, Epoch, Repeated, StopMode, Trained, best_ep
 from search.model import BATCH_SIZE, Hyperparameters, accuracy_of, build, summary, targets
 from search.own_model import IMAGES, check_file
 from storage.artifacts import CHECKPOINT, HISTORY, MODEL, PREDICTIONS, SUMMARY, stored
-from storage.errors import StorageError
+from storage.errors import StorageError, named_error
 
 log = logging.getLogger(__name__)
 
@@ -83,86 +84,154 @@ def train(
     Raises NotANumber, DataError (a batch is larger than the data), ModelError, also as MetricError, and
     DiskError if a file cannot be written.
     """
-    batch_size = int(hyperparameters.get("batch_size", BATCH_SIZE))
-    if batch_size > len(dataset.y_train):
-        raise DataError(
-            f"batch_size = {batch_size} is larger than the {len(dataset.y_train)} training images: choose a smaller one"
-        )
-    batches_per_epoch = math.ceil(len(dataset.y_train) / batch_size)
-    steps = (batches_per_epoch, schedule_epochs or epochs)
-
-    def untrained(seed: int) -> keras.Model:
-        keras.backend.clear_session()
-        keras.utils.set_random_seed(seed)
-        keras.config.set_dtype_policy(precision[0])
-        return build(model, hyperparameters, dataset.image_shape, dataset.classes, steps=steps)
-
-    seeds = (seed, *more_seeds)
-    net = untrained(seed)
-    y_train, y_validation = (targets(net, y, dataset.classes) for y in (dataset.y_train, dataset.y_validation))
-    moving_averages = _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
-    stop = _StopAtBatch(stopping)
-    watch = _WatchBatches(on_batches, batches_per_epoch)
-    confirms = dataset.x_test is not None
-    # How a model is judged is not one of its hyperparameters, and models without moving averages are judged alike.
-    judged = {"batch_norm_averages": "last batches"} if moving_averages else {}
-    scheduled = {"schedule_epochs": schedule_epochs} if schedule_epochs not in (None, epochs) else {}
-    repeated = {"more_seeds": list(more_seeds)} if more_seeds else {}
-    whole_identity = {
-        "model": model,
-        "hyperparameters": {name: value for name, value in hyperparameters.items() if name != "batch_norm_averages"},
-        "seed": seed,
-        "data": dataset.fingerprint,
-        "images": [len(y_train), len(y_validation)],
-        "epochs": epochs,
-        "precision": precision[0],
-        "keras": ".".join(version("keras").split(".")[:2]),
-        **judged,
-        **scheduled,
-        **repeated,
-        **(identity or {}),
-    }
-    history, kept_weights = _resumed(net, checkpoints, whole_identity)
+    training = _Training(
+        model=model,
+        hyperparameters=hyperparameters,
+        dataset=dataset,
+        epochs=epochs,
+        seeds=(seed, *more_seeds),
+        precision=precision[0],
+        schedule_epochs=schedule_epochs or epochs,
+        stop=_StopAtBatch(stopping),
+        on_batches=on_batches,
+    )
+    whole_identity = {**training.identity(), **(identity or {})}
+    history, kept_weights = _resumed(training.net, checkpoints, whole_identity)
     if history:
         on_resume(history)
     # How long a confirmation trains was chosen before.
-    patience = None if confirms else hyperparameters.get("patience_epochs")
+    patience = None if training.confirms else hyperparameters.get("patience_epochs")
     repeats = _Repeats(epochs, patience, on_repeat if more_seeds else lambda repeated: None)
     repeats.notify(history)
     unwritten: checkpoint.Checkpoint | None = None
-    written_at = time.monotonic()
-    for number in range(history[-1].epoch + 1 if history else 1, epochs * len(seeds) + 1):
+    written_at, last = time.monotonic(), epochs * len(training.seeds)
+    for number in range(history[-1].epoch + 1 if history else 1, last + 1):
         repeat, epoch = repeats.place(number)
         if epoch == 1 and repeat > 1:
-            net = untrained(seeds[repeat - 1])
-            moving_averages = _moving_averages(net, model, hyperparameters, dataset, y_train, batch_size)
+            training.start(repeat)
         if repeats.is_exhausted(history, repeat):
             continue
-        # The order depends only on the seed and the epoch, so it is the same in a resumed training.
-        order = np.random.default_rng([seeds[repeat - 1], epoch]).permutation(len(y_train))
-        began = time.perf_counter()
-        images = batches(dataset.x_train, y_train, batch_size, order)
-        last_batches = averages.LastBatches(
-            moving_averages,
-            images=len(y_train),
-            batch_size=batch_size,
-            trained=(epoch - 1) * batches_per_epoch,
-        )
-        watch.epoch = number
-        fit_result = net.fit(**images, shuffle=False, verbose=0, callbacks=[stop, last_batches, watch])
-        seconds = time.perf_counter() - began
-        if stop.stopped:
+        trained = training.train_epoch(number, repeat, epoch)
+        if trained is None:
             break
-        loss, accuracy = fit_result.history["loss"][0], accuracy_of(fit_result.history, model)[0]
-        images = batches(dataset.x_validation, y_validation, _evaluation_batch(batch_size))
+        record, judged_weights = trained
+        history.append(record)
+        if training.confirms or best_epoch(history) is record:
+            kept_weights = judged_weights
+        on_epoch(record)
+        repeats.notify(history)
+        if number < last:
+            unwritten = checkpoint.take(training.net, history, kept_weights)
+            if time.monotonic() - written_at >= checkpoint_seconds:
+                checkpoint.write(folder / CHECKPOINT, unwritten, whole_identity)
+                unwritten, written_at = None, time.monotonic()
+    if training.is_stopped and unwritten is not None and stopping() == "keep":
+        checkpoint.write(folder / CHECKPOINT, unwritten, whole_identity)
+    _write_history(folder / HISTORY, history)
+    with stored(folder / SUMMARY) as temporary:
+        temporary.write_text(summary(training.net), encoding="utf-8")
+    unsaved = answers = None
+    if not training.is_stopped:
+        kept = _kept(training.net, kept_weights, model, hyperparameters, dataset)
+        unsaved = _save(kept, folder / MODEL, model, dataset)
+        answers = None if more_seeds else Answers.of(kept, dataset, _evaluation_batch(training.batch_size))
+    predictions = answers.predictions if answers is not None else None
+    if predictions is not None:
+        predictions.write(folder / PREDICTIONS)
+    result = _result(training, history, repeats, answers, precision[1])
+    return replace(result, has_predictions=predictions is not None, unsaved=unsaved)
+
+
+class _Training:
+    """What stays the same over the epochs of one training, and the model that it trains at the moment."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        hyperparameters: Hyperparameters,
+        dataset: Dataset,
+        epochs: int,  # of each repeat
+        seeds: Sequence[int],  # one for each repeat
+        precision: str,  # Keras's dtype policy
+        schedule_epochs: int,
+        stop: "_StopAtBatch",
+        on_batches: Callable[[Batches], None],
+    ) -> None:
+        self.model, self.hyperparameters, self.dataset = model, hyperparameters, dataset
+        self.epochs, self.seeds, self.precision, self.schedule_epochs = epochs, seeds, precision, schedule_epochs
+        self.confirms = dataset.x_test is not None
+        self.batch_size = _batch_size(hyperparameters, dataset)
+        self._batches_per_epoch = math.ceil(len(dataset.y_train) / self.batch_size)
+        self._stop, self._watch = stop, _WatchBatches(on_batches, self._batches_per_epoch)
+        self.net = self._untrained(1)
+        self._y_train, self._y_validation = (
+            targets(self.net, y, dataset.classes) for y in (dataset.y_train, dataset.y_validation)
+        )
+        self._averages = self._moving_averages()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it was told to stop, and did, before its last epoch had ended."""
+        return self._stop.stopped
+
+    def start(self, repeat: int) -> None:
+        """From now on trains a new model, from the seed of this repeat (from 1)."""
+        self.net = self._untrained(repeat)
+        self._averages = self._moving_averages()
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it this very training and no other, as JSON: a checkpoint of another one is not used."""
+        # How a model is judged is not one of its hyperparameters, and models without moving averages are judged alike.
+        judged = {"batch_norm_averages": "last batches"} if self._averages else {}
+        scheduled = {"schedule_epochs": self.schedule_epochs} if self.schedule_epochs != self.epochs else {}
+        repeated = {"more_seeds": list(self.seeds[1:])} if len(self.seeds) > 1 else {}
+        hyperparameters = {name: value for name, value in self.hyperparameters.items() if name != "batch_norm_averages"}
+        return {
+            "model": self.model,
+            "hyperparameters": hyperparameters,
+            "seed": self.seeds[0],
+            "data": self.dataset.fingerprint,
+            "images": [len(self._y_train), len(self._y_validation)],
+            "epochs": self.epochs,
+            "precision": self.precision,
+            "keras": ".".join(version("keras").split(".")[:2]),
+            **judged,
+            **scheduled,
+            **repeated,
+        }
+
+    def train_epoch(self, number: int, repeat: int, epoch: int) -> tuple[Epoch, list[Array]] | None:
+        """Trains and judges the epoch `number` of the whole training, which is `epoch` of its `repeat`, all from 1.
+
+        Returns its record and the weights that were judged; None if it was told to stop. Raises NotANumber.
+        """
+        images = len(self._y_train)
+        # The order depends only on the seed and the epoch, so it is the same in a resumed training.
+        order = np.random.default_rng([self.seeds[repeat - 1], epoch]).permutation(images)
+        began = time.perf_counter()
+        prepared = batches(self.dataset.x_train, self._y_train, self.batch_size, order)
+        last_batches = averages.LastBatches(
+            self._averages,
+            images=images,
+            batch_size=self.batch_size,
+            trained=(epoch - 1) * self._batches_per_epoch,
+        )
+        self._watch.epoch = number
+        callbacks = [self._stop, last_batches, self._watch]
+        fitted = self.net.fit(**prepared, shuffle=False, verbose=0, callbacks=callbacks).history
+        seconds = time.perf_counter() - began
+        if self.is_stopped:
+            return None
+        loss, accuracy = fitted["loss"][0], accuracy_of(fitted, self.model)[0]
+        prepared = batches(self.dataset.x_validation, self._y_validation, _evaluation_batch(self.batch_size))
         with last_batches.applied():
-            evaluation = net.evaluate(**images, verbose=0, return_dict=True)
-            judged_weights = net.get_weights()
-        val_loss, val_accuracy = evaluation["loss"], accuracy_of(evaluation, model)
-        if not math.isfinite(loss):
-            raise NotANumber(f"the training loss became {loss} in epoch {number}")
-        if not math.isfinite(val_loss):
-            raise NotANumber(f"the validation loss became {val_loss} in epoch {number}")
+            evaluation = self.net.evaluate(**prepared, verbose=0, return_dict=True)
+            judged_weights = self.net.get_weights()
+        val_loss, val_accuracy = evaluation["loss"], accuracy_of(evaluation, self.model)
+        for kind, value in (("training", loss), ("validation", val_loss)):
+            if not math.isfinite(value):
+                raise NotANumber(f"the {kind} loss became {value} in epoch {number}")
         record = Epoch(
             epoch=number,
             loss=float(loss),
@@ -170,42 +239,54 @@ def train(
             val_loss=float(val_loss),
             val_accuracy=float(val_accuracy),
             seconds=seconds,
-            images_per_second=len(y_train) / seconds,
+            images_per_second=images / seconds,
         )
-        history.append(record)
-        if confirms or best_epoch(history) is record:
-            kept_weights = judged_weights
-        on_epoch(record)
-        repeats.notify(history)
-        if number < epochs * len(seeds):
-            unwritten = checkpoint.take(net, history, kept_weights)
-            if time.monotonic() - written_at >= checkpoint_seconds:
-                checkpoint.write(folder / CHECKPOINT, unwritten, whole_identity)
-                unwritten, written_at = None, time.monotonic()
-    if stop.stopped and unwritten is not None and stopping() == "keep":
-        checkpoint.write(folder / CHECKPOINT, unwritten, whole_identity)
-    best = best_epoch(history)
-    _write_history(folder / HISTORY, history)
-    with stored(folder / SUMMARY) as temporary:
-        temporary.write_text(summary(net), encoding="utf-8")
-    answers = unsaved = None
-    if not stop.stopped:
-        kept = _kept(net, kept_weights, model, hyperparameters, dataset)
-        unsaved = _save(kept, folder / MODEL, model, dataset)
-        answers = None if more_seeds else Answers.of(kept, dataset, _evaluation_batch(batch_size))
-    predictions = answers.predictions if answers is not None else None
-    if predictions is not None:
-        predictions.write(folder / PREDICTIONS)
-    bests = repeats.bests(history)
+        return record, judged_weights
+
+    def _untrained(self, repeat: int) -> keras.Model:
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(self.seeds[repeat - 1])
+        keras.config.set_dtype_policy(self.precision)
+        dataset, steps = self.dataset, (self._batches_per_epoch, self.schedule_epochs)
+        return build(self.model, self.hyperparameters, dataset.image_shape, dataset.classes, steps=steps)
+
+    def _moving_averages(self) -> averages.MovingAverages:
+        return _moving_averages(
+            self.net, self.model, self.hyperparameters, self.dataset, self._y_train, self.batch_size
+        )
+
+
+def _batch_size(hyperparameters: Hyperparameters, dataset: Dataset) -> int:
+    batch_size = int(hyperparameters.get("batch_size", BATCH_SIZE))
+    if batch_size > len(dataset.y_train):
+        raise DataError(
+            f"batch_size = {batch_size} is larger than the {len(dataset.y_train)} training images: choose a smaller one"
+        )
+    return batch_size
+
+
+def _result(
+    training: _Training,
+    history: Sequence[Epoch],
+    repeats: "_Repeats",
+    answers: Answers | None,
+    precision_reason: str,
+) -> Trained:
+    """What the training gave, but for its files.
+
+    Raises MetricError if a confirmation's model gives no answers that can be counted.
+    """
+    best, bests = best_epoch(history), repeats.bests(history)
     values = [epoch.val_accuracy for epoch in bests]
     value = float(np.mean(values)) if values else best.val_accuracy if best else 0.0
-    kept_epoch = history[-1] if confirms and history else best
-    losses = [epoch.val_loss for epoch in ([kept_epoch] if confirms or not bests else bests) if epoch is not None]
-    if confirms and not stop.stopped:
+    kept_epoch = history[-1] if training.confirms and history else best
+    of_kept = [kept_epoch] if training.confirms or not bests else bests
+    losses = [epoch.val_loss for epoch in of_kept if epoch is not None]
+    if training.confirms and not training.is_stopped:
         if answers is None:
             raise MetricError(
-                f"{model} gives something else than one number for each of the {dataset.classes} classes, so its "
-                "answers to the test images cannot be counted: return one output of (n, classes)"
+                f"{training.model} gives something else than one number for each of the {training.dataset.classes} "
+                "classes, so its answers to the test images cannot be counted: return one output of (n, classes)"
             )
         value = float(answers.hits.array().mean())
     speeds = [record.images_per_second for record in history[1:] or history]
@@ -216,17 +297,15 @@ def train(
         val_loss=float(np.mean(losses)) if losses else None,
         train_accuracy=kept_epoch.accuracy if kept_epoch else 0.0,
         epochs=len(history),
-        stopped=stop.stopped,
-        parameters=net.count_params(),
+        stopped=training.is_stopped,
+        parameters=training.net.count_params(),
         seconds=sum(record.seconds for record in history),
         images_per_second=float(np.median(speeds)) if speeds else 0.0,
-        precision=precision[0],
-        precision_reason=precision[1],
-        data_fingerprint=dataset.fingerprint,
+        precision=training.precision,
+        precision_reason=precision_reason,
+        data_fingerprint=training.dataset.fingerprint,
         versions=versions(keras.backend.backend()),
         hits=answers.hits if answers is not None else None,
-        has_predictions=predictions is not None,
-        unsaved=unsaved,
     )
 
 
@@ -349,7 +428,7 @@ def _save(net: keras.Model, path: Path, model: str, dataset: Dataset) -> str | N
         if is_of_the_disk(error):
             raise
         log.exception("the model cannot be saved")
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+        return named_error(error, 500)
     return None
 
 

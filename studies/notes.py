@@ -24,10 +24,11 @@ from storage import artifact_store, ledger
 from storage.artifact_store import ArtifactStore
 from storage.artifacts import SUMMARY, inside
 from storage.owners import database_now
-from storage.tables import StudySystemAttributeModel, dashboard_note_prefix, dashboard_plot_prefix
+from storage.tables import IDS_IN_CLAUSE, StudySystemAttributeModel, dashboard_note_prefix, dashboard_plot_prefix
 from storage.transactions import read, write
 from studies import confirmation, findings, notebook, registry, results, text
-from studies.content import of_trials
+from studies.content import Content, of_trials
+from studies.definition import Definition
 from studies.predictions import Answered
 from studies.registry import StorageLike
 
@@ -79,6 +80,25 @@ def publish(
         return _is_current(storage, study)
     if not write(storage, lock, lambda connection: _take_turn(connection, study, last)) and not force:
         return _is_current(storage, study)
+    drawn = _drawn(study, storage, artifacts, cached)
+    is_current = write(storage, lock, lambda connection: _write(connection, study, drawn))
+    if drawn.content.counts.finished >= drawn.content.budget:
+        _publish_related(drawn.content.definition, storage, artifacts)
+    return is_current
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """What is to be published of a study, as of one moment."""
+
+    began: float  # by the monotonic clock
+    content: Content
+    of_study: dict[str, str]  # attributes of the dashboard: figures, and the note
+    of_trials: dict[str, str]  # notes of trials that have none yet, by their keys
+    keep: frozenset[str]  # the keys of all trials' notes that stay
+
+
+def _drawn(study: ledger.Study, storage: RDBStorage, artifacts: ArtifactStore | Path, cached: BaseStorage) -> _Drawn:
     # Plotly takes a moment to import, which no command should spend that draws nothing.
     from studies import figures
 
@@ -95,48 +115,53 @@ def publish(
         answered=figures.best_answers(trials, artifacts, content.class_names),
     )
     plots = figures.all_figures(subject, _kinds(subject.answered))
-    attributes = {
-        **{f"{dashboard_plot_prefix()}{name}:": figure.to_json() for name, figure in plots.items()},
-        dashboard_note_prefix(None): text.note(content),
-    }
+    of_study = {f"{dashboard_plot_prefix()}{name}:": figure.to_json() for name, figure in plots.items()}
     by_note_key = {dashboard_note_prefix(trial._trial_id): trial for trial in _trials_with_note(trials)}
 
-    # Before the transaction: an object store may be slow.
+    # Before the transaction that writes: an object store may be slow.
     histories = [trial.user_attrs.get("history") for trial in by_note_key.values()]
     artifact_store.of(artifacts).fetch_all([*histories, *filter(None, map(_summary_of, histories))])
+    stored = read(storage, lambda connection: _stored(connection, study.id))
+    return _Drawn(
+        began=began,
+        content=content,
+        of_study=of_study | {dashboard_note_prefix(None): text.note(content)},
+        of_trials={
+            key: text.trial_note(trial, definition, results.curves_of([trial], artifacts), _summary(trial, artifacts))
+            for key, trial in by_note_key.items()
+            if not _has_note(stored, key)
+        },
+        keep=frozenset(by_note_key),
+    )
 
-    stored_before = read(storage, lambda connection: _stored(connection, study.id))
-    trial_notes = {
-        key: text.trial_note(trial, definition, results.curves_of([trial], artifacts), _summary(trial, artifacts))
-        for key, trial in by_note_key.items()
-        if not _has_note(stored_before, key)
-    }
 
-    def work(connection: Connection) -> bool:
-        stored = _stored(connection, study.id)
-        published = _published(stored)
-        finished = content.counts.finished
-        if published is not None and published.finished > finished:
-            return False  # another worker has published newer results meanwhile
-        # The note of a finished trial never changes.
-        wanted = attributes | {key: note for key, note in trial_notes.items() if not _has_note(stored, key)}
-        changes = _changes(stored, wanted, keep=by_note_key)
-        now = _published_at(connection)
-        spent = round(time.monotonic() - began, 3)
-        changes[FOUND] = [*content.findings.best]
-        changes[STATE] = asdict(_Published(at=now, finished=finished, state=study.state, seconds=spent))
-        _apply(connection, study.id, changes)
-        return True
+def _write(connection: Connection, study: ledger.Study, drawn: _Drawn) -> bool:
+    """Writes what was `drawn`, unless another worker has published newer results meanwhile; returns whether it did."""
+    stored = _stored(connection, study.id)
+    published, finished = _published(stored), drawn.content.counts.finished
+    if published is not None and published.finished > finished:
+        return False
+    # The note of a finished trial never changes.
+    notes = {key: note for key, note in drawn.of_trials.items() if not _has_note(stored, key)}
+    changes = _changes(stored, drawn.of_study | notes, keep=drawn.keep)
+    now, spent = _published_at(connection), round(time.monotonic() - drawn.began, 3)
+    changes[FOUND] = [*drawn.content.findings.best]
+    changes[STATE] = asdict(_Published(at=now, finished=finished, state=study.state, seconds=spent))
+    _apply(connection, study.id, changes)
+    return True
 
-    is_current = write(storage, lock, work)
-    ended = content.counts.finished >= content.budget
-    # The imported study `notebook` also shows the replays.
-    if ended and notebook.reference_results(definition) and notebook.NAME in registry.names(storage):
-        publish(notebook.NAME, storage, artifacts, optuna.storages.get_storage(storage), force=True)
-    # The study that is confirmed shows the result.
-    if ended and definition.confirm is not None and definition.confirm.study in registry.names(storage):
-        publish(definition.confirm.study, storage, artifacts, optuna.storages.get_storage(storage), force=True)
-    return is_current
+
+def _publish_related(definition: Definition, storage: RDBStorage, artifacts: ArtifactStore | Path) -> None:
+    """Renews the notes of the studies that show the result of the one with this `definition`, which has ended."""
+    shown_by = []
+    if notebook.reference_results(definition):
+        shown_by.append(notebook.NAME)  # the imported study also shows the replays
+    if definition.confirm is not None:
+        shown_by.append(definition.confirm.study)
+    names = registry.names(storage) if shown_by else ()
+    for name in shown_by:
+        if name in names:
+            publish(name, storage, artifacts, optuna.storages.get_storage(storage), force=True)
 
 
 def _kinds(answered: Answered | None) -> list[str]:
@@ -246,8 +271,8 @@ def _stored(connection: Connection, study_id: int) -> dict[str, Any]:
 
 def _apply(connection: Connection, study_id: int, changes: Mapping[str, Any]) -> None:
     model, keys = StudySystemAttributeModel, list(changes)
-    for start in range(0, len(keys), 500):  # SQLite takes only so many variables in a statement
-        part = keys[start : start + 500]
+    for start in range(0, len(keys), IDS_IN_CLAUSE):
+        part = keys[start : start + IDS_IN_CLAUSE]
         connection.execute(delete(model).where(model.study_id == study_id, model.key.in_(part)))
     rows = [
         {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
