@@ -13,13 +13,13 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import claims
+from storage import attributes, claims
 from storage.claims import Claim
-from storage.errors import TrialyardError
+from storage.errors import TrialyardError, named_error
 from storage.transactions import PatientStorage
 from studies import sampling
 from studies.definition import Definition
-from studies.space import Point, Space, grid, key_of, suggest
+from studies.space import Point, Space, grid, is_whole, key_of, suggest
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,14 @@ def hyperparameters_of(definition: Definition, storage: PatientStorage, opened: 
     """The claimed trial's hyperparameters: those that it has, or new ones, which are recorded.
 
     In a space without continuous ranges a sampler proposes points again that it has tried: the same training would be
-    paid for twice. So it is asked again, with other seeds, and at last any free point is taken.
+    paid for twice. So it is asked again, with other seeds, and at last any free point is taken. A trial that was added
+    with some of its hyperparameters keeps these, even if no free point has them.
 
     Raises ClaimLost, SpaceExhausted and SamplerFailed.
     """
     point, params = _suggested(definition, storage, opened, claim, draw=0)
-    if definition.size is None or _is_given(storage, opened, claim):
+    given = _given(storage, opened, claim)
+    if definition.size is None or is_whole(given, definition.space):
         claims.begin(storage, claim, params)
         return point
     taken, draw = _taken(storage, opened, claim), 0
@@ -62,7 +64,11 @@ def hyperparameters_of(definition: Definition, storage: PatientStorage, opened: 
             draw += 1
             point, params = _suggested(definition, storage, opened, claim, draw)
         if key_of(point) in taken:
-            point = _free(definition, claim, taken)
+            free = _free(definition, claim, taken, given)
+            if free is None:  # somebody asked for what is given, whatever else has been tried with it
+                claims.begin(storage, claim, params)
+                return point
+            point = free
             params = {name: (definition.space[name].distribution(), value) for name, value in point.items()}
         try:
             claims.begin(storage, claim, params, unique=True)
@@ -89,17 +95,17 @@ def _suggested(
         if is_of_the_database(error, storage, claim):
             raise
         log.warning("the sampler failed at %s trial %d", claim.study, claim.number, exc_info=error)
-        raise SamplerFailed(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise SamplerFailed(named_error(error)) from error
 
 
-def _is_given(storage: PatientStorage, opened: optuna.Study, claim: Claim) -> bool:
-    """Whether the trial has its hyperparameters already: it was listed, or has begun before.
+def _given(storage: PatientStorage, opened: optuna.Study, claim: Claim) -> Point:
+    """The hyperparameters that the trial has already, because it was listed or has begun before; maybe not all.
 
     Raises ClaimLost if it is not among the trials that run, and KeyError if the study was deleted.
     """
     for trial in _trials(opened):
         if trial._trial_id == claim.trial_id:
-            return bool(_point_of(trial))
+            return _point_of(trial)
     if claims.trial_exists(storage, claim):
         raise claims.lost(claim)  # it went back to the queue
     raise KeyError(claim.trial_id)  # as Optuna's storage says it
@@ -113,8 +119,7 @@ def _taken(storage: PatientStorage, opened: optuna.Study, claim: Claim) -> set[s
 
 
 def _point_of(trial: FrozenTrial) -> Point:
-    listed = trial.system_attrs.get("fixed_params")
-    return {**(listed if isinstance(listed, dict) else {}), **trial.params}
+    return trial.params or attributes.listed_point(trial)
 
 
 def _trials(opened: optuna.Study) -> list[FrozenTrial]:
@@ -122,12 +127,19 @@ def _trials(opened: optuna.Study) -> list[FrozenTrial]:
     return opened.get_trials(deepcopy=False)
 
 
-def _free(definition: Definition, claim: Claim, taken: set[str]) -> Point:
-    free = [point for point in grid(definition.space) if key_of(point) not in taken]
+def _free(definition: Definition, claim: Claim, taken: set[str], given: Point) -> Point | None:
+    """A point that no trial has, with the values that are `given`; None if there is none with these."""
+    free = [point for point in grid(definition.space) if key_of(point) not in taken and _has(point, given)]
+    if not free and given:
+        return None
     if not free:
         raise SpaceExhausted(f"all {definition.size} combinations of the space have a trial: nothing is left to search")
     seed = sampling.seed_of(definition, claim.number, purpose=0)
     return free[int(np.random.default_rng(seed).integers(len(free)))]
+
+
+def _has(point: Point, given: Point) -> bool:
+    return all(key_of({name: point[name]}) == key_of({name: given[name]}) for name in point.keys() & given.keys())
 
 
 def _is_of_this_space(trial: FrozenTrial, space: Space) -> bool:

@@ -23,9 +23,9 @@ from storage.ledger import Study
 from storage.settings import Settings
 from storage.transactions import read
 from studies import definition as definitions
-from studies import recipe, registry, results
+from studies import recipe, registry, results, statistics
 from studies.definition import Definition, Precision
-from studies.errors import StudyError
+from studies.errors import StudyError, require_whole
 
 TOLERANCE = 0.01  # besides the sampling error of both accuracies, where numbers cannot be the same
 POLL_SECONDS = 0.5
@@ -153,11 +153,12 @@ def replay(
         replayed_value=trained.value,
         recorded_repeats=repeats,
         replayed_repeats=trained.repeats if repeats else (),
-        tolerance=0.0 if exact else _tolerance(value, trained),
+        tolerance=0.0 if exact else _tolerance(value, study.data.get(definition.judged_on)),
     )
 
 
 def _complete_trial(study: Study, number: int, storage: RDBStorage) -> FrozenTrial:
+    require_whole("trial", number)
     if number >= study.size:
         raise StudyError(results.no_trial_text(study, number))
     try:
@@ -195,10 +196,11 @@ def _differences(recorded: Mapping[str, Any], slot: Slot) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _tolerance(value: float, trained: Trained) -> float:
-    images = trained.hits.images if trained.hits is not None else 0
-    error = 1.96 * math.sqrt(2 * value * (1.0 - value) / images) if images else 0.0
-    return TOLERANCE + error
+def _tolerance(value: float, images: object) -> float:
+    """`images` is how many both accuracies were measured on, as the database has it."""
+    if not isinstance(images, int) or images < 1:
+        return TOLERANCE
+    return TOLERANCE + math.sqrt(2) * statistics.sampling_error(value, images)  # that of the difference of two
 
 
 def _train(

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial
 from search.errors import WorkerError
 from search.unneeded_files import leftovers as leftovers
 from search.unneeded_files import prune as prune
-from storage import database, ledger, openings, promises, settings, slots, transactions
+from storage import database, ledger, promises, settings, slots, transactions
 from storage.errors import ObjectStoreError, SettingsError
 from storage.ledger import Study
 from storage.settings import Settings
@@ -62,7 +62,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def init(
-    data: str,
+    data: str | Path,
     file: str | Path | None = None,
     *,
     model: str | None = None,
@@ -221,7 +221,7 @@ def run(
     creation, opened, software = _create(definition, here, here.patience_seconds)
     if not creation.study.has_ended:
         registry.check_software(creation.study, opened, software)
-        _fill([creation.study], opened, here, places, listeners, leave=False)
+        _fill([creation.study], opened, here, places, listeners, share=False)
     return results.best_trial(creation.study.name, opened)
 
 
@@ -261,7 +261,7 @@ def work(
     Returns the names of the studies. Raises Interrupted after a signal; StudyError where there is no such
     study; what `check` raises for a study that was named and that this machine cannot train; StorageError; RayError.
     """
-    from search import worker
+    from search import open_studies
     from search.devices import slots as slots_of
     from search.limits import Limits
 
@@ -279,13 +279,13 @@ def work(
     opened = database.connect_with_retries(here.url, here.patience_seconds)
     here.artifact_store.check(here.patience_seconds)
     if forever:
-        _fill(None, opened, here, places, listeners, leave=True, limits=limits)
+        _fill(None, opened, here, places, listeners, share=True, limits=limits)
         return []
     found = [registry.find(name, opened) for name in dict.fromkeys(names)] if names else ledger.studies(opened)
     to_do = [study for study in found if not study.has_ended]
     for study in to_do if names and ray is None else ():  # a node of Ray checks itself
-        worker.check_fit(study, opened, here)
-    _fill(to_do, opened, here, places, listeners, leave=not names, limits=limits)
+        open_studies.check_fit(study, opened, here)
+    _fill(to_do, opened, here, places, listeners, share=not names, limits=limits)
     return [study.name for study in found]
 
 
@@ -343,7 +343,7 @@ def _fill(
     places: "list[Slot] | _OnRay",
     listeners: "Sequence[Listener] | None",
     *,
-    leave: bool,
+    share: bool,
     limits: "Limits | None" = None,
 ) -> None:
     from search import progress, ray_engine, worker
@@ -353,10 +353,10 @@ def _fill(
         return
     if isinstance(places, _OnRay):
         given = limits if limits and limits.are_set else None
-        is_done = ray_engine.work(found, opened, here, listeners, leave=leave, limits=given, **vars(places))
+        is_done = ray_engine.work(found, opened, here, listeners, share=share, limits=given, **vars(places))
     else:
         shown = progress.display(found, opened, places) if listeners is None else listeners
-        is_done = worker.work(names, opened, here, places, shown, leave=leave, limits=limits)
+        is_done = worker.work(names, opened, here, places, shown, share=share, limits=limits)
     require_same_file(opened)
     if not is_done:
         raise Interrupted(requeued=not opened.shutting_down.is_set())
@@ -400,12 +400,10 @@ def confirm(
     checked = checks.check(definition, here)
     registry.check_data(searched, checked.data)
     registry.check_sources(searched, checked.sources)
-    if definition.name not in registry.names(opened):
-        openings.record(opened, searched.name, str(searched.data.get("fingerprint")))
-    created = registry.create(definition, opened, checked.data).study
+    created = confirmation.create(searched, opened, top, seeds, checked.data)
     if not created.has_ended:
         registry.check_software(created, opened, checks.software() | checked.sources)
-        _fill([created], opened, here, places, listeners, leave=False)
+        _fill([created], opened, here, places, listeners, share=False)
     return confirmation.of_study(registry.find(created.name, opened), opened)
 
 
@@ -483,7 +481,7 @@ def alive(storage: str | None = None) -> float:
         raise WorkerError("there is no worker on this machine that the database knows of: `trialyard work` starts one")
     if silent > here.grace_seconds:
         raise WorkerError(
-            f"the last sign of this machine's worker is {silent:.0f} s old, more than TRIALYARD_GRACE_SECONDS = "
+            f"this machine's worker sent its last heartbeat {silent:.0f} s ago, more than TRIALYARD_GRACE_SECONDS = "
             f"{here.grace_seconds:g}: see what it printed, and start it again"
         )
     return silent

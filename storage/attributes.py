@@ -156,6 +156,12 @@ def numbers(value: Any) -> list[float]:
     return [float(each) for each in known if each is not None] if None not in known else []
 
 
+def listed_point(trial: FrozenTrial) -> dict[str, Any]:
+    """The hyperparameters with which a trial was added to the queue; none if it was not, or says something else."""
+    listed = trial.system_attrs.get("fixed_params")
+    return dict(listed) if isinstance(listed, dict) else {}
+
+
 def last_step_text(trial: FrozenTrial) -> str:
     """The last step of a trial for people: an epoch, or a repeat where it was trained several times."""
     return f"{'repeat' if 'repeats' in trial.user_attrs else 'epoch'} {trial.last_step}"

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
-from storage import attributes, legacy, study_progress
+from storage import attributes, legacy, openings, study_progress
 from storage.errors import NotOurStudy, StorageError, StudyGone, StudyUnreadable, WrongDirection, trials_text
 from storage.metric import name_metric
 from storage.tables import (
@@ -37,6 +37,7 @@ from storage.tables import (
     insert_study,
     insert_waiting,
     next_number,
+    param_row,
     utc_now,
     value_row,
 )
@@ -151,12 +152,14 @@ def create_study(
     points: Sequence[Mapping[str, Any]] = (),
     imported: Sequence[Imported] = (),
     accept: Callable[[Mapping[str, Any], Mapping[str, Any]], None] = lambda definition, data: None,
+    opens_tests_of: str | None = None,
 ) -> Creation:
     """Creates a study whole, in one transaction: its row, attributes, waiting trials, imported trials and budget.
 
     `points` are hyperparameters that are tried first, in this order. An empty study that somebody else made is
     completed. If the study exists already, `accept` gets its stored definition and data, and raises an error to refuse
-    it; then imported trials are added, and the budget is raised if `budget` is larger (see `raise_budget`).
+    it; then imported trials are added, and the budget is raised if `budget` is larger (see `raise_budget`). A study
+    that is new and opens the test images of another one, `opens_tests_of`, is counted in the table of openings.
 
     Raises WrongDirection if a study of this name does not maximize exactly one value; NotOurStudy if it has trials
     and no definition; StorageError if it is of an older version.
@@ -179,6 +182,8 @@ def create_study(
                 _set_attribute(connection, study_id, name, value)
             for number, point in enumerate(points):
                 insert_waiting(connection, study_id, number, point)
+            if opens_tests_of is not None:
+                openings.add(connection, opens_tests_of, str(data.get("fingerprint")))
         else:
             accept(stored, attributes.of_study(connection, study_id, "data") or {})
         name_metric(connection, study_id, stored or definition)
@@ -212,7 +217,7 @@ def raise_budget(storage: RDBStorage, study: Study, budget: Budget) -> Budget:
 
 
 def set_larger_budget(connection: Connection, study_id: int, budget: Budget) -> Budget:
-    """The same in the caller's transaction."""
+    """Raises the study's budget to `budget` in the caller's transaction; returns what it is then."""
     existing = budget_of(connection, study_id)
     larger = budget if existing is None else _larger(budget, existing)
     actual = replace(larger, imported=len(imported_digests(connection, study_id)))
@@ -286,15 +291,7 @@ def _add_imported(connection: Connection, study_id: int, by_digest: Mapping[str,
     values: list[dict[str, Any]] = []
     user_attributes: list[dict[str, Any]] = []
     for trial_id, (digest, trial) in zip(ids, new.items(), strict=True):
-        for name, (distribution, value) in trial.params.items():
-            params.append(
-                {
-                    "trial_id": trial_id,
-                    "param_name": name,
-                    "param_value": distribution.to_internal_repr(value),
-                    "distribution_json": distribution_to_json(distribution),
-                }
-            )
+        params += [param_row(trial_id, name, *param) for name, param in trial.params.items()]
         values.append(value_row(trial_id, trial.value))
         marked = {**trial.attributes, "imported": True, IMPORT_KEY: digest}
         user_attributes += [
@@ -361,7 +358,7 @@ def set_state(storage: RDBStorage, study: Study, state: State) -> None:
 
 
 def change_state(connection: Connection, study_id: int, state: State, pause_reason: str | None = None) -> None:
-    """The same in the caller's transaction; `pause_reason` is why Trialyard itself pauses the study."""
+    """Sets the study's state in the caller's transaction; `pause_reason` is why Trialyard itself pauses it."""
     _set_attribute(connection, study_id, "state", state)
     _set_attribute(connection, study_id, "pause_reason", pause_reason)
 
@@ -431,7 +428,7 @@ def current(connection: Connection, study: Study) -> Study:
 
 
 def by_id(connection: Connection, study_id: int) -> Study | None:
-    """The same by its id; None if it was deleted, or is not readable."""
+    """The study with this id; None if it was deleted, or is not readable."""
     return next(iter(_load(connection, StudyModel.study_id == study_id)), None)
 
 
@@ -541,4 +538,6 @@ def started_outside_text(numbers: Sequence[int]) -> str:
 def left_waiting_text(waiting: int) -> str:
     """A sentence for people about trials that wait in a study whose budget is spent."""
     wait, them = ("trial waits", "it") if waiting == 1 else ("trials wait", "them")
-    return f"{waiting} {wait}, and the budget has no room for {them}: `trialyard create` with more trials makes it"
+    return (
+        f"{waiting} {wait}, and the budget has no room for {them}: `trialyard create` with a larger --trials adds room"
+    )

@@ -83,7 +83,7 @@ def _move_openings(connection: Connection, study_id: int, name: str) -> None:
         return  # nobody can tell which images they were: what is there stays
     if isinstance(count, int):
         for _ in range(count):
-            openings.add(connection, uuid.uuid4().hex, name, fingerprint)
+            openings.add(connection, name, fingerprint)
     keys = [f"{PREFIX}{key}" for key in ("test_openings", "last_test_opening")]
     stored = StudyUserAttributeModel
     connection.execute(delete(stored).where(stored.study_id == study_id, stored.key.in_(keys)))

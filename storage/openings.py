@@ -9,7 +9,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy import Column, Connection, DateTime, MetaData, String, Table, func, insert, select
 
 from storage.tables import utc_now
-from storage.transactions import read, write
+from storage.transactions import read
 
 table = Table(
     "trialyard_test_openings",
@@ -21,20 +21,9 @@ table = Table(
 )
 
 
-def record(storage: RDBStorage, study: str, fingerprint: str) -> None:
-    """Records that a confirmation of `study` will open the test images that belong to these training images."""
-    call = uuid.uuid4().hex
-
-    def work(connection: Connection) -> None:
-        if connection.execute(select(table.c.call).where(table.c.call == call)).first() is None:
-            add(connection, call, study, fingerprint)  # else the commit succeeded, but its answer was lost
-
-    write(storage, study, work)
-
-
-def add(connection: Connection, call: str, study: str, fingerprint: str) -> None:
-    """The same in the caller's transaction."""
-    row = {"call": call, "fingerprint": fingerprint, "study": study, "opened": utc_now()}
+def add(connection: Connection, study: str, fingerprint: str) -> None:
+    """Records in the caller's transaction that a confirmation of `study` opens the test images of these data."""
+    row = {"call": uuid.uuid4().hex, "fingerprint": fingerprint, "study": study, "opened": utc_now()}
     connection.execute(insert(table).values(row))
 
 

@@ -44,7 +44,10 @@ def enqueue(storage: RDBStorage, study: Study, trials: Sequence[Queued]) -> list
             trial_id = insert_waiting(connection, study.id, number, trial.point, call)
             if trial.retry_of is not None:
                 set_trial_attributes(connection, trial_id, {RETRY_OF: trial.retry_of})
-        taken = existing.finished + existing.running + existing.waiting + len(wanted)
+        begun = existing.finished + existing.running
+        # Of a grid that is larger than the budget, the rest waits and never starts: it needs no room.
+        waiting = min(existing.waiting, max(0, existing.budget.total - begun))
+        taken = begun + waiting + len(wanted)
         # A repeated trial has spent its part of the budget without a result.
         repeats = sum(trial.retry_of is not None for trial in wanted)
         trials_needed = max(taken - existing.budget.imported, existing.budget.trials + repeats)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages._cached_storage import _CachedStorage as CachedStorage
 from optuna.storages._cached_storage import _StudyInfo as StudyInfo
 from optuna.storages._rdb.models import (
@@ -108,6 +109,7 @@ def insert_trial(
     return int(trial_id)
 
 
+IDS_IN_CLAUSE = 500  # that one statement names: SQLite takes only so many variables in one
 QUEUED_BY = "trialyard:queued_by"  # system attribute of a trial: the call that added it to the queue
 
 
@@ -122,6 +124,21 @@ def insert_waiting(
     rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in values.items()]
     connection.execute(insert(TrialSystemAttributeModel), rows)
     return trial_id
+
+
+def next_waiting(connection: Connection, study_id: int, *, added_first: bool) -> tuple[int, int] | None:
+    """The id and the number of the waiting trial that comes next: the first one, or the first that somebody added."""
+    model, stored = TrialModel, TrialSystemAttributeModel
+    waiting = (
+        select(model.trial_id, model.number)
+        .where(model.study_id == study_id, model.state == TrialState.WAITING)
+        .order_by(model.number)
+        .limit(1)
+    )
+    added = waiting.join(stored, stored.trial_id == model.trial_id).where(stored.key == QUEUED_BY)
+    found = connection.execute(added).first() if added_first else None
+    found = found or connection.execute(waiting).first()
+    return None if found is None else (found[0], found[1])
 
 
 def points_in_queue(connection: Connection, *where: ColumnElement[bool]) -> list[dict[str, Any]]:
@@ -168,6 +185,16 @@ def set_trial_attributes(connection: Connection, trial_id: int, values: Mapping[
     connection.execute(delete(stored).where(stored.trial_id == trial_id, stored.key.in_(values)))
     rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in values.items()]
     connection.execute(insert(stored), rows)
+
+
+def param_row(trial_id: int, name: str, distribution: BaseDistribution, value: Any) -> dict[str, Any]:
+    """The row of `TrialParamModel` that holds one hyperparameter of a trial."""
+    return {
+        "trial_id": trial_id,
+        "param_name": name,
+        "param_value": distribution.to_internal_repr(value),
+        "distribution_json": distribution_to_json(distribution),
+    }
 
 
 def value_row(trial_id: int, value: float) -> dict[str, Any]:

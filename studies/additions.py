@@ -5,7 +5,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from storage import queue
+from storage import attributes, queue
 from storage.ledger import Study
 from storage.queue import Queued
 from studies import definition as definitions
@@ -31,8 +31,21 @@ def enqueue(name: str, point: Mapping[str, Any], storage: StorageLike = None) ->
     """
     opened = registry.storage_of(storage)
     study = registry.find(name, opened)
+    confirm = definitions.from_json(study.definition).confirm
+    if confirm is not None:
+        raise StudyError(
+            f"study {study.name!r} is a confirmation, whose trials are fixed: `trialyard confirm {confirm.study} "
+            "--seeds N` makes one with more seeds"
+        )
     definition = _open_for_more(study)
     checked = _checked(definition, point)
+    for key in checked:
+        missing = [other for other in definition.space[key].when if other not in checked]
+        if missing:
+            raise StudyError(
+                f"study {name!r}: {key} applies only to some values of {missing[0]}: give {missing[0]}, too, or leave "
+                f"{key} out"
+            )
     for trial in opened.get_all_trials(study.id, deepcopy=False):
         if trial.state != TrialState.FAIL and key_of(_point_of(trial)) == key_of(checked):
             raise StudyError(f"trial {trial.number} of study {name!r} has these hyperparameters already")
@@ -62,11 +75,6 @@ def retry(name: str, storage: StorageLike = None) -> list[int]:
 def _open_for_more(study: Study) -> Definition:
     """The study's definition. Raises StudyError if none of its waiting trials would ever start."""
     definition = definitions.from_json(study.definition)
-    if definition.confirm is not None:
-        raise StudyError(
-            f"study {study.name!r} is a confirmation, whose trials are fixed: `trialyard confirm "
-            f"{definition.confirm.study} --seeds N` makes one with more seeds"
-        )
     if study.state == "stopped":
         raise StudyError(f"study {study.name!r} is stopped: `trialyard resume {study.name}` first")
     if study.is_late:
@@ -89,5 +97,4 @@ def _checked(definition: Definition, point: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _point_of(trial: FrozenTrial) -> dict[str, Any]:
-    listed = trial.system_attrs.get("fixed_params")
-    return trial.params or (dict(listed) if isinstance(listed, dict) else {})
+    return trial.params or attributes.listed_point(trial)

@@ -1,9 +1,9 @@
-"""What `check` says about a definition that is right: the space as it was understood, and what one may not expect."""
+"""What `check` says about a definition that is valid: the space as it was understood, and what one may not expect."""
 
 from storage.errors import many
 from studies import sampling
 from studies.definition import Definition
-from studies.space import Choice, Int, Parameter, values_text
+from studies.space import Choice, range_text
 
 # What each sampler draws at random to the last trial, because it learns only about parameters that always apply
 # (cmaes: about numbers that always apply). The others learn about all.
@@ -12,7 +12,7 @@ _ONLY_NUMBERS, _ALWAYS_APPLYING = ("cmaes",), ("cmaes", "gp", "nsga2")
 
 def space_text(definition: Definition) -> dict[str, str]:
     """The range of each hyperparameter in words, by name: ``{"dropout": "0.0 to 0.5", "depth": "one of 3, 5, 7"}``."""
-    return {name: _range_text(parameter) for name, parameter in definition.space.items()}
+    return {name: range_text(parameter) for name, parameter in definition.space.items()}
 
 
 def notes(definition: Definition) -> list[str]:
@@ -28,19 +28,6 @@ def drawn_at_random(definition: Definition) -> list[str]:
         for name, parameter in definition.space.items()
         if (parameter.when and kind in _ALWAYS_APPLYING) or (isinstance(parameter, Choice) and kind in _ONLY_NUMBERS)
     ]
-
-
-def _range_text(parameter: Parameter) -> str:
-    if isinstance(parameter, Choice):
-        text = f"one of {values_text(parameter.choices)}"
-    else:
-        text = f"{'whole numbers ' if isinstance(parameter, Int) else ''}{parameter.low} to {parameter.high}"
-        if parameter.step not in (None, 1) or (parameter.step == 1 and not isinstance(parameter, Int)):
-            text += f" in steps of {parameter.step}"
-        if parameter.log:
-            text += ", uniform in the logarithm"
-    conditions = [f"{name} is {' or '.join(map(str, values))}" for name, values in parameter.when.items()]
-    return f"{text}, if {' and '.join(conditions)}" if conditions else text
 
 
 def _few_points(definition: Definition) -> list[str]:

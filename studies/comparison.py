@@ -7,10 +7,9 @@ from typing import Any
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from storage import attributes, hits
+from storage import attempt_table, attributes, hits
 from storage.hits import Hits
 from storage.ledger import Study
-from storage.ranking import is_scored
 from storage.transactions import read
 from studies import definition as definitions
 from studies import notebook, registry, results, statistics
@@ -37,7 +36,7 @@ class Side:
     interval: Interval | None  # the sampling error of that accuracy: Wilson; None of a mean of several repeats
     finished: int  # trials
     epochs: int  # that were trained, of all finished trials
-    seconds: float  # of training, of all finished trials
+    seconds: float  # of training, of all finished trials; of a failed one, of all its attempts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +94,8 @@ def _side(study: Study, storage: RDBStorage) -> tuple[Side, Hits | None]:
     was_measured_once = len(attributes.numbers(best.user_attrs.get("repeats"))) < 2
     trials = storage.get_all_trials(study.id, deepcopy=False)
     finished = [trial for trial in trials if trial.state.is_finished()]
+    attempts = read(storage, lambda connection: attempt_table.spent(connection, study.id))
+    took = [_took(trial, attempts.get(trial._trial_id, (0, 0.0))) for trial in finished]
     side = Side(
         study=study.name,
         trial=best.number,
@@ -104,14 +105,19 @@ def _side(study: Study, storage: RDBStorage) -> tuple[Side, Hits | None]:
         images=images,
         interval=statistics.wilson(round(value * images), images) if images is not None and was_measured_once else None,
         finished=len(finished),
-        epochs=sum(_epochs(trial) for trial in finished),
-        seconds=sum(attributes.number(trial.user_attrs.get("seconds")) or 0.0 for trial in finished),
+        epochs=sum(epochs for epochs, _ in took),
+        seconds=sum(seconds for _, seconds in took),
     )
     return side, own
 
 
+def _took(trial: FrozenTrial, attempts: tuple[int, float]) -> tuple[int, float]:
+    """The epochs and seconds that a finished trial took. A failed one has only the record of its `attempts`."""
+    epochs, seconds = (attributes.number(trial.user_attrs.get(key)) for key in ("epochs", "seconds"))
+    return int(attempts[0] if epochs is None else epochs), float(attempts[1] if seconds is None else seconds)
+
+
 def _epochs(trial: FrozenTrial) -> int:
-    # With repeats, the steps are not epochs.
     return int(attributes.number(trial.user_attrs.get("epochs")) or max(trial.intermediate_values, default=0))
 
 
@@ -155,14 +161,21 @@ def compare_notebook(name: str, storage: StorageLike = None) -> list[NotebookRow
     opened = registry.storage_of(storage)
     study = registry.find(name, opened)
     definition = definitions.from_json(study.definition)
+    if definition.budget.repeats > 1:
+        raise StudyError(
+            f"study {name!r} trains each configuration {definition.budget.repeats} times (budget.repeats), and the "
+            "notebook trained each once: compare a study without repeats"
+        )
     rows = notebook.reference_results(definition)
     if not rows or notebook.is_labelled(rows):
         raise StudyError(
             f"study {name!r} repeats no results of the notebook as they ran: name two studies, or one made from "
             f"{', '.join(notebook.AS_RUN)}"
         )
-    trials = opened.get_all_trials(study.id, deepcopy=False, states=(TrialState.COMPLETE,))
-    by_params = {tuple(sorted(trial.params.items())): trial for trial in trials if is_scored(trial)}
+    complete = opened.get_all_trials(study.id, deepcopy=False, states=(TrialState.COMPLETE,))
+    by_params: dict[tuple[Any, ...], FrozenTrial] = {}
+    for trial in notebook.trained(complete):
+        by_params.setdefault(tuple(sorted(trial.params.items())), trial)
     limit = definition.data.limit
     return [_notebook_row(result, by_params.get(tuple(sorted(point.items()))), limit) for point, result in rows]
 

@@ -25,7 +25,7 @@ from storage.transactions import read
 from studies import definition as definitions
 from studies import findings, registry, results, statistics
 from studies.definition import Candidate, Definition
-from studies.errors import StudyError
+from studies.errors import StudyError, require_whole
 from studies.registry import StorageLike
 from studies.space import is_whole, key_of
 from studies.statistics import MIN_SEEDS, Interval
@@ -178,10 +178,28 @@ def definition_of(study: Study, storage: RDBStorage, top: int | None, seeds: int
     return definitions.from_json(stored | {"name": name})
 
 
+def create(study: Study, storage: RDBStorage, top: int | None, seeds: int, data: dict[str, Any]) -> Study:
+    """Creates the study that confirms `study`, and counts that it opens the test images; or finds it, if it exists.
+
+    `data` describes the images, as for `registry.create`. Raises StudyError.
+    """
+    while True:
+        definition = definition_of(study, storage, top, seeds)
+        try:
+            return registry.create(definition, storage, data, opens_tests_of=study.name).study
+        except StudyError:
+            # Another confirmation may have taken this free name in the same moment; then there is a next one.
+            if definition_of(study, storage, top, seeds).name == definition.name:
+                raise
+
+
 def _check(study: Study, definition: Definition, top: int | None, seeds: int) -> None:
     name = study.name
     for option, value in (("--top", top), ("--seeds", seeds)):
-        if value is not None and not 1 <= value <= MOST:
+        if value is None:
+            continue
+        require_whole(option, value)
+        if not 1 <= value <= MOST:
             raise StudyError(f"{option} = {value}: it must be from 1 to {MOST}")
     if definition.confirm is not None:
         raise StudyError(f"study {name!r} is a confirmation itself: confirm {definition.confirm.study} again")
@@ -218,8 +236,12 @@ def _candidates(study: Study, storage: RDBStorage, definition: Definition) -> li
 
 
 def _schedule_epochs(trial: FrozenTrial, definition: Definition) -> int | None:
-    kind = {**definition.fixed, **trial.params}.get("schedule", "constant")
-    return None if kind == "constant" else definition.budget.epochs
+    given = {**definition.fixed, **trial.params}
+    warmup, most = attributes.number(given.get("warmup_epochs")) or 0, definition.budget.epochs
+    chosen = _epochs(trial, most)
+    # A constant rate depends on the number of epochs only where the training ends within its warm-up.
+    is_same = given.get("schedule", "constant") == "constant" and (warmup <= chosen or chosen == most)
+    return None if is_same else most
 
 
 def _epochs(trial: FrozenTrial, most: int) -> int:
@@ -262,8 +284,8 @@ def of_study(confirmation: Study, storage: RDBStorage) -> Confirmed:
         study=definition.confirm.study,
         confirmation=confirmation.name,
         seeds=len(definition.space["seed"].points() or ()),
-        trained=len(scored),
-        trainings=confirmation.budget.total,
+        trained=sum(map(len, runs.values())),
+        trainings=definition.trials,
         images=next((run.hits.images for side in runs.values() for run in side.values() if run.hits), None),
         openings=_openings(confirmation, storage),
         chosen_by=_chosen_by(confirmation, storage),

@@ -254,7 +254,7 @@ def load(name_or_file: str, **overrides: Any) -> Definition:
 def parse(text: str, *, source: str = "the definition", folder: Path | None = None, **overrides: Any) -> Definition:
     """The definition in `text` (TOML).
 
-    A relative file or folder of data or weights is searched in `folder`, the definition's folder, too. Raises
+    A relative file or folder of data or weights is looked for in `folder`, the definition's folder, too. Raises
     DefinitionError.
     """
     try:
@@ -341,11 +341,10 @@ def _checked(raw: Mapping[str, Any], source: str) -> Definition:
         raise DefinitionError(f"{source} is nested too deeply: see docs/definition.md for the format") from None
     for check in (
         _check_source,
-        *((_check_confirm,) if definition.confirm is not None else (_check_names,)),
+        # The candidates of a confirmation may be those that do not use what others of their search needed.
+        *((_check_confirm,) if definition.confirm is not None else (_check_names, _check_momentum, _check_warmup)),
         _check_conditions,
         _check_rules,
-        _check_momentum,
-        _check_warmup,
         _check_sampler,
         _check_points,
     ):

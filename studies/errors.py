@@ -20,4 +20,4 @@ class StudyError(TrialyardError):
 def require_whole(key: str, value: object) -> None:
     """Raises StudyError unless `value` is a whole number. Type checkers see it before, notebooks do not."""
     if not isinstance(value, Integral):
-        raise StudyError(f"{key} = {value!r} must be a whole number, such as 0: correct it")
+        raise StudyError(f"{key} = {value!r} must be a whole number, such as 1: correct it")

@@ -16,7 +16,7 @@ from storage.ranking import is_feasible, is_scored, rank_key
 from studies import importance, model_rules, notebook, sources, statistics
 from studies.definition import Definition
 from studies.model_rules import Number
-from studies.space import Choice, Int, Parameter, key_of, values_text
+from studies.space import Choice, Int, Parameter, key_of, range_text
 
 EDGE = 0.02  # share of a continuous range, from either end, that counts as its edge
 NEAR = 50  # so many trials behind the best are compared with it
@@ -112,7 +112,7 @@ def _noise(
     judged = definition.judged_on
     sentence = (
         f"The sampling error of one such accuracy on {images:,} {judged} images: {error.low:.4f} to {error.high:.4f} "
-        f"(95 %). This is not an interval of the best of many, which was also lucky{again}."
+        f"(95 %). It leaves out the luck of being the best of many trials{again}."
     )
     others = complete[1 : NEAR + 1]
     near = [trial for trial in others if not _is_worse(trial, complete[0], images, hits)]
@@ -120,8 +120,8 @@ def _noise(
         return sentence, []
     which = f"{len(complete) - 1} others" if len(others) == len(complete) - 1 else f"{NEAR} next ones"
     caution = (
-        f"{images:,} {judged} images do not tell the best from {many(len(near), 'trial')} of the {which}, such as "
-        f"trial {near[0].number} ({near[0].values[0]:.4f})."
+        f"On {images:,} {judged} images the best is not reliably better than {many(len(near), 'trial')} of the "
+        f"{which}, such as trial {near[0].number} ({near[0].values[0]:.4f})."
     )
     return sentence, [caution]
 
@@ -145,17 +145,23 @@ def _contradictions(best: FrozenTrial, definition: Definition, data: Mapping[str
     value, classes = float(best.values[0]), data.get("classes")
     images = data.get(definition.judged_on, 0)
     known = isinstance(classes, int) and classes > 1 and isinstance(images, int) and images > 0
-    # What guessing gives, with its sampling error.
-    if known and value <= statistics.wilson(round(images / classes), images).high:
+    # It is of the images that judge a search; older versions did not record it.
+    most = data.get("most_frequent") if definition.confirm is None else None
+    constant = most if known and isinstance(most, int) and 0 < most <= images else 0
+    # What guessing gives, or always giving the same answer, with its sampling error.
+    if known and value <= statistics.wilson(max(constant, round(images / classes)), images).high:
+        often = constant > images / classes
+        answer = f"no better than that of always answering the most frequent class, {constant / images:.4f}"
+        chance = answer if often else f"at the level of chance for {classes} classes"
         found.append(
-            f"The best accuracy, {value:.4f}, is at the level of chance for {classes} classes: nothing was learned. "
-            "Check the data, the labels and the learning rate."
+            f"The best accuracy, {value:.4f}, is {chance}: nothing was learned. Check the data, the labels and the "
+            "learning rate."
         )
     trained = attributes.number(best.user_attrs.get("train_accuracy"))
     if trained is not None and trained - value > GAP:
         found.append(
-            f"The best trial has {trained:.4f} on the training images and {value:.4f} on the others: it has learned "
-            "the former by heart, or the two are of different kinds."
+            f"The best trial has {trained:.4f} on the training images and {value:.4f} on the others: it "
+            "overfits, or the two sets have different kinds of images."
         )
     return found
 
@@ -181,7 +187,9 @@ def edges(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
         if end is None or not isinstance(rule, Number | None):
             continue
         limit = low if end == "lower" else high
-        if isinstance(rule, Number) and limit == (rule.low if end == "lower" else rule.high):
+        # A hyperparameter of a model of one's own has no rule, but most are not negative, and a share is at most 1.
+        ends = (rule.low, rule.high) if isinstance(rule, Number) else (0.0, 1.0 if low == 0.0 else math.inf)
+        if limit == (ends[0] if end == "lower" else ends[1]):
             continue
         warned.append(
             f"The best trial's {name} = {value_text(value)} is at the {end} end of the searched range "
@@ -276,7 +284,7 @@ def _of_the_best(trials: Sequence[FrozenTrial], definition: Definition) -> list[
             sentences.append(f"Of the {BEST} best, {parts}.")
         else:
             low, high = value_text(min(values)), value_text(max(values))
-            sentences.append(f"The {BEST} best have {name} from {low} to {high}; {_range(parameter)} was searched.")
+            sentences.append(f"The {BEST} best have {name} from {low} to {high}; searched: {range_text(parameter)}.")
     return sentences
 
 
@@ -295,7 +303,7 @@ def _alike(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
             continue
         order = sorted(largest.items(), key=lambda item: -_reached(item[1]))[:8]
         parts = ", ".join(f"{name} {value} {_reached_text(trial)}" for value, trial in order)
-        sentences.append(f"With {rest_text} alike: {parts}.")
+        sentences.append(f"With the same {rest_text}: {parts}.")
     return sentences
 
 
@@ -338,25 +346,6 @@ def _group(value: str, trials: Sequence[FrozenTrial]) -> str:
     pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
     counts = f"{len(trials) - pruned} complete" + (f", {pruned} pruned" if pruned else "")
     return f"{value} {max(map(_reached, trials)):.4f} ({counts})"
-
-
-def ranges(definition: Definition) -> dict[str, str]:
-    """The name of each searched hyperparameter, and its range in words."""
-    return {name: _range(parameter) for name, parameter in definition.space.items()}
-
-
-def _range(parameter: Parameter) -> str:
-    if isinstance(parameter, Choice):
-        text = f"one of {values_text(parameter.choices)}"
-    else:
-        text = f"{parameter.low:g} to {parameter.high:g}"
-        if parameter.log:
-            text += ", logarithmic"
-        if parameter.step is not None and not (isinstance(parameter, Int) and parameter.step == 1):
-            text += f", in steps of {parameter.step:g}"
-    conditions = (f"{name} is {' or '.join(map(value_text, values))}" for name, values in parameter.when.items())
-    when = " and ".join(conditions)
-    return f"{text}, if {when}" if when else text
 
 
 def params_text(point: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ none is shown unless a permutation test passes.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,10 @@ def scored(trials: Sequence[FrozenTrial]) -> list[Scored]:
     Where one of the two has no accuracy at that epoch, such as an imported trial, each beats the other by half.
     """
     known = [trial for trial in trials if is_feasible(trial) and (is_scored(trial) or _is_pruned(trial))]
-    known = known[:: max(1, math.ceil(len(known) / SAMPLE))]
+    if len(known) > SAMPLE:
+        # At random: a grid repeats its values at a steady distance.
+        chosen = np.random.default_rng(0).choice(len(known), SAMPLE, replace=False)
+        known = [known[index] for index in sorted(chosen)]
     if len(known) < 2:
         return [Scored(trial=trial, score=1.0) for trial in known]
     # Only epochs that some trial reported: other programs may report at any step.
@@ -132,8 +136,10 @@ def _groups_of(name: str, trials: Sequence[FrozenTrial]) -> NDArray[np.intp]:
     if isinstance(distribution, CategoricalDistribution) or len(different) <= THIRDS:
         return np.array([different.index(repr(value)) for value in values])
     borders = np.quantile(numbers, [part / THIRDS for part in range(1, THIRDS)])
+    # Where a third has the highest value, it must not be in one group with all lower ones.
+    side: Literal["left", "right"] = "right" if borders[-1] >= max(numbers) else "left"
     # Trials without it, because it is conditional, are a group of their own.
-    return np.array([THIRDS if value is None else int(np.searchsorted(borders, value)) for value in values])
+    return np.array([THIRDS if value is None else int(np.searchsorted(borders, value, side)) for value in values])
 
 
 def _explained(scores: NDArray[np.float64], of_trial: NDArray[np.intp]) -> NDArray[np.float64]:

@@ -2,9 +2,12 @@
 
 import csv
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from storage import ledger
 from storage.errors import nearest
@@ -36,8 +39,8 @@ def import_trials(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, sto
 
     `rows` is a sequence of mappings, or the path of a CSV file. A row has the hyperparameters that the study searches
     (those that do not apply are empty or left out), ``accuracy`` from 0 to 1, and optionally more of `COLUMNS`. All
-    rows are imported, or none. Samplers learn from the imported trials, the budget grows by their number, and they are
-    marked ``imported`` in their user attributes. The same rows again add nothing.
+    rows are imported, or none. Samplers learn from the imported trials (but not cmaes and nsga2), the budget grows by
+    their number, and they are marked ``imported`` in their user attributes. The same rows again add nothing.
 
     >>> studies.import_trials("digits", [{"depth": 3, "dropout": 0.2, "accuracy": 0.97}])
     1
@@ -58,7 +61,7 @@ def import_trials(name: str, rows: Iterable[Mapping[str, Any]] | str | Path, sto
 
 def trial_of(row: Mapping[str, Any], definition: Definition, where: str) -> Imported:
     """The trial that a row describes. Raises StudyError whose message starts with `where`."""
-    given = {key: value for key, value in row.items() if value is not None and str(value).strip() != ""}
+    given = {key: value for key, value in row.items() if not _is_empty(value)}
     known = [*definition.space, *definition.fixed, *COLUMNS]
     for key in given:
         if key not in known:
@@ -83,17 +86,23 @@ def trial_of(row: Mapping[str, Any], definition: Definition, where: str) -> Impo
         raise StudyError(f"{where} has no accuracy: give it as a number from 0 to 1")
     rest = {key: _fact(key, given[key], rule, where) for key, rule in COLUMNS.items() if key in given}
     accuracy = float(rest.pop("accuracy"))
-    protocol = definition.judged_on
-    if rest.get("protocol", protocol) != protocol:
+    judged_on = definition.judged_on
+    if rest.get("protocol", judged_on) != judged_on:
         raise StudyError(
             f"{where}: protocol = {_shown(rest['protocol'])}, and study {definition.name!r} judges its trials on "
-            f"{protocol} images, so they cannot be compared: import the row into a study that scores on the same images"
+            f"{judged_on} images, so they cannot be compared: import the row into a study that scores on these"
         )
     return Imported(
         value=accuracy,
         params={key: (definition.space[key].distribution(), value) for key, value in point.items()},
-        attributes={"protocol": protocol, **rest},
+        attributes={"protocol": judged_on, **rest},
     )
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a cell is empty; pandas says NaN there."""
+    is_nan = isinstance(value, (float, np.floating)) and math.isnan(value)
+    return value is None or is_nan or str(value).strip() == ""
 
 
 def _hyperparameter(key: str, raw: Any, parameter: Parameter, where: str) -> Any:
@@ -139,12 +148,13 @@ def _read_as(raw: Any, parameter: Parameter) -> Any:
 def _number(raw: Any, *, whole: bool) -> Any:
     if hasattr(raw, "item"):
         raw = raw.item()
-    if not isinstance(raw, str):
+    if not isinstance(raw, (str, float)):
         return raw
     try:
         number = float(raw)
     except ValueError:
         return raw
+    # A table with empty cells has 5.0 for 5.
     return int(number) if whole and number.is_integer() else number
 
 
@@ -166,6 +176,8 @@ def read_csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
             reader = csv.DictReader(file, strict=True, skipinitialspace=True, restkey="(beyond the last column)")
             columns = [str(column).strip() for column in reader.fieldnames or []]
             reader.fieldnames = columns
+            if len(columns) == 1 and re.search(r"[;\t]", columns[0]):
+                raise StudyError(f"{path} has only the column {columns[0]!r}: separate the columns by commas")
             duplicate = next((column for column in columns if columns.count(column) > 1), None)
             if duplicate is not None:
                 raise StudyError(f"{path} has the column {duplicate!r} twice: keep one")

@@ -4,7 +4,7 @@ The dropout rates are those that the notebook ran with. The labels of its sweeps
 All accuracies are those of one run of 20 epochs on the 10,000 test images of MNIST, by which the notebook also chose.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,12 @@ def create(storage: RDBStorage) -> bool:
 def reference_results(study: Definition) -> list[tuple[Mapping[str, Any], Result]]:
     """The notebook's results that `study` repeats, each with its hyperparameters in this study.
 
-    Empty, unless the study searches the same as one of the notebook's definitions in the catalog. In a labelled sweep
-    the rates are those of the labels, ten times those that the notebook ran with.
+    Empty, unless the study searches the same as one of the notebook's definitions in the catalog, and trains each
+    configuration once, as the notebook did. In a labelled sweep the rates are those of the labels, ten times those that
+    the notebook ran with.
     """
+    if study.budget.repeats > 1:
+        return []
     ready_definitions = definitions.catalog()
     for name, results in _RESULTS_BY_STUDY.items():
         if _comparable(study, ready_definitions[name]):
@@ -113,8 +116,8 @@ def replays(study: Definition, storage: RDBStorage) -> list[Replay]:
         rows = reference_results(definition)
         if rows and not is_labelled(rows):
             complete = storage.get_all_trials(other.id, deepcopy=False, states=(TrialState.COMPLETE,))
-            scored = [trial for trial in complete if is_scored(trial)]
-            pairs = [(result, trial) for trial in scored for point, result in rows if trial.params == point]
+            own = trained(complete)
+            pairs = [(result, trial) for trial in own for point, result in rows if trial.params == point]
             replaying += [Replay(definition=definition, trials=tuple(pairs))] if pairs else []
     return replaying
 
@@ -122,6 +125,11 @@ def replays(study: Definition, storage: RDBStorage) -> list[Replay]:
 def is_own(study: Definition) -> bool:
     """Whether `study` has the notebook's own results."""
     return study.name == NAME and _comparable(study, definition())
+
+
+def trained(complete: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Those of the `complete` trials that were trained here: an imported one does not say at which epoch."""
+    return [trial for trial in complete if is_scored(trial) and not trial.user_attrs.get("imported")]
 
 
 def measured(result: Result, trial: FrozenTrial) -> float:

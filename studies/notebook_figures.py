@@ -16,7 +16,7 @@ def notebook_comparison(trials: Sequence[FrozenTrial], definition: Definition) -
     rows = notebook.reference_results(definition)
     if not rows:
         return None
-    complete = drawing.complete(trials)
+    complete = notebook.trained(drawing.complete(trials))
     sweep = next((name for name in rows[0][0] if name.endswith("_dropout")), None)
     positions: list[Any] = [point[sweep] if sweep else html.escape(result.label) for point, result in rows]
     of_notebook = go.Scatter(

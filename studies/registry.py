@@ -47,11 +47,13 @@ def create(
     storage: RDBStorage,
     data: dict[str, Any],
     results: Sequence[ledger.Imported] | None = None,
+    opens_tests_of: str | None = None,
 ) -> ledger.Creation:
     """Creates a study in the database, whole or not at all: its definition, its queued points, its budget.
 
     `data` describes its images (`fingerprint`, counts); workers compare their own images with it. With `results` the
-    study has these as imported trials, and nothing is left to run.
+    study has these as imported trials, and nothing is left to run. A confirmation names the study that it confirms as
+    `opens_tests_of`, and it is counted that it opens the test images.
 
     A study that exists stays as it is, but its budget is raised if the definition's
     is larger.
@@ -76,6 +78,7 @@ def create(
             points=definition.queue() if results is None else (),
             imported=results or (),
             accept=accept,
+            opens_tests_of=opens_tests_of,
         )
     wanted = definition.budget.trials
     if results is None and wanted is not None and definition.size is not None and definition.size < wanted:
@@ -83,7 +86,8 @@ def create(
             "study %s: its space has only %s, so it ends after %s",
             *(name, many(definition.size, "point"), many(definition.size, "trial")),
         )
-    if results is None and creation.study.budget.trials > budget.trials:
+    # The budget of a confirmation grows only where failed trainings are repeated.
+    if results is None and definition.confirm is None and creation.study.budget.trials > budget.trials:
         log.warning(
             "study %s keeps its larger budget of %d trials: `trialyard stop %s` ends it sooner",
             *(name, creation.study.budget.trials, name),
@@ -120,9 +124,9 @@ def resume(name: str, storage: StorageLike = None) -> None:
 def set_priority(name: str, priority: int, storage: StorageLike = None) -> None:
     """Sets the priority of study `name`, a whole number; 0 is the default.
 
-    A worker that no study was named to gives its free slots to the open studies of the highest priority, and to the
-    others only where these have nothing to claim. Trials that run are not interrupted. Raises StudyError if there is no
-    such study, or if `priority` is not a whole number within MAX_PRIORITY.
+    A worker that was started without study names gives its free slots to the open studies of the highest priority, and
+    to the others only where these have nothing to claim. Trials that run are not interrupted. Raises StudyError if
+    there is no such study, or if `priority` is not a whole number within MAX_PRIORITY.
 
     >>> studies.set_priority("digits", 5)
     >>> studies.status("digits").priority

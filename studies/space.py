@@ -337,7 +337,25 @@ def broken_rule(parameter: Parameter, value: object) -> str | None:
 
 def values_text(values: Iterable[Scalar]) -> str:
     """`values` as a definition writes them, shortened."""
-    # JSON escapes line breaks. Plain names such as adam are easier to read without quotes.
-    texts = [value if isinstance(value, str) and value.isidentifier() else json.dumps(value) for value in values]
+    texts = list(map(_value_text, values))
     text = ", ".join(texts)
     return text if len(text) <= 200 else f"{text[:180]}... ({len(texts)} in all)"
+
+
+def _value_text(value: Scalar) -> str:
+    # JSON escapes line breaks. Plain names such as adam are easier to read without quotes.
+    return value if isinstance(value, str) and value.isidentifier() else json.dumps(value)
+
+
+def range_text(parameter: Parameter) -> str:
+    """The values of `parameter` in words: "0.0 to 0.5", "one of 3, 5, 7"."""
+    if isinstance(parameter, Choice):
+        text = f"one of {values_text(parameter.choices)}"
+    else:
+        text = f"{'whole numbers ' if isinstance(parameter, Int) else ''}{parameter.low} to {parameter.high}"
+        if parameter.step not in (None, 1) or (parameter.step == 1 and not isinstance(parameter, Int)):
+            text += f" in steps of {parameter.step}"
+        if parameter.log:
+            text += ", uniform in the logarithm"
+    conditions = [f"{name} is {' or '.join(map(_value_text, values))}" for name, values in parameter.when.items()]
+    return f"{text}, if {' and '.join(conditions)}" if conditions else text

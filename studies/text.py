@@ -17,7 +17,7 @@ from storage.artifacts import inside
 from storage.errors import many, trials_text
 from storage.ledger import left_waiting_text
 from storage.metric import epochs_judged_on
-from studies import findings
+from studies import advice, findings
 from studies.definition import Definition, to_toml
 from studies.statistics import Interval, holm, seeds_needed
 
@@ -95,7 +95,7 @@ def sections(content: "Content") -> list[Section]:
     left_out = len(content.rows) - SHOWN_ROWS
     ranking = [leaderboard(content.rows[:SHOWN_ROWS])]
     ranking += [f"{left_out:,} more are in `trialyard leaderboard`."] if left_out > 0 else []
-    searched = [[name, text] for name, text in findings.ranges(definition).items()]
+    searched = [[name, text] for name, text in advice.space_text(definition).items()]
     searched += [[name, f"fixed: {findings.value_text(value)}"] for name, value in definition.fixed.items()]
     environment = [[key, value] for key, value in content.environment.items()]
     made = f"Made {content.made:%Y-%m-%d %H:%M %z} by Trialyard {version('trialyard')}."
@@ -123,7 +123,7 @@ def sections(content: "Content") -> list[Section]:
         Section(
             name="environment",
             title="Environment",
-            body=paragraphs([rows_text(["what", "which"], environment), made]),
+            body=paragraphs([rows_text(["item", "value"], environment), made]),
         ),
     ]
     return [section for section in every if section.body]
@@ -233,7 +233,7 @@ def _comparison(found: "Comparison") -> str:
     if found.p is not None and found.p_holm is not None:
         tested = f"; sign-flip test: p {found.p:.3g}, {found.p_holm:.3g} with Holm's correction"
     return (
-        f"Trial {found.first} less trial {found.other}: {found.difference:+.4f}, 95 % interval over seeds and images "
+        f"Trial {found.first} minus trial {found.other}: {found.difference:+.4f}, 95 % interval over seeds and images "
         f"{_interval(found.interval, '+.4f')}; better with {found.better:.0%} of the seeds{tested}."
     )
 
@@ -266,7 +266,7 @@ def compared(found: "StudyComparison") -> str:
         "seconds",
     ]
     sentences = [
-        f"The best of {found.first.study} less that of {found.second.study}: {found.difference:+.4f}, 95 % sampling "
+        f"The best of {found.first.study} minus that of {found.second.study}: {found.difference:+.4f}, 95 % sampling "
         f"error {_interval(found.interval, '+.4f')}."
     ]
     if found.p is not None:
@@ -397,7 +397,8 @@ def trial_note(
             )
         )
     if inside(Path(), attrs.get("model")) is not None:
-        lines.append(f"- files, in the artifacts folder: `{attrs['model']}`, `{attrs.get('history')}`")
+        kept = f"`{attrs['model']}` while it is among the best"
+        lines.append(f"- files, in the artifacts folder: `{attrs.get('history')}`, and the model {kept}")
     return paragraphs(lines)
 
 

@@ -130,7 +130,7 @@ def trials(
 def trial(name: str, number: int, storage: StorageLike = None, artifacts: str | Path | None = None) -> TrialDetails:
     """All that is known of trial `number` of study `name`: its attempts, curve, files, and the end of its log.
 
-    Files and logs are those of this machine; other machines may have more. Files are searched in
+    Files and logs are those of this machine; other machines may have more. Files are looked for in
     `artifacts`, a folder or the URL of an object store, by default that of the settings.
 
     >>> details = studies.trial("digits", 0)
@@ -259,9 +259,7 @@ def _record(trial: FrozenTrial, rank: int | None, last: Attempt | None, images: 
 
 def _enqueued(trial: FrozenTrial) -> dict[str, Any]:
     """The hyperparameters that a waiting trial will have; other programs may have written anything there."""
-    listed = trial.system_attrs.get("fixed_params") if trial.state == TrialState.WAITING else None
-    if not isinstance(listed, dict):
-        return {}
+    listed = attributes.listed_point(trial) if trial.state == TrialState.WAITING else {}
     return {name: value for name, value in listed.items() if isinstance(value, (str, int, float))}
 
 

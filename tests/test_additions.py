@@ -12,7 +12,7 @@ from storage import claims, database, ledger, openings, promises, queue, transac
 from storage.owners import Owner
 from storage.transactions import PatientStorage
 from studies import registry
-from studies.definition import Definition, parse
+from studies.definition import Definition, from_json, parse
 from studies.errors import StudyError
 
 DATA = {"fingerprint": "0" * 16}
@@ -130,9 +130,9 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(
 def test_the_commands_do_the_same(finished_study: str, start: Callable[..., Any]) -> None:
     from conftest import ended
 
-    line = "trial 5 of trivial is in the queue: `trialyard work trivial`, where no worker waits\n"
+    line = "trial 5 of trivial is in the queue; if no worker is waiting, run `trialyard work trivial`\n"
     assert ended(start("enqueue", finished_study, "dropout=0.55"))[0] == line
-    assert ended(start("retry", finished_study))[0].startswith("trial 6 of trivial is in the queue: ")
+    assert ended(start("retry", finished_study))[0].startswith("trial 6 of trivial is in the queue; ")
     assert ended(start("retry", finished_study))[0] == f"no failed trial of {finished_study} is left to repeat\n"
     assert "write it as depth=5" in ended(start("enqueue", finished_study, "dropout"), 2)[1]
     assert "must be from 0 to 0.7" in ended(start("enqueue", finished_study, "dropout=7"), 1)[1]
@@ -140,7 +140,7 @@ def test_the_commands_do_the_same(finished_study: str, start: Callable[..., Any]
 
 
 def test_an_answer_that_was_lost_counts_nothing_twice(
-    storage: PatientStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch
+    storage: PatientStorage, study: str, trivial: Definition, me: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection breaks between the commit and its answer, and the same is written again."""
 
@@ -149,14 +149,49 @@ def test_an_answer_that_was_lost_counts_nothing_twice(
         return transactions.write(storage, study, work)
 
     monkeypatch.setattr(queue, "write", twice)
-    monkeypatch.setattr(openings, "write", twice)
+    monkeypatch.setattr(ledger, "write", twice)
     for number in (0, 1):
         assert studies.enqueue(study, {"dropout": number / 2}, storage) == number
     _end(storage, study, me, 0.5, fails=True)
     assert studies.retry(study, storage) == [2]
     found = ledger.find(storage, study)
     assert (found.finished, found.waiting) == (1, 2)
-    for _ in range(2):
-        openings.record(storage, study, "0" * 16)
-    assert openings.count(storage, "0" * 16) == 2
+    for name in ("one", "other", "other"):  # the last one exists, and opens nothing again
+        registry.create(trivial.model_copy(update={"name": name}), storage, DATA, opens_tests_of=study)
+    assert openings.count(storage, DATA["fingerprint"]) == 2
     assert promises.check(storage) == []
+
+
+def test_what_is_added_to_a_grid_larger_than_its_budget_comes_next_and_costs_one_trial(
+    storage: PatientStorage, trivial: Definition, me: Owner
+) -> None:
+    table = trivial.to_json() | {"name": "grid", "sampler": {"kind": "grid", "seed": 0}}
+    table["space"] = {"dropout": {"type": "float", "low": 0.0, "high": 0.5, "step": 0.05}}
+    registry.create(from_json(table | {"budget": {"trials": 2, "epochs": 1}}), storage, DATA)
+    for number in (0, 1):
+        claim = _claim(storage, "grid", me)
+        assert claim.number == number
+        rate = _listed(storage, "grid", number)["dropout"]
+        claims.begin(storage, claim, {"dropout": (FloatDistribution(0.0, 0.5, step=0.05), rate)})
+        failure = {"failure": {"kind": "error", "message": "no luck"}}
+        claims.finish(storage, claim, (TrialState.FAIL, TrialState.COMPLETE)[number], (None, 0.9)[number], failure)
+    assert studies.retry("grid", storage) == [11]
+    found = ledger.find(storage, "grid")
+    assert (found.budget.trials, found.waiting) == (3, 10)
+    assert _claim(storage, "grid", me).number == 11
+    assert claims.claim(storage, ledger.find(storage, "grid"), me, 60.0) is None
+
+
+def test_a_point_has_what_its_conditions_need(storage: PatientStorage, trivial: Definition) -> None:
+    table = trivial.to_json() | {"name": "conditional", "fixed": {}}
+    table["space"] = {
+        "depth": {"choices": [3, 5]},
+        "dropout": {"type": "float", "low": 0.0, "high": 0.5, "when": {"depth": [3]}},
+    }
+    definition = from_json(table)
+    registry.create(definition, storage, DATA)
+    waiting = ledger.find(storage, "conditional").waiting
+    with pytest.raises(StudyError, match="dropout applies only to some values of depth: give depth, too, or leave"):
+        studies.enqueue("conditional", {"dropout": 0.1}, storage)
+    studies.enqueue("conditional", {"dropout": 0.1, "depth": 3}, storage)
+    assert ledger.find(storage, "conditional").waiting == waiting + 1

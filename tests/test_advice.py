@@ -33,11 +33,13 @@ def _definition(space: str, more: str = "", trials: int = 30) -> Definition:
         ("{ low = 0.0, high = 4.0, step = 1.0 }", "0.0 to 4.0 in steps of 1.0"),
         ("{ low = 1e-4, high = 0.1, log = true }", "0.0001 to 0.1, uniform in the logarithm"),
         ("{ low = 1, high = 9, when = { a = [1, 2] } }", "whole numbers 1 to 9, if a is 1 or 2"),
+        ("{ low = 1, high = 9, when = { b = true } }", "whole numbers 1 to 9, if b is true"),
     ],
 )
 def test_the_space_is_said_as_it_was_understood(parameter: str, text: str) -> None:
-    definition = _definition(f"a = {{ choices = [1, 2, 3] }}\nx = {parameter}")
-    assert advice.space_text(definition) == {"a": "one of 1, 2, 3", "x": text}
+    definition = _definition(f"a = {{ choices = [1, 2, 3] }}\nb = {{ choices = [true, ':cat:'] }}\nx = {parameter}")
+    said = advice.space_text(definition)
+    assert said == {"a": "one of 1, 2, 3", "b": 'one of true, ":cat:"', "x": text}
 
 
 def test_fewer_points_than_trials_are_said() -> None:

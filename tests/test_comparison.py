@@ -1,6 +1,7 @@
 """Two studies side by side, and the notebook's rows beside their replays, measured as the notebook measured them."""
 
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,14 @@ import pytest
 from conftest import TRIVIAL
 from optuna.trial import TrialState
 
-from storage import claims, ledger, owners
+from storage import attempt_table, claims, ledger, owners
 from storage.hits import Hits
 from storage.transactions import PatientStorage
 from studies import comparison, notebook, notebook_figures, registry, statistics, text
 from studies import definition as definitions
 from studies.definition import Definition, parse
 from studies.errors import StudyError
+from studies.imported import import_trials
 
 DATA = {"fingerprint": "f" * 16, "train": 60_000, "validation": 200, "test": 10_000}
 
@@ -75,6 +77,28 @@ def test_the_mean_of_several_repeats_has_no_sampling_error_of_one_accuracy(stora
     found = comparison.compare("first", "second", storage)
     assert (found.first.interval, found.first.images, found.interval) == (None, 200, None)
     assert found.second.interval == statistics.wilson(180, 200)
+
+
+def test_a_failed_trial_is_counted_with_what_all_of_its_attempts_took(storage: PatientStorage) -> None:
+    """It has no record of its training. With repeats its steps are not epochs."""
+    study, other = (_created(storage, _named(name)) for name in ("first", "second"))
+    _run(storage, study, {"dropout": 0.1}, [0.5, 0.6])
+    _run(storage, other, {"dropout": 0.1}, [0.5, 0.6])
+    began = datetime(2026, 1, 2)
+    for attempt, epoch, seconds in ((1, 4, 7.0), (2, 6, 5.5)):
+        claim = claims.claim(storage, study, owners.this_slot("cpu:0"), 60.0)
+        assert claim is not None
+        assert (claim.number, claim.attempt) == (1, attempt)
+        claims.record_epochs(storage, claim, {attempt: 0.5}, epoch=epoch)
+        if attempt == 1:
+            claims.requeue(storage, claim, "crashed", "a test")
+        else:
+            claims.finish(storage, claim, TrialState.FAIL, None, {"failure": {"kind": "nan", "message": "a test"}})
+        with storage.engine.begin() as connection:
+            ended = began + timedelta(seconds=seconds)
+            attempt_table.change(connection, claim.trial_id, attempt, began=began, ended=ended)
+    side = comparison.compare("first", "second", storage).first
+    assert (side.finished, side.epochs, side.seconds) == (2, 2 + 6, 2.5 + 12.5)
 
 
 def test_other_splits_are_not_paired_and_other_images_are_refused(storage: PatientStorage) -> None:
@@ -139,3 +163,37 @@ def test_a_study_that_repeats_nothing_is_refused(storage: PatientStorage, trivia
         _created(storage, trivial if name == "trivial" else definitions.load(name))
     with pytest.raises(StudyError, match="repeats no results of the notebook as they ran"):
         comparison.compare_notebook(name, storage)
+
+
+def test_a_study_that_trains_each_configuration_several_times_is_not_compared_with_the_notebook(
+    storage: PatientStorage,
+) -> None:
+    """The notebook trained each once, and the steps of such a trial are not epochs."""
+    stored = definitions.load("notebook-dropout-7").to_json()
+    definition = definitions.from_json(stored | {"budget": stored["budget"] | {"repeats": 3}})
+    _run(storage, _created(storage, definition), {"conv_dropout": 0.0}, [0.98, 0.97, 0.99])
+    sentence = (
+        r"study 'notebook-dropout-7' trains each configuration 3 times \(budget.repeats\), and the notebook trained "
+        "each once: compare a study without repeats"
+    )
+    with pytest.raises(StudyError, match=rf"\A{sentence}\Z"):
+        comparison.compare_notebook("notebook-dropout-7", storage)
+    assert notebook.reference_results(definition) == []
+
+
+def test_an_imported_result_never_replaces_a_trial_beside_the_notebook_s(storage: PatientStorage) -> None:
+    """It does not say at which epoch it was measured. Of several trials of our own the first one counts."""
+    definition = definitions.load("notebook-dropout-7")
+    sweep = _created(storage, definition)
+    for accuracies in ([0.98, 0.97], [0.96, 0.99]):
+        _run(storage, sweep, {"conv_dropout": 0.0}, accuracies)
+    imported = [{"conv_dropout": rate, "accuracy": 0.5} for rate in (0.0, 0.01)]
+    assert import_trials("notebook-dropout-7", imported, storage) == 2
+    rows = comparison.compare_notebook("notebook-dropout-7", storage)
+    assert [(row.trial, row.ours) for row in rows[:2]] == [(0, 0.98), (None, None)]
+    figure = notebook_figures.notebook_comparison(storage.get_all_trials(sweep.id), definition)
+    assert figure is not None
+    assert sorted(figure.data[1].y) == [0.98, 0.99]
+    notebook.create(storage)
+    (replay,) = notebook.replays(notebook.definition(), storage)
+    assert [trial.number for _, trial in replay.trials] == [0, 1]

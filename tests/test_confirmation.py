@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import optuna
 import pytest
-from conftest import SMALL, Command, ended
+from conftest import SMALL, TRIVIAL, Command, ended
 from optuna.distributions import FloatDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
@@ -20,12 +20,13 @@ from sklearn.datasets import load_digits
 
 import search
 import studies
-from storage import database, hits, ledger, openings
-from storage.transactions import read
+from storage import claims, database, hits, ledger, openings, promises
+from storage.owners import Owner
+from storage.transactions import PatientStorage, read
 from studies import confirmation, registry, text
 from studies import definition as definitions
 from studies.confirmation import Confirmed, Run
-from studies.definition import Candidate
+from studies.definition import Candidate, parse
 from studies.errors import StudyError
 
 # Test arrays that leave a line for each time they are read, and cannot be read at all while a search runs.
@@ -208,6 +209,18 @@ def test_again_it_trains_nothing_and_another_number_of_seeds_opens_the_images_ag
     assert openings.count(storage, fingerprint) == 2
 
 
+@pytest.mark.long
+def test_again_it_trains_what_was_added_for_a_training_that_failed(confirmed: Done) -> None:
+    before = {each.trial: each.accuracies for each in studies.confirmed("small").estimates}
+    with contextlib.closing(sqlite3.connect(confirmed.folder / "yard" / "studies.db")) as connection, connection:
+        connection.execute("UPDATE trials SET state = 'FAIL' WHERE trial_id = (SELECT max(trial_id) FROM trials)")
+    assert studies.confirmed("small").trained == 3
+    assert studies.retry("small-confirm") == [4]
+    found = search.confirm("small", top=2, seeds=SEEDS, workers=1, listeners=[])
+    assert (found.trained, found.trainings, found.openings) == (4, 4, 1)
+    assert {each.trial: each.accuracies for each in found.estimates} == before
+
+
 def test_studies_that_chose_by_the_test_images_are_named(confirmed: Done, write_npz: Callable[..., Path]) -> None:
     _make("shown", confirmed, write_npz)
     assert studies.confirmed("small").chosen_by == ("shown",)
@@ -232,6 +245,7 @@ def test_what_others_added_is_left_out(confirmed: Done) -> None:
         opened.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=1.0))
     found = studies.confirmed("small")
     assert [each.accuracies for each in found.estimates] == [each.accuracies for each in before.estimates]
+    assert (found.trained, found.trainings) == (before.trained, before.trainings)
     with pytest.raises(StudyError, match="is a confirmation: its result must come from its own trainings"):
         studies.import_trials("small-confirm", [{"seed": 1, "candidate": 0, "accuracy": 1.0}])
 
@@ -416,3 +430,149 @@ def _rows(confirmed: Done) -> list[str]:
     """All that the database holds."""
     with contextlib.closing(sqlite3.connect(confirmed.folder / "yard" / "studies.db")) as connection:
         return list(connection.iterdump())
+
+
+# --- without a training --------------------------------------------------------------------------------------
+
+
+DATA = {"fingerprint": "0" * 16}
+
+
+def _stopped(storage: RDBStorage, text: str, params: dict[str, Any], best_epoch: int = 2) -> ledger.Study:
+    """A study of this definition, stopped after one complete trial with these hyperparameters."""
+    definition = parse(text)
+    registry.create(definition, storage, DATA)
+    kinds = {name: definition.space[name].distribution() for name in params}
+    trial = optuna.trial.create_trial(
+        params=params, distributions=kinds, value=0.9, user_attrs={"best_epoch": best_epoch}
+    )
+    registry.open(definition.name, storage).add_trial(trial)
+    registry.stop(definition.name, storage)
+    return registry.find(definition.name, storage)
+
+
+@pytest.mark.parametrize(
+    ("space", "fixed", "chosen"),
+    [
+        ('optimizer = { choices = ["adam", "sgd"] }', "momentum = 0.9", {"optimizer": "adam"}),
+        ('schedule = { choices = ["constant", "one_cycle"] }', "warmup_epochs = 1", {"schedule": "one_cycle"}),
+    ],
+)
+def test_the_candidates_need_not_use_all_that_their_search_needed(
+    storage: PatientStorage, space: str, fixed: str, chosen: dict[str, Any]
+) -> None:
+    """The best ones of a search over several optimizers may all be of one that has no momentum."""
+    text = TRIVIAL.replace("[fixed]", f"{space}\n\n[fixed]\n{fixed}")
+    definition = confirmation.definition_of(_stopped(storage, text, {"dropout": 0.1} | chosen), storage, None, 2)
+    assert definition.confirm is not None
+    assert [each.hyperparameters for each in definition.confirm.candidates] == [{"dropout": 0.1} | chosen]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "best_epoch", "kept"),
+    [
+        ("", 3, None),
+        ("warmup_epochs = 3", 3, None),
+        ("warmup_epochs = 3.5", 3, 10),
+        ("warmup_epochs = 20", 10, None),  # trained for as many epochs as in the search
+        ('schedule = "cosine"', 3, 10),
+        ('schedule = "cosine"\nwarmup_epochs = 1', 10, 10),
+    ],
+)
+def test_a_candidate_that_trains_for_fewer_epochs_keeps_the_learning_rates_of_its_search(
+    storage: PatientStorage, fixed: str, best_epoch: int, kept: int | None
+) -> None:
+    """None where they do not depend on the number of epochs, as in confirmations that older versions made."""
+    study = _stopped(storage, TRIVIAL.replace("epochs = 2", "epochs = 10") + fixed, {"dropout": 0.1}, best_epoch)
+    definition = confirmation.definition_of(study, storage, None, 2)
+    assert definition.confirm is not None
+    (candidate,) = definition.confirm.candidates
+    assert (candidate.epochs, candidate.schedule_epochs) == (best_epoch, kept)
+
+
+@pytest.mark.parametrize(("seeds", "names"), [(2, ["trivial-confirm"]), (3, ["trivial-confirm", "trivial-confirm-2"])])
+def test_two_confirmations_at_the_same_moment_count_as_many_openings_as_they_are_studies(
+    either_url: str, monkeypatch: pytest.MonkeyPatch, seeds: int, names: list[str]
+) -> None:
+    """The second one has chosen its name when the first one takes it: with the same options or with others."""
+    storage = database.create(either_url)
+    study, create, made = _stopped(storage, TRIVIAL, {"dropout": 0.1}), registry.create, list[str]()
+
+    def overtaken(*arguments: Any, **options: Any) -> ledger.Creation:
+        monkeypatch.setattr(registry, "create", create)
+        made.append(confirmation.create(study, storage, None, 2, DATA).name)
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(registry, "create", overtaken)
+    made.append(confirmation.create(study, storage, None, seeds, DATA).name)
+    assert made == [names[0], names[-1]]
+    assert [each.name for each in confirmation.confirmations(study, storage)] == names
+    assert openings.count(storage, DATA["fingerprint"]) == len(names)
+    storage.engine.dispose()
+
+
+def test_a_confirmation_that_is_refused_opens_nothing(storage: PatientStorage) -> None:
+    study = _stopped(storage, TRIVIAL, {"dropout": 0.1})
+    confirmation.create(study, storage, None, 2, DATA)
+    with pytest.raises(StudyError, match="study 'trivial-confirm' started with other images"):
+        confirmation.create(study, storage, None, 2, {"fingerprint": "1" * 16})
+    assert (openings.count(storage, DATA["fingerprint"]), openings.count(storage, "1" * 16)) == (1, 0)
+
+
+def _end_next(storage: PatientStorage, created: ledger.Study, me: Owner, accuracy: float | None) -> Any:
+    """Ends the next training of a confirmation, without an accuracy as a failure; returns its hyperparameters."""
+    claim = claims.claim(storage, ledger.find(storage, created.name), me, 60.0)
+    assert claim is not None
+    point = storage.get_trial(claim.trial_id).system_attrs["fixed_params"]
+    space = definitions.from_json(created.definition).space
+    claims.begin(storage, claim, {name: (space[name].distribution(), value) for name, value in point.items()})
+    if accuracy is None:
+        claims.finish(storage, claim, TrialState.FAIL, None, {"failure": {"kind": "memory", "message": "no luck"}})
+    else:
+        claims.finish(storage, claim, TrialState.COMPLETE, accuracy, {})
+    return point
+
+
+def test_a_training_that_failed_is_repeated_by_the_same_confirmation(
+    storage: PatientStorage, me: Owner, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = _stopped(storage, TRIVIAL, {"dropout": 0.1})
+    created = confirmation.create(study, storage, None, 2, DATA)
+    _end_next(storage, created, me, 0.9)
+    failed = _end_next(storage, created, me, None)
+    assert ledger.find(storage, created.name).has_ended
+    assert studies.retry(created.name, storage) == [2]
+    again = confirmation.create(study, storage, None, 2, DATA)
+    assert (again.name, again.has_ended) == (created.name, False)
+    assert "larger budget" not in caplog.text
+    found = studies.confirmed("trivial", storage)
+    assert (found.trained, found.trainings) == (1, 2)
+    assert _end_next(storage, again, me, 0.8) == failed
+    found = studies.confirmed("trivial", storage)
+    assert (found.trained, found.trainings, found.openings) == (2, 2, 1)
+    assert found.estimates[0].accuracies == (0.9, 0.8)
+    assert promises.check(storage) == []
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_confirmation_takes_no_training_of_a_person_s_own(storage: PatientStorage, stop: bool) -> None:
+    created = confirmation.create(_stopped(storage, TRIVIAL, {"dropout": 0.1}), storage, None, 2, DATA)
+    if stop:
+        registry.stop(created.name, storage)
+    sentence = "whose trials are fixed: `trialyard confirm trivial --seeds N` makes one with more seeds"
+    with pytest.raises(StudyError, match=f"^study 'trivial-confirm' is a confirmation, {sentence}$"):
+        studies.enqueue(created.name, {"seed": 1, "candidate": 0}, storage)
+    assert ledger.find(storage, created.name).waiting == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seeds": 8.0}, "--seeds = 8.0 must be a whole number"),
+        ({"top": "3"}, "--top = '3' must be a whole number"),
+    ],
+)
+def test_a_number_that_is_not_whole_is_one_sentence(finished_study: str, options: dict[str, Any], words: str) -> None:
+    """The command line takes no other; Python may."""
+    with pytest.raises(StudyError, match=rf"\A{words}[^\n]*\Z"):
+        search.confirm(finished_study, devices="cpu", workers=1, **options)

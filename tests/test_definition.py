@@ -106,6 +106,10 @@ BAD = {
         _text(head=HEAD.replace("convnet", "mnist_cnn"), space="depth = { choices = [3] }"),
         r"space.depth: the model mnist_cnn has no hyperparameter 'depth'",
     ),
+    "momentum of adam": (
+        _text(fixed='optimizer = "adam"\nmomentum = 0.9'),
+        r"momentum is given, and the optimizer adam has none: choose sgd or rmsprop, or leave momentum out$",
+    ),
     "warm-up of one cycle": (
         _text(fixed='schedule = "one_cycle"\nwarmup_epochs = 1'),
         r"warmup_epochs is given, and the schedule one_cycle has a warm-up of its own: leave warmup_epochs out$",

@@ -204,7 +204,10 @@ def test_older_studies_among_current_ones_are_named(
 ) -> None:
     registry.create(trivial.model_copy(update={"name": "new"}), storage, DATA)
     database.connect(either_url).engine.dispose()
-    assert f"left out, as of an older Trialyard: {old}; see `trialyard storage check`" in caplog.text
+    assert (
+        f"these studies were made by an older Trialyard and are left out: {old}; see `trialyard storage check`"
+        in caplog.text
+    )
     assert registry.names(storage) == ["new"]
     assert promises.check(storage) == [
         f"study {old} is of an older Trialyard, and is left out: run `trialyard storage upgrade`"

@@ -16,7 +16,7 @@ from storage.transactions import PatientStorage
 from storage.trial_cache import TrialCache
 from studies import registry, results, sampling
 from studies.definition import Definition, parse
-from studies.lessons import WithLessons
+from studies.lessons import WithEpochs, WithLessons
 from studies.space import suggest
 
 UNSTABLE = """
@@ -101,3 +101,54 @@ def test_only_the_sampler_sees_such_a_trial_as_a_bad_one(
 def test_the_kinds_that_samplers_learn_from() -> None:
     learned = {kind for kind, fault in faults.FAULTS.items() if fault.whose == "hyperparameters"}
     assert learned == {"nan", "memory", "timeout", "data", "model"}
+
+
+def test_a_failure_whose_repetition_did_well_teaches_nothing() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage, direction="maximize")
+    space = {"rate": optuna.distributions.FloatDistribution(0.0, 1.0)}
+    memory = {"failure": {"kind": "memory", "message": "out of memory"}}
+    for number, (rate, state, attributes) in enumerate(
+        [
+            (0.1, TrialState.FAIL, memory),
+            (0.2, TrialState.FAIL, memory),
+            (0.1, TrialState.COMPLETE, {"retry_of": 0}),
+            (0.2, TrialState.FAIL, memory | {"retry_of": 1}),
+        ]
+    ):
+        value = 0.98 if state == TrialState.COMPLETE else None
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state, value=value, params={"rate": rate}, distributions=space, user_attrs=attributes
+            )
+        )
+        assert study.trials[-1].number == number
+    shown = WithLessons(storage, "tpe").get_all_trials(study._study_id)
+    assert [(trial.number, trial.state) for trial in shown] == [
+        (1, TrialState.PRUNED),
+        (2, TrialState.COMPLETE),
+        (3, TrialState.PRUNED),
+    ]
+
+
+@pytest.mark.parametrize("pruner", [optuna.pruners.MedianPruner(), optuna.pruners.WilcoxonPruner(n_startup_steps=0)])
+def test_imported_trials_without_epochs_neither_prune_nor_keep_from_pruning(pruner: Any) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage, direction="maximize", pruner=pruner)
+    imported = optuna.trial.create_trial(value=0.99)
+    study.add_trials([imported] * 6)
+
+    def run(values: list[float]) -> bool:
+        trial = study.ask()
+        for step, value in enumerate(values, start=1):
+            trial.report(value, step)
+        shown = storage.get_trial(trial._trial_id)
+        study._storage = WithEpochs(storage)  # type: ignore[assignment]
+        pruned = study.pruner.prune(study, shown)
+        study._storage = storage
+        study.tell(trial, sum(values) / len(values))
+        return pruned
+
+    assert not run([0.9, 0.92, 0.91, 0.93, 0.9, 0.92])
+    # One own trial is too little for the median, and what Wilcoxon compares with.
+    assert run([0.1, 0.12, 0.11, 0.13, 0.1, 0.12]) == isinstance(pruner, optuna.pruners.WilcoxonPruner)

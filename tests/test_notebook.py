@@ -146,7 +146,8 @@ def test_the_time_left_is_estimated_without_imported_trials(storage: PatientStor
         ({"dropout": None}, r"row 2 has no 'dropout', which the study searches"),
         ({"accuracy": None}, r"row 2 has no accuracy"),
         ({"accuracy": "good"}, r"row 2: accuracy = 'good' must be a number"),
-        ({"accuracy": float("nan")}, r"row 2: accuracy = nan must be a finite number"),
+        ({"accuracy": float("nan")}, r"row 2 has no accuracy"),  # an empty cell in pandas
+        ({"seconds": float("inf")}, r"row 2: seconds = inf must be a finite number"),
         ({"accuracy": 99.3}, r"row 2: accuracy = 99\.3 must be at least 0 and at most 1: 99\.3 % is 0\.993"),
         ({"seconds": -1}, r"row 2: seconds = -1 must be at least 0"),
         ({"protocol": "test"}, r"row 2: protocol = 'test', and study 'digits' judges its trials on validation images"),

@@ -23,6 +23,7 @@ from optuna_dashboard._note import get_note_from_system_attrs
 from optuna_dashboard._serializer import serialize_frozen_trial
 
 from search import dashboard
+from search.data import load
 from search.publisher import Publisher
 from storage import claims, database, ledger, promises, transactions
 from storage.claims import Claim
@@ -34,7 +35,7 @@ from storage.transactions import PatientStorage
 from studies import definition as definitions
 from studies import drawing, findings, importance, notebook, notes, registry, results
 from studies.content import collect
-from studies.definition import Definition, parse
+from studies.definition import Data, Definition, parse
 from studies.errors import StudyError
 from studies.imported import import_trials
 from studies.rendering import report
@@ -184,9 +185,10 @@ def test_the_report_says_what_was_found_and_what_cannot_be_concluded(
         "the study has ended",
         "The best of 9 complete trials is trial 8, with depth 7, dropout 0.4: validation accuracy 0.9800.",
         # Wilson's interval of 352 of 359.
-        "The sampling error of one such accuracy on 359 validation images: 0.9603 to 0.9905 (95 %). This is not an "
-        "interval of the best of many, which was also lucky; `trialyard confirm digits` measures it again.",
-        "359 validation images do not tell the best from 2 trials of the 8 others, such as trial 7 (0.9700).",
+        "The sampling error of one such accuracy on 359 validation images: 0.9603 to 0.9905 (95 %). It leaves "
+        "out the luck of being the best of many trials; `trialyard confirm digits` measures it again.",
+        "On 359 validation images the best is not reliably better than 2 trials of the 8 others, such as trial 7 "
+        "(0.9700).",
         "Pruned: 2 trials of 12.",
         "Failed: 1 trial (nan 1).",
         "with one seed",
@@ -233,7 +235,8 @@ def test_cautions_stay_if_only_poor_configurations_were_repeated(
     assert any("The best configuration was trained once" in sentence for sentence in cautions)
     # On 359 images 0.96 is outside the interval of the best, but inside that of the difference.
     assert (
-        "359 validation images do not tell the best from 1 trial of the 4 others, such as trial 1 (0.9600)." in cautions
+        "On 359 validation images the best is not reliably better than 1 trial of the 4 others, such as trial 1 "
+        "(0.9600)." in cautions
     )
 
 
@@ -347,6 +350,12 @@ def test_a_best_value_at_an_end_of_its_range_is_warned_of(
     assert warning is None or warning in warnings[0]
 
 
+def test_nothing_is_advised_below_0_for_a_model_of_one_s_own() -> None:
+    for low, high, value, warned in [(0.0, 0.6, 0.001, False), (0.0, 1.0, 0.999, False), (0.1, 0.6, 0.101, True)]:
+        definition = _searched(f"own_rate = {{ low = {low}, high = {high} }}", model="mine:build")
+        assert bool(findings.edges([_best(definition, own_rate=value)], definition)) == warned
+
+
 def test_a_depth_at_an_end_is_not_warned_of() -> None:
     definition = _searched("depth = { choices = [3, 5, 7] }")
     assert findings.edges([_best(definition, depth=7)], definition) == []
@@ -397,8 +406,8 @@ def test_pruned_trials_count_by_what_they_had_when_they_were_pruned() -> None:
     assert influences[0].startswith("The hyperparameter that matters most is depth: it explains 7")
     assert "All 5 best have depth 5." in influences
     assert "The best accuracy by depth: 5 0.9680 (10 complete), 7 0.2190 (0 complete, 10 pruned)." in influences
-    alike = [sentence for sentence in influences if sentence.startswith("With dropout 0.25 alike")]
-    assert alike == ["With dropout 0.25 alike: depth 5 0.9500, depth 7 0.2030 (pruned after epoch 1)."]
+    alike = [sentence for sentence in influences if sentence.startswith("With the same dropout 0.25")]
+    assert alike == ["With the same dropout 0.25: depth 5 0.9500, depth 7 0.2030 (pruned after epoch 1)."]
 
 
 def test_a_pruned_trial_with_repeats_counts_by_their_mean() -> None:
@@ -418,7 +427,7 @@ def test_what_the_best_have_in_common_is_said() -> None:
     trials = [_scored(number, 5 if number < 3 else 3, [0.99 - number / 100]) for number in range(10)]
     influences = findings.findings(trials, definitions.load("digits"), {}).influences
     assert "Of the 5 best, 3 have depth 5, 2 have depth 3." in influences
-    assert "The 5 best have dropout from 0.1 to 0.5; 0 to 0.7 was searched." in influences
+    assert "The 5 best have dropout from 0.1 to 0.5; searched: 0.0 to 0.7." in influences
 
 
 @pytest.mark.parametrize("state", [TrialState.WAITING, TrialState.RUNNING, FAIL])
@@ -506,28 +515,75 @@ def test_hits_tell_apart_what_two_accuracies_cannot() -> None:
     data = {"validation": 1000, "classes": 10}
     definition = definitions.load("digits")
     unpaired = findings.findings(trials, definition, data).cautions
-    assert any("do not tell the best from 1 trial of the 1 others" in sentence for sentence in unpaired)
+    assert any("the best is not reliably better than 1 trial of the 1 others" in sentence for sentence in unpaired)
     hits = {0: Hits.of(first, "validation", "a"), 1: Hits.of(second, "validation", "a")}
     paired = findings.findings(trials, definition, data, hits).cautions
-    assert not any("do not tell the best" in sentence for sentence in paired)
+    assert not any("the best is not reliably better" in sentence for sentence in paired)
     other_images = hits | {1: Hits.of(second, "validation", "b")}
     assert findings.findings(trials, definition, data, other_images).cautions == unpaired
 
 
 @pytest.mark.parametrize(
-    ("value", "trained", "words"),
+    ("value", "trained", "more", "words"),
     [
-        (0.12, 0.11, "0.1200, is at the level of chance for 10 classes"),
-        (0.7, 0.99, "The best trial has 0.9900 on the training images and 0.7000 on the others"),
-        (0.95, 0.99, None),
+        (0.12, 0.11, {}, "0.1200, is at the level of chance for 10 classes"),
+        (0.12, 0.11, {"most_frequent": 320}, "no better than that of always answering the most frequent class, 0.8914"),
+        (0.9, 0.91, {"most_frequent": 320}, "0.9000, is no better than that of always answering"),
+        (0.95, 0.95, {"most_frequent": 320}, None),
+        (0.9, 0.91, {}, None),
+        (0.9, 0.91, {"most_frequent": "many"}, None),
+        (0.9, 0.91, {"most_frequent": 320, "validation": None}, None),
+        (0.7, 0.99, {}, "The best trial has 0.9900 on the training images and 0.7000 on the others"),
+        (0.95, 0.99, {}, None),
     ],
 )
-def test_results_that_look_wrong_are_warned_of(value: float, trained: float, words: str | None) -> None:
+def test_results_that_look_wrong_are_warned_of(
+    value: float, trained: float, more: dict[str, Any], words: str | None
+) -> None:
+    """Studies of older versions did not record how many images are of the most frequent class."""
     best = _scored(0, 5, [value], train_accuracy=trained)
-    cautions = findings.findings([best], definitions.load("digits"), {"validation": 359, "classes": 10}).cautions
-    found = [sentence for sentence in cautions if "chance" in sentence or "training images" in sentence]
+    data = {"validation": 359, "classes": 10} | more
+    cautions = findings.findings([best], definitions.load("digits"), data).cautions
+    found = [sentence for sentence in cautions if "nothing was learned" in sentence or "training images" in sentence]
     assert len(found) == (words is not None)
     assert words is None or words in found[0]
+
+
+def test_a_model_that_always_answers_the_most_frequent_class_has_learned_nothing(
+    storage: PatientStorage, run: Callable[..., Claim], write_npz: Callable[..., Path]
+) -> None:
+    """Four of five images are of one class: so many are right by chance, of three classes."""
+    number = np.arange(300)
+    path = write_npz(y_train=np.where(number % 5 == 0, 1 + number // 5 % 2, 0))
+    summary = load(str(path), Data(validation=0.2), []).summary()
+    registry.create(definitions.load("digits"), storage, summary)
+    run("digits", {"depth": 3, "dropout": 0.1}, COMPLETE, 0.8)
+    caution = "The best accuracy, 0.8000, is no better than that of always answering the most frequent class, 0.8000: "
+    assert [each for each in collect("digits", storage).findings.cautions if each.startswith(caution)]
+
+
+def test_a_sample_of_a_grid_has_all_values_of_its_hyperparameters() -> None:
+    distributions: dict[str, Any] = {
+        "rate": optuna.distributions.FloatDistribution(0.0, 1.0),
+        "kind": optuna.distributions.CategoricalDistribution(["a", "b"]),
+    }
+    trials = [
+        optuna.trial.create_trial(
+            value=0.9 if kind == "a" else 0.5, params={"rate": at / 300, "kind": kind}, distributions=distributions
+        )
+        for at in range(300)
+        for kind in ("a", "b")
+    ]
+    assert next(iter(importance.importances(trials))) == "kind"
+
+
+def test_a_number_whose_trials_are_mostly_at_its_top_can_make_a_difference() -> None:
+    distribution = optuna.distributions.IntDistribution(1, 4)
+    trials = [
+        optuna.trial.create_trial(value=0.1 * value, params={"depth": value}, distributions={"depth": distribution})
+        for value in [1, 2, 3, *[4] * 9]
+    ]
+    assert importance.importances(trials)["depth"] > 0.5
 
 
 def test_importances_name_what_made_the_difference() -> None:

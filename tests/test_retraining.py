@@ -3,27 +3,33 @@
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 import pytest
 from conftest import SMALL, Command, ended, until
-from scripted import Scripted, epoch
+from optuna.trial import TrialState
+from scripted import Scripted, epoch, trained
 from sklearn.datasets import load_digits
 
 import search
 import studies
 from search import checks, retraining
+from search.devices import Slot, cpu
 from search.errors import DataError, MachineError
 from search.messages import Checked, Epoch
 from search.retraining import Replayed, ReplayedEpoch
 from storage import claims, database, ledger, owners, settings
-from studies import recipe, registry
+from storage.owners import Owner
+from storage.transactions import PatientStorage
+from studies import recipe, registry, statistics
 from studies.definition import Definition
 from studies.errors import StudyError
 
@@ -153,6 +159,43 @@ def test_values_within_the_tolerance_hold() -> None:
     assert (replayed(0.02).is_exact, replayed(0.02).holds) == (False, True)
     assert not replayed(0.005).holds
     assert not replayed(0.0).holds
+
+
+@pytest.mark.parametrize(("value", "repeats", "images"), [(1.0, [], 200), (0.9, [0.88, 0.92], 200), (0.9, [], None)])
+def test_the_tolerance_is_that_of_the_images_that_the_study_judged_by(
+    storage: PatientStorage,
+    trivial: Definition,
+    me: Owner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    value: float,
+    repeats: list[float],
+    images: int | None,
+) -> None:
+    """The mean of several repeats has no hits, and a perfect accuracy may be lower the next time."""
+    data: dict[str, Any] = {"fingerprint": "0" * 16} | ({} if images is None else {"validation": images})
+    study = registry.create(trivial, storage, data).study
+    claim = claims.claim(storage, study, me, 60.0)
+    assert claim is not None
+    claims.begin(storage, claim, {"dropout": (trivial.space["dropout"].distribution(), 0.1)})
+    attributes: dict[str, Any] = {"seed": 1} | ({"repeats": repeats} if repeats else {})
+    claims.finish(storage, claim, TrialState.COMPLETE, value, attributes)
+    monkeypatch.setattr(checks, "check", lambda *_: Checked(data=data))
+    monkeypatch.setattr(retraining, "_train", lambda *_: trained(stopped=False))
+    here, elsewhere = settings.Settings(home=tmp_path), Slot(device=cpu())  # the trial has no record of its device
+    study = registry.find("trivial", storage)
+    found = retraining.replay(study, 0, storage, here, elsewhere, lambda _: None, lambda _: None)
+    error = 0.0
+    if images is not None:
+        interval = statistics.wilson(round(value * images), images)
+        error = math.sqrt(2) * (interval.high - interval.low) / 2
+        assert error > 0.01
+    assert found.tolerance == pytest.approx(0.01 + error)
+
+
+def test_a_trial_that_is_no_number_is_one_sentence(finished_study: str) -> None:
+    with pytest.raises(StudyError, match=r"\Atrial = '1' must be a whole number[^\n]*\Z"):
+        search.replay(finished_study, "1", devices="cpu")  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_replayed_is_said_in_one_sentence(

@@ -21,7 +21,7 @@ from storage.claims import Claim
 from storage.errors import ClaimLost
 from storage.owners import Owner
 from storage.trial_cache import TrialCache
-from studies import registry, sampling
+from studies import additions, registry, sampling
 from studies.definition import Definition, parse
 from studies.errors import DefinitionError
 from studies.imported import import_trials
@@ -494,7 +494,9 @@ DISCRETE = (
     + """[space]
 depth = {{ choices = [3, 5] }}
 dropout = {{ low = 0.0, high = 0.2, step = 0.1 }}
-"""
+
+[sampler]"""
+    + CONDITIONAL.partition("[sampler]")[2]
 )
 
 
@@ -540,10 +542,13 @@ def test_a_trial_that_goes_back_before_it_has_its_point_is_lost_and_the_worker_g
         hyperparameters_of(study.study.definition, study.study.storage, opened, claim)
 
 
-def test_two_slots_at_once_never_have_one_point(searched: Any) -> None:
+@pytest.mark.parametrize(("given", "slots"), [({}, 6), ({"depth": 3}, 3)])
+def test_two_slots_at_once_never_have_one_point(searched: Any, given: Point, slots: int) -> None:
     """Both read the trials before either has recorded its point."""
     study = searched(_definition(DISCRETE, sampler="random", trials=6))
-    claimed = [study.claim() for _ in range(6)]
+    for _ in range(slots) if given else ():
+        registry.open("sampled", study.storage).enqueue_trial(given)
+    claimed = [study.claim() for _ in range(slots)]
     opened = [study.study.opened(claim) for claim in claimed]
     for each in opened:  # as one read them at the same moment
         trials = each.get_trials(deepcopy=True)
@@ -552,7 +557,43 @@ def test_two_slots_at_once_never_have_one_point(searched: Any) -> None:
         hyperparameters_of(study.study.definition, study.study.storage, each, claim)
         for each, claim in zip(opened, claimed, strict=True)
     ]
-    assert len({json.dumps(point, sort_keys=True) for point in points}) == 6
+    assert len({json.dumps(point, sort_keys=True) for point in points}) == slots
+    assert all(given.items() <= point.items() for point in points)
+
+
+CONDITIONAL_DISCRETE = DISCRETE.replace("step = 0.1", "step = 0.1, when = {{ depth = 3 }}")
+
+
+@pytest.mark.parametrize("text", [DISCRETE, CONDITIONAL_DISCRETE])
+@pytest.mark.parametrize("kind", ["random", "tpe", "qmc", "nsga2"])
+def test_a_trial_that_was_added_with_some_hyperparameters_keeps_them_in_a_point_of_its_own(
+    searched: Any, kind: str, text: str
+) -> None:
+    study = searched(_definition(text, sampler=kind, trials=6))
+    points = []
+    for _ in range(3):
+        additions.enqueue("sampled", {"depth": 3}, study.storage)
+        points += study.draw(1)
+    assert [point["depth"] for point in points] == [3, 3, 3]
+    assert sorted(point["dropout"] for point in points) == pytest.approx([0.0, 0.1, 0.2])
+    # No other point has depth 3. A person asks for it all the same, and the study goes on.
+    additions.enqueue("sampled", {"depth": 3}, study.storage)
+    (again,) = study.draw(1)
+    assert key_of(again) in map(key_of, points)
+    rest = study.draw(study.study.definition.size - 4)
+    assert all(point["depth"] == 5 for point in rest)
+
+
+@pytest.mark.parametrize(
+    ("text", "given"), [(DISCRETE, {"depth": 3, "dropout": 0.1}), (CONDITIONAL_DISCRETE, {"depth": 5})]
+)
+def test_a_trial_that_was_added_with_all_hyperparameters_keeps_them_though_another_has_them(
+    searched: Any, text: str, given: Point
+) -> None:
+    study = searched(_definition(text, sampler="random", trials=4))
+    for _ in range(2):
+        registry.open("sampled", study.storage).enqueue_trial(given)
+    assert study.draw(2) == [given, given]
 
 
 def test_a_trial_that_waits_again_keeps_its_point_from_others(searched: Any) -> None:

@@ -158,6 +158,11 @@ def test_the_report_of_a_confirmation_s_running_trial_names_the_images_of_its_ep
         assert "| epoch | validation accuracy |" in report
 
 
+def test_the_curve_of_a_running_trial_is_titled_as_that_of_one_trial(storage: RDBStorage, every_state: str) -> None:
+    page = studies.report(every_state, storage, trial=3)
+    assert "Accuracy by epoch (the losses are not on this machine)" in page
+
+
 def test_the_report_of_a_trial_with_repeats_lists_these_where_it_has_no_history(
     storage: RDBStorage, every_state: str
 ) -> None:
