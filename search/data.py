@@ -22,6 +22,7 @@ import numpy as np
 from search import idx, image_folder, streams
 from search.errors import DataError, MachineError
 from search.images import Array, Images, chosen, length, mapped
+from storage.errors import named_error
 from studies.definition import Data
 from studies.model_rules import STORED_FUNCTION
 from studies.sources import find_modules, is_folder, is_function
@@ -87,7 +88,9 @@ class Dataset:
         return _fingerprint(x, y)
 
     def summary(self) -> dict[str, Any]:
-        """What a study records about its data: counts and the fingerprint."""
+        """What a study records about its data: the fingerprint, and counts. `most_frequent` is how many of the images
+        that judge the trials of a search are of the class that has the most.
+        """
         counts = {
             "fingerprint": self.fingerprint,
             "train": len(self.y_train),
@@ -95,6 +98,8 @@ class Dataset:
             "image_shape": list(self.image_shape),
             "classes": self.classes,
         }
+        if len(self.y_validation):
+            counts["most_frequent"] = int(np.bincount(self.y_validation).max())
         if self.test_images is not None:
             counts.setdefault("test", self.test_images)
         return counts if self.class_names is None else {**counts, "class_names": list(self.class_names)}
@@ -104,8 +109,8 @@ def load(name: str, data: Data, folders: Sequence[Path], *, test: bool = False) 
     """The dataset `name` (see `studies.definition`), limited and split as `data` says.
 
     The test arrays are read only for a confirmation (`test`), and where the definition validates on them.
-    Files are searched in `folders`; mnist, fashion_mnist and cifar10 are downloaded to the last folder if no folder has
-    them.
+    Files are looked for in `folders`; mnist, fashion_mnist and cifar10 are downloaded to the last folder if no folder
+    has them.
     Raises DataError, and MachineError if a function cannot be imported.
     """
     source = _source(name, data, folders)
@@ -325,7 +330,7 @@ def _from_function(name: str) -> _Source:
     function = import_function(name)
     try:
         returned = function()
-        first, *others = returned if isinstance(returned, tuple) else (returned,)
+        first, *others = returned if isinstance(returned, (tuple, list)) else (returned,)
         if streams.is_stream(first):
             test_images = None if others else 0  # a stream tells its length only when it is read
             return _Source(arrays=_from_streams(name, first, *others), test_images=test_images)
@@ -335,7 +340,7 @@ def _from_function(name: str) -> _Source:
     except Exception as error:  # a user's own code may raise anything
         raise DataError(
             f"{name} must return ((x_train, y_train), (x_test, y_test)) or a tf.data.Dataset, and ended in "
-            f"{type(error).__name__}: {' '.join(str(error).split())}; correct the function"
+            f"{named_error(error)}; correct the function"
         ) from error
     arrays = {
         "x_train": lambda: np.asarray(x_train),
@@ -366,8 +371,7 @@ def import_function(name: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module_name), function_name)
     except (Exception, SystemExit) as error:  # importing runs a user's code
         raise MachineError(
-            f"{name} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}): "
-            f"{_where_to_look(module_name)}"
+            f"{name} cannot be imported ({named_error(error)}): {_where_to_look(module_name)}"
         ) from error
     if not callable(function):
         raise MachineError(f"{name} is of type {type(function).__name__}, not a function: give the name of a function")

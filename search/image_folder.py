@@ -20,6 +20,7 @@ from storage.errors import many
 from storage.settings import environment_without_secrets
 from studies.class_folders import SUFFIXES, files_below, files_by_class, identities_above, parts
 from studies.definition import Data
+from studies.wording import names_text
 
 PARTS = {"train", "test", "val", "valid", "validation"}  # no classes, where there are no others
 FORMAT = 1  # of the converted file: another number makes it again
@@ -79,6 +80,11 @@ def listing(folder: Path, data: Data) -> Listing:
     if "test" in found and data.test is not None:
         raise DataError(f"data.test = {data.test:g} is for folders without test/, and {folder}/ has one: leave it out")
     numbers = {name: number for number, name in enumerate(classes)}
+    missing = [name for name in classes if name not in tests]
+    if "test" in found and missing:
+        notes.append(
+            f"{folder}/test/ has no image of {names_text(missing, 5)}: a confirmation says nothing about such classes"
+        )
     if "test" in found:
         train = tuple((file, numbers[name]) for name, files in by_class.items() for file in files)
         test = tuple((file, numbers[name]) for name, files in tests.items() for file in files)
@@ -138,7 +144,7 @@ def _kept_for_test(by_class: Mapping[str, list[str]], base: Path, share: float) 
                 f"{base}/{name}/ has only 1 image, and data.test = {share:g} keeps some of each class for the test: "
                 "add images to it, or leave data.test out"
             )
-        count = min(round(len(files) * share), len(files) - 1)
+        count = min(max(1, round(len(files) * share)), len(files) - 1) if share > 0.0 else 0
         kept = set(sorted(files, key=_order_of_test)[:count])
         for file in files:
             (test if file in kept else train).append((file, number))

@@ -18,7 +18,7 @@ class StandardError(Console):
     """A console of Rich on standard error that never raises OSError."""
 
     def __init__(self) -> None:
-        super().__init__(stderr=True)
+        super().__init__(stderr=True, emoji=False)  # a class may be called ":cat:"
         self._is_failing = False
 
     @property

@@ -1,5 +1,6 @@
 """The commands for a first study: a definition to start from."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -40,7 +41,8 @@ def init(
             model = None if answer == "auto" else answer
     files = service.init(data, file, model=model, name=name, trials=trials, epochs=epochs, from_script=from_script)
     written = " and ".join(map(str, files))
-    say(f"{written} {'is' if len(files) == 1 else 'are'} written: `trialyard check {files[0]}` tries it")
+    check = f"trialyard check {shlex.quote(str(files[0]))}"
+    say(f"{written} {'is' if len(files) == 1 else 'are'} written: `{check}` tries it")
 
 
 def catalog(

@@ -53,8 +53,14 @@ def confusion(answered: Answered) -> go.Figure | None:
         f"Confusion matrix of trial {answered.trial}, {answered.predictions.judged_on} images",
         "taken for",
         "class",
-        xaxis={"type": "category", "constrain": "domain"},
-        yaxis={"type": "category", "autorange": "reversed", "scaleanchor": "x", "constrain": "domain"},
+        xaxis={"type": "category", "constrain": "domain", "automargin": True},
+        yaxis={
+            "type": "category",
+            "autorange": "reversed",
+            "scaleanchor": "x",
+            "constrain": "domain",
+            "automargin": True,
+        },
     )
     return figure.update_layout(height=520).update_xaxes(showgrid=False).update_yaxes(showgrid=False)
 
@@ -79,7 +85,7 @@ def accuracy_by_class(answered: Answered) -> go.Figure:
         f"Accuracy by class of trial {answered.trial}{which}",
         "class",
         f"{predictions.judged_on} accuracy",
-        xaxis={"type": "category"},
+        xaxis={"type": "category", "automargin": True},
         yaxis={"range": [0.0, 1.0]},
     )
 

@@ -58,6 +58,6 @@ def identities_above(folder: Path) -> frozenset[tuple[int, int]]:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """The same for a folder and a link to it."""
+    """What a folder has in common with the links to it, and with no other folder."""
     status = folder.stat()
     return status.st_dev, status.st_ino

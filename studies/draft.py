@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ class _Images:
 
 
 def draft(
-    data: str,
+    data: str | Path,
     file: Path | None = None,
     *,
     model: str | None = None,
@@ -129,6 +130,7 @@ def draft(
 
     Returns the texts of the files by their paths, the definition first. Raises DefinitionError.
     """
+    data = os.path.expanduser(data)  # a shell leaves ~ as it is in quotes, and after --data=
     try:
         if Path(data).is_dir() and not is_folder(data):
             data = f"{data}/"
@@ -218,8 +220,9 @@ def _text(
     space: str,
     fixed: str,
 ) -> str:
+    quoted = shlex.quote(str(file))
     parts = [
-        f"# `trialyard check {file}` says what is wrong with this file, `trialyard run {file}` runs the search.\n"
+        f"# `trialyard check {quoted}` says what is wrong with this file, `trialyard run {quoted}` runs the search.\n"
         "# docs/definition.md of Trialyard explains every key.\n"
         + tomli_w.dumps({"name": name, "dataset": data, "model": model}),
         _data_table(images),
@@ -287,8 +290,8 @@ def _range(name: str, value: Any) -> str | None:
         return f"{name} = {{ low = {low}, high = {_allowed(high, rule)} }}"
     if value == 0 and is_penalty:
         return f"{name} = {{ low = 0.0, high = 0.01 }}"
-    if "drop" in name or value == 0:
-        return f"{name} = {{ low = 0.0, high = 0.6 }}"
+    if value == 0 or ("drop" in name and 0 < value < 1):
+        return f"{name} = {{ low = 0.0, high = {max(0.6, min(0.95, round(value + 0.1, 2))):g} }}"
     if value < 0:
         return f"{name} = {{ low = {2.0 * value!r}, high = 0.0 }}"
     if 0.9 <= value < 1.0:  # a momentum, say: what matters is how far it is from 1

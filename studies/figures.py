@@ -110,12 +110,20 @@ def figure(
     )
     drawn = _DRAW[kind](subject)
     if drawn is None:
-        of_trial = "" if trial is None else f" of trial {trial}"
-        raise StudyError(
-            f"study {name!r} has nothing to draw as {kind!r}{of_trial} yet: it needs finished trials, and those that "
-            "are drawn of a model need its files, which the best trials keep on the machine that trained them"
-        )
+        raise StudyError(f"study {name!r} has nothing to draw as {kind!r}{_why_nothing(kind, trial, subject.answered)}")
     return drawn
+
+
+def _why_nothing(kind: str, trial: int | None, answered: Answered | None) -> str:
+    if answered is not None and kind == "mistakes":
+        return f": the model of trial {answered.trial} made no mistake on these images"
+    if answered is not None and kind == "confusion":
+        return f": it has more than {answer_figures.MOST_CLASSES} classes, and no matrix of so many can be read"
+    of_trial = "" if trial is None else f" of trial {trial}"
+    return (
+        f"{of_trial} yet: it needs finished trials, and those that are drawn of a model need its files, which the best "
+        "trials keep on the machine that trained them"
+    )
 
 
 def _numbered(trials: Sequence[FrozenTrial], number: int, name: str) -> list[FrozenTrial]:

@@ -80,7 +80,7 @@ def _parsed(file: Path) -> ast.Module:
     if file.suffix != ".py" or not file.stem.isidentifier():
         raise DefinitionError(f"{file} must be a Python file whose name can be imported, such as train.py: rename it")
     try:
-        return ast.parse(file.read_text(encoding="utf-8"))
+        return ast.parse(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DefinitionError(f"{file} cannot be read ({reason}): give the path of a Keras script") from None

@@ -53,12 +53,13 @@ def _recorded_accuracies(curves: Sequence[Curve], definition: Definition) -> go.
         return None
     step = "repeat" if definition.budget.repeats > 1 else "epoch"
     values = [value for curve in curves for value in curve.val_accuracy]
+    order = "" if len(curves) == 1 else ", best trials first"
     return drawing.framed(
         [
             drawing.line(curve, f"trial {curve.number}", curve.val_accuracy, index, "dash")
             for index, curve in enumerate(curves)
         ],
-        f"Accuracy by {step}, best trials first (their losses are not on this machine)",
+        f"Accuracy by {step}{order} (the losses are not on this machine)",
         step,
         f"{drawing.images('validation', definition)} accuracy",
         xaxis=drawing.count_axis(max(len(curve.val_accuracy) for curve in curves)),

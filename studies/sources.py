@@ -73,13 +73,17 @@ def idx_array(file: str) -> str | None:
 
 
 def resolved(dataset: str, folder: Path) -> str:
-    """The absolute path of a file or folder that exists relative to `folder`; else `dataset` as it is."""
+    """The absolute path of a file or folder that exists relative to `folder`; else `dataset` as it is.
+
+    A ``~`` at its start is the home folder, as in a shell.
+    """
     if "\0" in dataset:
         return dataset
-    path = (folder / dataset).absolute()
-    if dataset.endswith((".npz", ".h5")) and path.is_file():
+    path = (folder / os.path.expanduser(dataset)).absolute()
+    # Not by Path, which raises where a folder may not be entered, or a name is too long: who reads the data says so.
+    if dataset.endswith((".npz", ".h5")) and os.path.isfile(path):
         return str(path)
-    if is_folder(dataset) and path.is_dir():
+    if is_folder(dataset) and os.path.isdir(path):
         return f"{path}/"
     return dataset
 
@@ -107,4 +111,4 @@ def with_weights(raw: Any, replacement: Callable[[str], str], is_weights: bool =
 def weights_file(weights: str) -> Path:
     """The path of a file of weights; if it does not exist, that of its name in the current folder."""
     path = Path(weights)
-    return path if path.is_file() else Path(path.name)
+    return path if os.path.isfile(path) else Path(path.name)

@@ -45,7 +45,8 @@ def hyperparameters(trials: Sequence[FrozenTrial], definition: Definition) -> go
                 values = [_shown(trial.params[name]) for trial in shown]
                 title = state.name.lower()
                 figure.add_trace(drawing.dots(shown, values, definition, title, marker, show=index == 0), **at)
-        figure.update_xaxes(title_text=html.escape(name.replace("_", " ")), **_axis(definition.space[name]), **at)
+        axis = _axis(definition.space[name], [trial.params[name] for trial in drawn if name in trial.params])
+        figure.update_xaxes(title_text=html.escape(name.replace("_", " ")), **axis, **at)
     figure.update_yaxes(title_text=drawing.score_title(definition), col=1)
     figure.update_yaxes(**drawing.accuracy_axis(map(drawing.accuracy, drawn)))
     note = drawing.sample_note([drawn], PANEL_POINTS)
@@ -101,10 +102,16 @@ def parallel(trials: Sequence[FrozenTrial], definition: Definition) -> go.Figure
     return figure
 
 
-def _axis(parameter: Float | Int | Choice) -> Mapping[str, Any]:
+def _axis(parameter: Float | Int | Choice, values: Sequence[Any]) -> Mapping[str, Any]:
     if isinstance(parameter, Choice):
         return drawing.choice_axis(parameter.choices)
-    return {"type": "log", "dtick": 1} if parameter.log else {}
+    if not parameter.log:
+        return {}
+    # Ticks at powers of ten alone. Between values that are near each other there may be none.
+    # Another program may have given a trial any value.
+    positive = [value for value in values if isinstance(value, (int, float)) and value > 0]
+    is_wide = bool(positive) and max(positive) >= 100 * min(positive)
+    return {"type": "log"} | ({"dtick": 1} if is_wide else {})
 
 
 def _height(parameter: Float | Int | Choice, value: Any) -> float | None:

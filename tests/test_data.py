@@ -36,6 +36,7 @@ def test_the_validation_split_has_every_class_with_its_share(write_npz: Write) -
     dataset = data.load(str(path), Data(validation=0.25), [])
     assert np.bincount(dataset.y_validation).tolist() == [50, 20, 5]
     assert np.bincount(dataset.y_train).tolist() == [150, 60, 15]
+    assert dataset.summary()["most_frequent"] == 50, "who always answers its class is right so often"
 
 
 def test_split_and_limit_lose_nothing_and_show_no_image_twice(tmp_path: Path) -> None:

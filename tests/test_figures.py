@@ -140,8 +140,10 @@ def test_without_any_history_the_accuracy_by_epoch_is_drawn(
 ) -> None:
     figure = search_figures.learning_curves(results.curves_of(trials, tmp_path), digits)
     assert list(_trace(figure, "trial 3").y) == [0.5, 0.95]
-    assert "not on this machine" in figure.layout.title.text
-    assert figure.layout.xaxis.title.text == "epoch"
+    title = "Accuracy by epoch, best trials first (the losses are not on this machine)"
+    assert (figure.layout.title.text, figure.layout.xaxis.title.text) == (title, "epoch")
+    one = search_figures.learning_curves(results.curves_of(trials[:1], tmp_path), digits)
+    assert one.layout.title.text == "Accuracy by epoch (the losses are not on this machine)"
 
 
 def test_without_any_history_the_accuracy_of_repeats_is_drawn_by_repeat(
@@ -359,6 +361,19 @@ def test_each_hyperparameter_has_a_panel_with_the_axis_of_its_space(
     assert [list(trace.x) for trace in figure.data] == [[1e-3], [5], ["sgd"]]
 
 
+@pytest.mark.parametrize(("rates", "step"), [((1e-4, 1e-2), 1), ((2e-3, 8e-3), None), ((2e-3, 0.0), None)])
+def test_a_logarithmic_axis_has_powers_of_ten_alone_where_there_are_several(
+    trial: Callable[..., FrozenTrial], mixed: Definition, rates: tuple[float, float], step: int | None
+) -> None:
+    """Trials of a wide range may have values that are near each other; another program may have given one 0."""
+    made = [
+        trial(n, COMPLETE, 0.9, params={"learning_rate": rate, "depth": 5, "optimizer": "sgd"}, definition=mixed)
+        for n, rate in enumerate(rates)
+    ]
+    axis = space_figures.hyperparameters(made, mixed).layout.xaxis
+    assert (axis.type, axis.dtick) == ("log", step)
+
+
 def test_parallel_coordinates_have_the_scale_of_the_space(trial: Callable[..., FrozenTrial], mixed: Definition) -> None:
     made = [
         trial(n, COMPLETE, value, params=params, definition=mixed)
@@ -379,6 +394,19 @@ def test_parallel_coordinates_have_the_scale_of_the_space(trial: Callable[..., F
 
 
 # --- a model's answers ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flawless() -> predictions.Predictions:
+    """300 images of as many classes, all of them answered rightly."""
+    return predictions.Predictions.of(
+        judged_on="validation",
+        images=np.zeros((300, 4, 4, 1), np.uint8),
+        labels=np.arange(300),
+        predicted=np.arange(300),
+        probability=np.ones(300, np.float32),
+        classes=300,
+    )
 
 
 @pytest.fixture
@@ -412,16 +440,16 @@ def test_figures_of_answers_show_the_names_of_classes(answered: predictions.Answ
         assert "bdata" not in figure.to_json()
 
 
-def test_a_confusion_matrix_of_very_many_classes_is_not_drawn(digits: Definition) -> None:
-    found = predictions.Predictions.of(
-        judged_on="validation",
-        images=np.zeros((300, 4, 4, 1), np.uint8),
-        labels=np.arange(300),
-        predicted=np.arange(300),
-        probability=np.ones(300, np.float32),
-        classes=300,
-    )
-    answered = predictions.Answered(trial=4, predictions=found)
+def test_the_names_of_classes_have_room(answered: predictions.Answered, digits: Definition) -> None:
+    plots = _figures([], digits, answered=answered)
+    matrix, bars = plots["confusion"].layout, plots["classes"].layout
+    assert all(axis.automargin for axis in (matrix.xaxis, matrix.yaxis, bars.xaxis))
+
+
+def test_a_confusion_matrix_of_very_many_classes_is_not_drawn(
+    digits: Definition, flawless: predictions.Predictions
+) -> None:
+    answered = predictions.Answered(trial=4, predictions=flawless)
     assert "confusion" not in _figures([], digits, answered=answered)
     assert "confusion" not in notes._kinds(answered)
     assert "classes" in notes._kinds(answered)
@@ -477,20 +505,37 @@ def test_a_confirmation_shows_each_seed_and_the_interval_of_the_mean() -> None:
 # --- one figure by name -----------------------------------------------------------------------------------
 
 
-def test_one_figure_is_drawn_by_its_kind(finished_study: str, home: Path, answered: predictions.Answered) -> None:
+def _store_answers(found: predictions.Predictions, study: str, home: Path) -> int:
+    """Stores `found` as the answers of the best model; returns the number of its trial."""
     (home / "yard" / "artifacts").mkdir(exist_ok=True)
-    answered.predictions.write(home / "yard" / "artifacts" / PREDICTIONS)
+    found.write(home / "yard" / "artifacts" / PREDICTIONS)
     storage = database.connect(f"sqlite:///{home}/yard/studies.db")
-    best = studies.best_trial(finished_study, storage)
+    best = studies.best_trial(study, storage)
     row = {"trial_id": best._trial_id, "key": "predictions", "value_json": json.dumps(PREDICTIONS)}
     with storage.engine.begin() as connection:
         connection.execute(insert(TrialUserAttributeModel), row)
+    return best.number
+
+
+def test_one_figure_is_drawn_by_its_kind(finished_study: str, home: Path, answered: predictions.Answered) -> None:
+    best = _store_answers(answered.predictions, finished_study, home)
     title = studies.figure(finished_study, "mistakes").layout.title.text
-    assert title.startswith(f"The most certain mistakes of trial {best.number}")
+    assert title.startswith(f"The most certain mistakes of trial {best}")
     with pytest.raises(StudyError, match=r"has nothing to draw as 'mistakes' of trial 0 yet"):
         studies.figure(finished_study, "mistakes", trial=0)
     curves = studies.figure(finished_study, "learning-curves", trial=0)
     assert {trace.legendgroup for trace in curves.data} == {"trial 0"}
+
+
+def test_the_reason_why_nothing_is_drawn_is_true(
+    finished_study: str, home: Path, flawless: predictions.Predictions
+) -> None:
+    best = _store_answers(flawless, finished_study, home)
+    for trial in (None, best):
+        with pytest.raises(StudyError, match=f"'mistakes': the model of trial {best} made no mistake on these images$"):
+            studies.figure(finished_study, "mistakes", trial)
+        with pytest.raises(StudyError, match=r"'confusion': it has more than 200 classes, and no matrix of so many"):
+            studies.figure(finished_study, "confusion", trial)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_two_databases_with_one_artifacts_folder(home: Path, write_small: Callab
     for url in (first, second):
         said = _done(start, "storage", "prune", "--yes", TRIALYARD_STORAGE=url)
         assert "kept, since it may be another database's" in said
-        assert "0 B are free" in said
+        assert "0 B were freed" in said
         assert studies.status("small", url).complete == 2
         _assert_right_model(file, url)
     # What one database deletes is not the other's.

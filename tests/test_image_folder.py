@@ -103,7 +103,10 @@ def test_train_and_test_folders_are_read_as_such(tmp_path: Path) -> None:
     arrays = _convert(tmp_path, Data())
     assert (arrays["y_train"].tolist(), arrays["y_test"].tolist()) == ([0, 1], [1])
     assert arrays["x_test"].max() == 8
-    assert any("valid/ is not read" in note for note in image_folder.listing(tmp_path, Data()).notes)
+    assert image_folder.listing(tmp_path, Data()).notes == (
+        f"{tmp_path}/valid/ is not read, only the sub-folders of train/ and test/ are",
+        f"{tmp_path}/test/ has no image of a: a confirmation says nothing about such classes",
+    )
     with pytest.raises(DataError, match=r"data.test = 0.5 is for folders without test/"):
         image_folder.listing(tmp_path, Data(test=0.5))
     write_png(tmp_path / "test/c/1.png", GREY)
@@ -135,7 +138,9 @@ def test_the_test_share_is_one_of_each_class_and_leaves_images_to_train_with(tmp
     assert not {name for name, _ in listed.test} & {name for name, _ in listed.train}
     for name in ("1", "2"):
         write_png(tmp_path / "rare" / f"{name}.png", GREY)
-    assert [number for _, number in image_folder.listing(tmp_path, Data(test=0.8)).train].count(2) == 1
+    for share in (0.2, 0.8):
+        listed = image_folder.listing(tmp_path, Data(test=share))
+        assert [[number for _, number in part].count(2) for part in (listed.train, listed.test)] == [1, 1], share
     (tmp_path / "rare" / "1.png").unlink()
     with pytest.raises(DataError, match=r"/rare/ has only 1 image, and data.test = 0.8 keeps some of each class"):
         image_folder.listing(tmp_path, Data(test=0.8))

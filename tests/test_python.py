@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import Command, ended
+from locked_folder import locked
 
 import search
 import studies
@@ -181,6 +182,55 @@ build = outer()
     assert fingerprint(_build(text)) != fingerprint(_build(text.replace("= settings, 3", "= settings, 4")))
 
 
+def test_an_object_of_keras_has_the_fingerprint_of_its_configuration_and_weights() -> None:
+    text = """
+import keras
+from keras import layers
+begin = keras.initializers.HeNormal()
+augment = keras.Sequential([layers.RandomFlip(), layers.RandomRotation(0.1)])
+head = layers.Dense(2, kernel_initializer="zeros")
+head.build((None, 3))
+def build(h, s, c): return augment, head, begin
+"""
+    first = fingerprint(_build(text))
+    keras.Sequential([keras.layers.Dense(1)])  # the names of later layers count it
+    assert fingerprint(_build(text)) == first
+    assert fingerprint(_build(text.replace("0.1", "0.2"))) != first
+    assert fingerprint(_build(text.replace('"zeros"', '"ones"'))) != first
+
+
+def test_an_object_with_slots_has_a_fingerprint_of_their_values() -> None:
+    text = """
+from dataclasses import dataclass
+@dataclass(slots=True)
+class Settings:
+    units: int
+settings = Settings(3)
+def build(h, s, c): return settings.units
+"""
+    assert fingerprint(_build(text)) == fingerprint(_build(text))
+    assert fingerprint(_build(text)) != fingerprint(_build(text.replace("Settings(3)", "Settings(4)")))
+
+
+def test_the_file_of_a_module_of_one_s_own_is_in_the_fingerprint(
+    home: Path, write_module: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_module("own_blocks", "def conv(x): return x")
+    monkeypatch.syspath_prepend(str(home))
+    text = "from own_blocks import conv\nimport own_blocks\ndef build(h, s, c): return conv(c), own_blocks"
+    first = fingerprint(_build(text))
+    assert fingerprint(_build(text)) == first
+    (home / "own_blocks.py").write_text("def conv(x): return 2 * x", encoding="utf-8")
+    assert fingerprint(_build(text)) != first
+
+
+def test_a_registered_class_that_a_text_names_is_in_the_fingerprint() -> None:
+    text = "def build(h, s, c): return 'mine>swish' if h else 'other'"
+    before, after = (_build(f"def build(x): return x * {factor}") for factor in (1, 2))
+    assert fingerprint(_build(text), {"mine>swish": before}) != fingerprint(_build(text), {"mine>swish": after})
+    assert fingerprint(_build(text), {"mine>relu": before}) == fingerprint(_build(text), {"mine>relu": after})
+
+
 def test_a_stored_function_is_imported_like_any_other(home: Path) -> None:
     stored = functions.of(_build())
     assert isinstance(stored, StoredFunction)
@@ -328,6 +378,24 @@ def test_a_search_is_the_definition_that_its_arguments_say(calls: Calls, home: P
     assert ty.search("mnist_cnn", "digits", space={"width": [0.5, 1.0]}, trials=2).name == "mnist_cnn"
 
 
+def test_a_grid_is_searched_whole_unless_its_trials_are_given(calls: Calls) -> None:
+    space = {"units": list(range(30))}
+    for number, (sampler, given, wanted) in enumerate(
+        [("grid", {}, 30), ({"kind": "grid"}, {}, 30), ("grid", {"trials": 7}, 7), ("random", {}, 20)]
+    ):
+        ty.search(_build(), _digits(), space=space, sampler=sampler, name=f"study-{number}", **given)
+        assert calls[-1][0].trials == wanted
+
+
+def test_a_search_that_is_stopped_says_so(calls: Calls, caplog: pytest.LogCaptureFixture) -> None:
+    given: dict[str, Any] = {"space": {"units": [4, 8]}, "trials": 2}
+    ty.search(_build(), _digits(), **given)
+    assert caplog.text == ""
+    ty.stop("build")
+    ty.search(_build(), _digits(), **given)
+    assert "study build is stopped, so no trial was started: ty.resume('build'), and the same call" in caplog.text
+
+
 def test_another_function_or_other_arrays_are_refused_under_the_same_name(calls: Calls) -> None:
     given: dict[str, Any] = {"space": {"units": [4, 8]}, "trials": 2}
     ty.search(_build(), _digits(), **given)
@@ -369,6 +437,25 @@ def test_files_stay_only_if_a_study_needs_them(home: Path, monkeypatch: pytest.M
     with pytest.raises(ModelError):
         ty.search(_build(), _digits(), **given)
     assert len(list(functions.folder().iterdir())) == 2
+
+
+def test_a_path_is_what_a_definition_calls_a_dataset(calls: Calls, home: Path, write_npz: Callable[..., Path]) -> None:
+    (home / "photos").mkdir()
+    write_npz()
+    for number, (given, dataset) in enumerate((("photos", f"{home}/photos/"), ("small.npz", f"{home}/small.npz"))):
+        ty.search("mnist_cnn", Path(given), space={"width": [0.5, 1.0]}, trials=2, name=f"search-{number}")
+        assert calls[-1][0].dataset == dataset
+
+
+@pytest.mark.parametrize("images", ["closed/photos/", Path("closed/photos")])
+def test_a_folder_that_may_not_be_entered_is_one_sentence(home: Path, images: str | Path) -> None:
+    (home / "closed" / "photos").mkdir(parents=True)
+    with (
+        locked(home / "closed"),
+        pytest.raises(DataError, match=r"^closed/photos/ cannot be looked for \(Permission denied\): correct dataset"),
+    ):
+        ty.search("mnist_cnn", images, space={"width": [0.5, 1.0]})
+    assert not (home / "yard" / "studies.db").exists()
 
 
 # --- the result -------------------------------------------------------------------------------------------

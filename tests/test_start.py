@@ -68,6 +68,17 @@ def test_a_folder_of_images_gets_a_size_and_test_images(home: Path) -> None:
     assert definitions.load(str(search.init("split/")[0])).data.test is None
 
 
+def test_images_may_be_below_the_user_s_home_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(home / "me"))
+    write_digits(home / "me" / "photos", 20)
+    for number, images in enumerate(("~/photos", "~/photos/", Path("~/photos"), Path("me/photos"))):
+        file, *_ = search.init(images, f"{number}.toml")
+        assert definitions.load(str(file)).dataset == f"{home}/me/photos/"
+    by_hand = file.read_text(encoding="utf-8").replace('"me/photos/"', '"~/photos/"')
+    assert '"~/photos/"' in by_hand
+    assert definitions.parse(by_hand, folder=home).dataset == f"{home}/me/photos/"
+
+
 @pytest.mark.parametrize(("count", "size"), [(4, 1), (120, 16), (800, 128)])
 @pytest.mark.parametrize("model", ["resnet", "own"])
 def test_the_batches_of_a_draft_fit_a_small_folder(home: Path, count: int, size: int, model: str) -> None:
@@ -260,6 +271,8 @@ def test_a_range_has_its_default_in_it() -> None:
     ("name", "value", "low", "high"),
     [
         ("dropout", 0, 0.0, 0.6),
+        ("dropout", 0.7, 0.0, 0.8),
+        ("lr_drop", 10.0, 1.0, 100.0),
         ("drop_blocks", 3, 1, 6),
         ("l2", 0, 0.0, 0.01),
         ("weight_decay", 0, 0.0, 0.01),
@@ -296,6 +309,11 @@ def test_the_commands_write_and_print(trialyard: Callable[..., Any]) -> None:
         "digits.toml and digits_model.py are written: `trialyard check digits.toml` tries it\n",
     )
     assert definitions.load("digits.toml").trials == 3
+    code, out, _ = trialyard("init", "my digits.toml", "--data", "digits")
+    assert (code, out) == (0, "my digits.toml is written: `trialyard check 'my digits.toml'` tries it\n")
+    first_line = Path("my digits.toml").read_text(encoding="utf-8").splitlines()[0]
+    assert "`trialyard check 'my digits.toml'`" in first_line
+    assert "`trialyard run 'my digits.toml'`" in first_line
     code, _, problem = trialyard("init")
     assert code == 1
     assert problem == "error: the images are missing: name them with --data, such as --data photos/ or --data digits\n"

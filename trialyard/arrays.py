@@ -1,6 +1,7 @@
 """Arrays in hand as a data file, so that the trainer processes can read them. Its name has their digest."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from search.errors import DataError
 from search.images import Array
 from storage import settings
 from storage.artifacts import written_atomically
+from storage.errors import error_text
 
 FORMS = (
     "a pair (x, y) of arrays, two pairs ((x, y), (x_test, y_test)), or what a definition has for dataset, such as "
@@ -48,8 +50,11 @@ class StoredArrays:
 
 def of(data: Any) -> str | StoredArrays:
     """`data` as a definition names it, or the arrays that must be stored. Raises DataError if it has no known form."""
-    if isinstance(data, (str, Path)):
-        return str(data)
+    if isinstance(data, Path):  # it has no slash at its end
+        path = os.path.expanduser(data)
+        return f"{path}/" if _is_folder(Path(path)) else path
+    if isinstance(data, str):
+        return data
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise DataError(f"the data must be {FORMS}, and are a {_kind(data)}")
     if all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in data):
@@ -60,11 +65,18 @@ def of(data: Any) -> str | StoredArrays:
     return StoredArrays(arrays={key: _array(key, value) for key, value in raw.items()})
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # in a folder that may not be entered, say: who reads it says so
+        return path.suffix != ".npz"
+
+
 def _array(key: str, value: Any) -> Array:
     try:
         array = np.asarray(value)
     except Exception as error:  # such as a tensor on a GPU, or lists of several lengths
-        raise DataError(f"{key} is not an array ({' '.join(str(error).split())[:200]}): give a NumPy array") from error
+        raise DataError(f"{key} is not an array ({error_text(error, 200)}): give a NumPy array") from error
     if array.dtype.hasobject:
         raise DataError(
             f"{key} is an array of Python objects, and must be one of numbers: are its items alike in size?"

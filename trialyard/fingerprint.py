@@ -2,15 +2,20 @@
 
 A pickle of a function differs between processes: it has the name of the notebook's temporary file, line numbers, and
 random marks of classes. This one is the same wherever the same function was defined with the same version of Python.
-Line numbers and comments do not count. What can be imported by name, such as Keras, is named and not looked into.
+Line numbers and comments do not count. What can be imported by name, such as Keras, is named and not looked into; of a
+module of the user's own, its file counts. An object of Keras is its configuration and its weights.
 """
 
 import dis
 import hashlib
+import os
+import site
 import sys
-from collections.abc import Iterator, Mapping
+import sysconfig
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import Field
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from types import CellType, CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
@@ -24,13 +29,22 @@ NOT_OF_A_CLASS = (
 )
 
 
-def fingerprint(function: Any) -> str:
+OURS = ("search", "studies", "storage", "trialyard")
+
+
+def fingerprint(function: Any, registered: Mapping[str, Any] | None = None) -> str:
     """The fingerprint of `function`, with DIGITS digits.
+
+    `registered` are the objects that its code may use by a name in a text, such as ``activation="mine>swish"``: those
+    that it names count.
 
     Raises what pickling raises if it uses an object of this session that can be neither described nor pickled.
     """
     digest = hashlib.sha256()
-    for part in _parts(function, {}):
+    code = getattr(function, "__code__", None)
+    texts = _texts(code) if isinstance(code, CodeType) and registered else set()
+    named = {name: each for name, each in (registered or {}).items() if {name, name.rpartition(">")[2]} & texts}
+    for part in _parts((function, named) if named else function, {}):
         digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()[:DIGITS]
 
@@ -65,7 +79,7 @@ def _parts(value: Any, seen: dict[int, int]) -> Iterator[str]:
             yield from _parts(key, seen)
             yield from _parts(each, seen)
     elif isinstance(value, ModuleType):
-        yield f"module {value.__name__}"
+        yield f"module {value.__name__}{_source(value.__name__)}"
     elif isinstance(value, (GetSetDescriptorType, MemberDescriptorType)):
         yield f"slot {value.__name__}"
     elif isinstance(value, CodeType):
@@ -75,7 +89,7 @@ def _parts(value: Any, seen: dict[int, int]) -> Iterator[str]:
     elif isinstance(value, MethodType):
         yield from ("method", *_parts((value.__func__, value.__self__), seen))
     elif is_importable(value):
-        yield f"import {value.__module__} {value.__qualname__}"
+        yield f"import {value.__module__} {value.__qualname__}{_source(value.__module__)}"
     elif id(value) in seen:
         yield f"again {seen[id(value)]}"
     elif isinstance(value, FunctionType):
@@ -86,11 +100,68 @@ def _parts(value: Any, seen: dict[int, int]) -> Iterator[str]:
         yield from _of_class(value, seen)
     elif isinstance(value, Field):  # of a dataclass; a pickle would name its type at random
         yield from ("field", *_parts((value.name, value.type, value.default, value.default_factory), seen))
-    elif hasattr(value, "__dict__") and not is_importable(type(value)):
+    elif (config := _config(value)) is not None:  # its pickle has the time, and names that count the session's layers
         seen[id(value)] = len(seen)
-        yield from ("object", *_parts(type(value), seen), *_parts(vars(value), seen))
+        weights = [array.tobytes() for array in value.get_weights()] if hasattr(value, "get_weights") else []
+        yield from ("configured", *_parts(type(value), seen), *_parts((config, weights), seen))
+    elif not is_importable(type(value)) and (hasattr(value, "__dict__") or _slots(value)):
+        seen[id(value)] = len(seen)
+        state = getattr(value, "__dict__", {}) | {name: getattr(value, name) for name in _slots(value)}
+        yield from ("object", *_parts(type(value), seen), *_parts(state, seen))
     else:
         yield f"pickle {hashlib.sha256(cloudpickle.dumps(value)).hexdigest()}"
+
+
+def _config(value: Any) -> Any:
+    """The configuration of an object of Keras, without the names of its layers; None if it is none, or has none."""
+    keras = sys.modules.get("keras")
+    if keras is None or not isinstance(value, (keras.Layer, keras.Initializer, keras.Regularizer, keras.Loss)):
+        return None
+    try:
+        return _without_names(value.get_config())
+    except (NotImplementedError, TypeError):  # a class of the user's own without one
+        return None
+
+
+def _without_names(config: Any) -> Any:
+    if isinstance(config, Mapping):
+        return {key: _without_names(each) for key, each in config.items() if key not in ("name", "build_config")}
+    return [_without_names(each) for each in config] if isinstance(config, (list, tuple)) else config
+
+
+def _slots(value: Any) -> Collection[str]:
+    """The attributes of an object that are in no dictionary, and have a value."""
+    names = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
+    found = [name for each in names for name in ((each,) if isinstance(each, str) else each)]
+    return [name for name in found if name not in ("__dict__", "__weakref__") and hasattr(value, name)]
+
+
+def _source(module: str) -> str:
+    """A digest of the file of a module of the user's own; nothing for one that is installed."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or module.partition(".")[0] in OURS:
+        return ""
+    path = os.path.realpath(file)
+    if path.startswith(_installed()) or not path.endswith(".py"):
+        return ""
+    try:
+        return f" {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
+    except OSError:
+        return ""
+
+
+@cache
+def _installed() -> tuple[str, ...]:
+    """The folders of Python's own modules and of installed packages."""
+    paths = sysconfig.get_paths()
+    folders = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in (*folders, site.getusersitepackages()))
+
+
+def _texts(code: CodeType) -> set[str]:
+    """The texts in the code, also in functions and classes inside it."""
+    texts = {each for each in code.co_consts if isinstance(each, str)}
+    return texts.union(*(_texts(each) for each in code.co_consts if isinstance(each, CodeType)))
 
 
 def _of_function(function: FunctionType, seen: dict[int, int]) -> Iterator[str]:

@@ -26,19 +26,19 @@ class Result:
 
     @property
     def best_trial(self) -> FrozenTrial:
-        """As `best_trial` of this study. Raises StudyError."""
+        """The complete trial with the highest accuracy. Raises StudyError if no trial is complete."""
         return results.best_trial(self.name, self.storage)
 
     def best_model(self) -> "keras.Model":
-        """As `best_model` of this study: the trained model, compiled. Raises StudyError."""
+        """The trained model of the best trial, compiled. Raises StudyError if this machine does not have its file."""
         return results.best_model(self.name, self.storage)
 
     def leaderboard(self, top: int | None = None) -> Leaderboard:
-        """As `leaderboard` of this study. Raises StudyError."""
+        """The complete trials, the best first; only `top` of them, if given. Raises StudyError if the study is gone."""
         return results.leaderboard(self.name, self.storage, top)
 
     def dataframe(self) -> "pandas.DataFrame":
-        """As `dataframe` of this study. Raises StudyError, also if pandas is not installed."""
+        """All trials as a table of pandas, a row each. Raises StudyError, also if pandas is not installed."""
         return trial_records.dataframe(self.name, self.storage)
 
     def __str__(self) -> str:

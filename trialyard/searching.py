@@ -1,6 +1,7 @@
 """`search`: from a function and arrays in hand to a searched study."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import tomli_w
 from search import service
 from storage.errors import DiskError, StorageError, TrialyardError
 from studies import definition as definitions
-from studies import registry
+from studies import registry, results
 from studies.errors import DefinitionError, StudyError
 from trialyard import arrays, functions, hyperparameters
 from trialyard.arrays import StoredArrays
@@ -19,6 +20,8 @@ from trialyard.search_result import Result
 
 if TYPE_CHECKING:
     from search.progress import Listener
+
+log = logging.getLogger(__name__)
 
 TRIALS, EPOCHS = 20, 20
 
@@ -30,7 +33,7 @@ def search(
     *,
     space: Mapping[str, Any],
     name: str | None = None,
-    trials: int = TRIALS,
+    trials: int | None = None,
     epochs: int = EPOCHS,
     storage: str | None = None,
     devices: str = "auto",
@@ -47,7 +50,8 @@ def search(
     It may also be what a definition calls `dataset`. The test images are read by `confirm` only.
 
     `space` has for each hyperparameter a list of choices, a range ``(low, high)`` or ``(low, high, step)``,
-    `log` of two numbers, or a dict as in a definition. `keys` are the other keys of a definition:
+    `log` of two numbers, or a dict as in a definition. Without `trials` there are TRIALS; with the samplers "grid" and
+    "points" one for each of their points. `keys` are the other keys of a definition:
     ``fixed={"batch_size": 64}``, ``sampler="random"``, ``pruner={"kind": "hyperband", "min_epochs": 3}``,
     ``data={"validation": 0.2}``, ``budget={"hours": 2}``. The rest is as for `run`. The `name` of the study is that
     of the function, unless it is given.
@@ -75,7 +79,7 @@ def search(
             "name": name or _name(model),
             "model": function if isinstance(function, str) else function.name,
             "dataset": images if isinstance(images, str) else str(images.path),
-            "budget": {"trials": trials, "epochs": epochs, **budget},
+            "budget": _trials(trials, keys.get("sampler")) | {"epochs": epochs, **budget},
             "space": hyperparameters.tables(space),
             **{key: _table(key, value) for key, value in keys.items()},
         }
@@ -90,7 +94,20 @@ def search(
             workers=workers,
             listeners=listeners,
         )
+    status = results.status(definition.name, storage)
+    if status.state != "open" and status.finished < status.budget:
+        log.warning(
+            "study %s is %s, so no trial was started: ty.resume(%r), and the same call continues it",
+            *(status.study, status.state, status.study),
+        )
     return Result(name=definition.name, storage=storage)
+
+
+def _trials(trials: int | None, sampler: Any) -> dict[str, Any]:
+    kind = sampler.get("kind") if isinstance(sampler, Mapping) else sampler
+    if trials is None and kind in ("grid", "points"):
+        return {}  # all points
+    return {"trials": TRIALS if trials is None else trials}
 
 
 def _definition(table: dict[str, Any]) -> definitions.Definition:

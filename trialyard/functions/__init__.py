@@ -19,6 +19,7 @@ import cloudpickle
 from search.errors import ModelError
 from storage import settings
 from storage.artifacts import written_atomically
+from storage.errors import error_text
 from trialyard.fingerprint import fingerprint, is_importable
 
 FOLDER = "functions"
@@ -83,12 +84,13 @@ def of(build: Callable[..., Any]) -> str | StoredFunction:
         return f"{build.__module__}:{name}"
     module = name if name.isidentifier() else "build"
     try:
-        mark = fingerprint(build)
-        pickled = cloudpickle.dumps({"python": PYTHON, "function": build, "classes": _registered_classes()})
+        classes = _registered_classes()
+        mark = fingerprint(build, classes)
+        pickled = cloudpickle.dumps({"python": PYTHON, "function": build, "classes": classes})
     except Exception as error:  # an object of the user's may raise anything
         raise ModelError(
             f"the function {name} cannot be stored for the trainer processes, because it uses an object that exists in "
-            f"this session only ({' '.join(str(error).split())[:300]}): make that object inside the function, or write "
+            f"this session only ({error_text(error)}): make that object inside the function, or write "
             "the function into a module of its own and import it from there"
         ) from error
     if len(pickled) > LARGEST:
