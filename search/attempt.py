@@ -17,13 +17,14 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
+from search.deadlines import Deadlines
 from search.errors import AcceleratorError, DeviceError, MachineError
 from search.heartbeat import Pulse
-from search.messages import Batches, Epoch, Failed, Job, Repeated, Resumed, Trained
+from search.messages import Batches, Epoch, Failed, Job, Message, Repeated, Resumed, Trained
 from search.progress import Listener
 from search.proposal import SamplerFailed, SpaceExhausted, hyperparameters_of, is_of_the_database
-from search.stall import LOOK_SECONDS, Stall
-from search.trainer import START_SECONDS, Trainer, TrainerDied
+from search.stall import Stall
+from search.trainer import Trainer, TrainerDied
 from storage import artifacts, attempt_files, claims, faults, ledger, ranking, retention
 from storage.claims import Claim
 from storage.errors import ClaimLost, DiskError, ObjectStoreAway, ObjectStoreError, StudyGone
@@ -33,7 +34,7 @@ from storage.transactions import PatientStorage
 from storage.trial_cache import TrialCache
 from studies import pictures, recipe, sampling
 from studies.definition import Definition
-from studies.lessons import WithLessons
+from studies.lessons import WithEpochs, WithLessons
 from studies.predictions import class_names
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,11 @@ class Attempt:
         self._pulse, self._listeners, self._interrupted = pulse, listeners, interrupted
         self._files = attempt_files.of_attempt(settings.artifact_store, claim, settings.patience_seconds)
         self._leave_by = float("inf")  # set when the worker is told to stop
+        self._is_pruned = False  # the pruner has decided, which it does once, and the training is told to stop
+        self._last: float | None = None  # the value of the last step
+        self._epoch: Epoch | None = None  # the last one
+        self._whole: list[float] = []  # the values of the repeats that have ended
+        self._listed: list[str] = []  # the files that the database has
 
     def run(self) -> None:
         """Runs the claimed trial to its end and records it.
@@ -197,11 +203,21 @@ class Attempt:
     def _run_job(self, job: Job) -> Outcome:
         try:
             self.trainer.submit(job)
-            return self._follow()
+            outcome = self._follow()
         except TrainerDied as died:
-            return self._outcome_of_death(died)
+            outcome = self._outcome_of_death(died)
         except DiskError as error:  # of the trainer's log
-            return _failed(Failed(kind="disk", message=str(error)))
+            outcome = _failed(Failed(kind="disk", message=str(error)))
+        if self._is_pruned and outcome.failure is not None:
+            # Whatever happened to a training that was told to stop: it must not go on later, past the pruner.
+            log.warning("study %s: trial %d was pruned, and then: %s", *self._named, outcome.reason)
+            self.trainer.kill()
+            return Outcome(kind="pruned", value=self._last)
+        return outcome
+
+    @property
+    def _named(self) -> tuple[str, int]:
+        return self.claim.study, self.claim.number
 
     def _may_be_left_over(self, outcome: Outcome) -> bool:
         """Whether it failed in a process in which an earlier job, or a start that failed, may be the cause."""
@@ -211,16 +227,10 @@ class Attempt:
 
     def _follow(self) -> Outcome:
         """Handles the trainer's messages until its job ends. Raises TrainerDied and ClaimLost."""
-        budget, trainer = self.handle.definition.budget, self.trainer
-        start_by = time.monotonic() + START_SECONDS
-        kill_at = float("inf")  # set when Keras is imported: how long that takes is not the trial's fault
-        stop_by = float("inf")  # when a trainer that was asked to stop is killed
-        pruned, reason, last = False, "", None
-        repeats = self._recipe.repeats
-        steps = repeats if repeats > 1 else self._recipe.epochs
-        stall = Stall(self.settings.stall_seconds)
-        whole: list[float] = []  # the values of the repeats that have ended
-        listed: list[str] = []
+        trainer, trial_minutes = self.trainer, self.handle.definition.budget.trial_minutes
+        deadlines, stall = Deadlines(trial_minutes, self.settings.stop_seconds), Stall(self.settings.stall_seconds)
+        reason = ""
+        self._last, self._epoch, self._whole, self._listed = None, None, [], []  # this may be the second job
         while True:
             began = time.monotonic()
             message = trainer.receive(POLL_SECONDS)
@@ -228,72 +238,86 @@ class Attempt:
             stall.looked(received - began, message)
             if self._pulse.lost:
                 raise claims.lost(self.claim)
-            state = self._pulse.state
             if isinstance(message, Failed):
                 return _failed(message)
             if isinstance(message, Trained):
-                return _trained(message, pruned, last, reason)
-            if isinstance(message, Batches):
-                self._notify_batches(message)
-            step: int | None = None  # that has ended: an epoch, or a repeat where there are several
-            if isinstance(message, Resumed):
-                values = {} if repeats > 1 else {epoch.epoch: epoch.val_accuracy for epoch in message.history}
-                epoch = message.history[-1]
-                state = self._record_epochs(values, epoch=epoch.epoch, resumed_after=epoch.epoch)
-                last = epoch.val_accuracy if values else last
-                self._notify_epoch(epoch)
-            if isinstance(message, Epoch):
-                # The trainer writes a checkpoint after it has sent an epoch, so the next epoch lists it.
-                files = self._files.names()
-                epoch, values = message, {} if repeats > 1 else {message.epoch: message.val_accuracy}
-                state = self._record_epochs(values, epoch=epoch.epoch, files=None if files == listed else files)
-                listed = files
-                self._notify_epoch(epoch)
-                if values:
-                    step, last = epoch.epoch, epoch.val_accuracy
-            if isinstance(message, Repeated):
-                whole.append(message.value)
-                step, last = message.repeat, sum(whole) / len(whole)
-                state = self._record_epochs({step: message.value}, epoch=epoch.epoch)
-            # After its last step a trial is complete: pruning would save nothing.
-            if step is not None and not pruned and step < steps and self._should_prune(step):
-                pruned, stop_by = True, time.monotonic() + self.settings.stop_seconds
+                return self._ended(message, reason)
+            state, step = self._record_progress(message)
+            if step is not None and not self._is_pruned and self._should_prune(step):
+                self._is_pruned = True
+                deadlines.stop()
                 trainer.stop("drop")
-            now = time.monotonic()
-            # Neither the time that the database took is the trial's, nor that for which this worker was stopped
-            # (SIGSTOP, a scheduler's suspension): the training may have ended meanwhile.
-            kill_at += now - received + max(0.0, received - began - LOOK_SECONDS)
-            stop_by += now - received
-            if budget.trial_minutes and kill_at == float("inf") and trainer.ready:
-                kill_at = now + budget.trial_minutes * 60
-            if now > start_by and not trainer.ready:
+            deadlines.looked(waited=received - began, handled=time.monotonic() - received)
+            if trainer.ready:
+                deadlines.trains()
+            elif deadlines.start_is_over:
                 raise trainer.hung_at_start()
             if stall.is_over:
                 raise trainer.hung(f"was silent for {stall.limit:.0f} s in a training", ready=True)
-            if stop_by == float("inf") and (self._interrupted.is_set() or state != "open"):
+            if not deadlines.is_stopping and (self._interrupted.is_set() or state != "open"):
                 reason = "the worker was told to stop" if self._interrupted.is_set() else f"the study was {state}"
-                stop_by = now + self.settings.stop_seconds
-                self._leave_by = stop_by if self._interrupted.is_set() else self._leave_by
+                deadlines.stop()
+                self._leave_by = deadlines.stop_by if self._interrupted.is_set() else self._leave_by
                 trainer.stop("keep")
-            if now > kill_at:
+            if deadlines.training_is_over:
                 trainer.kill()
-                limit = f"budget.trial_minutes = {budget.trial_minutes:g}"
+                limit = f"budget.trial_minutes = {trial_minutes:g}"
                 return _failed(Failed(kind="timeout", message=f"it ran longer than {limit}"))
-            if now > stop_by:
+            if deadlines.stop_is_over:
                 log.warning("the trainer did not stop within %.0f s and was killed", self.settings.stop_seconds)
                 trainer.kill()
-                return _trained(None, pruned, last, reason)
+                return self._ended(None, reason)
+
+    def _record_progress(self, message: Message | None) -> tuple[ledger.State, int | None]:
+        """Records what a running training says.
+
+        Returns the study's state; and the step that has ended, an epoch or a repeat, if the pruner is to be asked:
+        after its last step a trial is complete, and pruning would save nothing.
+        """
+        state, step = self._pulse.state, None
+        has_repeats = self._recipe.repeats > 1
+        if isinstance(message, Batches):
+            self._notify_batches(message)
+        if isinstance(message, Resumed):
+            self._epoch = message.history[-1]
+            values = {} if has_repeats else {epoch.epoch: epoch.val_accuracy for epoch in message.history}
+            state = self._record_epochs(values, resumed_after=self._epoch.epoch)
+            self._last = self._epoch.val_accuracy if values else self._last
+            self._notify_epoch(self._epoch)
+        if isinstance(message, Epoch):
+            self._epoch = message
+            # The trainer writes a checkpoint after it has sent an epoch, so the next epoch lists it.
+            files = self._files.names()
+            values = {} if has_repeats else {message.epoch: message.val_accuracy}
+            state = self._record_epochs(values, files=None if files == self._listed else files)
+            self._listed = files
+            self._notify_epoch(message)
+            if values:
+                step, self._last = message.epoch, message.val_accuracy
+        if isinstance(message, Repeated):
+            self._whole.append(message.value)
+            step, self._last = message.repeat, sum(self._whole) / len(self._whole)
+            state = self._record_epochs({step: message.value})
+        steps = self._recipe.repeats if has_repeats else self._recipe.epochs
+        return state, step if step is not None and step < steps else None
+
+    def _ended(self, trained: Trained | None, reason: str) -> Outcome:
+        """The end of a job without an error; `trained` is None if it had to be killed."""
+        if trained is not None and not trained.stopped:  # it may have ended before a stop arrived
+            return Outcome(kind="complete", trained=trained, value=trained.value)
+        if self._is_pruned:
+            return Outcome(kind="pruned", trained=trained, value=self._last)
+        return Outcome(kind="interrupted", trained=trained, reason=reason)
 
     def _record_epochs(self, values: dict[int, float], **more: Any) -> ledger.State:
-        return claims.record_epochs(self.handle.storage, self.claim, values, **more)
+        assert self._epoch is not None
+        return claims.record_epochs(self.handle.storage, self.claim, values, epoch=self._epoch.epoch, **more)
 
     def _should_prune(self, step: int) -> bool:
         trial = self.handle.storage.get_trial(self.claim.trial_id)
-        # A trial that starts over still has values of later steps, from its last attempt.
-        trial.intermediate_values = {at: value for at, value in trial.intermediate_values.items() if at <= step}
         # What failed trials teach is for samplers: a pruner would count them among the complete ones.
         study = copy.copy(self._opened)
-        study._storage = self.handle.cached
+        study._storage = WithEpochs(self.handle.cached)  # type: ignore[assignment]
         try:
             return study.pruner.prune(study, trial)
         except UpdateFinishedTrialError as error:  # some pruners store state in the trial
@@ -303,7 +327,7 @@ class Attempt:
                 raise
             log.warning(
                 "the pruner failed at %s trial %d after step %d, which goes on",
-                *(self.claim.study, self.claim.number, step),
+                *(*self._named, step),
                 exc_info=error,
             )
             return False
@@ -311,7 +335,7 @@ class Attempt:
     def _outcome_of_death(self, died: TrainerDied) -> Outcome:
         if not died.ready:
             return _failed(Failed(kind="start", message=f"{died}: repair Keras, its backend or the device"))
-        log.warning("study %s: trial %d: %s", self.claim.study, self.claim.number, died)
+        log.warning("study %s: trial %d: %s", *self._named, died)
         return _failed(Failed(kind="memory" if died.out_of_memory else "crashed", message=str(died)))
 
     # --- record -----------------------------------------------------------------------------------------------
@@ -325,8 +349,14 @@ class Attempt:
             try:
                 if files:
                     self._files.keep_all(self._look_up)
-            except ObjectStoreError as error:
-                outcome = self._without_files(error)
+                else:
+                    self._files.stop_copying(self._look_up)  # it would appear after its attempt was removed
+            except (ObjectStoreError, DiskError) as error:
+                if outcome.kind == "pruned":
+                    log.warning("study %s: pruned trial %d has no files: %s", *self._named, error)
+                    outcome, files = replace(outcome, trained=None), []
+                else:
+                    outcome = self._without_files(error)
         if outcome.kind in ("interrupted", "crashed"):
             kind: Literal["interrupted", "crashed"] = "crashed" if outcome.kind == "crashed" else "interrupted"
             kept = self._files.keep_checkpoint(self._look_up)
@@ -390,7 +420,7 @@ class Attempt:
             return pictures.write(self._files.folder, class_names(self.handle.study.data))
         except Exception as error:
             # Whatever it is: a trial without pictures is still a result.
-            log.warning("study %s: trial %d has no pictures", *(self.claim.study, self.claim.number), exc_info=error)
+            log.warning("study %s: trial %d has no pictures", *self._named, exc_info=error)
             return []
 
     def _notify_batches(self, batches: Batches) -> None:
@@ -434,15 +464,6 @@ def _raise_for_machine(failure: Failed) -> None:
     if whose == "slot":
         error_types: dict[str, type[DiskError | DeviceError]] = {"disk": DiskError, "accelerator": AcceleratorError}
         raise error_types.get(failure.kind, DeviceError)(failure.message)
-
-
-def _trained(trained: Trained | None, pruned: bool, last: float | None, reason: str) -> Outcome:
-    """The end of a job without an error; `trained` is None if it had to be killed."""
-    if trained is not None and not trained.stopped:  # it may have ended before a stop arrived
-        return Outcome(kind="complete", trained=trained, value=trained.value)
-    if pruned:
-        return Outcome(kind="pruned", trained=trained, value=last)
-    return Outcome(kind="interrupted", trained=trained, reason=reason)
 
 
 def _files_left(trained: Trained | None) -> list[str]:

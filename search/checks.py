@@ -98,7 +98,7 @@ def backend() -> str:
 
 
 def check_with_keras(definition: Definition, dataset: Dataset, policy: str) -> tuple[str, ...]:
-    """The same where Keras may be imported; tries a user's own model, and a backbone's weights.
+    """Checks a definition in a process that may import Keras; tries a user's own model, and a backbone's weights.
 
     Returns notes, a sentence each.
     """
@@ -185,7 +185,10 @@ def _import_error(died: TrainerDied, trainer: Trainer) -> MachineError:
 
 def _last_line(trainer: Trainer) -> str:
     """For the end of a sentence: the last line that the process printed, since its log file will be removed."""
-    lines = trainer.log_file.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        lines = trainer.log_file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:  # no process was started, or this one may open no more files
+        return ""
     return next((f"; it printed: {line.strip()[:300]}" for line in reversed(lines) if line.strip()), "")
 
 
@@ -193,17 +196,17 @@ def _check_in_trainer(
     definition: Definition, settings: Settings, measure_on: Slot | None, stop: threading.Event | None
 ) -> Checked:
     with _trainer(measure_on) as trainer:
-        trainer.submit(
-            Job(
-                definition=definition,
-                recipe=first_recipe(definition),
-                slot=trainer.slot,
-                data_folders=settings.data_folders,
-                folder=None,
-                measure=measure_on is not None,
-            )
-        )
         try:
+            trainer.submit(
+                Job(
+                    definition=definition,
+                    recipe=first_recipe(definition),
+                    slot=trainer.slot,
+                    data_folders=settings.data_folders,
+                    folder=None,
+                    measure=measure_on is not None,
+                )
+            )
             began = time.monotonic()
             while (message := trainer.receive(POLL_SECONDS)) is None:
                 if stop is not None and stop.is_set():

@@ -89,7 +89,7 @@ def _log_more(wanted: bool) -> None:
 @app.callback()
 def options(
     show_version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and leave.")
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
     # Its callback does it: every command has this option, too (`search.help.Commands`).
     verbose: Annotated[
@@ -279,8 +279,8 @@ def work(
 @app.command(rich_help_panel=START)
 def confirm(
     study: StudyArgument,
-    top: Annotated[int | None, typer.Option("--top", help="So many of the best configurations. Default: 3.")] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="Train each from so many seeds.")] = 8,
+    top: Annotated[int | None, typer.Option("--top", help="How many of the best configurations. Default: 3.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="How many seeds to train each from.")] = 8,
     storage: StorageOption = None,
     chosen_devices: DevicesOption = "auto",
     per_device: PerDeviceOption = None,
@@ -389,7 +389,7 @@ def import_results(
         typer.Argument(metavar="STUDY", help="A study in the database, or `notebook`.", autocompletion=study_names),
     ],
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE.csv", help="A column a hyperparameter, and `accuracy`.")
+        Path | None, typer.Argument(metavar="FILE.csv", help="One column per hyperparameter, and `accuracy`.")
     ] = None,
     storage: StorageOption = None,
 ) -> None:
@@ -508,7 +508,7 @@ def delete(study: StudyArgument, storage: StorageOption = None, yes: YesOption =
     status = results.status(study, url)
     ask(f"Remove study {study} with its {status.finished} finished trials, and their models and histories?", yes)
     freed = registry.delete(study, url)
-    say(f"study {study} is gone, and {size_text(freed)} are free")
+    say(f"study {study} was deleted, and {size_text(freed)} were freed")
 
 
 @app.command(rich_help_panel=OPERATE)
@@ -521,7 +521,7 @@ def alive(storage: StorageOption = None) -> None:
     from search.terminal import say
 
     silent = service.alive(settings_of(storage).url)
-    say(f"a worker of this machine gave its last sign {silent:.0f} s ago")
+    say(f"a worker of this machine sent its last heartbeat {silent:.0f} s ago")
 
 
 # --- what several commands do -----------------------------------------------------------------------------
@@ -530,8 +530,8 @@ def alive(storage: StorageOption = None) -> None:
 def _exit_after(stop: "Interrupted") -> NoReturn:
     from search.terminal import warn
 
-    left = "is back in the queue" if stop.requeued else "is taken back by the next worker"
-    warn(f"interrupted: what ran {left}; the same command goes on where it stopped")
+    requeued, not_yet = "the running trials are back in the queue", "the next worker takes the running trials back"
+    warn(f"interrupted: {requeued if stop.requeued else not_yet}; run the same command again to continue")
     raise typer.Exit(130) from None
 
 
@@ -575,11 +575,14 @@ def main() -> None:
         from sqlalchemy.exc import SQLAlchemyError
 
         if isinstance(error, UnicodeEncodeError):  # of what the shell gave
-            _end(f"{error.object!r} is not text in UTF-8: write it so")
+            _end(f"{error.object!r} is not valid UTF-8: type it in UTF-8")
         if not isinstance(error, (OptunaError, SQLAlchemyError)):
             raise
         log.debug("the whole error", exc_info=error)
-        _end(f"the database did not answer ({error.__cause__ or error}): is it there, whole, and writable?")
+        _end(
+            f"the database did not answer ({error.__cause__ or error}): does it exist, is it undamaged, and may you "
+            "write to it?"
+        )
 
 
 def _end(message: str) -> NoReturn:

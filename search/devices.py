@@ -14,6 +14,7 @@ import pynvml
 
 from search import allocation
 from search.errors import DeviceError
+from storage.errors import named_error
 from studies.definition import Precision
 
 log = logging.getLogger(__name__)
@@ -152,8 +153,8 @@ def _check_computes(slot: Slot) -> None:
         keras.ops.convert_to_numpy(keras.ops.matmul(convolved, keras.ops.ones((8, 8))))
     except Exception as error:
         raise DeviceError(
-            f"{slot.name} ({slot.device.name}) does not compute ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:500]}): see `nvidia-smi`, and restart its driver or leave it out"
+            f"{slot.name} ({slot.device.name}) does not compute ("
+            f"{named_error(error, 500)}): see `nvidia-smi`, and restart its driver or leave it out"
         ) from error
 
 

@@ -32,7 +32,7 @@ class DashboardError(TrialyardError):
 
 
 class WorkerError(TrialyardError):
-    """No worker on this machine is alive."""
+    """A worker cannot be started as asked, or none is alive."""
 
 
 class SlurmError(TrialyardError):

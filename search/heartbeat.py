@@ -12,17 +12,17 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search.devices import Slot
 from storage import claims, database, owners, silence
+from storage import slots as slot_rows
 from storage.claims import Claim
 from storage.errors import StorageError
 from storage.holdings import let_go
 from storage.ledger import State
 from storage.owners import Owner
-from storage.slots import leave
 from storage.transactions import PatientStorage, write
 
 log = logging.getLogger(__name__)
 
-LEAVE_SECONDS = 2.0
+EXIT_SECONDS = 2.0
 LOOK_SECONDS = 0.02  # between two looks at whether a connection is free
 
 
@@ -86,7 +86,7 @@ class Heartbeat:
     ) -> None:
         self._done.set()
         # It may be waiting for a database that is away.
-        self._thread.join(LEAVE_SECONDS)
+        self._thread.join(EXIT_SECONDS)
 
     def _run(self) -> None:
         with silence.watching(self._seconds) as runs:
@@ -95,7 +95,7 @@ class Heartbeat:
                 self._beat()
                 self._done.wait(self._seconds)
         try:
-            write(self._storage, None, lambda connection: leave(connection, list(self._slots)))
+            write(self._storage, None, lambda connection: slot_rows.remove(connection, list(self._slots)))
         except (OptunaError, SQLAlchemyError, StorageError, OSError) as error:
             log.debug("the slots stay in the list of workers until they are forgotten: %s", error)
 

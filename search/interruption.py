@@ -9,6 +9,7 @@ from typing import NoReturn
 
 INTERRUPTED = 130  # the exit code
 AGAIN_SECONDS = 0.01
+is_command = False  # whether this process is a command's, and no notebook's or script's
 # What stops a worker: SIGINT is Ctrl-C, a scheduler sends SIGTERM, a terminal that is closed SIGHUP, and Slurm with
 # `--signal=USR1@60` SIGUSR1 a minute before the end.
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -20,6 +21,8 @@ def end_on_signals() -> None:
     A worker that works has a handler of its own; otherwise nothing is half done. SIGTERM is named because the first
     process of a container would not hear it otherwise.
     """
+    global is_command
+    is_command = True
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, _end)
     sys.unraisablehook = _repeat_if_dropped

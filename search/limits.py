@@ -33,7 +33,7 @@ class Limits:
         for name, value in (("minutes", minutes), ("idle-minutes", idle_minutes)):
             if value is not None and not 0 < value < math.inf:
                 raise WorkerError(
-                    f"--{name} is a number of minutes above 0, and {value:g} is not: leave it out instead"
+                    f"--{name} = {value:g} must be a finite number greater than 0: correct it, or leave it out"
                 )
         self._lock = threading.Lock()
         self._minutes, self._idle_minutes = minutes, idle_minutes
@@ -77,6 +77,12 @@ class Limits:
                 self._busy -= 1
                 self._idle_since = monotonic()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a slot has a trial."""
+        with self._lock:
+            return self._busy > 0
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _copy, (self._minutes, self._idle_minutes, self._end_time)
 
@@ -84,6 +90,11 @@ class Limits:
     def are_set(self) -> bool:
         """Whether there is any limit."""
         return self._minutes is not None or self._idle_minutes is not None
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long a worker may have nothing to do."""
+        return math.inf if self._idle_minutes is None else 60 * self._idle_minutes
 
     def minutes_are_over(self) -> bool:
         """Whether the minutes, if there are any, are over."""
@@ -95,12 +106,12 @@ class Limits:
         `last_away` is when the database was away last, by the monotonic clock: what there is to do was not known then.
         """
         if self.minutes_are_over():
-            return f"--minutes {self._minutes:g} are over"
+            return f"the {self._minutes:g} minutes of --minutes have passed"
         with self._lock:
             now = self._look_began if self._looking else monotonic()
             idle = 0.0 if self._busy else now - max(self._idle_since, last_away)
         if self._idle_minutes is not None and idle >= self._idle_minutes * 60:
-            return f"there was nothing to do for --idle-minutes {self._idle_minutes:g}"
+            return f"there was nothing to do for the {self._idle_minutes:g} minutes of --idle-minutes"
         return None
 
     def has_time_for(self, handle: StudyHandle) -> bool:

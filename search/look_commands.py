@@ -51,7 +51,7 @@ def best(study: StudyArgument, storage: StorageOption = None, as_json: JsonOptio
 def leaderboard(
     study: StudyArgument,
     storage: StorageOption = None,
-    top: Annotated[int | None, typer.Option("--top", min=1, help="Only so many.")] = None,
+    top: Annotated[int | None, typer.Option("--top", metavar="N", min=1, help="Show only the best N.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Trials as a table, best first."""
@@ -71,7 +71,7 @@ def trials(
     study: StudyArgument,
     storage: StorageOption = None,
     state: Annotated[str | None, typer.Option("--state", help="Only those in this state, such as failed.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many, the last ones.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Show only the last N.")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values on standard output.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -99,7 +99,7 @@ def show(
     storage: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """One trial: parameters, learning curve, attempts, log, files."""
+    """One trial: hyperparameters, curve, attempts, log, files."""
     from search.terminal import print_json, print_trial
     from studies import trial_records
 

@@ -24,7 +24,7 @@ EpochsOption = Annotated[
     int | None, typer.Option("--epochs", min=1, envvar="TRIALYARD_EPOCHS", help="Epochs of a trial.")
 ]
 LimitOption = Annotated[
-    int | None, typer.Option("--limit", min=1, envvar="TRIALYARD_LIMIT", help="Use only so many training images.")
+    int | None, typer.Option("--limit", min=1, envvar="TRIALYARD_LIMIT", help="How many training images to use.")
 ]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out image files that cannot be read.")]
 DevicesOption = Annotated[
@@ -35,15 +35,15 @@ DevicesOption = Annotated[
 ]
 PerDeviceOption = Annotated[
     int | None,
-    typer.Option("--per-device", min=1, envvar="TRIALYARD_PER_DEVICE", help="So many trials share each device."),
+    typer.Option("--per-device", min=1, envvar="TRIALYARD_PER_DEVICE", help="How many trials share each device."),
 ]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--workers", min=1, envvar="TRIALYARD_WORKERS", help="So many trials at once here, in all."),
+    typer.Option("--workers", min=1, envvar="TRIALYARD_WORKERS", help="How many trials run at once, in all."),
 ]
 SlurmOption = Annotated[
     int | None,
-    typer.Option("--slurm", metavar="N", min=1, help="Submit an array job of N such workers to Slurm, and leave."),
+    typer.Option("--slurm", metavar="N", min=1, help="Submit an array job of N such workers to Slurm, and exit."),
 ]
 SbatchOption = Annotated[
     list[str] | None,
@@ -52,17 +52,18 @@ SbatchOption = Annotated[
 PrintOption = Annotated[bool, typer.Option("--print", help="Print the script for Slurm, and submit nothing.")]
 RayOption = Annotated[
     str | None,
-    typer.Option("--ray", metavar="auto|ADDRESS", help="Run so many --workers on a Ray cluster, not here."),
+    typer.Option("--ray", metavar="auto|ADDRESS", help="Run the --workers on a Ray cluster, not on this machine."),
 ]
 GpusOption = Annotated[
     float | None,
     typer.Option("--gpus", min=0.0, metavar="N", help="GPUs of each worker with --slurm; of each slot with --ray."),
 ]
 MinutesOption = Annotated[
-    float | None, typer.Option("--minutes", help="Give back what runs after so long; start nothing that takes longer.")
+    float | None,
+    typer.Option("--minutes", metavar="M", help="Requeue what runs after M minutes; start none that takes longer."),
 ]
 IdleMinutesOption = Annotated[
-    float | None, typer.Option("--idle-minutes", help="End when there was nothing to do for so long.")
+    float | None, typer.Option("--idle-minutes", metavar="M", help="Exit after M minutes without work.")
 ]
 Form = Literal["html", "markdown", "table"]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]

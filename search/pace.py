@@ -28,7 +28,7 @@ class Running:
     last: Mark | None = None
 
     def moved(self, mark: Mark) -> "Running":
-        """The same trial, further on."""
+        """This trial at a later moment."""
         return Running(epochs=self.epochs, first=self.first or mark, last=mark)
 
     @property

@@ -43,7 +43,11 @@ SPEED_FROM, POINT_FROM, BAR_FROM = 100, 75, 60
 
 
 class Listener:
-    """Learns of everything that the slots' threads do, from these threads; this one does nothing."""
+    """Learns of everything that happens to the trials of a worker; this one does nothing. To be subclassed.
+
+    The methods are called by the threads of the slots, several at a time, and a slot waits until its call returns. An
+    exception ends the worker.
+    """
 
     def __enter__(self) -> Self:
         return self
@@ -53,19 +57,19 @@ class Listener:
     ) -> None: ...
 
     def began(self, claim: Claim, point: dict[str, Any], epochs: int) -> None:
-        """A trial has started, or started again."""
+        """The claimed trial starts, or starts again, with the hyperparameters `point`, for `epochs` in all."""
 
     def batches(self, claim: Claim, batches: Batches) -> None:
-        """Its running epoch is so far; at most once a second."""
+        """The running epoch of the claimed trial has `batches.done` of `batches.total`; at most once a second."""
 
     def epoch(self, claim: Claim, record: Epoch) -> None:
-        """One of its epochs has ended, or it goes on after this one."""
+        """An epoch of the claimed trial has ended; or it continues after this epoch, from a checkpoint."""
 
     def ended(self, claim: Claim, trial: FrozenTrial) -> None:
-        """It is over, or back in the queue."""
+        """The attempt at the claimed trial is over; `trial.state` says whether the trial has ended or waits again."""
 
     def deleted(self, claim: Claim) -> None:
-        """Its study was deleted, and the trial with it."""
+        """The study of the claimed trial was deleted, and the trial with it."""
 
 
 class Lines(Listener):
@@ -279,9 +283,11 @@ class LiveTable(Listener):
         return "validation" if not kinds else kinds.pop() if len(kinds) == 1 else "accuracy"
 
     def _progress(self, status: Status) -> str:
+        """One line for a study. Where several share the slots, each is taken to have an equal part of them."""
         own = [slot.running for slot in self._slots.values() if slot is not None and slot.claim.study == status.study]
         # Other machines may work on the study, too.
-        slots = max(len(self._slots), status.running)
+        sharing = sum(not other.ended and other.state == "open" for other in self._statuses.values())
+        slots = max(len(self._slots) // max(1, sharing), status.running)
         return progress_line(status, study_seconds_left(status, own, slots, time.monotonic()))
 
 

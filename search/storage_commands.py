@@ -54,7 +54,7 @@ def storage_check(storage: StorageOption = None) -> None:
     problems = service.check_storage(url)
     if problems:
         raise StorageError(f"{many(len(problems), 'problem')} in {redact(url)}: {'; '.join(problems)}")
-    say(f"the database {redact(url)} is whole, with {many(len(registry.names(url)), 'study', 'studies')}")
+    say(f"the database {redact(url)} has no problems, and {many(len(registry.names(url)), 'study', 'studies')}")
 
 
 @app.command("backup")
@@ -90,4 +90,4 @@ def storage_prune(storage: StorageOption = None, yes: YesOption = False) -> None
         files = "this file" if len(listed) == 1 else f"these {len(listed)} files"
         ask(f"Remove {files}, {size_text(sum(file.size for file in listed))}?", yes)
     logs = f" and in {here.log_folder}" if found.logs else ""
-    say(f"{size_text(service.prune(found, here.url))} are free, below {here.artifact_store.name('')}{logs}")
+    say(f"{size_text(service.prune(found, here.url))} were freed below {here.artifact_store.name('')}{logs}")

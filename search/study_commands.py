@@ -23,7 +23,8 @@ def resume(study: StudyArgument, storage: StorageOption = None) -> None:
     from studies import registry
 
     registry.resume(study, settings_of(storage).url)
-    say(f"study {study} is open: {invocation(f'work {study}', storage)} works on it where no worker waits")
+    work = invocation(f"work {study}", storage)
+    say(f"study {study} is open: waiting workers continue it; if there are none, run {work}")
 
 
 def stop(study: StudyArgument, storage: StorageOption = None) -> None:
@@ -51,7 +52,8 @@ def enqueue(
     from studies import additions
 
     number = additions.enqueue(study, dict(map(_pair, values)), settings_of(storage).url)
-    say(f"trial {number} of {study} is in the queue: {invocation(f'work {study}', storage)}, where no worker waits")
+    work = invocation(f"work {study}", storage)
+    say(f"trial {number} of {study} is in the queue; if no worker is waiting, run {work}")
 
 
 def retry(study: StudyArgument, storage: StorageOption = None) -> None:
@@ -66,7 +68,7 @@ def retry(study: StudyArgument, storage: StorageOption = None) -> None:
     numbers = additions.retry(study, settings_of(storage).url)
     if numbers:
         are, work = "is" if len(numbers) == 1 else "are", invocation(f"work {study}", storage)
-        say(f"{trials_text(numbers)} of {study} {are} in the queue: {work}, where no worker waits")
+        say(f"{trials_text(numbers)} of {study} {are} in the queue; if no worker is waiting, run {work}")
     else:
         say(f"no failed trial of {study} is left to repeat")
 
@@ -80,19 +82,22 @@ def priority(
 ) -> None:
     """Let a study go before others, or after them.
 
-    It holds for workers that no study was named to.
+    It applies to workers that were started without study names.
     """
     from search.terminal import say
     from studies import registry
 
     registry.set_priority(study, number, settings_of(storage).url)
-    say(f"study {study} has priority {number}: workers that share their slots take its trials accordingly")
+    say(
+        f"study {study} has priority {number}: workers that were started without study names serve the highest "
+        "priority first"
+    )
 
 
 def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise typer.BadParameter(f"{text!r} is no hyperparameter with its value: write it as depth=5")
+        raise typer.BadParameter(f"{text!r} is not NAME=VALUE: write it as depth=5")
     try:
         return name, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

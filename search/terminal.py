@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 REASON_COLUMNS = 80  # of a trial's reason in a table; `show` has all of it
 WIDE = 160  # columns of a report that goes to a file or a pipe
 
-out = Console(soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, emoji=False)
 err = StandardError()
 
 
@@ -54,7 +54,7 @@ def warn(line: str) -> None:
 def print_check(checked: "Checked") -> None:
     """Prints what `check` found out: the space, the data, the models, the time and what one may not expect."""
     definition, data = checked.definition, checked.data
-    say(f"{definition.name} is right: {many(definition.trials, 'trial')} of {many(definition.budget.epochs, 'epoch')}")
+    say(f"{definition.name} is valid: {many(definition.trials, 'trial')} of {many(definition.budget.epochs, 'epoch')}")
     for name, text in checked.space.items():
         say(f"  {name}: {text}")
     judged, shape = definition.judged_on, "x".join(map(str, data["image_shape"]))
@@ -63,11 +63,7 @@ def print_check(checked: "Checked") -> None:
         say(f"classes: {names_text(data['class_names'])}")
     if checked.parameters is not None:
         smallest, largest = checked.parameters
-        say(
-            f"model: {smallest:,} parameters"
-            if smallest == largest
-            else f"models: {smallest:,} to {largest:,} parameters"
-        )
+        say(f"model: {smallest:,} weights" if smallest == largest else f"models: {smallest:,} to {largest:,} weights")
     if checked.seconds is not None:
         at_once = f", {checked.slots} trials at once" if checked.slots > 1 else ""
         say(f"time: about {duration(checked.seconds)} on this machine{at_once}, if no trial is pruned")
@@ -275,7 +271,7 @@ def print_workers(workers: "list[SlotStatus]") -> None:
         doing = "waits" if one.study is None else f"{one.study} trial {one.trial}, epoch {one.epoch}"
         doing = doing if one.closed is None else f"closed ({one.closed})"
         out.print(
-            f"{one.slot} of {one.host} (process {one.pid}, {one.device}): {doing}, last sign "
+            f"{one.slot} of {one.host} (process {one.pid}, {one.device}): {doing}, last heartbeat "
             f"{one.silent_seconds:.0f} s ago",
             markup=False,
         )
@@ -311,7 +307,7 @@ def print_status(found: "Status", storage: str | None) -> None:
     for one in found.workers:
         out.print(
             f"  trial {one.number} on {one.slot} of {one.host} (process {one.pid}), attempt {one.attempt}, "
-            f"epoch {one.epoch}, last sign "
+            f"epoch {one.epoch}, last heartbeat "
             f"{one.silent_seconds:.0f} s ago",
             markup=False,
         )
@@ -385,7 +381,7 @@ def _print_markdown(markdown: str) -> None:
 
     # Outside a terminal the table may be wider.
     width = None if out.is_terminal else WIDE
-    Console(width=width, highlight=False).print(Markdown(markdown))
+    Console(width=width, highlight=False, emoji=False).print(Markdown(markdown))
 
 
 def ask(question: str, yes: bool) -> None:

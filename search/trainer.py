@@ -38,6 +38,7 @@ START_SECONDS = 600.0  # how long a process may take to import Keras
 START_POLL_SECONDS = 0.5
 DEATH_POLL_SECONDS = 1.0  # how soon a death is noticed that closes no connection
 END_POLL_SECONDS = 0.01
+SEND_SECONDS = 1.0  # how long a stop waits for a message that is being sent
 KILL_SECONDS = 5.0  # how long a process that was killed, or closed its connection, is waited for
 
 
@@ -211,9 +212,15 @@ class Trainer:
         return True
 
     def _send(self, message: Slot | Job | Stop) -> None:
-        with self._sending, contextlib.suppress(OSError):  # it died: `receive` will say so
-            if self._connection is not None and not self._connection.closed:
-                self._connection.send(message)
+        # A process that hangs at its start does not read: who sends a large job then waits, and a stop must not, too.
+        if not self._sending.acquire(timeout=SEND_SECONDS if isinstance(message, Stop) else -1):
+            return
+        try:
+            with contextlib.suppress(OSError):  # it died: `receive` will say so
+                if self._connection is not None and not self._connection.closed:
+                    self._connection.send(message)
+        finally:
+            self._sending.release()
 
     def _start(self) -> None:
         self.kill()

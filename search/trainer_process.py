@@ -31,7 +31,7 @@ from search import device_errors, devices
 from search.devices import Slot, precision_for
 from search.interruption import STOPPING_SIGNALS
 from search.messages import Batches, Checked, Epoch, Failed, Job, Measured, Ready, Resumed, StopMode, Trained
-from storage.errors import DiskError, TrialyardError
+from storage.errors import DiskError, TrialyardError, error_text, named_error
 from studies.definition import Definition
 from studies.sources import is_function, weights_file
 from studies.wording import SAME_SOURCE
@@ -118,11 +118,11 @@ def _import_keras(slot: Slot) -> Failed | None:
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken installation may raise anything
         _log_traceback()
         if not isinstance(error, ImportError) and device_errors.is_of_the_accelerator(error):
-            return Failed(kind="device", message=f"{slot.name} ({slot.device.name}) fails ({_in_one_line(error)})")
+            return Failed(kind="device", message=f"{slot.name} ({slot.device.name}) fails ({named_error(error)})")
         backend = checks.software()["backend"]
         return Failed(
             kind="import",
-            message=f"Keras cannot be imported on this machine with the backend {backend} ({_in_one_line(error)}): "
+            message=f"Keras cannot be imported on this machine with the backend {backend} ({named_error(error)}): "
             "install what is missing, or set KERAS_BACKEND to a backend that is installed",
         )
     return None
@@ -134,10 +134,6 @@ def _configure_keras() -> None:
 
     keras.config.set_image_data_format("channels_last")
     keras.config.set_floatx("float32")
-
-
-def _in_one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]
 
 
 def _give_back_memory() -> None:
@@ -162,7 +158,7 @@ def _run(
         return Failed(kind="load", message=str(error))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - no job with these data could begin here
         _log_traceback()
-        message = f"{job.definition.dataset} cannot be loaded on this machine ({_in_one_line(error)})"
+        message = f"{job.definition.dataset} cannot be loaded on this machine ({named_error(error)})"
         return Failed(kind="load", message=message)
     try:
         return _trained(job, dataset, connection, stops)
@@ -186,9 +182,9 @@ def _failed(error: BaseException) -> Failed:
         _log_traceback()
     if ours not in (None, "model"):
         return Failed(kind=ours, message=str(error))
-    message = _in_one_line(error) if ours is None else str(error)
+    message = named_error(error) if ours is None else str(error)
     if type(error).__name__ == "NotANumber":
-        return Failed(kind="nan", message=" ".join(str(error).split()))
+        return Failed(kind="nan", message=error_text(error))
     if device_errors.is_out_of_memory(error):
         return Failed(kind="memory", message=message)
     if device_errors.is_of_the_accelerator(error):
@@ -261,12 +257,12 @@ def _trained(
 def _require_same_data(job: Job, dataset: "Dataset") -> None:
     """Raises MachineError if the data are others than the study began with: a file may have changed meanwhile.
 
-    Each seed of a confirmation splits the data in its own way, which changes the fingerprint.
+    The fingerprint is taken before the split, so it is the same for each seed of a confirmation.
     """
     from search.errors import MachineError
 
-    wanted, split = job.data_fingerprint, job.recipe.data == job.definition.data
-    if wanted is not None and split and dataset.fingerprint != wanted:
+    wanted = job.data_fingerprint
+    if wanted is not None and dataset.fingerprint != wanted:
         raise MachineError(
             f"{job.definition.dataset} has changed since the study began (its fingerprint was {wanted} and is "
             f"{dataset.fingerprint}): restore the images, or search them under another study name"
@@ -290,7 +286,7 @@ def _measured(definition: Definition, dataset: "Dataset", policy: str, notes: li
         return measure.measure(definition, dataset, policy)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a training may raise anything
         _log_traceback()
-        notes.append(f"a model could not be trained for a few batches, so its time is unknown ({_in_one_line(error)})")
+        notes.append(f"a model could not be trained for a few batches, so its time is unknown ({named_error(error)})")
         return None
 
 
@@ -300,7 +296,9 @@ def _sources(definition: Definition) -> dict[str, str]:
     weights = definition.values_of("weights") or () if definition.model == "backbone" else ()
     files = [weights_file(each) for each in weights if each.endswith(".h5")]
     return functions | {
-        f"weights:{file.name}": _digest_of_weights(file, file.stat().st_mtime_ns) for file in files if file.is_file()
+        f"weights:{file.name}": _digest_of_weights(file, file.stat().st_mtime_ns)
+        for file in files
+        if os.path.isfile(file)
     }
 
 

@@ -142,15 +142,37 @@ def first_began(study_id: int | InstrumentedAttribute[int]) -> Select[datetime]:
 
 
 def durations(connection: Connection, study_id: int, last: int) -> list[float]:
-    """How many seconds the attempts took that finished the `last` trials of a study."""
-    rows = connection.execute(
-        select(table.c.began, table.c.ended)
+    """How many seconds all attempts took at each of the `last` trials of a study that one of them finished."""
+    ended = (
+        select(table.c.trial_id)
         .join(TrialModel, TrialModel.trial_id == table.c.trial_id)
         .where(TrialModel.study_id == study_id, table.c.outcome == "finished")
         .order_by(TrialModel.number.desc())
         .limit(last)
     )
-    return [(ended - began).total_seconds() for began, ended in rows]
+    rows = connection.execute(
+        select(table.c.trial_id, table.c.began, table.c.ended).where(
+            table.c.trial_id.in_(connection.execute(ended).scalars().all()), table.c.ended.is_not(None)
+        )
+    )
+    seconds: dict[int, float] = {}
+    for trial_id, began, end_time in rows:
+        seconds[trial_id] = seconds.get(trial_id, 0.0) + (end_time - began).total_seconds()
+    return list(seconds.values())
+
+
+def spent(connection: Connection, study_id: int) -> dict[int, tuple[int, float]]:
+    """The last epoch of each trial of a study, and the seconds of all its attempts that have ended, by its id."""
+    rows = connection.execute(
+        select(table.c.trial_id, table.c.epoch, table.c.began, table.c.ended)
+        .join(TrialModel, TrialModel.trial_id == table.c.trial_id)
+        .where(TrialModel.study_id == study_id, table.c.ended.is_not(None))
+    )
+    found: dict[int, tuple[int, float]] = {}
+    for trial_id, epoch, began, ended in rows:
+        epochs, seconds = found.get(trial_id, (0, 0.0))
+        found[trial_id] = max(epochs, epoch), seconds + (ended - began).total_seconds()
+    return found
 
 
 def epoch_seconds(connection: Connection, study_id: int, last: int) -> float | None:
@@ -196,7 +218,11 @@ def start(
 
 
 def locked(connection: Connection, trial_id: int) -> tuple[TrialState, Attempt] | None:
-    """Locks a trial's row; returns its state and its last attempt. None: there is no such trial, or no attempt."""
+    """Locks the rows of a trial and of its last attempt; returns its state and that attempt. None: there is none.
+
+    Both are locked: PostgreSQL reads a row again only if it has waited for that very row. Another worker may have taken
+    the trial back meanwhile, and claimed it.
+    """
     row = connection.execute(_query_of_locked(), {"trial": trial_id}).mappings().first()
     return None if row is None else (row["state"], _attempt(row))
 
@@ -209,7 +235,7 @@ def _query_of_locked() -> Select[Any]:
         .where(TrialModel.trial_id == bindparam("trial"))
         .order_by(table.c.attempt.desc())
         .limit(1)
-        .with_for_update(of=TrialModel)
+        .with_for_update(of=[TrialModel, table])
     )
 
 

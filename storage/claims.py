@@ -23,10 +23,10 @@ from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, insert, or_, select
 from sqlalchemy import delete as delete_rows
 
 from storage import artifacts, attempt_table, deletions, faults, ledger, pausing
@@ -35,7 +35,7 @@ from storage import slots as slot_rows
 from storage.attempt_table import Attempt, Outcome
 from storage.errors import ClaimLost, StorageError, StudyUnreadable, many
 from storage.hits import Hits
-from storage.holdings import hold, holds
+from storage.holdings import hold, holds, let_go
 from storage.ledger import State, Study
 from storage.owners import Owner, database_now
 from storage.silence import watched_seconds
@@ -48,6 +48,8 @@ from storage.tables import (
     delete_study,
     insert_trial,
     next_number,
+    next_waiting,
+    param_row,
     points_in_queue,
     set_trial_attributes,
     start_waiting,
@@ -123,9 +125,12 @@ def lost(claim: Claim) -> ClaimLost:
 
 
 def trial_exists(storage: RDBStorage, claim: Claim) -> bool:
-    """Whether the claimed trial is still in the database. Its study may have been deleted."""
-    wanted = select(TrialModel.trial_id).where(TrialModel.trial_id == claim.trial_id)
-    return read(storage, lambda connection: connection.execute(wanted).scalar() is not None)
+    """Whether the claimed trial is still in the database. Its study may have been deleted.
+
+    Its attempt tells it from another trial that has its id now: SQLite gives ids again.
+    """
+    attempts = read(storage, lambda connection: attempt_table.of_trial(connection, claim.trial_id))
+    return any(_is_of(claim, attempt) for attempt in attempts)
 
 
 def delete_at_once(storage: RDBStorage, study_id: int) -> bool:
@@ -170,12 +175,9 @@ def claim(
         current = ledger.current(connection, study)
         if not _may_start(current):
             return None
-        waiting = connection.execute(
-            select(TrialModel.trial_id, TrialModel.number)
-            .where(TrialModel.study_id == study.id, TrialModel.state == TrialState.WAITING)
-            .order_by(TrialModel.number)
-            .limit(1)
-        ).first()
+        # Of a grid that is larger than the budget, the rest waits for ever: what somebody added comes first.
+        overfull = current.finished + current.running + current.waiting > current.budget.total
+        waiting = next_waiting(connection, study.id, added_first=overfull)
         if waiting is not None:
             trial_id, number = waiting
             if not start_waiting(connection, trial_id):
@@ -199,7 +201,15 @@ def claim(
         return new
 
     # Most looks of idle workers find nothing: they leave the lock to others.
-    return write(storage, study.name, work) if read(storage, is_worth_the_lock) else None
+    if not read(storage, is_worth_the_lock):
+        return None
+    try:
+        return write(storage, study.name, work)
+    except BaseException:
+        # Its commit may have succeeded without an answer: then it is taken back as that of a worker that ended.
+        for each in made:
+            let_go(each.incarnation, each.trial_id, each.attempt)
+        raise
 
 
 def _may_start(study: Study) -> bool:
@@ -245,7 +255,8 @@ def _lost_trials(storage: RDBStorage, connection: Connection, study: Study, grac
     running = attempt_table.running(connection, study.id)
     # While the database was away nobody could send a heartbeat.
     not_before = storage.last_away if isinstance(storage, PatientStorage) else float("-inf")
-    silent = watched_seconds(study.incarnation, [(trial_id, attempt) for trial_id, _, attempt in running], not_before)
+    attempts = [(trial_id, attempt) for trial_id, _, attempt in running]
+    silent = watched_seconds((study.incarnation, study.id), attempts, not_before)
     lost = []
     gone: dict[tuple[str, int, float], bool] = {}  # by process: each is asked for once, and not for each of its slots
     for trial_id, number, attempt in running:
@@ -305,16 +316,8 @@ def begin(
             raise PointTaken
         stored = TrialParamModel
         recorded = set(connection.execute(select(stored.param_name).where(stored.trial_id == claim.trial_id)).scalars())
-        rows = [
-            {
-                "trial_id": claim.trial_id,
-                "param_name": name,
-                "param_value": distribution.to_internal_repr(value),
-                "distribution_json": distribution_to_json(distribution),
-            }
-            for name, (distribution, value) in params.items()
-            if name not in recorded
-        ]
+        new = {name: param for name, param in params.items() if name not in recorded}
+        rows = [param_row(claim.trial_id, name, *param) for name, param in new.items()]
         if rows:
             connection.execute(insert(stored), rows)
 
@@ -395,16 +398,21 @@ def record_epochs(
 
     A step is an epoch, or a repeat where there are several; then `epoch` is the last whole epoch.
 
-    Recorded again after a restart, a value replaces the earlier one. A value that is not finite is stored as NaN:
-    Optuna can read it, and its pruners and TPE take it for the worst. `files` are the names of the files that the
-    attempt has now, of `artifacts.DOWNLOADABLE`; None if they have not changed. `resumed_after` is the last epoch of
-    the checkpoint that the attempt continues from: the database may lack some of its values. Raises ClaimLost.
+    Recorded again after a restart, a value replaces the earlier one and those of later steps. A value that is not
+    finite is stored as NaN: Optuna can read it, and its pruners and TPE take it for the worst. `files` are the names of
+    the files that the attempt has now, of `artifacts.DOWNLOADABLE`; None if they have not changed. `resumed_after` is
+    the last epoch of the checkpoint that the attempt continues from: the database may lack some of its values. Raises
+    ClaimLost.
     """
 
     def work(connection: Connection) -> State:
         _require_owner(connection, claim)
         stored = TrialIntermediateValueModel
-        connection.execute(delete_rows(stored).where(stored.trial_id == claim.trial_id, stored.step.in_(values)))
+        if values:
+            # What an attempt left that got further before it was lost is not of this training.
+            later = stored.step > max(values)
+            again = or_(stored.step.in_(values), later)
+            connection.execute(delete_rows(stored).where(stored.trial_id == claim.trial_id, again))
         for step, value in values.items():
             # An infinite accuracy is also a failed measurement, but a pruner would take it for the best.
             known = value if math.isfinite(value) else math.nan

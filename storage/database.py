@@ -35,7 +35,7 @@ from storage.transactions import (
     has_unquoted_password,
     is_transient,
     lock_file,
-    lock_row,
+    lock_study_on_server,
     log_first_failure,
     missing_privilege,
     read,
@@ -200,7 +200,7 @@ def create(url: str, patience: float = 0.0) -> PatientStorage:
 
 
 def spare(storage: PatientStorage) -> PatientStorage:
-    """The same database for a transaction that must not wait until others give their connections back.
+    """The database `storage` for a transaction that must not wait until others give their connections back.
 
     It connects for each transaction and disconnects after it. On SQLite it is `storage` itself: who writes there waits
     for the file, and not for a connection.
@@ -274,7 +274,7 @@ def _make_tables(url: URL) -> None:
 def _advisory_lock(url: URL) -> Iterator[None]:
     engine = _engine(url)
     with engine.begin() as connection:
-        lock_row(connection, "")
+        lock_study_on_server(connection, "")
         # A large database takes its time, and this connection does nothing meanwhile.
         connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
         yield
@@ -332,7 +332,8 @@ def _unusable_reason(url: URL) -> str | None:
         return f"has studies of an older Trialyard ({', '.join(outdated.values())}): run `trialyard storage upgrade`"
     if outdated:
         log.warning(
-            "left out, as of an older Trialyard: %s; see `trialyard storage check`", ", ".join(outdated.values())
+            "these studies were made by an older Trialyard and are left out: %s; see `trialyard storage check`",
+            ", ".join(outdated.values()),
         )
     return None
 
@@ -519,6 +520,7 @@ def backup(storage: RDBStorage, path: Path) -> int:
                 _copy_rows(storage, draft)
             with contextlib.closing(sqlite3.connect(draft)) as copied:
                 _renew_incarnations(copied)
+                _stop_what_runs(copied)
                 copied.execute("PRAGMA journal_mode = DELETE")  # one file, without a separate log
                 (trials,) = copied.execute("SELECT count(*) FROM trials").fetchone()
     except (OSError, SQLAlchemyError, sqlite3.Error) as error:
@@ -541,6 +543,21 @@ def _renew_incarnations(copied: sqlite3.Connection) -> None:
             for before, after in renewed.items():
                 new = new.replace(f'"incarnation": {before}', f'"incarnation": {after}')
         copied.execute(f"UPDATE {table} SET value_json = ? WHERE {row_id} = ?", (new, row))
+    copied.commit()
+
+
+def _stop_what_runs(copied: sqlite3.Connection) -> None:
+    """Puts the running trials of a copy back into the queue: their workers go on with the original alone."""
+    existing = {name for (name,) in copied.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if attempt_table.table.name in existing:  # else it is of an older version
+        ours = f"trial_id IN (SELECT trial_id FROM {attempt_table.table.name} WHERE ended IS NULL)"
+        copied.execute(f"UPDATE trials SET state = 'WAITING' WHERE state = 'RUNNING' AND {ours}")
+        copied.execute(
+            f"UPDATE {attempt_table.table.name} SET ended = beat, outcome = 'interrupted', "
+            "reason = 'the database was copied while it ran' WHERE ended IS NULL"
+        )
+    if slots.table.name in existing:
+        copied.execute(f"DELETE FROM {slots.table.name}")
     copied.commit()
 
 

@@ -24,7 +24,7 @@ TrialyardError
 ├── DashboardError     (search) the dashboard cannot be served at this address
 ├── SlurmError         (search) Slurm cannot run these workers, or does not answer
 ├── RayError           (search) Ray is not installed, does not answer, or cannot run these slots
-└── WorkerError        (search) no worker on this machine is alive
+└── WorkerError        (search) a worker cannot be started as asked, or none is alive
 """
 
 import difflib
@@ -77,6 +77,16 @@ class WrongDirection(StorageError):  # noqa: N818 - as above
 
 class ClaimLost(TrialyardError):  # noqa: N818 - it is an event, not a mistake
     """The trial was taken over by another worker while this one was silent."""
+
+
+def error_text(error: BaseException, limit: int = 300) -> str:
+    """The error's own words on one line, at most `limit` characters; its type, if it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def named_error(error: BaseException, limit: int = 2000) -> str:
+    """The error's type and its words on one line: ``ValueError: too short``."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:limit]
 
 
 def many(number: int, noun: str, plural: str | None = None) -> str:

@@ -108,7 +108,7 @@ def clock(connection: Connection) -> ColumnElement[datetime]:
 
 
 def clock_of(dialect: str) -> ColumnElement[datetime]:
-    """The same for a kind of database: "sqlite" or "postgresql"."""
+    """The database's time as an SQL expression, for the kind "sqlite" or "postgresql"."""
     if dialect == "sqlite":
         return literal_column("strftime('%Y-%m-%d %H:%M:%f', 'now')", DateTime())
     return literal_column("(clock_timestamp() AT TIME ZONE 'UTC')", DateTime())

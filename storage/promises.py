@@ -41,7 +41,7 @@ def _study_problems(connection: Connection, study: attributes.StudyAttributes) -
         progress = study_progress.of_studies(connection, [study_id])[study_id]
         begun = progress["finished"] + progress["running"]
         if begun > limit.total:
-            problems.append(f"study {name}: {many(begun, 'trial')}, over its {limit.total}")
+            problems.append(f"study {name}: it has {many(begun, 'trial')}, but its budget is {limit.total}")
         imported = len(ledger.imported_digests(connection, study_id))
         if imported != limit.imported:
             problems.append(f"study {name}: {many(imported, 'imported trial')}, and its budget says {limit.imported}")

@@ -12,13 +12,13 @@ from sqlalchemy import ColumnElement, Connection, Double, ScalarSelect, and_, ca
 from storage import attributes
 from storage.artifacts import MODEL
 from storage.tables import (
+    IDS_IN_CLAUSE,
     TrialModel,
     TrialSystemAttributeModel,
     TrialUserAttributeModel,
     TrialValueModel,
 )
 
-IDS_IN_CLAUSE = 500  # trials that one statement names
 LOSS = "val_loss"  # the user attribute with the validation loss of the best epoch
 _NUMBER = r"^-?\d{1,20}(\.\d{1,30})?([eE][+-]?\d{1,2})?$"  # as JSON, and in the range of a double
 

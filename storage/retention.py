@@ -27,8 +27,14 @@ from storage.artifacts import CHECKPOINT, ID_LENGTH, MODEL, WITH_HISTORY, WITH_M
 from storage.claims import Claim
 from storage.deletions import has_old_folder
 from storage.errors import ObjectStoreError
-from storage.ranking import IDS_IN_CLAUSE, RankedTrial, ranked
-from storage.tables import StudyModel, TrialModel, TrialSystemAttributeModel, TrialUserAttributeModel
+from storage.ranking import RankedTrial, ranked
+from storage.tables import (
+    IDS_IN_CLAUSE,
+    StudyModel,
+    TrialModel,
+    TrialSystemAttributeModel,
+    TrialUserAttributeModel,
+)
 from storage.transactions import read, write
 
 log = logging.getLogger(__name__)
@@ -89,22 +95,19 @@ def trim(storage: RDBStorage, claim: Claim, root: ArtifactStore | Path, keep: in
             return sorted(_offered(connection, trials, paths))
         return sorted(map(str, store.existing(list(map(PurePosixPath, paths)))))
 
-    def remove_all(connection: Connection) -> list[PurePosixPath]:
+    def withdraw_all(connection: Connection) -> list[PurePosixPath]:
         gone = []
         for path in map(PurePosixPath, beyond(connection)):
             # The model last: while it exists, the next trial's end looks at this folder again.
             for file in (*map(path.with_name, WITH_MODEL), path):
-                if not store.is_far:
-                    store.remove([file])
                 _withdraw(connection, file)
                 gone.append(file)
         return gone
 
     # Most often there is nothing to do, and the lock is others' to have.
     if read(storage, beyond):
-        gone = write(storage, claim.study, remove_all)
-        if store.is_far:  # others need not wait: a rank never rises
-            store.remove(gone)
+        # The files after the commit: the dashboard must not offer what is gone. A rank never rises.
+        store.remove(write(storage, claim.study, withdraw_all))
 
 
 def remove_attempts(claim: Claim, root: ArtifactStore | Path) -> None:
@@ -156,18 +159,18 @@ def remove(storage: RDBStorage, root: ArtifactStore | Path, keep: int, listed: S
         for begin in range(0, len(files), DELETE_BATCH):
             batch = files[begin : begin + DELETE_BATCH]
 
-            def work(connection: Connection, batch: list[File] = batch) -> list[UnneededFile]:
-                removed = []
-                for each in _unneeded(connection, store, keep, batch):
-                    if store.is_far or _remove(store, [each]):
-                        _withdraw(connection, each.file.path)
-                        removed.append(each)
-                return removed
+            def withdraw(connection: Connection, batch: list[File] = batch) -> list[UnneededFile]:
+                found = _unneeded(connection, store, keep, batch)
+                for each in found:
+                    _withdraw(connection, each.file.path)
+                return found
 
-            removed = write(storage, study, work)
-            # What is unneeded stays so: nobody has to wait for a store that is far away.
-            if not store.is_far or _remove(store, removed):
-                freed += sum(each.size for each in removed)
+            # The files after the commit: what is unneeded stays so, and the dashboard must not offer what is gone.
+            found = write(storage, study, withdraw)
+            # In a folder one file may be another user's; a store is asked once for all.
+            for part in [found] if store.is_far else [[each] for each in found]:
+                if _remove(store, part):
+                    freed += sum(each.size for each in part)
     return freed
 
 
@@ -189,7 +192,7 @@ def _remove(store: ArtifactStore, files: Sequence[UnneededFile]) -> bool:
 def _files(found: Iterable[Stored]) -> Iterator[File]:
     """Those of the files `found` that are ours, in their order."""
     for stored in found:
-        study, *numbers = stored.path.parts[:-1]
+        study, *numbers = stored.path.parts[:-1] or ("",)  # somebody else's file may be at the top of a bucket
         match = _STUDY.fullmatch(study)
         if not numbers or not all(map(_NUMBER.fullmatch, numbers)):
             continue

@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     # Of models and histories: a folder, by default <home>/artifacts, or the URL of an object store.
     artifacts: Path | str | None = None
     data: Annotated[tuple[Path, ...], NoDecode] = ()  # folders with <name>.npz, separated as PATH is
-    beat_seconds: float = Field(default=10.0, gt=0)  # between two heartbeats of a running trial
+    beat_seconds: float = Field(default=10.0, gt=0)  # between two heartbeats of a worker
     # Silence after which a trial is claimed again: longer than a minute without the database plus one heartbeat.
     grace_seconds: float = Field(default=120.0, gt=0)
     checkpoint_seconds: float = Field(default=30.0, ge=0)  # the shortest time between two checkpoints of a trial

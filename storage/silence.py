@@ -47,7 +47,8 @@ class _Watch:
 
 
 MISSED_CALLS = 3  # one may take long: the database is busy
-_looks: dict[str, dict[Key, _Look]] = {}  # by the study's incarnation, which no other database has
+# By a study's incarnation, which no other database has, and its id: a copy in the same database has its incarnation.
+_looks: dict[tuple[str, int], dict[Key, _Look]] = {}
 _watches: list[_Watch] = []
 _lock = threading.Lock()  # a worker's slots look at the same time
 
@@ -65,16 +66,19 @@ def watching(seconds: float) -> Iterator[Callable[[], None]]:
             _watches.remove(watch)
 
 
-def watched_seconds(incarnation: str, running: Iterable[tuple[int, Attempt]], not_before: float) -> dict[Key, float]:
+def watched_seconds(
+    study: tuple[str, int], running: Iterable[tuple[int, Attempt]], not_before: float
+) -> dict[Key, float]:
     """For how many seconds this process has seen the same last heartbeat of each running attempt of a study.
 
-    `running` is every running attempt with its trial's id, as read just now: what was seen before is compared with it
-    and then replaced. A look before `not_before`, by the monotonic clock, does not count.
+    `study` is its incarnation and its id. `running` is every running attempt with its trial's id, as read just now:
+    what was seen before is compared with it and then replaced. A look before `not_before`, by the monotonic clock, does
+    not count.
     """
     now = monotonic()
     with _lock:
         not_before = max([not_before, *(watch.stopped_until() for watch in _watches)])
-        before = _looks.get(incarnation, {})
+        before = _looks.get(study, {})
         looks = {}
         for trial_id, attempt in running:
             key = trial_id, attempt.attempt
@@ -82,5 +86,5 @@ def watched_seconds(incarnation: str, running: Iterable[tuple[int, Attempt]], no
             if look is None or look.beat != attempt.beat or look.at < not_before:
                 look = _Look(beat=attempt.beat, at=now)
             looks[key] = look
-        _looks[incarnation] = looks
+        _looks[study] = looks
     return {key: now - look.at for key, look in looks.items()}

@@ -62,7 +62,7 @@ def beat(connection: Connection, slots: Mapping[Owner, str], closed: Mapping[Own
 
     Forgets those that have been silent for long.
     """
-    leave(connection, list(slots))
+    remove(connection, list(slots))
     now = database_now(connection)
     rows = [
         asdict(owner)
@@ -73,7 +73,7 @@ def beat(connection: Connection, slots: Mapping[Owner, str], closed: Mapping[Own
     connection.execute(delete(table).where(table.c.beat < now - timedelta(hours=FORGOTTEN_HOURS)))
 
 
-def leave(connection: Connection, slots: Sequence[Owner]) -> None:
+def remove(connection: Connection, slots: Sequence[Owner]) -> None:
     """Removes these slots from the list."""
     for owner in slots:
         connection.execute(

@@ -31,7 +31,7 @@ from sqlalchemy import URL, Connection, Engine, orm, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from storage.errors import Locked, StorageError
+from storage.errors import Locked, StorageError, error_text
 from storage.tables import TrialModel, TrialValueModel
 
 if TYPE_CHECKING:  # imported where they are used: reading needs neither, and they bring asyncio along
@@ -47,7 +47,7 @@ IDLE_SECONDS = 60.0  # a transaction whose process does nothing for so long is e
 
 
 class _Versions(_VersionManager):
-    """Optuna's, for tables that stand: it does not look at them before it is asked."""
+    """Optuna's, for tables that exist: it does not query them until it is asked."""
 
     def __init__(self, url: str, engine: Engine, sessions: orm.scoped_session[orm.Session]) -> None:
         self.url, self.engine, self.scoped_session = url, engine, sessions
@@ -70,7 +70,7 @@ class PatientStorage(RDBStorage):
 
     @classmethod
     def on_current_tables(cls, url: str, engine_kwargs: dict[str, Any]) -> "PatientStorage":
-        """The same on tables that are known to be of this very version of Optuna.
+        """A storage on tables that are known to be of this very version of Optuna.
 
         Optuna's own constructor looks for itself, with Alembic, whose import takes as long as the rest of a query.
         """
@@ -169,7 +169,7 @@ def log_first_failure(state: "tenacity.RetryCallState") -> None:
     assert state.outcome is not None
     error = state.outcome.exception()
     if error is not None and state.attempt_number == 1:
-        log.warning("the database is away, to be tried again: %s", cause_of(error))
+        log.warning("the database cannot be reached, trying again: %s", cause_of(error))
 
 
 def _retried(name: str) -> Callable[..., Any]:
@@ -265,7 +265,7 @@ def cause_of(error: BaseException) -> str:
     """The innermost error's own words, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return error_text(error)
 
 
 # By what PostgreSQL says is denied: the statement that grants it.
@@ -335,12 +335,14 @@ def write(storage: RDBStorage, study: str | None, work: Callable[[Connection], T
             _with_privileges(storage),
             storage.engine.begin() as connection,
         ):
-            lock_row(connection, study)
+            lock_study_on_server(connection, study)
             return work(connection)
 
     try:
         return storage.with_retries(once) if isinstance(storage, PatientStorage) else once()
     except DBAPIError as error:
+        if _state_of(error) == READ_ONLY:
+            storage.engine.dispose()  # see `PatientStorage._note_failure`, which a call without patience does not reach
         if not _is_refused(error):
             raise
         raise StorageError(read_only_text(storage.engine.url, cause_of(error))) from error
@@ -377,7 +379,8 @@ def _in_sqlite(storage: RDBStorage, work: Callable[[Connection], T]) -> T:
         return result
 
 
-def lock_row(connection: Connection, study: str | None) -> None:
+def lock_study_on_server(connection: Connection, study: str | None) -> None:
+    """Limits how long a transaction on PostgreSQL waits and idles, and locks `study`, if given, until its end."""
     # `true`: for this transaction only, which also holds behind a transaction-pooling proxy.
     connection.execute(
         text(

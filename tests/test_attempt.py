@@ -26,7 +26,8 @@ from search.messages import Failed, Repeated, Resumed
 from search.stall import Stall
 from search.trainer import Trainer, TrainerDied
 from storage import artifacts, attempt_table, claims, faults, ledger, owners, transactions
-from storage.errors import DiskError, TrialyardError
+from storage.attempt_files import AttemptFiles
+from storage.errors import DiskError, ObjectStoreError, TrialyardError
 from storage.owners import Owner
 from storage.settings import Settings
 from storage.transactions import PatientStorage
@@ -150,6 +151,25 @@ def test_a_trial_at_its_end_is_complete_though_it_was_to_be_pruned(
     trainer = _run(storage, tmp_path, me, epoch(1, 0.5), epoch(2, 0.6), trained(stopped=stopped))
     assert trainer.requests == ["drop"]
     assert (_only(storage).state, _only(storage).values) == (state, [0.6 if stopped else 0.9])
+
+
+def test_a_pruner_sees_no_value_of_an_earlier_attempt_that_got_further(
+    storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = claims.claim(storage, ledger.find(storage, "trivial"), me, 60.0)
+    assert lost is not None
+    claims.record_epochs(storage, lost, {1: 0.8, 2: 0.9})
+    claims.requeue(storage, lost, "interrupted", "its checkpoint was lost with its machine")
+    seen: list[dict[int, float]] = []
+
+    def prune(pruner: Any, study: Any, trial: optuna.trial.FrozenTrial) -> bool:
+        seen.append(dict(trial.intermediate_values))
+        return True
+
+    monkeypatch.setattr(optuna.pruners.NopPruner, "prune", prune)
+    _run(storage, tmp_path, me, epoch(1, 0.5), trained(stopped=True))
+    assert seen == [{1: 0.5}]
+    assert (_only(storage).state, _only(storage).intermediate_values) == (TrialState.PRUNED, {1: 0.5})
 
 
 REPEATED = TRIVIAL.replace('"trivial"', '"repeated"').replace("epochs = 2", "epochs = 2\nrepeats = 5")
@@ -327,6 +347,33 @@ def test_the_first_failure_in_a_used_process_is_tried_once_in_a_new_one(
     assert [attempt.outcome for attempt in attempts_at(storage, _only(storage)._trial_id)] == ["finished"]
 
 
+@pytest.mark.parametrize("end", [*LEFT_OVER, _failure("disk"), _failure("nan")], ids=str)
+def test_a_trial_that_the_pruner_ended_is_pruned_whatever_its_trainer_does_then(
+    storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch, end: Failed | TrainerDied
+) -> None:
+    monkeypatch.setattr(Attempt, "_should_prune", lambda attempt, step: True)
+    trainer = _run(storage, tmp_path, me, epoch(1, 0.5), end, used=True)
+    assert (_only(storage).state, _only(storage).values) == (TrialState.PRUNED, [0.5])
+    assert trainer.requests == ["drop", "kill"]
+
+
+@pytest.mark.parametrize(
+    "error", [DiskError("a file cannot be read"), ObjectStoreError("the store refuses it")], ids=str
+)
+def test_a_pruned_trial_whose_files_cannot_be_kept_is_pruned_without_them(
+    storage: PatientStorage, tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch, error: TrialyardError
+) -> None:
+    def refused(files: AttemptFiles, look: Callable[[], None]) -> None:
+        raise error
+
+    monkeypatch.setattr(Attempt, "_should_prune", lambda attempt, step: True)
+    monkeypatch.setattr(AttemptFiles, "keep_all", refused)
+    _run(storage, tmp_path, me, epoch(1, 0.5), trained(stopped=True))
+    trial = _only(storage)
+    assert (trial.state, trial.values) == (TrialState.PRUNED, [0.5])
+    assert "history" not in trial.user_attrs
+
+
 def test_a_failure_in_a_new_process_counts_and_the_process_is_replaced(
     storage: PatientStorage, tmp_path: Path, me: Owner
 ) -> None:
@@ -366,7 +413,7 @@ def test_a_training_that_ended_in_time_is_complete_though_its_worker_was_stopped
 ) -> None:
     limited = parse(TRIVIAL.replace("epochs = 2", "epochs = 3\ntrial_minutes = 0.005"), name="limited")
     registry.create(limited, storage, {"fingerprint": "0" * 16})
-    monkeypatch.setattr(attempt_module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("search.deadlines.LOOK_SECONDS", 0.05)
     monkeypatch.setattr(Scripted, "ready", True)
 
     def long_look() -> Any:  # as after Ctrl-Z

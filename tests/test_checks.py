@@ -1,5 +1,6 @@
 """The checks before a study is created, and before a worker takes one."""
 
+import errno
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import keras
 import pytest
 from optuna.trial import TrialState
 
-from search import checks, service, terminal
+from search import checks, service, terminal, trainer
 from search.errors import MachineError
 from storage import claims
 from storage.owners import Owner
@@ -51,6 +52,20 @@ def test_a_check_that_hangs_ends(
     )
     with pytest.raises(MachineError, match=reason):
         checks.check(definition, load(), stop=stop)
+
+
+@pytest.mark.parametrize("call", ["Pipe", "launch"])
+def test_a_trainer_process_that_cannot_be_started_for_a_check_is_a_sentence(
+    home: Path, monkeypatch: pytest.MonkeyPatch, trivial: Definition, call: str
+) -> None:
+    """Before and after its log is made."""
+
+    def refused(*arguments: Any) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(trainer, call, refused)
+    with pytest.raises(MachineError, match=r"a trainer process cannot be started \(Too many open files\)"):
+        checks.check(trivial.model_copy(update={"dataset": "mine:load"}), load())
 
 
 @pytest.mark.parametrize("kind", ["fork", "spawn"])

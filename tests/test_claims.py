@@ -330,7 +330,7 @@ def test_check_sees_what_must_not_be(storage: PatientStorage, study: str, me: Ow
     ]
     for _ in range(6):
         optuna_study.tell(optuna_study.ask(), 0.5)
-    assert f"study {study}: 6 trials, over its 5" in promises.check(storage)
+    assert f"study {study}: it has 6 trials, but its budget is 5" in promises.check(storage)
 
 
 def test_a_trial_that_was_asked_for_and_never_told_blocks_nothing(
@@ -425,6 +425,19 @@ def test_a_slow_heartbeat_is_waited_for_as_long_as_its_worker_says(
     assert _claim(storage, study, me).number == 2
     pass_time(5)
     assert _claim(storage, study, me).trial_id == held.trial_id
+
+
+def test_a_look_at_a_copy_of_a_study_does_not_make_the_original_s_silence_shorter(
+    storage: PatientStorage, study: str, me: Owner, elsewhere: Owner, pass_time: Callable[[float], None]
+) -> None:
+    """A copy in the same database has the incarnation of the original."""
+    optuna.copy_study(from_study_name=study, from_storage=storage, to_storage=storage, to_study_name="copy")
+    lost = _claim(storage, study, elsewhere)
+    _claim(storage, "copy", replace(elsewhere, slot="cpu:1"))
+    _claim(storage, study, me)
+    pass_time(GRACE)
+    _claim(storage, "copy", me)
+    assert _claim(storage, study, me).trial_id == lost.trial_id
 
 
 def _set_back_beats(storage: PatientStorage) -> None:
@@ -540,6 +553,21 @@ def test_the_same_worker_s_earlier_attempt_is_lost_too(storage: PatientStorage, 
     _finish(storage, second)
 
 
+def test_a_trial_with_the_id_of_a_deleted_one_is_another_trial(
+    storage: PatientStorage, study: str, trivial: Definition, me: Owner, elsewhere: Owner
+) -> None:
+    deleted = _claim(storage, study, me)
+    assert claims.trial_exists(storage, deleted)
+    registry.stop(study, storage)
+    claims.delete(storage, ledger.find(storage, study), GRACE)
+    registry.create(trivial, storage, {"fingerprint": "0" * 16})
+    new = _claim(storage, study, elsewhere)
+    if storage.engine.dialect.name == "sqlite":
+        assert new.trial_id == deleted.trial_id, "this database does not use ids again: the test shows nothing"
+    assert not claims.trial_exists(storage, deleted)
+    assert claims.trial_exists(storage, new)
+
+
 def test_somebody_s_own_ask_is_left_alone(storage: PatientStorage, study: str, me: Owner) -> None:
     asked = registry.open(study, storage).ask()
     assert _claim(storage, study, me).number == asked.number + 1
@@ -633,6 +661,25 @@ def test_a_claim_whose_answer_was_lost_is_found_again(
         assert [trial.number for trial in claims.running_trials(storage, claim.study_id)] == [0]
         assert _beat(storage, claim) == "open"
         claims.requeue(storage, claim, "interrupted", "told to stop")
+
+
+def test_a_claim_whose_answer_never_came_is_taken_back_by_the_next_one(
+    storage: PatientStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database went away right after the commit, and for longer than it is waited for."""
+
+    def cut(*arguments: Any) -> None:
+        transactions.write(*arguments)
+        raise StorageError("the database has been away for too long")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(claims, "write", cut)
+        with pytest.raises(StorageError, match="away for too long"):
+            _claim(storage, study, me)
+    again = _claim(storage, study, me)
+    assert (again.number, again.attempt) == (0, 2)
+    first, _ = attempts_at(storage, again.trial_id)
+    assert first.outcome == "lost"
 
 
 def _twice(storage: PatientStorage, study: str | None, work: Callable[[Any], Any]) -> Any:
@@ -863,9 +910,21 @@ def test_what_a_checkpoint_has_and_the_database_lacks_is_written_at_once(
     claims.record_epochs(storage, claim, {4: 0.9})  # of an attempt that got further than its checkpoint
     claims.record_epochs(storage, claim, {1: 0.1, 2: 0.2, 3: 0.3}, resumed_after=3)
     trial = storage.get_trial(claim.trial_id)
-    assert trial.intermediate_values == {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.9}
+    assert trial.intermediate_values == {1: 0.1, 2: 0.2, 3: 0.3}
     (attempt,) = attempts_at(storage, claim.trial_id)
     assert (attempt.resumed_after, attempt.epoch) == (3, 3)
+
+
+def test_a_trial_that_starts_over_keeps_no_value_of_an_attempt_that_got_further(
+    storage: PatientStorage, study: str, me: Owner
+) -> None:
+    claim = _claim(storage, study, me)
+    for epoch in (1, 2, 3):
+        claims.record_epochs(storage, claim, {epoch: 0.9})
+    claims.requeue(storage, claim, "interrupted", "the checkpoint was lost with its machine")
+    again = _claim(storage, study, me)
+    claims.record_epochs(storage, again, {1: 0.4})
+    assert storage.get_trial(again.trial_id).intermediate_values == {1: 0.4}
 
 
 def test_a_finish_that_came_through_unheard_is_done_once(storage: PatientStorage, study: str, me: Owner) -> None:
@@ -956,7 +1015,7 @@ def test_workers_are_listed_with_what_they_do_until_they_leave(
     assert (mine.slot, mine.device, mine.study, mine.trial, mine.epoch) == ("cpu:0", "Some Processor", study, 1, 2)
     assert (there.host, there.study, there.trial, there.epoch) == ("another", None, None, None)
     assert 0 <= mine.silent_seconds < GRACE
-    transactions.write(storage, None, lambda connection: slots.leave(connection, [me, elsewhere]))
+    transactions.write(storage, None, lambda connection: slots.remove(connection, [me, elsewhere]))
     assert transactions.read(storage, slots.present) == []
 
 

@@ -15,6 +15,7 @@ import optuna
 import psutil
 import pytest
 from conftest import SMALL, Call
+from locked_folder import locked
 from optuna.trial import TrialState
 
 from search import terminal
@@ -87,10 +88,33 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(
     assert _dump(home) == before
 
 
+LONG = "long-" * 60
+
+
+@pytest.mark.parametrize(
+    ("images", "problem"),
+    [
+        ("closed/photos/", "closed/photos/ cannot be looked for (Permission denied): correct dataset"),
+        ("closed/small.npz", "closed/small.npz cannot be looked for (Permission denied): correct dataset"),
+        (f"{LONG}/", f"{LONG[:57]}... cannot be looked for (File name too long): correct dataset"),
+    ],
+)
+def test_images_that_cannot_be_looked_for_are_one_sentence(
+    home: Path, trialyard: Call, images: str, problem: str
+) -> None:
+    (home / "closed" / "photos").mkdir(parents=True)
+    (home / "n.toml").write_text(GOOD.replace('"digits"', f'"{images}"'), encoding="utf-8")
+    with locked(home / "closed"):
+        code, out, err = trialyard("check", "n.toml")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {problem}")
+    assert len(err.splitlines()) == 1
+
+
 def test_an_argument_that_is_not_utf_8_is_one_sentence(trialyard: Call) -> None:
     trialyard("storage", "create")
     code, out, err = trialyard("status", "\udcff")
-    assert (code, out, err) == (1, "", "error: '\\udcff' is not text in UTF-8: write it so\n")
+    assert (code, out, err) == (1, "", "error: '\\udcff' is not valid UTF-8: type it in UTF-8\n")
 
 
 def test_a_terminal_that_knows_ascii_alone_gets_every_text(
@@ -149,7 +173,7 @@ def test_the_commands_that_are_advised_name_the_database_that_was_given(
 
 def test_trials_that_wait_after_the_end_are_mentioned(finished_study: str, home: Path, trialyard: Call) -> None:
     registry.open(finished_study, f"sqlite:///{home}/yard/studies.db").enqueue_trial({"dropout": 0.3})
-    sentence = "1 trial waits, and the budget has no room for it: `trialyard create` with more trials makes it"
+    sentence = "1 trial waits, and the budget has no room for it: `trialyard create` with a larger --trials adds room"
     assert f"  {sentence}" in trialyard("status")[1]
     assert f"{sentence}." in report(finished_study, f"sqlite:///{home}/yard/studies.db", "markdown")
     assert trialyard("work", finished_study)[1].endswith(", best 0.9000 (trial 1), ended\n")
@@ -248,7 +272,8 @@ def test_studies_and_trials_of_others_break_no_command(home: Path, trialyard: Ca
         assert "colleague" not in out
     assert json.loads(trialyard("best", "digits", "--json")[1])["model"] is None
     assert "has no model, because Trialyard did not train it" in trialyard("export", "digits", "there")[2]
-    assert "5 trials, over its 4" in trialyard("storage", "check")[2]  # theirs count, and nothing else is wrong
+    # Theirs count, and nothing else is wrong.
+    assert "it has 5 trials, but its budget is 4" in trialyard("storage", "check")[2]
     assert "study 'colleague' has no definition" in trialyard("status", "colleague")[2]
 
 
@@ -307,14 +332,24 @@ def test_check_says_what_it_understood(
     write_small(trials=4, epochs=2, text=text + "\n[pruner]\nkind = 'hyperband'\n")
     *lines, time, note = command("check", "small.toml", folder=home).splitlines()
     assert lines == [
-        "small is right: 4 trials of 2 epochs",
+        "small is valid: 4 trials of 2 epochs",
         "  dropout: 0.0 to 0.5",
         "  width: one of 0.1, 0.2",
         "images: 240 to train with, 60 validation images; 8x8x1 in 10 classes",
-        "models: 4,688 to 8,849 parameters",
+        "models: 4,688 to 8,849 weights",
     ]
     assert re.fullmatch(r"time: about \d+ (s|min) on this machine.*, if no trial is pruned", time)
     assert note == "note: the pruner hyperband has one bracket here, so it is successive halving"
+
+
+def test_a_name_in_colons_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as a class ":cat:", which is also Rich's name of a picture."""
+    terminal.say("classes: :cat:, :dog:")
+    terminal.print_report("The class :cat: is *often* wrong.")
+    terminal.warn("the class :cat:")
+    out, err = capsys.readouterr()
+    assert out.split() == ["classes:", ":cat:,", ":dog:", "The", "class", ":cat:", "is", "often", "wrong."]
+    assert err == "the class :cat:\n"
 
 
 def test_create_says_what_is_next_and_does_nothing_twice(trialyard: Call) -> None:
@@ -489,12 +524,12 @@ def test_alive_tells_a_worker_that_has_fallen_silent(home: Path, trialyard: Call
     claims.beat(storage, {me: "a processor"}, [])
     code, out, err = trialyard("alive")
     assert (code, err) == (0, "")
-    assert out.startswith("a worker of this machine gave its last sign ")
+    assert out.startswith("a worker of this machine sent its last heartbeat ")
     with storage.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE trialyard_slots SET beat = datetime(beat, '-200 seconds')")
     code, out, err = trialyard("alive")
     assert (code, out) == (1, "")
-    assert "old, more than TRIALYARD_GRACE_SECONDS = 120: " in err
+    assert " s ago, more than TRIALYARD_GRACE_SECONDS = 120: " in err
     with storage.engine.begin() as connection:  # another machine's is no sign of life of this one's
         connection.exec_driver_sql("UPDATE trialyard_slots SET machine = 'another', beat = datetime('now')")
     assert "there is no worker on this machine" in trialyard("alive")[2]
@@ -589,8 +624,8 @@ def test_delete_asks_first(home: Path, trialyard: Call, monkeypatch: pytest.Monk
         assert "Remove study digits with its 3 finished trials, and their models and histories?" in err
         assert _dump(home) == before
     _answer(monkeypatch, "y\n")
-    assert trialyard("delete", "digits")[:2] == (0, "study digits is gone, and 0 B are free\n")
-    assert trialyard("delete", "other", "--yes")[:2] == (0, "study other is gone, and 0 B are free\n")
+    assert trialyard("delete", "digits")[:2] == (0, "study digits was deleted, and 0 B were freed\n")
+    assert trialyard("delete", "other", "--yes")[:2] == (0, "study other was deleted, and 0 B were freed\n")
     assert "there is no study 'other'" in trialyard("delete", "other", "--yes")[2]
 
 
@@ -606,9 +641,9 @@ def test_storage_prune_lists_asks_and_removes(home: Path, trialyard: Call, monke
     assert "Remove this file, 1.5 kB?" in err
     assert path.exists()
     code, out, _ = trialyard("storage", "prune", "--yes")
-    assert (code, out) == (0, f"1.5 kB are free, below {home}/yard/artifacts\n")
+    assert (code, out) == (0, f"1.5 kB were freed below {home}/yard/artifacts\n")
     assert not path.exists()
-    assert trialyard("storage", "prune")[:2] == (0, f"0 B are free, below {home}/yard/artifacts\n")
+    assert trialyard("storage", "prune")[:2] == (0, f"0 B were freed below {home}/yard/artifacts\n")
 
 
 def test_a_stopped_study_that_is_run_again_says_so(trialyard: Call, home: Path) -> None:

@@ -3,7 +3,9 @@
 import os
 import signal
 import socket
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,17 @@ from optuna.trial import FrozenTrial, TrialState
 from scripted import Scripted, epoch, trained
 
 import studies
-from search import worker
+from search import checks, interruption, open_studies, worker
+from search.attempt import StudyHandle
 from search.devices import Device, Slot
 from search.errors import AcceleratorError, DeviceError
 from search.messages import Failed
+from search.open_studies import OpenStudies
 from search.progress import Listener
 from search.terminal import print_workers
 from storage import claims, database, ledger
 from storage.errors import DiskError, StorageError
+from storage.ledger import State
 from storage.owners import Owner
 from storage.settings import Settings
 from storage.transactions import PatientStorage
@@ -59,19 +64,17 @@ class _Trainer(Scripted):
 
 
 @pytest.fixture
-def fill(
-    storage: PatientStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[int, Ends, list[str] | None, Listener], bool]:
+def fill(storage: PatientStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     """Runs a worker of so many pretended GPUs."""
     monkeypatch.setattr(worker, "Publisher", lambda *_: Listener())
     monkeypatch.setattr(worker, "FIRST_SECONDS", 0.05)
     # Only a study that was not named is checked: it would import Keras.
-    monkeypatch.setattr(worker, "check_fit", lambda study, *_: definitions.from_json(study.definition))
+    monkeypatch.setattr("search.open_studies.check_fit", lambda study, *_: definitions.from_json(study.definition))
 
-    def run(count: int, ends: Ends, names: list[str] | None, listener: Listener) -> bool:
+    def run(count: int, ends: Ends, names: list[str] | None, listener: Listener, *, share: bool = False) -> bool:
         monkeypatch.setattr(worker, "_trainer", lambda slot, settings: _Trainer(tmp_path, slot, ends))
         settings = Settings(home=tmp_path, beat_seconds=0.05)
-        return worker.work(names, storage, settings, _slots(count), [listener])
+        return worker.work(names, storage, settings, _slots(count), [listener], share=share)
 
     return run
 
@@ -131,7 +134,7 @@ def test_an_only_accelerator_that_breaks_every_training_ends_the_worker(storage:
 
 
 def test_a_closed_slot_is_tried_again(storage: PatientStorage, fill: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "LEFT_SECONDS", 0.2)
+    monkeypatch.setattr(worker, "RETRY_SECONDS", 0.2)
     again: list[int] = []
 
     def ends(slot: Slot, job: int, trial: str) -> Failed | None:
@@ -160,7 +163,7 @@ def test_a_worker_ends_when_no_slot_is_open(
 def test_a_worker_in_service_waits_until_the_disk_has_space_again(
     storage: PatientStorage, fill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "LEFT_SECONDS", 0.2)
+    monkeypatch.setattr(worker, "RETRY_SECONDS", 0.2)
 
     class Leaves(Listener):
         def ended(self, claim: Any, trial: FrozenTrial) -> None:
@@ -168,6 +171,100 @@ def test_a_worker_in_service_waits_until_the_disk_has_space_again(
                 os.kill(os.getpid(), signal.SIGTERM)
 
     assert not fill(2, lambda slot, job, trial: FULL if job <= 2 else None, None, Leaves())
+    assert _states(storage) == [TrialState.COMPLETE] * 5
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], bool]:
+    """Waits until a slot of this name has looked twice, from now on, which studies are open."""
+    monkeypatch.setattr(open_studies, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("search.idle.FIRST_SECONDS", 0.05)
+    now, changed, counts = OpenStudies.now, threading.Condition(), Counter[str]()
+
+    def counted(studies: OpenStudies) -> list[StudyHandle]:
+        with changed:
+            counts[threading.current_thread().name] += 1
+            changed.notify_all()
+        return now(studies)
+
+    def wait(slot: str) -> bool:
+        with changed:
+            before = counts[slot]
+            return changed.wait_for(lambda: counts[slot] >= before + 2, timeout=20.0)
+
+    monkeypatch.setattr(OpenStudies, "now", counted)
+    return wait
+
+
+@pytest.mark.parametrize("state", ["paused", "stopped"])
+def test_a_slot_without_a_trial_waits_for_a_study_that_is_opened_again(
+    storage: PatientStorage, fill: Any, looks: Callable[[str], bool], state: State
+) -> None:
+    study, both = ledger.find(storage, "trivial"), threading.Barrier(2)
+    is_shut, is_open_again, is_used_again = (threading.Event() for _ in range(3))
+
+    def ends(slot: Slot, job: int, trial: str) -> None:
+        if job == 1:
+            both.wait(60)
+        if slot.name == "gpu:0" and job == 1:
+            ledger.set_state(storage, study, state)
+            is_shut.set()
+            assert looks("gpu:1"), "the slot without a trial left"
+            is_open_again.set()
+            ledger.set_state(storage, study, "open")
+            assert is_used_again.wait(30)
+        assert is_shut.wait(60)
+        if is_open_again.is_set():
+            is_used_again.set()
+
+    assert fill(2, ends, ["trivial"], Listener())
+    assert _states(storage) == [TrialState.COMPLETE] * 5
+
+
+def test_a_closed_slot_stays_closed_when_its_study_was_paused_for_a_moment(
+    storage: PatientStorage, fill: Any, looks: Callable[[str], bool]
+) -> None:
+    study, jobs = ledger.find(storage, "trivial"), Counter[str]()
+
+    def ends(slot: Slot, job: int, trial: str) -> Failed | None:
+        jobs[slot.name] += 1
+        if slot.name == "gpu:0":
+            return LOST
+        if job == 1:
+            _until(lambda: _closed(storage))
+            for state in ("paused", "open"):
+                ledger.set_state(storage, study, state)
+                assert looks("gpu:0")
+        return None
+
+    assert fill(2, ends, ["trivial"], Listener())
+    assert jobs["gpu:0"] == 1
+    assert _states(storage) == [TrialState.COMPLETE] * 5
+
+
+def test_a_second_signal_ends_the_work_of_a_script_at_once_and_not_its_process(
+    storage: PatientStorage, fill: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(interruption, "is_command", False)
+    at_once: list[bool] = []
+
+    def ends(slot: Slot, job: int, trial: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        _until(lambda: "SIGINT: finishing the running batches; interrupt again to exit at once" in caplog.text)
+        os.kill(os.getpid(), signal.SIGINT)
+        at_once.append(storage.shutting_down.wait(10))  # a silent trainer is waited for more than twice as long
+
+    assert not fill(1, ends, ["trivial"], Listener())
+    assert at_once == [True]
+
+
+def test_a_worker_tries_a_study_again_that_it_could_train_before(
+    storage: PatientStorage, fill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_studies, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(checks, "forget_keras", lambda: None)
+    broken = Failed(kind="import", message="mine.py is being replaced")
+    assert fill(1, lambda slot, job, trial: broken if job == 2 else None, ["trivial"], Listener(), share=True)
     assert _states(storage) == [TrialState.COMPLETE] * 5
 
 

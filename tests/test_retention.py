@@ -1,8 +1,10 @@
 """The best models and all histories are kept, and no file that a trial needs is ever removed."""
 
+import contextlib
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +21,7 @@ from sqlalchemy import func, select
 
 import studies
 from storage import artifacts, attempt_table, claims, database, ledger, owners, retention
+from storage.artifact_store import FolderStore, Stored
 from storage.artifacts import CHECKPOINT, HISTORY, MISTAKES_PICTURE, MODEL, SUMMARY, WITH_MODEL
 from storage.claims import Claim
 from storage.errors import StorageError, StudyGone
@@ -33,6 +36,7 @@ from studies.imported import import_trials
 
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 TEMPORARY = f".{'0' * 32}-{MODEL}"
+TWICE_TEMPORARY = f".{'1' * 32}-{TEMPORARY}"  # of a file that was copied under a temporary name
 
 
 @pytest.fixture
@@ -229,9 +233,10 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
     top = running.folder.parent.parent
     _write(root, top / "9" / "1", MODEL, HISTORY)  # of a copy of this database that went on
     _write(root, ended[1].folder.parent / "2", MODEL, HISTORY)  # of an attempt that lost its trial and went on
-    _write(root, ended[1].folder, TEMPORARY)
+    _write(root, ended[1].folder, TEMPORARY, TWICE_TEMPORARY)
     _write(root, ended[2].folder, TEMPORARY, "notes.txt")
-    _backdate(root / ended[1].folder / TEMPORARY)
+    for name in (TEMPORARY, TWICE_TEMPORARY):
+        _backdate(root / ended[1].folder / name)
     gone = registry.create(trivial.model_copy(update={"name": "gone"}), storage, {"fingerprint": "0" * 16}).study
     deleted = artifacts.attempt_folder("gone", gone.incarnation, 0, 1)
     claims.delete(storage, gone, 60.0)
@@ -249,7 +254,7 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
     assert reasons == {
         **{f"{claim.folder}/{CHECKPOINT}": "the checkpoint of a finished trial" for claim in ended},
         **{f"{ended[0].folder}/{name}": "not among the best 2" for name in (MODEL, *WITH_MODEL)},
-        f"{ended[1].folder}/{TEMPORARY}": "an old temporary file",
+        **{f"{ended[1].folder}/{name}": "an old temporary file" for name in (TEMPORARY, TWICE_TEMPORARY)},
         **{f"{ended[1].folder.parent}/2/{name}": "of an attempt that does not count" for name in (MODEL, HISTORY)},
         **{f"{deleted}/{name}": "its study is gone" for name in (MODEL, HISTORY, CHECKPOINT)},
     }
@@ -480,6 +485,52 @@ def test_files_that_cannot_be_removed_are_named_and_the_others_go(
     assert f"{root / claim.folder / HISTORY} stays: Permission denied" in caplog.text
 
 
+@pytest.mark.parametrize("by", ["the next trial", "prune"])
+def test_a_model_that_cannot_be_removed_is_not_offered_any_more_and_removed_later(
+    storage: RDBStorage, study: str, root: Path, me: Owner, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    def clean() -> None:
+        if by == "prune":
+            retention.remove(storage, root, 1, retention.unneeded(storage, root, 1))
+        else:
+            retention.trim(storage, last, root, 1)
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for value in (0.5, 0.9):
+        last = _claim(storage, study, me)
+        _end(storage, root, last, COMPLETE, value)
+    with monkeypatch.context() as patched, contextlib.suppress(PermissionError):
+        patched.setattr(artifacts, "remove", refused)
+        clean()
+    assert _models(root) == {0, 1}
+    assert _offered(storage, study, MODEL) == _offered(storage, study, MISTAKES_PICTURE) == {1}
+    clean()
+    assert _models(root) == {1}
+
+
+class _Bucket(FolderStore):
+    """A folder that lists its files as an object store does: also those that are at its top."""
+
+    def files(self) -> Iterator[Stored]:
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file():
+                yield Stored(path=PurePosixPath(path.relative_to(self.folder)), size=path.stat().st_size, modified=0.0)
+
+
+def test_a_file_at_the_top_of_a_bucket_is_somebody_else_s(
+    storage: RDBStorage, study: str, root: Path, me: Owner
+) -> None:
+    claim = _claim(storage, study, me)
+    claims.finish(storage, claim, FAIL, None, {})
+    _write(root, claim.folder, HISTORY)
+    _write(root, "", MODEL)
+    unneeded, of_others = retention.leftovers(storage, _Bucket(root), 5)
+    assert [str(file.file.path) for file in unneeded] == [f"{claim.folder}/{HISTORY}"]
+    assert of_others == []
+
+
 # --- folders of other users -------------------------------------------------------------------------------
 
 
@@ -499,7 +550,7 @@ def test_a_folder_of_another_user_ends_no_command(
         code, _, err = trialyard("export", finished_study, "there")
         assert (code, err.startswith("error: ")) == (1, True)
         caplog.clear()
-        assert trialyard("storage", "prune")[:2] == (0, f"0 B are free, below {home}/yard/artifacts\n")
+        assert trialyard("storage", "prune")[:2] == (0, f"0 B were freed below {home}/yard/artifacts\n")
     assert [record.getMessage() for record in caplog.records] == [
         f"the files in {folder} are left out: Permission denied"
     ]

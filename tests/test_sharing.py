@@ -19,14 +19,16 @@ from scripted import Scripted, epoch, trained
 
 import studies
 from search import checks, limits, worker
+from search import open_studies as studies_module
 from search.attempt import StudyHandle
 from search.devices import Slot, cpu
-from search.errors import WorkerError
+from search.errors import MachineError, WorkerError
 from search.limits import Limits
 from search.messages import Epoch
 from search.progress import Listener
 from storage import attempt_table, claims, database, ledger, owners
 from storage.claims import Claim
+from storage.errors import DiskError
 from storage.owners import Owner
 from storage.settings import Settings
 from storage.transactions import PatientStorage, write
@@ -40,6 +42,7 @@ Write = Callable[..., Path]
 REFUSALS: dict[str, Exception] = {
     "refused": WorkerError("this machine has other images"),
     "broken": AttributeError("of some library"),
+    "full": DiskError("no folder for temporary files can be made"),
 }
 
 
@@ -54,21 +57,22 @@ def storage(either_url: str) -> Iterator[PatientStorage]:
 @pytest.fixture
 def open_studies(
     storage: PatientStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., worker._OpenStudies]:
+) -> Callable[..., studies_module.OpenStudies]:
     """Makes what one worker knows of the open studies; each of its looks is a new one."""
-    monkeypatch.setattr(worker, "LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(worker, "WAIT_SECONDS", 60.0)  # a check takes its time on a busy machine
+    monkeypatch.setattr(studies_module, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(studies_module, "WAIT_SECONDS", 60.0)  # a check takes its time on a busy machine
 
     def check_fit(study: ledger.Study, *_: object) -> Definition:
         if study.name in REFUSALS:
             raise REFUSALS[study.name]
         return definitions.from_json(study.definition)
 
-    monkeypatch.setattr(worker, "check_fit", check_fit)
+    monkeypatch.setattr(studies_module, "check_fit", check_fit)
 
-    def make(*names: str) -> worker._OpenStudies:
+    def make(*names: str, share: bool | None = None) -> studies_module.OpenStudies:
         settings, slots = Settings(home=tmp_path), [Slot(device=cpu())]
-        return worker._OpenStudies(names or None, storage, settings, slots, leave=not names)
+        shares = not names if share is None else share
+        return studies_module.OpenStudies(names or None, storage, settings, slots, share=shares)
 
     return make
 
@@ -79,7 +83,7 @@ def _create(storage: PatientStorage, trivial: Definition, name: str, trials: int
     registry.create(definition, storage, {"fingerprint": "0" * 16})
 
 
-def _take(open_studies: worker._OpenStudies, me: Owner, number: int = 0) -> Claim:
+def _take(open_studies: studies_module.OpenStudies, me: Owner, number: int = 0) -> Claim:
     """What a free slot of the worker claims, as its loop does."""
     for handle in open_studies.now():
         claim = claims.claim(handle.storage, handle.study, replace(me, slot=f"cpu:{number}"), 60.0)
@@ -89,7 +93,7 @@ def _take(open_studies: worker._OpenStudies, me: Owner, number: int = 0) -> Clai
     raise AssertionError("there is nothing to claim")
 
 
-def _shares(open_studies: worker._OpenStudies, me: Owner, slots: int) -> Counter[str]:
+def _shares(open_studies: studies_module.OpenStudies, me: Owner, slots: int) -> Counter[str]:
     return Counter(_take(open_studies, me, number).study for number in range(slots))
 
 
@@ -158,7 +162,7 @@ def test_a_study_that_cannot_be_served_is_looked_at_again_after_minutes(
     for each in (name, "usual"):
         _create(storage, trivial, each)
     one, now = open_studies(), time.monotonic()
-    monkeypatch.setattr(worker, "time", types.SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(studies_module, "time", types.SimpleNamespace(monotonic=lambda: now))
 
     def served() -> set[str]:
         return {handle.study.name for handle in one.now()}
@@ -167,10 +171,46 @@ def test_a_study_that_cannot_be_served_is_looked_at_again_after_minutes(
     assert f"study {name} is left to other workers: " in caplog.text
     assert str(REFUSALS[name]) in caplog.text
     monkeypatch.delitem(REFUSALS, name)
-    now += worker.LEFT_SECONDS - 1
+    now += studies_module.RETRY_SECONDS - 1
     assert served() == {"usual"}
     now += 1
     assert served() == {"usual", name}
+
+
+@pytest.mark.parametrize("could_train", [True, False])
+def test_a_study_that_broke_while_it_was_trained_is_checked_once_more_before_its_worker_ends(
+    storage: PatientStorage,
+    trivial: Definition,
+    open_studies: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    could_train: bool,
+) -> None:
+    """A worker without names and without `--forever`, which ends when it has nothing to do."""
+    _create(storage, trivial, "old")
+    one, now = open_studies("old", share=True), time.monotonic()
+    monkeypatch.setattr(studies_module, "time", types.SimpleNamespace(monotonic=lambda: now))
+    (handle,) = one.now()
+    if could_train:
+        one.trained(handle.study)
+    broken = MachineError("the driver was replaced")
+    monkeypatch.setattr(checks, "forget_keras", lambda: None)
+    monkeypatch.setitem(REFUSALS, "old", broken)
+    one.pass_over(handle.study, broken)
+    assert (one.now(), one.done()) == ([], not could_train)
+    now += studies_module.RETRY_SECONDS
+    assert (one.now(), one.done()) == ([], True)
+
+
+def test_a_named_study_that_was_made_again_is_checked_before_its_first_trial(
+    storage: PatientStorage, trivial: Definition, open_studies: Any
+) -> None:
+    _create(storage, trivial, "refused")
+    one = open_studies("refused")
+    assert [handle.study.name for handle in one.now()] == ["refused"], "whoever named it has checked it"
+    studies.delete("refused", storage)
+    _create(storage, trivial, "refused")
+    with pytest.raises(WorkerError, match="this machine has other images"):
+        one.now()
 
 
 def test_a_slot_with_a_trial_does_not_wait_until_another_study_is_checked(
@@ -191,7 +231,7 @@ def test_a_slot_with_a_trial_does_not_wait_until_another_study_is_checked(
         one.served(usual.study)
         has_noted.set()
 
-    monkeypatch.setattr(worker, "check_fit", check_fit)
+    monkeypatch.setattr(studies_module, "check_fit", check_fit)
     threads = [threading.Thread(target=one.now), threading.Thread(target=note)]
     threads[0].start()
     assert checking.wait(60)
@@ -217,8 +257,8 @@ def test_a_study_whose_check_hangs_keeps_no_slot_from_the_others(
             may_end.wait(60)
         return definitions.from_json(study.definition)
 
-    monkeypatch.setattr(worker, "check_fit", check_fit)
-    monkeypatch.setattr(worker, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(studies_module, "check_fit", check_fit)
+    monkeypatch.setattr(studies_module, "WAIT_SECONDS", 0.1)
     one, end = open_studies(), time.monotonic() + 50
     while not (handles := one.now()):
         assert time.monotonic() < end
@@ -246,7 +286,7 @@ def test_a_worker_with_little_time_waits_for_studies_that_are_being_checked(
     def has_time_for(handle: StudyHandle) -> bool:
         return handle.study.name == "short"
 
-    monkeypatch.setattr(worker, "check_fit", check_fit)
+    monkeypatch.setattr(studies_module, "check_fit", check_fit)
     monkeypatch.setattr(
         worker, "_trainer", lambda slot, _: Scripted(tmp_path, [epoch(1, 0.5), trained(stopped=False)], slot=slot)
     )
@@ -254,7 +294,7 @@ def test_a_worker_with_little_time_waits_for_studies_that_are_being_checked(
     limited = Limits(minutes=5)
     monkeypatch.setattr(limited, "has_time_for", has_time_for)
     assert worker.work(
-        ["long", "short"], storage, Settings(home=tmp_path), [Slot(device=cpu())], limits=limited, leave=True
+        ["long", "short"], storage, Settings(home=tmp_path), [Slot(device=cpu())], limits=limited, share=True
     )
     assert [studies.status(name, storage).complete for name in ("long", "short")] == [0, 1]
 
@@ -267,7 +307,7 @@ def test_what_a_worker_knows_of_a_deleted_study_is_forgotten(
     _finish(storage, _take(one, me))
     studies.delete("old", storage)
     assert one.now() == []
-    assert [one._admitted, one._read, one._left, one._served] == [{}] * 4
+    assert [one._admitted, one._read, one._passed_over, one._served] == [{}] * 4
 
 
 def test_a_study_of_another_version_is_refused_before_its_data_are_read(
@@ -280,7 +320,7 @@ def test_a_study_of_another_version_is_refused_before_its_data_are_read(
     registry.check_software(ledger.find(storage, "old"), storage, checks.software() | {"keras": "2.0"})
     monkeypatch.setattr(checks, "check", check)
     with pytest.raises(StudyError, match=r"study 'old' started with keras 2\.0"):
-        worker.check_fit(ledger.find(storage, "old"), storage, Settings(home=tmp_path))
+        studies_module.check_fit(ledger.find(storage, "old"), storage, Settings(home=tmp_path))
 
 
 def test_a_priority_that_is_no_whole_number_is_refused(storage: PatientStorage, trivial: Definition) -> None:
@@ -338,10 +378,10 @@ def test_a_worker_is_idle_when_no_slot_has_a_trial_and_the_database_answers(monk
     passed[0] = 419
     assert limited.over() is None
     passed[0] = 420
-    assert limited.over() == "there was nothing to do for --idle-minutes 2"
+    assert limited.over() == "there was nothing to do for the 2 minutes of --idle-minutes"
     assert limited.over(last_away=410) is None
     passed[0] = 600
-    assert limited.over() == "--minutes 10 are over"
+    assert limited.over() == "the 10 minutes of --minutes have passed"
     assert Limits().over() is None
     copy = pickle.loads(pickle.dumps(Limits(10, 2)))  # the minutes go on in another process, which is idle from now on
     assert copy.are_set
@@ -349,10 +389,10 @@ def test_a_worker_is_idle_when_no_slot_has_a_trial_and_the_database_answers(monk
     with copy.busy():
         assert copy.over() is None
     passed[0] = 1201
-    assert copy.over() == "--minutes 10 are over"
+    assert copy.over() == "the 10 minutes of --minutes have passed"
     assert not Limits().are_set
     for bad in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(WorkerError, match="is a number of minutes above 0"):
+        with pytest.raises(WorkerError, match="must be a finite number greater than 0"):
             Limits(idle_minutes=bad)
 
 
@@ -373,7 +413,7 @@ def test_the_time_before_and_of_a_look_for_work_is_not_idle(monkeypatch: pytest.
     passed[0] = 1259
     assert limited.over() is None
     passed[0] = 1260
-    assert limited.over() == "there was nothing to do for --idle-minutes 2"
+    assert limited.over() == "there was nothing to do for the 2 minutes of --idle-minutes"
     with limited.looking(), limited.busy():  # a trial that ends while another slot looks
         passed[0] = 1300
     passed[0] = 1419
@@ -403,7 +443,7 @@ def test_a_worker_that_took_long_to_start_still_looks_for_work(
     def trainer(slot: Slot, _: Settings) -> Scripted:
         return Scripted(tmp_path, [first_epoch, trained(stopped=False)], slot=slot)
 
-    monkeypatch.setattr(worker, "check_fit", slow_check)
+    monkeypatch.setattr(studies_module, "check_fit", slow_check)
     monkeypatch.setattr(worker, "_trainer", trainer)
     monkeypatch.setattr(worker, "Publisher", lambda *_: Listener())
     _create(storage, trivial, "slow", trials=1)
@@ -413,7 +453,7 @@ def test_a_worker_that_took_long_to_start_still_looks_for_work(
     assert studies.status("slow", storage).complete == 1
     assert len(said) == 1
     assert "this worker ends" not in said[0]
-    assert "there was nothing to do for --idle-minutes 0.05: this worker ends" in caplog.text
+    assert "there was nothing to do for the 0.05 minutes of --idle-minutes: this worker ends" in caplog.text
 
 
 @pytest.mark.long
@@ -422,7 +462,7 @@ def test_a_worker_with_limits_hands_over_what_runs_and_ends_well(
 ) -> None:
     ended(start("create", str(write_small(trials=1, epochs=5000))))
     _, err = ended(start("work", "--minutes", "0.15"))
-    assert "--minutes 0.15 are over: this worker ends" in err
+    assert "the 0.15 minutes of --minutes have passed: this worker ends" in err
     waiting = studies.status("small").waiting
     (attempt,) = studies.attempts("small", 0)
     assert (waiting, attempt.outcome) == (1, "interrupted")
@@ -433,10 +473,10 @@ def test_a_worker_with_limits_hands_over_what_runs_and_ends_well(
     began = time.monotonic()
     for arguments in (["small"], ["--forever"]):
         _, err = ended(start("work", *arguments, "--idle-minutes", "0.03"))
-        assert "there was nothing to do for --idle-minutes 0.03: this worker ends" in err
+        assert "there was nothing to do for the 0.03 minutes of --idle-minutes: this worker ends" in err
     assert time.monotonic() - began >= 2 * 0.03 * 60
     assert studies.status("small").running == 1
     _, err = ended(start("work", "--minutes", "0"), 1)
-    assert err == "error: --minutes is a number of minutes above 0, and 0 is not: leave it out instead\n"
+    assert err == "error: --minutes = 0 must be a finite number greater than 0: correct it, or leave it out\n"
     ended(start("priority", "small", "-5"))
     assert "priority -5" in ended(start("status", "small"))[0]

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Pipe
 from pathlib import Path
@@ -332,13 +333,18 @@ def test_a_trainer_refuses_a_file_that_was_edited_after_the_study_began(
 
 
 def test_a_trainer_refuses_data_that_changed_after_the_study_began(trainer: Trainer, job: Make) -> None:
-    trainer.submit(job(data_fingerprint="0" * 16))
-    (failed,) = _messages(trainer)
-    assert isinstance(failed, Failed)
-    assert failed.kind == "import", "the machine's fault: the trial goes back to the queue"
-    assert re.match(
-        r"\S+ has changed since the study began \(its fingerprint was 0{16} and is \w{16}\)", failed.message
-    )
+    wanted = job(data_fingerprint="0" * 16)
+    # Each seed of a confirmation splits the data in its own way.
+    split = wanted.recipe.data.model_copy(update={"seed": 12345})
+    of_confirmation = dataclasses.replace(wanted, recipe=dataclasses.replace(wanted.recipe, data=split))
+    for each in (wanted, of_confirmation):
+        trainer.submit(each)
+        (failed,) = _messages(trainer)
+        assert isinstance(failed, Failed)
+        assert failed.kind == "import", "the machine's fault: the trial goes back to the queue"
+        assert re.match(
+            r"\S+ has changed since the study began \(its fingerprint was 0{16} and is \w{16}\)", failed.message
+        )
 
 
 SEEN = """
@@ -689,6 +695,26 @@ def test_a_process_that_hangs_before_keras_is_imported_is_killed(
     with pytest.raises(TrainerDied, match="did not import Keras within 1 s and was killed"):
         trainer.start()
     assert trainer.pid is None
+
+
+def test_a_stop_does_not_wait_for_a_process_that_does_not_read_its_job(
+    job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that hangs before it has imported Keras."""
+    monkeypatch.setattr(trainers, "SEND_SECONDS", 0.1)
+    trainer, large = Trainer(SLOT, tmp_path / "log"), job(sources={"mine:build": "0" * (16 << 20)})
+    trainer._connection, theirs = Pipe()
+    with ThreadPoolExecutor() as pool:
+        sent = pool.submit(trainer._send, large)
+        while not trainer._sending.locked():
+            time.sleep(0.01)
+        try:
+            pool.submit(trainer.stop, "drop").result(30)
+            assert not sent.done(), "a connection takes so large a job at once: the test shows nothing"
+        finally:
+            theirs.close()
+        sent.result(30)
+    trainer.kill()
 
 
 GROWING = """

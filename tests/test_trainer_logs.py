@@ -84,7 +84,7 @@ def test_storage_prune_removes_old_logs_of_workers_that_are_gone(logs: Path, gon
     code, out, err = trialyard("storage", "prune", "--yes")
     assert code == 0
     assert f"{old}: 1.5 kB, the log of a worker that ended more than a day ago" in err
-    assert out.startswith("1.5 kB are free, below ")
+    assert out.startswith("1.5 kB were freed below ")
     assert out.endswith(f" and in {logs}\n")
     assert set(logs.iterdir()) == kept
 

