@@ -530,7 +530,7 @@ def alive(storage: StorageOption = None) -> None:
 def _exit_after(stop: "Interrupted") -> NoReturn:
     from search.terminal import warn
 
-    requeued, not_yet = "the running trials are back in the queue", "the next worker takes the running trials back"
+    requeued, not_yet = "any running trials are back in the queue", "the next worker takes any running trials back"
     warn(f"interrupted: {requeued if stop.requeued else not_yet}; run the same command again to continue")
     raise typer.Exit(130) from None
 

@@ -12,7 +12,8 @@ from typing import Any
 from search.attempt import StudyHandle
 from search.errors import WorkerError
 from search.summary import duration
-from storage import attempt_table
+from storage import attempt_table, queue
+from storage.errors import StudyGone
 from storage.transactions import read
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,10 @@ class Limits:
         )
         if epoch_seconds is None:
             return True
-        done = read(handle.storage, lambda connection: attempt_table.epochs_of_next(connection, study_id))
+        try:
+            done = queue.epochs_of_next(handle.storage, handle.study)
+        except StudyGone:
+            return True  # the claim will notice it
         seconds, left = (budget.epochs * budget.repeats - done) * epoch_seconds, self._end - monotonic()
         if seconds > left and handle.study.name not in self._warned:
             self._warned.add(handle.study.name)

@@ -165,7 +165,8 @@ class OpenStudies:
             return False
         with self._lock:
             self._look()
-            return not self._open and not any(left.could_train for left in self._passed_over.values())
+            tried_again = any(left.could_train or key in self._trained for key, left in self._passed_over.items())
+            return not self._open and not tried_again
 
     def pass_over(self, study: Study, error: MachineError) -> None:
         """Leaves `study` to other workers for a while, and says why. Raises `error` if it was named."""

@@ -165,10 +165,16 @@ class LiveTable(Listener):
     """A table that is drawn over itself: the studies' progress, and what each slot is at."""
 
     def __init__(
-        self, console: Console, studies: list[str] | None, slots: Sequence[str], status: Callable[[str], Status]
+        self,
+        console: Console,
+        studies: list[str] | None,
+        slots: Sequence[str],
+        status: Callable[[str], Status],
+        *,
+        share: bool = False,
     ) -> None:
         # Where studies are waited for, those are shown that a slot is at.
-        self._console, self._studies, self._status = console, studies, status
+        self._console, self._studies, self._status, self._shares = console, studies, status, share
         self._slots: dict[str, _Slot | None] = dict.fromkeys(slots)
         self._statuses: dict[str, Status] = {}
         self._asked = 0.0
@@ -286,8 +292,8 @@ class LiveTable(Listener):
         """One line for a study. Where several share the slots, each is taken to have an equal part of them."""
         own = [slot.running for slot in self._slots.values() if slot is not None and slot.claim.study == status.study]
         # Other machines may work on the study, too.
-        sharing = sum(not other.ended and other.state == "open" for other in self._statuses.values())
-        slots = max(len(self._slots) // max(1, sharing), status.running)
+        others = sum(not other.ended and other.state == "open" for other in self._statuses.values())
+        slots = max(len(self._slots) // max(1, others if self._shares else 1), status.running)
         return progress_line(status, study_seconds_left(status, own, slots, time.monotonic()))
 
 
@@ -307,9 +313,16 @@ def ending(trial: FrozenTrial) -> str:
 
 
 def display(
-    studies: Sequence[Study] | None, storage: PatientStorage, slots: Sequence[Slot], console: Console | None = None
+    studies: Sequence[Study] | None,
+    storage: PatientStorage,
+    slots: Sequence[Slot],
+    console: Console | None = None,
+    *,
+    share: bool = False,
 ) -> list[Listener]:
     """The usual display, on standard error unless another `console` is given; None: of studies that are to come.
+
+    `share` says that the studies share the slots, and are not taken one after the other.
 
     Says first in which precision each study trains here, and why; and how long it takes, where that is known.
     """
@@ -324,7 +337,7 @@ def display(
             precision, reason = precision_for(slots[0].device, wanted, began, own_model=own_model)
             lines.append(f"{study.name}: {where} in {precision}: {reason}")
 
-    return display_of(lines, studies, storage, [slot.name for slot in slots], console)
+    return display_of(lines, studies, storage, [slot.name for slot in slots], console, share=share)
 
 
 def display_of(
@@ -333,6 +346,8 @@ def display_of(
     storage: PatientStorage,
     slots: Sequence[str],
     console: Console | None = None,
+    *,
+    share: bool = False,
 ) -> list[Listener]:
     """As `display`, for slots of which only the names are known; `lines` are what is said first."""
     shown = console or StandardError()
@@ -347,7 +362,7 @@ def display_of(
     if not _can_redraw(shown):
         return [Lines(shown, ask)]
     names = None if studies is None else [study.name for study in studies]
-    return [LiveTable(shown, names, slots, ask)]
+    return [LiveTable(shown, names, slots, ask, share=share)]
 
 
 def _can_redraw(console: Console) -> bool:

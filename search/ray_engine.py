@@ -112,7 +112,7 @@ def work(
         )
         names = [f"ray:{number}" for number in range(count)]
         shown = (
-            display_of(_lines(studies, address, count, wanted), studies, storage, names)
+            display_of(_lines(studies, address, count, wanted), studies, storage, names, share=share)
             if listeners is None
             else listeners
         )

@@ -143,6 +143,7 @@ def replay(
     exact = not differences and slot.device.kind == "cpu" and trained.precision == "float32"
     value = float(trial.values[0])
     repeats = tuple(attributes.numbers(recorded.get("repeats")))
+    images = trained.hits.images if trained.hits is not None else study.data.get(definition.judged_on)
     return Replayed(
         study=study.name,
         trial=number,
@@ -153,7 +154,7 @@ def replay(
         replayed_value=trained.value,
         recorded_repeats=repeats,
         replayed_repeats=trained.repeats if repeats else (),
-        tolerance=0.0 if exact else _tolerance(value, study.data.get(definition.judged_on)),
+        tolerance=0.0 if exact else _tolerance(value, images),
     )
 
 

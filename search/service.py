@@ -355,7 +355,9 @@ def _fill(
         given = limits if limits and limits.are_set else None
         is_done = ray_engine.work(found, opened, here, listeners, share=share, limits=given, **vars(places))
     else:
-        shown = progress.display(found, opened, places) if listeners is None else listeners
+        shown = (
+            progress.display(found, opened, places, share=share or found is None) if listeners is None else listeners
+        )
         is_done = worker.work(names, opened, here, places, shown, share=share, limits=limits)
     require_same_file(opened)
     if not is_done:

@@ -30,6 +30,7 @@ from sqlalchemy import (
     Text,
     and_,
     bindparam,
+    case,
     func,
     insert,
     select,
@@ -151,7 +152,7 @@ def durations(connection: Connection, study_id: int, last: int) -> list[float]:
         .limit(last)
     )
     rows = connection.execute(
-        select(table.c.trial_id, table.c.began, table.c.ended).where(
+        select(table.c.trial_id, table.c.began, _last_sign()).where(
             table.c.trial_id.in_(connection.execute(ended).scalars().all()), table.c.ended.is_not(None)
         )
     )
@@ -161,10 +162,15 @@ def durations(connection: Connection, study_id: int, last: int) -> list[float]:
     return list(seconds.values())
 
 
+def _last_sign() -> ColumnElement[datetime]:
+    """When an attempt ended. Of one that was lost nobody knows it, and it was noticed later: its last heartbeat."""
+    return case((table.c.outcome == "lost", table.c.beat), else_=table.c.ended)
+
+
 def spent(connection: Connection, study_id: int) -> dict[int, tuple[int, float]]:
     """The last epoch of each trial of a study, and the seconds of all its attempts that have ended, by its id."""
     rows = connection.execute(
-        select(table.c.trial_id, table.c.epoch, table.c.began, table.c.ended)
+        select(table.c.trial_id, table.c.epoch, table.c.began, _last_sign())
         .join(TrialModel, TrialModel.trial_id == table.c.trial_id)
         .where(TrialModel.study_id == study_id, table.c.ended.is_not(None))
     )
@@ -192,16 +198,9 @@ def epoch_seconds(connection: Connection, study_id: int, last: int) -> float | N
     return median(seconds) if seconds else None
 
 
-def epochs_of_next(connection: Connection, study_id: int) -> int:
-    """How many epochs the checkpoint has of the trial that is claimed next; 0 if it is a new one, or has none."""
-    next_trial = (
-        select(TrialModel.trial_id)
-        .where(TrialModel.study_id == study_id, TrialModel.state == TrialState.WAITING)
-        .order_by(TrialModel.number)
-        .limit(1)
-        .scalar_subquery()
-    )
-    epochs = select(func.max(table.c.epoch)).where(table.c.trial_id == next_trial, table.c.checkpoint.is_not(None))
+def epochs_of(connection: Connection, trial_id: int) -> int:
+    """How many epochs the checkpoint of a trial has; 0 if it has none."""
+    epochs = select(func.max(table.c.epoch)).where(table.c.trial_id == trial_id, table.c.checkpoint.is_not(None))
     return connection.execute(epochs).scalar() or 0
 
 

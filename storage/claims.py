@@ -29,7 +29,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Connection, insert, or_, select
 from sqlalchemy import delete as delete_rows
 
-from storage import artifacts, attempt_table, deletions, faults, ledger, pausing
+from storage import artifacts, attempt_table, deletions, faults, ledger, pausing, queue
 from storage import hits as hit_rows
 from storage import slots as slot_rows
 from storage.attempt_table import Attempt, Outcome
@@ -48,7 +48,6 @@ from storage.tables import (
     delete_study,
     insert_trial,
     next_number,
-    next_waiting,
     param_row,
     points_in_queue,
     set_trial_attributes,
@@ -151,7 +150,9 @@ def delete_at_once(storage: RDBStorage, study_id: int) -> bool:
 def claim(
     storage: RDBStorage, study: Study, owner: Owner, grace_seconds: float, beat_seconds: float = 10.0
 ) -> Claim | None:
-    """Claims the oldest waiting trial of `study`, or a new one while the budget lasts and the study is open; else None.
+    """Claims the next waiting trial of `study`, or a new one while the budget lasts and the study is open; else None.
+
+    The oldest waits at the front; where more wait than the budget has room for, what somebody has added since.
 
     First takes back the trials of workers that are gone: at once if the owner was a process of this machine, otherwise
     once this process has seen the same last heartbeat for `grace_seconds`, which takes two calls. `beat_seconds` is how
@@ -175,9 +176,7 @@ def claim(
         current = ledger.current(connection, study)
         if not _may_start(current):
             return None
-        # Of a grid that is larger than the budget, the rest waits for ever: what somebody added comes first.
-        overfull = current.finished + current.running + current.waiting > current.budget.total
-        waiting = next_waiting(connection, study.id, added_first=overfull)
+        waiting = queue.next_waiting(connection, current)
         if waiting is not None:
             trial_id, number = waiting
             if not start_waiting(connection, trial_id):

@@ -1,4 +1,4 @@
-"""Adds trials to the queue of a study that exists."""
+"""The trials of a study that wait: adds some, and says which comes next."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -6,12 +6,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from optuna.storages import RDBStorage
-from sqlalchemy import Connection
+from optuna.trial import TrialState
+from sqlalchemy import Connection, select
 
-from storage import attributes, ledger
+from storage import attempt_table, attributes, ledger
 from storage.ledger import Study
-from storage.tables import insert_waiting, next_number, numbers_queued_by, set_trial_attributes
-from storage.transactions import write
+from storage.tables import (
+    QUEUED_BY,
+    TrialModel,
+    TrialSystemAttributeModel,
+    insert_waiting,
+    next_number,
+    numbers_queued_by,
+    set_trial_attributes,
+)
+from storage.transactions import read, write
 
 RETRY_OF = "retry_of"  # user attribute of a trial that repeats a failed one: that one's number
 
@@ -57,3 +66,36 @@ def enqueue(storage: RDBStorage, study: Study, trials: Sequence[Queued]) -> list
         return list(range(first, first + len(wanted)))
 
     return write(storage, study.name, work)
+
+
+def next_waiting(connection: Connection, study: Study) -> tuple[int, int] | None:
+    """The id and the number of the waiting trial that comes next: the first one.
+
+    Where more wait than the budget has room for, as of a grid, the first that somebody has added: the rest would never
+    start.
+    """
+    model, stored = TrialModel, TrialSystemAttributeModel
+    waiting = (
+        select(model.trial_id, model.number)
+        .where(model.study_id == study.id, model.state == TrialState.WAITING)
+        .order_by(model.number)
+        .limit(1)
+    )
+    added = waiting.join(stored, stored.trial_id == model.trial_id).where(stored.key == QUEUED_BY)
+    is_overfull = study.finished + study.running + study.waiting > study.budget.total
+    found = connection.execute(added).first() if is_overfull else None
+    found = found or connection.execute(waiting).first()
+    return None if found is None else (found[0], found[1])
+
+
+def epochs_of_next(storage: RDBStorage, study: Study) -> int:
+    """How many epochs the checkpoint has of the trial that is claimed next; 0 if it is a new one, or has none.
+
+    Raises StudyGone.
+    """
+
+    def work(connection: Connection) -> int:
+        waiting = next_waiting(connection, ledger.current(connection, study))
+        return 0 if waiting is None else attempt_table.epochs_of(connection, waiting[0])
+
+    return read(storage, work)

@@ -260,7 +260,7 @@ def _without_model(connection: Connection) -> set[str]:
 
 
 def _withdraw(connection: Connection, path: PurePosixPath) -> None:
-    """Removes the entry of a file that is gone from its trial, if there is one."""
+    """Removes the entry of a file, which is removed afterwards, from its trial, if there is one."""
     stored = TrialSystemAttributeModel
     connection.execute(delete(stored).where(stored.key == artifacts.listing(path)[0]))
 

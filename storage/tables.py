@@ -126,21 +126,6 @@ def insert_waiting(
     return trial_id
 
 
-def next_waiting(connection: Connection, study_id: int, *, added_first: bool) -> tuple[int, int] | None:
-    """The id and the number of the waiting trial that comes next: the first one, or the first that somebody added."""
-    model, stored = TrialModel, TrialSystemAttributeModel
-    waiting = (
-        select(model.trial_id, model.number)
-        .where(model.study_id == study_id, model.state == TrialState.WAITING)
-        .order_by(model.number)
-        .limit(1)
-    )
-    added = waiting.join(stored, stored.trial_id == model.trial_id).where(stored.key == QUEUED_BY)
-    found = connection.execute(added).first() if added_first else None
-    found = found or connection.execute(waiting).first()
-    return None if found is None else (found[0], found[1])
-
-
 def points_in_queue(connection: Connection, *where: ColumnElement[bool]) -> list[dict[str, Any]]:
     """The hyperparameters of such trials that were given with the queue and wait or run."""
     stored = TrialSystemAttributeModel

@@ -18,7 +18,7 @@ from studies.space import is_whole, key_of
 
 def enqueue(name: str, point: Mapping[str, Any], storage: StorageLike = None) -> int:
     """Adds a trial with the hyperparameters `point` to study `name`, to be run after what waits already; returns its
-    number.
+    number. Where more waits than the budget has room for, as of a grid, it comes first.
 
     The sampler gives the hyperparameters that `point` leaves out. The trial is one of the budget's, which grows if it
     has no room for all that waits.

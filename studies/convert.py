@@ -53,10 +53,9 @@ def main(model: str, format: str, target: str, shape: str = "", module: str = ""
     if format != "savedmodel" and any(layer.compute_dtype != "float32" for layer in net._flatten_layers()):
         net = _in_float32(net)
         copied = _outputs(net, images)
-        if not np.allclose(copied, wanted, atol=BFLOAT16_TOLERANCE):
-            raise SystemExit(
-                f"its copy in float32 gives other probabilities, by up to {np.abs(copied - wanted).max():.3g}"
-            )
+        apart = np.abs(copied - wanted).max()
+        if apart > BFLOAT16_TOLERANCE * max(1.0, np.abs(wanted).max()):  # logits are larger than probabilities
+            raise SystemExit(f"its copy in float32 gives other outputs, by up to {apart:.3g}")
         wanted = copied
     net.export(target, format=FORMATS[format], verbose=False)
     given = _run(format, target, images)

@@ -291,7 +291,7 @@ def _range(name: str, value: Any) -> str | None:
     if value == 0 and is_penalty:
         return f"{name} = {{ low = 0.0, high = 0.01 }}"
     if value == 0 or ("drop" in name and 0 < value < 1):
-        return f"{name} = {{ low = 0.0, high = {max(0.6, min(0.95, round(value + 0.1, 2))):g} }}"
+        return f"{name} = {{ low = 0.0, high = {max(0.6, value, min(0.95, round(value + 0.1, 2))):g} }}"
     if value < 0:
         return f"{name} = {{ low = {2.0 * value!r}, high = 0.0 }}"
     if 0.9 <= value < 1.0:  # a momentum, say: what matters is how far it is from 1

@@ -64,7 +64,7 @@ probabilities = {probabilities}
 - `trial.json`: hyperparameters, metrics, seed, software, and the fingerprint of the data
 {more}"""
 
-SOFTMAX = "keras.ops.convert_to_numpy(keras.ops.softmax(model.predict(images)))"
+OF_LOGITS = "keras.ops.convert_to_numpy(keras.ops.{}(model.predict(images)))"
 
 OWN_MODEL = """
 The module of `{model}`, which may have layers of your own, must be importable: copy it to this folder.
@@ -117,8 +117,8 @@ def export(
         (draft / "definition.toml").write_text(definitions.to_toml(definition), encoding="utf-8")
         record = encoded(_record(study, chosen, definition), indent=2)
         (draft / "trial.json").write_text(record + "\n", encoding="utf-8")
-        logits = _gives_logits(draft / MODEL)
-        readme = _readme(name, chosen, definition, format, shape, class_names(study.data), logits=logits)
+        of_logits = _of_logits(draft / MODEL)
+        readme = _readme(name, chosen, definition, format, shape, class_names(study.data), of_logits=of_logits)
         (draft / "README.md").write_text(readme, encoding="utf-8")
         if format is not None:
             _convert(draft / MODEL, format, draft / FILES[format], definition, shape)
@@ -177,7 +177,7 @@ def _readme(
     shape: list[int] | None,
     names: Sequence[str] = (),
     *,
-    logits: bool = False,
+    of_logits: str | None = None,
 ) -> str:
     more = "" if format is None else f"- `{FILES[format]}`: the same model for {format}\n"
     from_files = shape is not None and _has_image_files(definition.dataset)
@@ -196,8 +196,8 @@ def _readme(
         value=trial.values[0],
         mean=mean,
         epoch=epoch,
-        gives="logits, of which `softmax` makes class probabilities" if logits else "class probabilities",
-        probabilities=SOFTMAX if logits else "model.predict(images)",
+        gives=f"logits, of which `{of_logits}` makes class probabilities" if of_logits else "class probabilities",
+        probabilities=OF_LOGITS.format(of_logits) if of_logits else "model.predict(images)",
         module=import_line,
         library="tensorflow as tf" if from_files else "numpy as np",
         images=_images(definition, shape) if from_files else f"images = np.zeros({zeros})  # yours",
@@ -230,11 +230,11 @@ def _images(definition: Definition, shape: list[int] | None) -> str:
     return f"{read}images = tf.round(tf.image.resize(image[None], ({height}, {width}), antialias=True))"
 
 
-def _gives_logits(model: Path) -> bool:
+def _of_logits(model: Path) -> str | None:
     try:
-        return model_file.gives_logits(model)
+        return model_file.of_logits(model)
     except (ValueError, KeyError, AttributeError, zipfile.BadZipFile):  # a damaged file is exported as it is
-        return False
+        return None
 
 
 def _answer(names: Sequence[str]) -> str:

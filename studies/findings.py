@@ -21,6 +21,7 @@ from studies.space import Choice, Int, Parameter, key_of, range_text
 EDGE = 0.02  # share of a continuous range, from either end, that counts as its edge
 NEAR = 50  # so many trials behind the best are compared with it
 BEST = 5  # trials whose values are looked at for what they have in common
+UNEVEN = 1.5  # times its equal part: then a class is much more frequent than others
 GAP = 0.15  # between the accuracies on training and other images: more is warned of
 
 
@@ -142,21 +143,28 @@ def _is_worse(trial: FrozenTrial, best: FrozenTrial, images: int, hits: Mapping[
 def _contradictions(best: FrozenTrial, definition: Definition, data: Mapping[str, Any]) -> list[str]:
     """Warnings where a result looks as if something else were wrong than the hyperparameters."""
     found = []
-    value, classes = float(best.values[0]), data.get("classes")
-    images = data.get(definition.judged_on, 0)
-    known = isinstance(classes, int) and classes > 1 and isinstance(images, int) and images > 0
+    value = float(best.values[0])
+    # Other programs may have written anything there.
+    classes, images = (
+        count if isinstance(count := data.get(key), int) else 0 for key in ("classes", definition.judged_on)
+    )
+    known = classes > 1 and images > 0
     # It is of the images that judge a search; older versions did not record it.
     most = data.get("most_frequent") if definition.confirm is None else None
     constant = most if known and isinstance(most, int) and 0 < most <= images else 0
     # What guessing gives, or always giving the same answer, with its sampling error.
     if known and value <= statistics.wilson(max(constant, round(images / classes)), images).high:
-        often = constant > images / classes
-        answer = f"no better than that of always answering the most frequent class, {constant / images:.4f}"
-        chance = answer if often else f"at the level of chance for {classes} classes"
-        found.append(
-            f"The best accuracy, {value:.4f}, is {chance}: nothing was learned. Check the data, the labels and the "
-            "learning rate."
-        )
+        share = constant / images
+        if share < UNEVEN / classes:
+            what = f"at the level of chance for {classes} classes: nothing was learned"
+        elif value <= share:
+            what = f"no better than always answering the most frequent class, {share:.4f}: nothing was learned"
+        else:
+            what = (
+                f"not reliably better than always answering the most frequent class, {share:.4f}: perhaps nothing was "
+                "learned"
+            )
+        found.append(f"The best accuracy, {value:.4f}, is {what}. Check the data, the labels and the learning rate.")
     trained = attributes.number(best.user_attrs.get("train_accuracy"))
     if trained is not None and trained - value > GAP:
         found.append(

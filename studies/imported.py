@@ -102,7 +102,7 @@ def trial_of(row: Mapping[str, Any], definition: Definition, where: str) -> Impo
 def _is_empty(value: Any) -> bool:
     """Whether a cell is empty; pandas says NaN there."""
     is_nan = isinstance(value, (float, np.floating)) and math.isnan(value)
-    return value is None or is_nan or str(value).strip() == ""
+    return value is None or is_nan or str(value).strip() in ("", "<NA>", "NaT")
 
 
 def _hyperparameter(key: str, raw: Any, parameter: Parameter, where: str) -> Any:

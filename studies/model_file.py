@@ -3,7 +3,7 @@
 import json
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import keras
@@ -19,15 +19,23 @@ def compiled(model: "keras.Model", path: Path) -> "keras.Model":
 
 
 def gives_logits(path: Path) -> bool:
-    """Whether the model of the file `path` gives logits in place of probabilities, as the loss of its training says.
+    """Whether the model of the file `path` gives logits in place of probabilities. Raises as `of_logits`."""
+    return of_logits(path) is not None
 
-    Raises OSError, ValueError, KeyError or BadZipFile if it is not a file of Keras.
+
+def of_logits(path: Path) -> Literal["softmax", "sigmoid"] | None:
+    """What makes probabilities of the logits of the model of the file `path`; None if it gives probabilities.
+
+    The loss of its training says it. Raises OSError, ValueError, KeyError or BadZipFile if it is not a file of Keras.
     """
     with zipfile.ZipFile(path) as archive:
         config = json.loads(archive.read("config.json"))
     compile_config = config.get("compile_config") if isinstance(config, dict) else None
     loss = compile_config.get("loss") if isinstance(compile_config, dict) else None
-    return any(_is_of_logits(each) for each in _losses(loss))
+    with_logits = [each for each in _losses(loss) if _is_of_logits(each)]
+    if not with_logits:
+        return None
+    return "sigmoid" if str(with_logits[0].get("class_name")).startswith("Binary") else "softmax"
 
 
 def _losses(loss: Any) -> list[Any]:

@@ -1123,3 +1123,23 @@ def test_reasons_with_text_that_a_database_refuses_are_kept(either_url: str, tri
     transactions.write(opened, "none", lambda connection: slots.beat(connection, {me: "CPU"}, {me: reason}))
     assert [slot.closed for slot in transactions.read(opened, slots.present)] == [attempt.reason]
     opened.engine.dispose()
+
+
+def test_the_time_of_an_attempt_that_was_lost_ends_with_its_last_heartbeat(
+    storage: PatientStorage, study: str, me: Owner
+) -> None:
+    """Its end is noticed when somebody takes the trial back, maybe on the next day."""
+    began = datetime(2026, 1, 2)
+    for attempt in (1, 2):
+        claim = _claim(storage, study, me)
+        if attempt == 1:
+            claims.requeue(storage, claim, "interrupted", "a test")
+            times = {"outcome": "lost", "beat": began + timedelta(seconds=60), "ended": began + timedelta(hours=12)}
+        else:
+            _finish(storage, claim)
+            times = {"ended": began + timedelta(seconds=30)}
+        with storage.engine.begin() as connection:
+            attempt_table.change(connection, claim.trial_id, attempt, began=began, **times)
+    with storage.engine.connect() as connection:
+        assert attempt_table.durations(connection, claim.study_id, 50) == [90.0]
+        assert attempt_table.spent(connection, claim.study_id) == {claim.trial_id: (0, 90.0)}

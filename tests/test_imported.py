@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 
 import studies
@@ -38,7 +39,7 @@ def test_rows_of_pandas_have_nan_in_empty_cells_and_floats_for_whole_numbers(
     storage: PatientStorage, wide: Definition
 ) -> None:
     rows = [
-        {"depth": 3, "batch_size": 16.0, "dropout": math.nan, "accuracy": 0.9, "label": math.nan, "seconds": np.nan},
+        {"depth": 3, "batch_size": 16.0, "dropout": math.nan, "accuracy": 0.9, "label": pandas.NA, "seconds": np.nan},
         {"depth": 5, "batch_size": np.float64(32.0), "dropout": 0.25, "accuracy": 0.8, "label": "b", "parameters": 9.0},
     ]
     assert studies.import_trials("wide", rows, storage) == 2

@@ -114,7 +114,14 @@ class OwnStep(keras.Model):
     def __init__(self, classes, **options):
         super().__init__(**options)
         self.classes = classes
-        self.flat, self.dense = layers.Flatten(), layers.Dense(classes, "softmax", kernel_initializer="zeros")
+        self.flat = layers.Flatten()
+        # It answers class 0 for every image.
+        self.dense = layers.Dense(
+            classes,
+            "softmax",
+            kernel_initializer="zeros",
+            bias_initializer=lambda shape, dtype=None: 3 * keras.ops.one_hot(0, shape[0]),
+        )
         self.counted = keras.metrics.CategoricalAccuracy(name="accuracy")
 
     def call(self, x):

@@ -531,7 +531,7 @@ def test_studies_that_share_the_slots_have_a_part_of_them_each(
         return dataclasses.replace(results.status(name, storage), trial_seconds=60.0)
 
     def left(*names: str) -> str:
-        table = LiveTable(Console(file=io.StringIO()), list(names), ["cpu:0", "cpu:1"], taking_a_minute)
+        table = LiveTable(Console(file=io.StringIO()), list(names), ["cpu:0", "cpu:1"], taking_a_minute, share=True)
         table._refresh()
         return table._progress(table._statuses[claim.study])
 

@@ -197,6 +197,33 @@ def build(h, s, c): return augment, head, begin
     assert fingerprint(_build(text)) == first
     assert fingerprint(_build(text.replace("0.1", "0.2"))) != first
     assert fingerprint(_build(text.replace('"zeros"', '"ones"'))) != first
+    assert fingerprint(_build(text.replace('"zeros"', '"zeros", dtype="float64"'))) != first
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("2 * x", "3 * x"), ("x + 1", "x + 2"), ("x - 5", "x - 6"), ("Dense(4)", "Dense(5)")]
+)
+def test_what_an_object_of_keras_uses_of_its_session_is_in_its_fingerprint(before: str, after: str) -> None:
+    text = """
+import keras
+from keras import layers
+class Twice(layers.Layer):
+    def call(self, x):
+        return 2 * x
+def more(x):
+    return x + 1
+def less(x):
+    return x - 5
+image = keras.Input((8,))
+head = keras.Model(image, layers.Activation(less)(Twice()(layers.Dense(4)(image))))
+head.layers[1].set_weights([each - each for each in head.layers[1].get_weights()])
+last = keras.Sequential([layers.Dense(3, activation=more)])
+def build(h, s, c): return head, last
+"""
+    first = fingerprint(_build(text))
+    keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])  # the names of later layers count it
+    assert fingerprint(_build(text, "<cell 9>")) == first
+    assert fingerprint(_build(text.replace(before, after))) != first
 
 
 def test_an_object_with_slots_has_a_fingerprint_of_their_values() -> None:
@@ -393,7 +420,9 @@ def test_a_search_that_is_stopped_says_so(calls: Calls, caplog: pytest.LogCaptur
     assert caplog.text == ""
     ty.stop("build")
     ty.search(_build(), _digits(), **given)
-    assert "study build is stopped, so no trial was started: ty.resume('build'), and the same call" in caplog.text
+    assert (
+        "study build is stopped with 0 of 2 trials: ty.resume('build'), and the same call continues it" in caplog.text
+    )
 
 
 def test_another_function_or_other_arrays_are_refused_under_the_same_name(calls: Calls) -> None:

@@ -174,7 +174,7 @@ def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
             until(process, "trial 0 epoch")
         process.send_signal(number)
         _, err = ended(process, code=130)
-        assert "interrupted: the running trials are back in the queue; run the same command again to continue" in err
+        assert "interrupted: any running trials are back in the queue; run the same command again to continue" in err
         (trial,) = _trials(home)
         assert trial.state == TrialState.WAITING
         assert _offered(home, trial) == {"checkpoint.npz", "history.json"}

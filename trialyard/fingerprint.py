@@ -102,8 +102,7 @@ def _parts(value: Any, seen: dict[int, int]) -> Iterator[str]:
         yield from ("field", *_parts((value.name, value.type, value.default, value.default_factory), seen))
     elif (config := _config(value)) is not None:  # its pickle has the time, and names that count the session's layers
         seen[id(value)] = len(seen)
-        weights = [array.tobytes() for array in value.get_weights()] if hasattr(value, "get_weights") else []
-        yield from ("configured", *_parts(type(value), seen), *_parts((config, weights), seen))
+        yield from _of_keras(value, config, seen)
     elif not is_importable(type(value)) and (hasattr(value, "__dict__") or _slots(value)):
         seen[id(value)] = len(seen)
         state = getattr(value, "__dict__", {}) | {name: getattr(value, name) for name in _slots(value)}
@@ -112,21 +111,56 @@ def _parts(value: Any, seen: dict[int, int]) -> Iterator[str]:
         yield f"pickle {hashlib.sha256(cloudpickle.dumps(value)).hexdigest()}"
 
 
+def _of_keras(value: Any, config: Any, seen: dict[int, int]) -> Iterator[str]:
+    yield "configured"
+    # The configuration names classes and functions, and does not have their code.
+    for layer in value._flatten_layers() if hasattr(value, "_flatten_layers") else [value]:
+        yield from _parts(type(layer), seen)
+        for name, each in sorted(vars(layer).items()):
+            if isinstance(each, FunctionType) and not str(each.__module__).startswith("keras"):
+                yield from (f"function {name}", *_parts(each, seen))
+    yield from _parts(config, seen)
+    for array in value.get_weights() if hasattr(value, "get_weights") else ():
+        yield hashlib.sha256(array.tobytes()).hexdigest()
+
+
 def _config(value: Any) -> Any:
-    """The configuration of an object of Keras, without the names of its layers; None if it is none, or has none."""
+    """The configuration of an object of Keras, with numbers in place of its layers' names; None if it has none."""
     keras = sys.modules.get("keras")
     if keras is None or not isinstance(value, (keras.Layer, keras.Initializer, keras.Regularizer, keras.Loss)):
         return None
     try:
-        return _without_names(value.get_config())
-    except (NotImplementedError, TypeError):  # a class of the user's own without one
+        config = value.get_config()
+    except Exception:  # noqa: BLE001 - a user's own class may raise anything; then it is pickled
         return None
+    names: dict[str, str] = {}
+    _number_names(config, names)
+    return _with_numbers(config, names)
 
 
-def _without_names(config: Any) -> Any:
+def _number_names(config: Any, names: dict[str, str]) -> None:
+    """Numbers the names of layers in the order in which they come: Keras counts those of the whole session."""
+    for each in config.values() if isinstance(config, Mapping) else config if isinstance(config, (list, tuple)) else ():
+        _number_names(each, names)
+    if isinstance(config, Mapping) and isinstance(config.get("name"), str) and not _is_policy(config):
+        names.setdefault(config["name"], f"layer {len(names)}")
+
+
+def _is_policy(config: Mapping[str, Any]) -> bool:
+    """Whether it is the configuration of a dtype policy, whose name says what it is."""
+    return config.keys() == {"name"}
+
+
+def _with_numbers(config: Any, names: Mapping[str, str]) -> Any:
     if isinstance(config, Mapping):
-        return {key: _without_names(each) for key, each in config.items() if key not in ("name", "build_config")}
-    return [_without_names(each) for each in config] if isinstance(config, (list, tuple)) else config
+        if config.get("class_name") == "__lambda__":
+            return "lambda"  # its code has the names of files; it is described with its layer
+        if _is_policy(config):
+            return config
+        return {key: _with_numbers(each, names) for key, each in config.items() if key != "build_config"}
+    if isinstance(config, (list, tuple)):
+        return [_with_numbers(each, names) for each in config]
+    return names.get(config, config) if isinstance(config, str) else config
 
 
 def _slots(value: Any) -> Collection[str]:

@@ -97,8 +97,8 @@ def search(
     status = results.status(definition.name, storage)
     if status.state != "open" and status.finished < status.budget:
         log.warning(
-            "study %s is %s, so no trial was started: ty.resume(%r), and the same call continues it",
-            *(status.study, status.state, status.study),
+            "study %s is %s with %d of %d trials: ty.resume(%r), and the same call continues it",
+            *(status.study, status.state, status.finished, status.budget, status.study),
         )
     return Result(name=definition.name, storage=storage)
 
