@@ -120,10 +120,10 @@ def _noise(
     if not near:
         return sentence, []
     which = f"{len(complete) - 1} others" if len(others) == len(complete) - 1 else f"{NEAR} next ones"
-    caution = (
-        f"On {images:,} {judged} images the best is not reliably better than {many(len(near), 'trial')} of the "
-        f"{which}, such as trial {near[0].number} ({near[0].values[0]:.4f})."
-    )
+    them = f"any of the {which}" if len(near) == len(others) else f"{many(len(near), 'trial')} of the {which}"
+    example = f"trial {near[0].number} ({near[0].values[0]:.4f})"
+    than = f"{them}, such as {example}" if len(others) > 1 else f"the other one, {example}"
+    caution = f"On {images:,} {judged} images the best is not reliably better than {than}."
     return sentence, [caution]
 
 
@@ -310,7 +310,7 @@ def _alike(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
         if len(largest) < 2 or not rest_text:
             continue
         order = sorted(largest.items(), key=lambda item: -_reached(item[1]))[:8]
-        parts = ", ".join(f"{name} {value} {_reached_text(trial)}" for value, trial in order)
+        parts = ", ".join(f"{name} {value} has {_reached_text(trial)}" for value, trial in order)
         sentences.append(f"With the same {rest_text}: {parts}.")
     return sentences
 
@@ -353,7 +353,7 @@ def _groups(trials: Sequence[FrozenTrial], definition: Definition) -> list[str]:
 def _group(value: str, trials: Sequence[FrozenTrial]) -> str:
     pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
     counts = f"{len(trials) - pruned} complete" + (f", {pruned} pruned" if pruned else "")
-    return f"{value} {max(map(_reached, trials)):.4f} ({counts})"
+    return f"{max(map(_reached, trials)):.4f} for {value} ({counts})"
 
 
 def params_text(point: Mapping[str, Any]) -> str:

@@ -405,9 +405,9 @@ def test_pruned_trials_count_by_what_they_had_when_they_were_pruned() -> None:
     influences = findings.findings(trials, definitions.load("digits"), {}).influences
     assert influences[0].startswith("The hyperparameter that matters most is depth: it explains 7")
     assert "All 5 best have depth 5." in influences
-    assert "The best accuracy by depth: 5 0.9680 (10 complete), 7 0.2190 (0 complete, 10 pruned)." in influences
+    assert "The best accuracy by depth: 0.9680 for 5 (10 complete), 0.2190 for 7 (0 complete, 10 pruned)." in influences
     alike = [sentence for sentence in influences if sentence.startswith("With the same dropout 0.25")]
-    assert alike == ["With the same dropout 0.25: depth 5 0.9500, depth 7 0.2030 (pruned after epoch 1)."]
+    assert alike == ["With the same dropout 0.25: depth 5 has 0.9500, depth 7 has 0.2030 (pruned after epoch 1)."]
 
 
 def test_a_pruned_trial_with_repeats_counts_by_their_mean() -> None:
@@ -418,7 +418,7 @@ def test_a_pruned_trial_with_repeats_counts_by_their_mean() -> None:
     complete = _scored(1, 7, [0.97, 0.96, 0.97, 0.96, 0.97], repeats=[0.97, 0.96, 0.97, 0.96, 0.97])
     complete.values = [0.966]
     influences = findings.findings([pruned, complete], definitions.load("digits"), {}).influences
-    assert "The best accuracy by depth: 7 0.9660 (1 complete), 5 0.9575 (0 complete, 1 pruned)." in influences
+    assert "The best accuracy by depth: 0.9660 for 7 (1 complete), 0.9575 for 5 (0 complete, 1 pruned)." in influences
     assert [each.trial.number for each in importance.scored([pruned, complete])] == [1, 0]
     assert ", pruned after repeat 4<br>" in drawing.trial_text(pruned, definitions.load("digits"))
 
@@ -515,7 +515,7 @@ def test_hits_tell_apart_what_two_accuracies_cannot() -> None:
     data = {"validation": 1000, "classes": 10}
     definition = definitions.load("digits")
     unpaired = findings.findings(trials, definition, data).cautions
-    assert any("the best is not reliably better than 1 trial of the 1 others" in sentence for sentence in unpaired)
+    assert any("the best is not reliably better than the other one, trial" in sentence for sentence in unpaired)
     hits = {0: Hits.of(first, "validation", "a"), 1: Hits.of(second, "validation", "a")}
     paired = findings.findings(trials, definition, data, hits).cautions
     assert not any("the best is not reliably better" in sentence for sentence in paired)
