@@ -2,12 +2,14 @@
 
     TRIALYARD_DATA=folder-with-mnist.npz python bench/scores.py [--depths 5 7] [--dropout 0.25] [--seeds 1 2]
 
-Trains on 4,000 images of MNIST in batches of 128. After each epoch it judges the model on 2,000 others in three ways:
+Trains on 4,000 images of MNIST in batches of 128. After each epoch it judges the model on 2,000 others in four ways:
 
 - keras: with Keras's moving averages of batch normalisation;
 - scored: as Trialyard does, with the averages over the last batches alone (`search/averages.py`);
-- measured: with means and variances over all training images, measured one layer after the other. That takes more
-  than a pass over them for each layer, and it is what the other two estimate.
+- again: with the averages over the same batches, which pass the model once more after the epoch, as in a training: with
+  dropout, and with the weights that are judged;
+- measured: with means and variances over all training images, without dropout, measured one layer after the other.
+  That takes more than a pass over them for each layer.
 
 It prints a line of JSON for each epoch.
 """
@@ -15,6 +17,8 @@ It prints a line of JSON for each epoch.
 import argparse
 import json
 import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -30,6 +34,7 @@ from storage.settings import load
 from studies.definition import Data
 
 BATCH = 128
+AGAIN = 4  # batches: 512 images
 
 
 def accuracy(model: keras.Model, dataset: Dataset) -> float:
@@ -45,6 +50,19 @@ def measure(model: keras.Model, images: Array | Images) -> None:
             inputs = keras.Model(model.inputs, layer.input).predict(images[:], batch_size=256, verbose=0)
             layer.moving_mean.assign(inputs.mean(axis=(0, 1, 2), dtype=np.float64))
             layer.moving_variance.assign(inputs.var(axis=(0, 1, 2), dtype=np.float64))
+
+
+def pass_again(
+    model: keras.Model, moving: averages.MovingAverages, batches: Sequence[Array]
+) -> AbstractContextManager[None]:
+    """While the block runs, the model has the averages over these batches alone, with the weights that it has now."""
+    before, variables = moving.now(), [np.array(keras.ops.convert_to_numpy(each)) for each in model.variables]
+    for batch in batches:
+        model(batch, training=True)
+    after = moving.now()
+    for variable, value in zip(model.variables, variables, strict=True):  # the random states of dropout, too
+        variable.assign(value)
+    return moving.of_batches(before, after, len(batches))
 
 
 def run(depth: int, dropout: float, seed: int, epochs: int) -> None:
@@ -68,6 +86,11 @@ def run(depth: int, dropout: float, seed: int, epochs: int) -> None:
         with last.applied():
             plain.set_weights(net.get_weights())
         scores["scored"] = accuracy(plain, dataset)
+        whole = images // BATCH
+        parts = [order[at * BATCH : (at + 1) * BATCH] for at in range(max(0, whole - AGAIN), whole)]
+        with pass_again(net, moving, [dataset.x_train[part] for part in parts]):
+            plain.set_weights(net.get_weights())
+        scores["again"] = accuracy(plain, dataset)
         measure(plain, dataset.x_train)
         scores["measured"] = accuracy(plain, dataset)
         train = round(float(fitted.history["accuracy"][0]), 4)
