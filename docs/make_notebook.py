@@ -190,7 +190,7 @@ def tables() -> dict[str, list[str]]:
 
 
 def filled(page: str) -> str:
-    """The text of `page` with its tables written anew."""
+    """The text of `page` with its tables written again."""
     for name, lines in tables().items():
         start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
         if page.count(start) != 1:

@@ -98,8 +98,8 @@ class Attempt:
         self.handle, self.claim, self.trainer, self.settings = handle, claim, trainer, settings
         self._pulse, self._listeners, self._interrupted = pulse, listeners, interrupted
         self._files = attempt_files.of_attempt(settings.artifact_store, claim, settings.patience_seconds)
-        self._leave_by = float("inf")  # set when the worker is told to stop
-        self._is_pruned = False  # the pruner has decided, which it does once, and the training is told to stop
+        self._leave_by = float("inf")  # set when the worker is asked to stop
+        self._is_pruned = False  # the pruner has decided, which it does once, and the training is asked to stop
         self._last: float | None = None  # the value of the last step
         self._epoch: Epoch | None = None  # the last one
         self._whole: list[float] = []  # the values of the repeats that have ended
@@ -182,7 +182,7 @@ class Attempt:
     def _without_files(self, error: ObjectStoreError | DiskError) -> Outcome:
         """The end of an attempt whose files could not be copied."""
         if self._interrupted.is_set():
-            return Outcome(kind="interrupted", reason="the worker was told to stop while files were being copied")
+            return Outcome(kind="interrupted", reason="the worker was asked to stop while files were being copied")
         return _failed(Failed(kind="disk" if isinstance(error, DiskError) else "store", message=str(error)))
 
     def _look_up(self) -> None:
@@ -193,11 +193,11 @@ class Attempt:
         if self._interrupted.is_set():
             self._leave_by = min(self._leave_by, now + self.settings.stop_seconds)
         if now > self._leave_by:
-            raise ObjectStoreAway(f"{self.settings.artifacts} took too long, and the worker was told to stop")
+            raise ObjectStoreAway(f"{self.settings.artifacts} took too long, and the worker was asked to stop")
 
     def _look_before_training(self) -> None:
         if self._interrupted.is_set():
-            raise ObjectStoreAway("the worker was told to stop before anything was trained")
+            raise ObjectStoreAway("the worker was asked to stop before anything was trained")
         self._look_up()
 
     def _run_job(self, job: Job) -> Outcome:
@@ -209,7 +209,7 @@ class Attempt:
         except DiskError as error:  # of the trainer's log
             outcome = _failed(Failed(kind="disk", message=str(error)))
         if self._is_pruned and outcome.failure is not None:
-            # Whatever happened to a training that was told to stop: it must not go on later, past the pruner.
+            # Whatever happened to a training that was asked to stop: it must not go on later, past the pruner.
             log.warning("study %s: trial %d was pruned, and then: %s", *self._named, outcome.reason)
             self.trainer.kill()
             return Outcome(kind="pruned", value=self._last)
@@ -255,7 +255,7 @@ class Attempt:
             if stall.is_over:
                 raise trainer.hung(f"was silent for {stall.limit:.0f} s in a training", ready=True)
             if not deadlines.is_stopping and (self._interrupted.is_set() or state != "open"):
-                reason = "the worker was told to stop" if self._interrupted.is_set() else f"the study was {state}"
+                reason = "the worker was asked to stop" if self._interrupted.is_set() else f"the study was {state}"
                 deadlines.stop()
                 self._leave_by = deadlines.stop_by if self._interrupted.is_set() else self._leave_by
                 trainer.stop("keep")

@@ -218,7 +218,7 @@ def work(
     chosen_devices: DevicesOption = "auto",
     per_device: PerDeviceOption = None,
     workers: WorkersOption = None,
-    forever: Annotated[bool, typer.Option("--forever", help="Wait for studies to come, until told to stop.")] = False,
+    forever: Annotated[bool, typer.Option("--forever", help="Wait for studies to come, until asked to stop.")] = False,
     ray: RayOption = None,
     slurm: SlurmOption = None,
     gpus: GpusOption = None,

@@ -103,6 +103,8 @@ def serve(app: WSGIApplication, host: str, port: int, on_listening: Callable[[li
 
     Raises DashboardError if it cannot listen at this address. Call it from the main thread.
     """
+    # On a busy machine requests wait for a moment. It warns of each of them, and nobody can do anything about it.
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     try:
         server = waitress.create_server(
             app, host=host, port=port, threads=THREADS, ident=None, max_request_body_size=MAX_BODY

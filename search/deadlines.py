@@ -1,4 +1,4 @@
-"""Until when a trainer process may start, train, and end once it was told to stop."""
+"""Until when a trainer process may start, train, and end once it was asked to stop."""
 
 from time import monotonic
 
@@ -18,7 +18,7 @@ class Deadlines:
         self._trial_minutes, self._stop_seconds = trial_minutes, stop_seconds
         self._start_by = monotonic() + START_SECONDS
         self._train_by = NEVER  # set when Keras is imported: how long that takes is not the trial's fault
-        self.stop_by = NEVER  # set when it is told to stop
+        self.stop_by = NEVER  # set when it is asked to stop
 
     def looked(self, waited: float, handled: float) -> None:
         """A look for a message has `waited` so many seconds, and what it gave was `handled` in so many.
@@ -35,12 +35,12 @@ class Deadlines:
             self._train_by = monotonic() + self._trial_minutes * 60
 
     def stop(self) -> None:
-        """It is told to stop."""
+        """It is asked to stop."""
         self.stop_by = monotonic() + self._stop_seconds
 
     @property
     def is_stopping(self) -> bool:
-        """Whether it was told to stop."""
+        """Whether it was asked to stop."""
         return self.stop_by != NEVER
 
     @property

@@ -146,14 +146,14 @@ class _Slot:
     number: int
     handle: Any  # Ray's, of the actor
     calls: dict[str, Any] = field(default_factory=dict)  # "run" and "events": Ray's references of what they will return
-    where: str | None = None  # the last place that it told
+    where: str | None = None  # the last place that it reported
     end: End | None = None  # how its loop ended; None while it goes on
     is_reported: bool = False  # whether the error of its end was said
     again_at: float = float("inf")  # when a loop that failed is started again
     began: float = field(default_factory=time.monotonic)  # when its loop was started last
     has_failed: bool = False  # whether its last loop did, and nothing was trained since
     answered: float = field(default_factory=time.monotonic)
-    claim: Claim | None = None  # the trial that it told last
+    claim: Claim | None = None  # the trial that it reported last
 
     @property
     def name(self) -> str:
@@ -205,7 +205,7 @@ class _Driver:
         self._listeners, self._shares, self._forever = listeners, plan.share, plan.names is None
         self._limits = plan.limits or Limits()
         self._interrupted = threading.Event()
-        self._stop_by = float("inf")  # once the slots were told to stop
+        self._stop_by = float("inf")  # once the slots were asked to stop
         self._has_warned = False
         self._could_train = time.monotonic()  # when a slot could, last
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")

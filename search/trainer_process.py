@@ -302,7 +302,7 @@ def _sources(definition: Definition) -> dict[str, str]:
     }
 
 
-@cache  # they have up to 100 MB; a file that was written anew has another time
+@cache  # they have up to 100 MB; a file that was written again has another time
 def _digest_of_weights(file: Path, time_ns: int) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]

@@ -172,7 +172,7 @@ class _Training:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether it was told to stop, and did, before its last epoch had ended."""
+        """Whether it was asked to stop, and did, before its last epoch had ended."""
         return self._stop.stopped
 
     def start(self, repeat: int) -> None:
@@ -204,7 +204,7 @@ class _Training:
     def train_epoch(self, number: int, repeat: int, epoch: int) -> tuple[Epoch, list[Array]] | None:
         """Trains and judges the epoch `number` of the whole training, which is `epoch` of its `repeat`, all from 1.
 
-        Returns its record and the weights that were judged; None if it was told to stop. Raises NotANumber.
+        Returns its record and the weights that were judged; None if it was asked to stop. Raises NotANumber.
         """
         images = len(self._y_train)
         # The order depends only on the seed and the epoch, so it is the same in a resumed training.

@@ -344,8 +344,8 @@ def finished_yard(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model.write_bytes(b"the model")
         for epoch in (1, 2) if value is not None else ():
             claims.record_epochs(place, claim, {epoch: value - 0.1 / epoch})
-        told = {"failure": {"kind": "nan", "message": "the loss became nan"}} if value is None else {"epochs": 2}
-        claims.finish(place, claim, state, value, told, [artifacts.MODEL] if claim.number == 0 else [])
+        recorded = {"failure": {"kind": "nan", "message": "the loss became nan"}} if value is None else {"epochs": 2}
+        claims.finish(place, claim, state, value, recorded, [artifacts.MODEL] if claim.number == 0 else [])
     with place.engine.begin() as connection:  # of a kind that a browser would show as a page
         stored = TrialSystemAttributeModel
         model = stored.key == f"artifacts:{ARTIFACT}"

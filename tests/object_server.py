@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -153,13 +154,14 @@ def network_to(server: Server) -> Iterator[Network]:
         network.disconnect()
 
 
-class _Answers(BaseHTTPRequestHandler):
+class _Answers(BaseHTTPRequestHandler, ABC):
     """Answers every request with what `answer` gives: status, headers, content."""
 
     protocol_version = "HTTP/1.1"
 
+    @abstractmethod
     def answer(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        raise NotImplementedError
+        """The answer to one request, which has this `body`."""
 
     def do(self) -> None:
         """Sends it."""

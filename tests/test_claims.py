@@ -158,7 +158,7 @@ def test_running_trials_count_against_the_budget(storage: PatientStorage, study:
     running = [_claim(storage, study, me) for _ in range(5)]
     assert claims.claim(storage, ledger.find(storage, study), me, GRACE) is None
     assert not ledger.find(storage, study).has_ended
-    claims.requeue(storage, running[2], "interrupted", "told to stop")
+    claims.requeue(storage, running[2], "interrupted", "asked to stop")
     assert _claim(storage, study, me).number == 2
 
 
@@ -583,7 +583,7 @@ def test_a_requeued_trial_keeps_its_row_hyperparameters_and_values(
     first = _claim(storage, study, me)
     drawn = optuna.Trial(registry.open(study, storage), first.trial_id).suggest_float("dropout", 0.0, 0.7)
     claims.record_epochs(storage, first, {1: 0.3})
-    claims.requeue(storage, first, "interrupted", "told to stop")
+    claims.requeue(storage, first, "interrupted", "asked to stop")
     second = _claim(storage, study, me)
     assert second.trial_id == first.trial_id
     assert storage.get_trial(second.trial_id).intermediate_values == {1: 0.3}
@@ -645,7 +645,7 @@ def test_a_trial_that_loses_its_workers_has_a_larger_limit_of_its_own(
 def test_interruptions_are_not_held_against_a_trial(storage: PatientStorage, study: str, me: Owner) -> None:
     for _ in range(CRASHES + 3):
         claim = _claim(storage, study, me)
-        claims.requeue(storage, claim, "interrupted", "told to stop")
+        claims.requeue(storage, claim, "interrupted", "asked to stop")
     assert _claim(storage, study, me).attempt == CRASHES + 4
 
 
@@ -660,7 +660,7 @@ def test_a_claim_whose_answer_was_lost_is_found_again(
         assert (claim.number, claim.attempt) == (0, 2 if waiting else 1)
         assert [trial.number for trial in claims.running_trials(storage, claim.study_id)] == [0]
         assert _beat(storage, claim) == "open"
-        claims.requeue(storage, claim, "interrupted", "told to stop")
+        claims.requeue(storage, claim, "interrupted", "asked to stop")
 
 
 def test_a_claim_whose_answer_never_came_is_taken_back_by_the_next_one(
@@ -989,7 +989,7 @@ def test_all_studies_are_seen_in_two_statements(storage: PatientStorage, study: 
     registry.create(parse(OTHER), storage, {"fingerprint": "1" * 16})
     ledger.set_state(storage, ledger.find(storage, "other"), "paused")
     texts: list[str] = []
-    sqlalchemy.event.listen(storage.engine, "before_cursor_execute", lambda *told: texts.append(told[2]))
+    sqlalchemy.event.listen(storage.engine, "before_cursor_execute", lambda *arguments: texts.append(arguments[2]))
     first, second = ledger.studies(storage)
     assert len([text for text in texts if text.startswith("SELECT")]) == 2
     assert (first.name, first.budget.trials, first.state) == (study, 5, "open")
@@ -1100,7 +1100,7 @@ def test_a_trial_that_somebody_asked_for_at_the_same_moment_is_left_to_him(
     storage: PatientStorage, study: str, me: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plain Optuna does not take our lock."""
-    claims.requeue(storage, _claim(storage, study, me), "interrupted", "told to stop")
+    claims.requeue(storage, _claim(storage, study, me), "interrupted", "asked to stop")
     start = claims.start_waiting
 
     def late(connection: Any, trial_id: int) -> bool:

@@ -249,11 +249,11 @@ def test_studies_and_trials_of_others_break_no_command(home: Path, trialyard: Ca
     for name, value in {"budget": {"gpu_hours": 40}, "state": 3, "definition": "a paper", "incarnation": 1998}.items():
         colleague.set_user_attr(name, value)
     ours = registry.open("digits", url)
-    told = {"parameters": "11M", "best_epoch": 3, "epochs": "20", "attempts": 3, "model": "../../secret"}
+    recorded = {"parameters": "11M", "best_epoch": 3, "epochs": "20", "attempts": 3, "model": "../../secret"}
     params, distributions = ours.trials[0].params, ours.trials[0].distributions
     made = optuna.trial.create_trial
     ours.add_trial(
-        made(params=params, distributions=distributions, value=0.99, user_attrs=told | {"history": {"a": 1}})
+        made(params=params, distributions=distributions, value=0.99, user_attrs=recorded | {"history": {"a": 1}})
     )
     ours.add_trial(made(state=TrialState.FAIL, user_attrs={"failure": "OOM"}))
     for arguments in (
@@ -390,9 +390,15 @@ def finished(home: Path, trialyard: Call) -> None:
                 storage, claim, TrialState.FAIL, None, {"failure": {"kind": "nan", "message": "the loss became nan"}}
             )
         else:
-            told = {"epochs": 8, "best_epoch": 7, "parameters": 668810, "seconds": 12.34, "history": "digits/0/h.json"}
-            told |= {"images_per_second": 700.0, "precision": "float32"}
-            claims.finish(storage, claim, TrialState.COMPLETE, value, told)
+            recorded = {
+                "epochs": 8,
+                "best_epoch": 7,
+                "parameters": 668810,
+                "seconds": 12.34,
+                "history": "digits/0/h.json",
+            }
+            recorded |= {"images_per_second": 700.0, "precision": "float32"}
+            claims.finish(storage, claim, TrialState.COMPLETE, value, recorded)
     storage.engine.dispose()
 
 

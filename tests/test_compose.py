@@ -344,7 +344,7 @@ def _works(stack: Stack, passwords: dict[str, str]) -> None:
     assert best["value"] == max(one["values"][0] for one in complete)
     _beside_it(stack, passwords["database_password"], name, best["value"])
 
-    # In the middle of a trial each, the workers are told to stop.
+    # In the middle of a trial each, the workers are asked to stop.
     stack.run(service, *command, "--name", "long", "--epochs", "100000", "--limit", "400")
     (long_id,) = {one["study_id"] for one in _asked(f"{url}/api/studies", password)[1]["study_summaries"]} - {study_id}
 

@@ -590,8 +590,8 @@ def test_a_model_that_retention_removed_is_no_longer_offered(
         folder.mkdir(parents=True)
         for name in (artifacts.MODEL, artifacts.HISTORY):
             (folder / name).write_bytes(b"the file")
-        told = {"model": str(claim.folder / artifacts.MODEL)}
-        claims.finish(place, claim, TrialState.COMPLETE, value, told, [artifacts.MODEL, artifacts.HISTORY])
+        recorded = {"model": str(claim.folder / artifacts.MODEL)}
+        claims.finish(place, claim, TrialState.COMPLETE, value, recorded, [artifacts.MODEL, artifacts.HISTORY])
         assert offered(number) == ["history.json", "model.keras"]
         retention.trim(place, claim, root, keep=1)
     assert offered(5) == ["history.json"]

@@ -68,10 +68,10 @@ def finished(home: Path, trivial: Definition, saved: Path) -> RDBStorage:
         folder.mkdir(parents=True)
         shutil.copy(saved, folder / "model.keras")
         (folder / "history.json").write_text(f'[{{"epoch": 1, "val_accuracy": {value}}}]', encoding="utf-8")
-        told: dict[str, Any] = {"epochs": 2, "best_epoch": 1, "seed": 5, "versions": {"keras": keras.__version__}}
-        told |= {"model": str(claim.folder / "model.keras"), "history": str(claim.folder / "history.json")}
-        told |= {"data_fingerprint": "f" * 16}
-        claims.finish(storage, claim, TrialState.COMPLETE, value, told)
+        recorded: dict[str, Any] = {"epochs": 2, "best_epoch": 1, "seed": 5, "versions": {"keras": keras.__version__}}
+        recorded |= {"model": str(claim.folder / "model.keras"), "history": str(claim.folder / "history.json")}
+        recorded |= {"data_fingerprint": "f" * 16}
+        claims.finish(storage, claim, TrialState.COMPLETE, value, recorded)
     return storage
 
 

@@ -370,8 +370,8 @@ def test_a_worker_that_lost_its_claim_overwrites_nothing(
             (files.folder / name).write_text(f"attempt {held.attempt}", encoding="utf-8")
         if held is claim:
             files.keep_all(never)
-            told = {"model": str(held.folder / MODEL), "history": str(held.folder / HISTORY)}
-            claims.finish(storage, held, TrialState.COMPLETE, 0.9, told, [MODEL, HISTORY])
+            recorded = {"model": str(held.folder / MODEL), "history": str(held.folder / HISTORY)}
+            claims.finish(storage, held, TrialState.COMPLETE, 0.9, recorded, [MODEL, HISTORY])
             files.ended()
         else:
             with pytest.raises(ClaimLost):

@@ -126,7 +126,7 @@ def test_every_command_of_a_study_works_beside_what_other_programs_wrote(
     (home / "rows.csv").write_text("dropout,accuracy\n0.2,0.7\n", encoding="utf-8")
     _add_other_studies(good)
     _add_trials(good)
-    code, _, err = trialyard("storage", "check")  # what is wrong is told, in one line
+    code, _, err = trialyard("storage", "check")  # it says what is wrong, in one line
     assert (code, len(err.splitlines())) == (1, 1)
     for command in COMMANDS:
         code, out, err = trialyard(*command.split())

@@ -72,8 +72,13 @@ def test_without_a_complete_trial_there_is_no_best(storage: RDBStorage, study: s
 
 def test_a_violated_constraint_never_wins(storage: RDBStorage, study: str, me: Owner) -> None:
     # As a study of somebody's own with constraints has them: in Optuna 5's form, and in the one before.
-    told = ({"constraints:size": 1.5}, {"constraints:size": -1.0}, {"constraints": [-1.0, 2.0]}, {"constraints": None})
-    for value, constraints in zip((0.99, 0.7, 0.98, 0.8), told, strict=True):
+    constrained = (
+        {"constraints:size": 1.5},
+        {"constraints:size": -1.0},
+        {"constraints": [-1.0, 2.0]},
+        {"constraints": None},
+    )
+    for value, constraints in zip((0.99, 0.7, 0.98, 0.8), constrained, strict=True):
         claim = claims.claim(storage, ledger.find(storage, study), me, 60.0)
         assert claim is not None
         for key, constraint in constraints.items():

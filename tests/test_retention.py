@@ -59,13 +59,13 @@ def _claim(storage: RDBStorage, study: str, me: Owner) -> Claim:
 
 def _end(storage: RDBStorage, root: Path, claim: Claim, state: TrialState, value: float | None) -> None:
     """As a worker ends a trial, its files written before."""
-    told: dict[str, Any] = {"history": str(claim.folder / HISTORY)}
+    recorded: dict[str, Any] = {"history": str(claim.folder / HISTORY)}
     _write(root, claim.folder, HISTORY)
     if state == COMPLETE:
-        told["model"] = str(claim.folder / MODEL)
+        recorded["model"] = str(claim.folder / MODEL)
         _write(root, claim.folder, MODEL, *WITH_MODEL)
     files = [MODEL, HISTORY, MISTAKES_PICTURE] if state == COMPLETE else [HISTORY]
-    claims.finish(storage, claim, state, value, told, files)
+    claims.finish(storage, claim, state, value, recorded, files)
 
 
 def _trial(storage: RDBStorage, root: Path, study: str, me: Owner, value: float, keep: int = 2) -> Claim:
@@ -94,6 +94,14 @@ def _models(root: Path) -> set[int]:
 
 
 # --- while workers work -----------------------------------------------------------------------------------
+
+
+def _failed_with_a_history(storage: RDBStorage, study: str, root: Path, me: Owner) -> Claim:
+    """A failed trial with a file that it does not name."""
+    claim = _claim(storage, study, me)
+    claims.finish(storage, claim, FAIL, None, {})
+    _write(root, claim.folder, HISTORY)
+    return claim
 
 
 @examples(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -275,9 +283,7 @@ def test_prune_removes_what_no_trial_needs_and_nothing_else(
 def test_what_was_listed_is_looked_at_again_before_it_is_removed(
     storage: RDBStorage, study: str, root: Path, me: Owner
 ) -> None:
-    claim = _claim(storage, study, me)
-    claims.finish(storage, claim, FAIL, None, {})
-    _write(root, claim.folder, HISTORY)
+    claim = _failed_with_a_history(storage, study, root, me)
     listed = retention.unneeded(storage, root, 5)
     assert [file.why for file in listed] == ["of an attempt that does not count"]
     with storage.engine.begin() as connection:  # while somebody thought about the answer
@@ -522,9 +528,7 @@ class _Bucket(FolderStore):
 def test_a_file_at_the_top_of_a_bucket_is_somebody_else_s(
     storage: RDBStorage, study: str, root: Path, me: Owner
 ) -> None:
-    claim = _claim(storage, study, me)
-    claims.finish(storage, claim, FAIL, None, {})
-    _write(root, claim.folder, HISTORY)
+    claim = _failed_with_a_history(storage, study, root, me)
     _write(root, "", MODEL)
     unneeded, of_others = retention.leftovers(storage, _Bucket(root), 5)
     assert [str(file.file.path) for file in unneeded] == [f"{claim.folder}/{HISTORY}"]

@@ -89,9 +89,9 @@ def test_a_replay_of_a_trial_that_was_killed_and_resumed_is_exact(
     history.write_text(json.dumps(records), encoding="utf-8")
     _change(home, 0, device=before.user_attrs["device"], versions=versions)
     out, _ = ended(start("replay", "small", "0", "--json"), code=1)
-    told = json.loads(out)
-    assert (told["exact"], told["holds"], told["tolerance"]) == (False, False, 0.0)
-    assert [epoch["epoch"] for epoch in told["epochs"]] == list(range(1, 31))
+    result = json.loads(out)
+    assert (result["exact"], result["holds"], result["tolerance"]) == (False, False, 0.0)
+    assert [epoch["epoch"] for epoch in result["epochs"]] == list(range(1, 31))
 
 
 def test_repeats_are_run_shown_and_replayed(home: Path, write_small: Callable[..., Path], start: Command) -> None:

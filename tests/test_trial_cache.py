@@ -73,7 +73,7 @@ def test_a_trial_that_is_claimed_and_ends_during_a_look_is_seen(
     claim = claims.claim(storage, found, me, 60.0)
     assert claim is not None
     assert len(cache.get_all_trials(found.id)) == 1
-    claims.requeue(storage, claim, "interrupted", "told to stop")
+    claims.requeue(storage, claim, "interrupted", "asked to stop")
     unfinished = trial_cache._unfinished
 
     def then_it_ends(*arguments: Any) -> Any:
@@ -94,7 +94,7 @@ def test_a_trial_that_went_back_to_the_queue_is_still_there(storage: PatientStor
     claim = claims.claim(storage, found, me, 60.0)
     assert claim is not None
     cache.has_begun(found.id, claim.trial_id)
-    claims.requeue(storage, claim, "interrupted", "told to stop")
+    claims.requeue(storage, claim, "interrupted", "asked to stop")
     assert cache.get_all_trials(found.id) == []
     assert cache.get_trial(claim.trial_id).state == TrialState.WAITING
 
@@ -118,7 +118,7 @@ def _changes(storage: PatientStorage, study: str, me: Owner, seed: int) -> Itera
                 claims.record_epochs(storage, ending, {dice.randint(1, 9): dice.random()})
                 held.append(ending)
             elif change == "requeue":
-                claims.requeue(storage, ending, "interrupted", "told to stop")
+                claims.requeue(storage, ending, "interrupted", "asked to stop")
             else:
                 claims.finish(storage, ending, TrialState.COMPLETE, dice.random(), {})
         yield claim

@@ -47,7 +47,7 @@ def every_state(storage: RDBStorage, study: str, me: Owner) -> str:
     assert runs is not None
     assert waits is not None
     claims.record_epochs(storage, runs, {1: 0.7}, epoch=1)
-    claims.requeue(storage, waits, "interrupted", "the worker was told to stop")
+    claims.requeue(storage, waits, "interrupted", "the worker was asked to stop")
     imported = optuna.trial.create_trial(value=0.95, user_attrs={"imported": True})
     storage.create_new_trial(ledger.find(storage, study).id, imported)
     return study
@@ -68,7 +68,7 @@ def test_every_trial_has_a_record_whatever_became_of_it(storage: RDBStorage, eve
         (1, "pruned", None, 0.5, "after epoch 2"),
         (2, "failed", None, None, "nan: the loss became nan"),
         (3, "running", None, 0.7, f"on cpu:0 of {me.host}"),
-        (4, "waiting", None, None, "interrupted: the worker was told to stop"),
+        (4, "waiting", None, None, "interrupted: the worker was asked to stop"),
         (5, "imported", 1, 0.95, None),
     ]
     assert [record.epochs for record in records] == [2, 2, None, 1, 0, None]

@@ -96,21 +96,21 @@ def test_a_study_runs_end_to_end_again_trains_nothing_and_with_more_budget_goes_
 
     for trial in _trials(home):
         assert trial.state == TrialState.COMPLETE
-        told = trial.user_attrs
-        history = json.loads((home / "yard" / "artifacts" / told["history"]).read_text(encoding="utf-8"))
+        recorded = trial.user_attrs
+        history = json.loads((home / "yard" / "artifacts" / recorded["history"]).read_text(encoding="utf-8"))
         assert trial.intermediate_values == {record["epoch"]: record["val_accuracy"] for record in history}
         assert trial.values == [max(trial.intermediate_values.values())]
-        assert told["best_epoch"] == max(trial.intermediate_values, key=lambda e: trial.intermediate_values[e])
-        assert (home / "yard" / "artifacts" / told["model"]).is_file()
-        assert told["parameters"] == build("mnist_cnn", {"width": 0.1}, (8, 8, 1), 10).count_params()
-        assert told["epochs"] == 2
-        assert told["seconds"] > 0
-        assert told["images_per_second"] > 0
-        assert told["device"]
-        assert (told["precision"], told["protocol"]) == ("float32", "validation")
-        assert {"keras", "optuna", "backend", "tensorflow"} <= set(told["versions"])
+        assert recorded["best_epoch"] == max(trial.intermediate_values, key=lambda e: trial.intermediate_values[e])
+        assert (home / "yard" / "artifacts" / recorded["model"]).is_file()
+        assert recorded["parameters"] == build("mnist_cnn", {"width": 0.1}, (8, 8, 1), 10).count_params()
+        assert recorded["epochs"] == 2
+        assert recorded["seconds"] > 0
+        assert recorded["images_per_second"] > 0
+        assert recorded["device"]
+        assert (recorded["precision"], recorded["protocol"]) == ("float32", "validation")
+        assert {"keras", "optuna", "backend", "tensorflow"} <= set(recorded["versions"])
         assert (
-            told["data_fingerprint"]
+            recorded["data_fingerprint"]
             == registry.open("small", _storage(home)).user_attrs["trialyard:data"]["fingerprint"]
         )
         (attempt,) = _attempts(home, trial.number)
@@ -170,7 +170,7 @@ def test_a_signal_puts_the_trial_back_and_the_same_command_goes_on(
     drawn = []
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start("run", file)
-        for _ in range(3):  # a resumed trial is first told with the epoch that it has
+        for _ in range(3):  # a resumed trial first reports the epoch that it has
             until(process, "trial 0 epoch")
         process.send_signal(number)
         _, err = ended(process, code=130)
@@ -696,12 +696,12 @@ def test_a_study_that_began_with_other_software_is_left_to_others(
     worker.send_signal(signal.SIGTERM)
     _, err = ended(worker, code=130)
     here = checks.software()
-    for name, told in (
+    for name, reason in (
         ("old", f"'old' started with keras 3.1, and this machine has keras {here['keras']}, "),
         ("new", f"'new' started with trialyard 9.0, and this machine has trialyard {here['trialyard']}, "),
         ("other", "'other' started with backend jax, and this machine has backend tensorflow, "),
     ):
-        assert f"study {name} is left to other workers: study {told}" in err
+        assert f"study {name} is left to other workers: study {reason}" in err
     assert "study later is left to other workers: " in err
     for name in ("old", "new", "other", "later"):
         assert ledger.counts(storage, registry.find(name, storage).id).finished == 0
@@ -856,7 +856,7 @@ def test_the_first_error_is_told_though_other_slots_wait_for_the_database(
         if trainer.slot.name == "cpu:0":
             raise StorageError("the disk is full")
         storage.shutting_down.wait(SECONDS)
-        raise StorageError("waited for in vain")  # because it was told to leave
+        raise StorageError("waited for in vain")  # because it was asked to leave
 
     monkeypatch.setattr(worker, "_fill", fill)
     monkeypatch.setattr(worker, "EXIT_SECONDS", 0.1)
